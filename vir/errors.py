@@ -1,0 +1,29 @@
+"""What a user can cause, each kind with the exit code that the README documents."""
+
+
+class VirError(Exception):
+    """An error with a way out in its message; entry points print it without a traceback."""
+
+    exit_code = 1
+
+
+class SettingsError(VirError, ValueError):
+    """A flag, a config file or a combination of them that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(VirError):
+    """A folder, shard, index or image that is missing or not what it should be."""
+
+    exit_code = 3
+
+
+class NotFiniteError(VirError):
+    """Loss or gradients were not finite for too many steps in a row."""
+
+    exit_code = 4
+
+
+EXIT_STOPPED_BY_SIGNAL = 75
+"""A signal asked the run to stop; it saved a checkpoint and the same command continues it."""
