@@ -1,0 +1,310 @@
+"""The settings of a run: one tree of frozen dataclasses, read from flags and YAML by jsonargparse.
+
+Every field is a flag (`--optim.lr 1e-3`) and a YAML key (`optim: {lr: 1e-3}`); the sentence under a field is its
+help text. What DeepSpeed's JSON owns (ZeRO stage, precision, offload, activation checkpointing) is not here, and what
+the shard index or the model's default_cfgs know (sample counts, classes, mean and std) is not asked again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+
+from vir.errors import SettingsError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _check(holds: bool, flag: str, value: object, limit: str) -> None:
+    if not holds:
+        raise SettingsError(f"--{flag} is {value!r}; it must be {limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = "vir_small_patch16_224"
+    """Model name as timm.create_model knows it."""
+    img_size: Optional[int] = None
+    """Input side in pixels; the model's own default when not given."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further architecture arguments for timm.create_model, e.g. --model.args '{patch_size: 4, depth: 6}'."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth rate of the last block; earlier blocks scale linearly from 0."""
+    retention_mode: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto"
+    """Form of retention used in training; weights and results are the same in each."""
+    chunk_size: int = 64
+    """Tokens per chunk of the chunkwise form."""
+
+    def __post_init__(self) -> None:
+        _check(self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "a positive pixel count")
+        _check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
+        _check(self.chunk_size >= 1, "model.chunk_size", self.chunk_size, "at least 1 token")
+        for name in ("num_classes", "img_size", "drop_path_rate"):
+            if name in self.args:
+                raise SettingsError(f"--model.args sets {name!r}; " + (
+                    "the class list of the training shards decides it" if name == "num_classes"
+                    else f"use --model.{name}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str = ""
+    """Folder of training shards with index and manifest, as tools/convert_imagenet.py writes it."""
+    val: str = ""
+    """Folder of validation shards; its class list must equal the training one."""
+    workers: int = 4
+    """Loader processes per rank; changes speed only, never the data."""
+    prefetch: int = 4
+    """Micro-batches each worker prepares ahead."""
+    lanes: int = 64
+    """Shards read side by side; part of the definition of the sample order."""
+    window: int = 2500
+    """Samples over which a lane is shuffled; part of the definition of the sample order."""
+    max_bad_fraction: float = 0.001
+    """Share of undecodable samples, replaced by substitutes, above which the run stops."""
+
+    def __post_init__(self) -> None:
+        _check(self.workers >= 1, "data.workers", self.workers,
+               "at least 1: augmentation seeds its generators per sample and must not touch those of the trainer")
+        _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 micro-batch")
+        _check(self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
+        _check(self.window >= 1, "data.window", self.window, "at least 1 sample")
+        _check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of the random resized crop, as a share of the image."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio range of the random resized crop."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.4
+    """Strength of the colour jitter; timm leaves it out where auto_augment is on."""
+    auto_augment: Optional[str] = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment/AutoAugment string, or null."""
+    interpolation: str = "random"
+    """Resize filter in training: random, bicubic or bilinear."""
+    reprob: float = 0.25
+    """Probability of random erasing."""
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    """What random erasing fills in: zeros, one colour, or noise per pixel."""
+    mixup: float = 0.8
+    """Mixup alpha; 0 switches it off."""
+    cutmix: float = 1.0
+    """CutMix alpha; 0 switches it off."""
+    mixup_prob: float = 1.0
+    """Probability that a pair of samples is mixed."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix instead of mixup where both are on."""
+    mixup_off_epoch: float = 0.0
+    """Epoch from which samples are no longer mixed; 0: never."""
+
+    def __post_init__(self) -> None:
+        _check(0 < self.scale[0] <= self.scale[1] <= 1, "augment.scale", self.scale, "a range within (0, 1]")
+        _check(0 < self.ratio[0] <= self.ratio[1], "augment.ratio", self.ratio, "a range of positive numbers")
+        _check(self.interpolation in ("random", "bicubic", "bilinear"), "augment.interpolation", self.interpolation,
+               "random, bicubic or bilinear")
+        for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
+            _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a probability in [0, 1]")
+        for name in ("color_jitter", "mixup", "cutmix", "mixup_off_epoch"):
+            _check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 1e-3
+    """Peak learning rate for the whole global batch."""
+    weight_decay: float = 0.05
+    """AdamW decay of matrices; biases, norms, layer scale, class token and position table get none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's averaging coefficients."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Norm to which the gradient of a global batch is clipped; 0: not clipped."""
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "optim.lr", self.lr, "positive")
+        _check(self.eps > 0, "optim.eps", self.eps, "positive")
+        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        _check(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    warmup_epochs: float = 20.0
+    """Linear warm-up from warmup_lr to lr, in epochs."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_epochs", "warmup_lr", "min_lr"):
+            _check(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    epochs: float = 300.0
+    """Length of the run in passes over the training set; it ends after ceil(epochs * samples / batch) steps."""
+    global_batch_size: int = 1024
+    """Samples per optimizer step over all ranks."""
+    micro_batch_size: int = 128
+    """Samples per forward pass on one rank; accumulation follows as global / (micro * world)."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    seed: int = 42
+    """Seed of initialisation, order, augmentation and dropout."""
+    log_every: int = 50
+    """Steps between lines in metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        _check(self.epochs > 0, "train.epochs", self.epochs, "positive")
+        _check(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "at least 1")
+        _check(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "at least 1")
+        _check(0 <= self.smoothing < 1, "train.smoothing", self.smoothing, "in [0, 1)")
+        _check(self.seed >= 0, "train.seed", self.seed, "0 or more")
+        _check(self.log_every >= 1, "train.log_every", self.log_every, "at least 1 step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    decay: float = 0.9998
+    """Decay of the average of weights per applied update; 0: no average is kept."""
+    warmup: bool = True
+    """Start from a short average: the decay after update u is at most (1 + u) / (10 + u)."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.decay < 1, "ema.decay", self.decay, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every_epochs: float = 1.0
+    """Epochs between evaluations on data.val; the end of the run is always evaluated."""
+    batch_size: int = 128
+    """Images per forward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "positive")
+        _check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_epochs: float = 1.0
+    """Epochs between checkpoints; the end of the run and a stop by signal are always saved."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        _check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "positive")
+        _check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    deepspeed_config: str = ""
+    """DeepSpeed JSON: ZeRO stage, precision, offload, activation checkpointing; see ds_configs/."""
+    output: str = ""
+    """Run folder; the same command on it continues the run."""
+    resume: Literal["auto", "none"] = "auto"
+    """auto continues from checkpoints/latest where there is one; none refuses a folder that has one."""
+    accept_config_change: bool = False
+    """Continue a run folder although settings that change its results differ from those it began with."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        missing = [flag for flag, value in (("deepspeed_config", self.deepspeed_config), ("output", self.output),
+                                            ("data.train", self.data.train), ("data.val", self.data.val)) if not value]
+        if missing:
+            raise SettingsError("not given: " + ", ".join(f"--{flag}" for flag in missing) +
+                                "; see --help, or start from a recipe: --config vir/recipes/vir_small_in1k.yaml")
+        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
+        if mixes and self.train.micro_batch_size % 2:
+            raise SettingsError(f"--train.micro_batch_size is {self.train.micro_batch_size}; mixup and cutmix pair "
+                                "samples inside a micro-batch, so it must be even (or set --augment.mixup 0 "
+                                "--augment.cutmix 0)")
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """Read flags and `--config FILE.yaml` (flags given after it win) into a RunConfig.
+
+    Raises:
+        SettingsError: an unknown flag or key, a value of the wrong type or out of range, a required one missing.
+        SystemExit: after --help or --print_config.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        return auto_cli(RunConfig, args=argv, prog="vir.train", exit_on_error=False, parser_class=ArgumentParser,
+                        description="Train a vision backbone under DeepSpeed.")
+    except ArgumentError as error:
+        raise SettingsError(f"{error}\nrun with --help for every flag, its unit and default") from error
+
+
+def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches per rank and step.
+
+    Raises:
+        SettingsError: the global batch is not a multiple of micro batch times ranks; names the nearest that are.
+    """
+    per_pass = micro_batch_size * world_size
+    if global_batch_size % per_pass:
+        below = global_batch_size // per_pass * per_pass
+        nearest = " or ".join(str(size) for size in (below, below + per_pass) if size)
+        raise SettingsError(f"--train.global_batch_size {global_batch_size} is not a multiple of "
+                            f"--train.micro_batch_size {micro_batch_size} x {world_size} ranks = {per_pass}; "
+                            f"nearest: {nearest}")
+    return global_batch_size // per_pass
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The settings as plain YAML and JSON types."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def dump_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+# Fields that change where a run lives or how fast it goes, never what it computes.
+_FREE = {"output", "resume", "accept_config_change", "deepspeed_config", "data.train", "data.val", "data.workers",
+         "data.prefetch", "train.log_every", "eval.every_epochs", "eval.batch_size", "checkpoint.every_epochs",
+         "checkpoint.keep"}
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """`flag: before -> after` for each setting that changes the results of a run."""
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        flag, old, new = prefix + key, before.get(key), after.get(key)
+        if flag in _FREE or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, flag + ".")
+        else:
+            found.append(f"{flag}: {old} -> {new}")
+    return found
