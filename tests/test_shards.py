@@ -1,0 +1,174 @@
+"""Tars, index and manifest: what other programs read in them, and which broken ones are refused."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from vir.data.shards import ShardSample, SkippedFile, read_index, read_manifest, write_shard, write_split
+from vir.errors import DataError
+
+KEYS = ["n01_1", "x" * 100, "größe_3", "n01_4"]  # the long and the non-ASCII one need extra tar headers
+
+
+def jpeg(number):
+    file = BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (8 + number, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def samples():
+    return [ShardSample(key, jpeg(number), "jpg", 16, 8 + number, number % 2, f"n01/{number}.JPEG")
+            for number, key in enumerate(KEYS)]
+
+
+def write(folder):
+    folder.mkdir()
+    shards = [write_shard(folder / "s-train-000000.tar", samples()[:3]),
+              write_shard(folder / "s-train-000001.tar", samples()[3:])]
+    return write_split(folder, shards, name="s", split="train", classes=["a", "b"], seed=5, samples_per_shard=3,
+                       skipped=[SkippedFile("n01/9.JPEG", "the file is empty")])
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    write(tmp_path / "train")
+    return tmp_path / "train"
+
+
+def test_gnu_tar_extracts_the_very_bytes(folder, tmp_path):
+    names = subprocess.run(["tar", "tf", folder / "s-train-000000.tar"], check=True, capture_output=True, text=True,
+                           env={"LC_ALL": "C.UTF-8", "PATH": "/usr/bin:/bin"}).stdout.split()
+    assert names[:6] == ["n01_1.jpg", "n01_1.cls", "n01_1.json", *(f"{'x' * 100}.{e}" for e in ("jpg", "cls", "json"))]
+    for shard in folder.glob("*.tar"):
+        subprocess.run(["tar", "xf", shard, "-C", tmp_path], check=True)
+    for sample in samples():
+        assert (tmp_path / f"{sample.key}.jpg").read_bytes() == sample.data
+        assert (tmp_path / f"{sample.key}.cls").read_text() == str(sample.label)
+        assert json.loads((tmp_path / f"{sample.key}.json").read_text()) == {
+            "filename": sample.filename, "height": sample.height, "label": sample.label, "width": sample.width}
+
+
+def test_webdataset_reads_the_samples(folder):
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "cls", "json"))
+    assert [key for key, *_ in read] == KEYS
+    for (_, image, label, info), sample in zip(read, samples()):
+        assert image.size == (sample.width, sample.height) == (info["width"], info["height"])
+        assert label == sample.label == info["label"]
+
+
+def test_the_index_points_at_the_images(folder):
+    index, manifest = read_index(folder), read_manifest(folder)
+    for row, sample in zip(index, samples(), strict=True):
+        shard = (folder / manifest.shards[row["shard"]].name).read_bytes()
+        assert shard[row["offset"]:row["offset"] + row["size"]] == sample.data
+        assert row["crc32"] == zlib.crc32(sample.data)
+        assert (row["label"], row["width"], row["height"]) == (sample.label, sample.width, sample.height)
+        assert row["key"].decode() == sample.key
+    with tarfile.open(folder / "s-train-000000.tar") as tar:  # an independent opinion
+        assert [m.offset_data for m in tar if m.name.endswith(".jpg")] == index["offset"][:3].tolist()
+
+
+def test_the_manifest_tells_what_was_written(folder):
+    manifest = read_manifest(folder)
+    assert manifest.num_samples == 4 and manifest.classes == ("a", "b") and manifest.seed == 5
+    assert manifest.skipped == (SkippedFile("n01/9.JPEG", "the file is empty"),)
+    for shard, count in zip(manifest.shards, [3, 1], strict=True):
+        content = (folder / shard.name).read_bytes()
+        assert (shard.num_samples, shard.bytes) == (count, len(content))
+        assert shard.sha256 == hashlib.sha256(content).hexdigest()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "index.npy", "manifest.json", "s-train-000000.tar", "s-train-000001.tar"]
+
+
+def test_the_bytes_depend_on_the_content_alone(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    again = tmp_path / "again"
+    assert write(again) == read_manifest(folder)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_the_fingerprint_changes_with_shards_and_classes(folder, tmp_path):
+    shard = write_shard(tmp_path / "s.tar", samples()[:2])
+    settings = dict(name="s", split="t", seed=0, samples_per_shard=2, skipped=[])
+    prints = {write_split(tmp_path, [shard], classes=["a", "b"], **settings).fingerprint,
+              write_split(tmp_path, [shard], classes=["b", "a"], **settings).fingerprint,
+              write_split(tmp_path, [shard, shard], classes=["a", "b"], **settings).fingerprint}
+    assert len(prints) == 3
+    assert write_split(tmp_path, [shard], classes=["a", "b"], **{**settings, "seed": 1}).fingerprint in prints
+
+
+def change(**fields):
+    def edit(folder):
+        path = folder / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return edit
+
+
+@pytest.mark.parametrize("damage, message", [
+    (change(format_version=2), r"manifest.json has format version 2, this code reads up to 1: update vir-at-scale"),
+    (change(format_version=None), r"no manifest of shards \(format_version is None\)"),
+    (change(num_samples=5), r"contradicts itself"),
+    (change(classes=["b", "a"]), r"contradicts itself"),
+    (change(shards=[{"name": "a"}]), r"is damaged \(TypeError"),
+    (change(shards=[], num_samples=0), r"contradicts itself"),
+    (lambda folder: (folder / "manifest.json").write_text('{"format_ver'), r"is not valid JSON"),
+    (lambda folder: (folder / "manifest.json").write_text("[]"), r"no manifest of shards"),
+    (lambda folder: (folder / "manifest.json").unlink(), r"train has no manifest.json.*tools/convert_imagenet.py"),
+])
+def test_broken_manifests(folder, damage, message):
+    damage(folder)
+    with pytest.raises(DataError, match=message):
+        read_manifest(folder)
+
+
+def test_a_shard_name_cannot_leave_the_folder(folder):
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    shards[0]["name"] = "../" + shards[0]["name"]
+    change(shards=shards)(folder)
+    with pytest.raises(DataError, match="names shards outside its folder: '../s-train-000000.tar'"):
+        read_manifest(folder)
+
+
+def test_folders_that_are_not_a_split(folder, tmp_path):
+    with pytest.raises(DataError, match=r"no such folder: .*gone; convert first: python tools/convert_imagenet.py"):
+        read_manifest(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"train has: give the folder of one split"):
+        read_manifest(tmp_path)
+    (tmp_path / "src/train/n01").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"looks like an ImageNet folder of 1 class folders \(n01, ...\): convert it "
+                                        r"first: .*--source .*src --split train"):
+        read_manifest(tmp_path / "src/train")
+    (tmp_path / "val.partial").mkdir()
+    with pytest.raises(DataError, match=r"no such folder: .*val; .*val.partial is there"):
+        read_manifest(tmp_path / "val")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.unlink(), "no such file: .*index.npy"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "index.npy is damaged"),
+    (lambda path: path.write_bytes(b""), "index.npy is damaged"),
+    (lambda path: np.save(path, np.zeros(4)), "is no index of shards"),
+    (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "index.npy is damaged"),
+])
+def test_broken_indexes(folder, damage, message):
+    damage(folder / "index.npy")
+    with pytest.raises(DataError, match=message):
+        read_index(folder)
+
+
+def test_reading_needs_neither_webdataset_nor_torch():
+    code = "import sys, vir.data.reader; print([m for m in ('webdataset', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True,
+                          env=None).stdout == "[]\n"

@@ -1,0 +1,204 @@
+"""The weights file: what is written comes back, for vir and for timm, and what is wrong with a file is said."""
+
+import dataclasses
+import json
+import os
+import pickle
+import stat
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import vir.models
+from vir.errors import DataError
+from vir.models import WeightsMetadata, load, read_metadata, save_weights
+
+torch.set_num_threads(1)
+
+TINY = dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+
+METADATA = WeightsMetadata(
+    model_name="vir_small_patch16_224", model_args=TINY, classes=("cat", "dög", "eel"), input_size=(3, 16, 24),
+    mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear", crop_pct=0.9, step=7, samples_seen=56,
+    ema=True, dtype="fp32",
+)
+
+
+def tiny_model():
+    return timm.create_model(METADATA.model_name, **TINY).eval()
+
+
+@pytest.fixture
+def path(tmp_path):
+    save_weights(tmp_path / "vir.safetensors", tiny_model().state_dict(), METADATA)
+    return tmp_path / "vir.safetensors"
+
+
+def rewritten(path, **changes):
+    """The same file with other fields in our metadata."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        fields = json.loads(file.metadata()["vir"]) | changes
+    save_file(tensors, path, {"format": "pt", "vir": json.dumps(fields)})
+    return path
+
+
+def test_a_model_comes_back_with_equal_weights_logits_and_metadata(tmp_path):
+    model = tiny_model()
+    save_weights(tmp_path / "new" / "a.safetensors", model.state_dict(), METADATA)
+    loaded = load(tmp_path / "new" / "a.safetensors")
+    assert loaded.weights_metadata == METADATA == read_metadata(tmp_path / "new" / "a.safetensors")
+    assert not loaded.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(x.equal(model.state_dict()[name]) for name, x in loaded.state_dict().items())
+    images = torch.randn(2, 3, 16, 24)
+    assert loaded(images).equal(model(images))
+
+
+def test_timm_finds_the_preprocessing_of_the_file(path):
+    config = timm.data.resolve_model_data_config(load(path))
+    expected = dataclasses.asdict(METADATA)
+    for name in ("input_size", "mean", "std", "interpolation", "crop_pct"):
+        assert config[name] == expected[name]
+
+
+def test_timm_loads_the_same_file(path):
+    model = timm.create_model("vir_small_patch16_224", checkpoint_path=path, **TINY).eval()
+    images = torch.randn(2, 3, 16, 24)
+    assert model(images).equal(load(path)(images))
+
+
+def test_timm_loads_it_as_pretrained_weights(path):
+    overlay = dict(file=str(path), input_size=(3, 16, 24), num_classes=3)
+    model = timm.create_model("vir_small_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **TINY).eval()
+    images = torch.randn(2, 3, 16, 24)
+    assert model(images).equal(load(path)(images))
+
+
+def test_hugging_face_tools_see_a_torch_file(path):
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_any_timm_model_can_be_stored(tmp_path):
+    model = timm.create_model("test_vit", num_classes=0).eval()
+    metadata = dataclasses.replace(
+        METADATA, model_name="test_vit", model_args={"num_classes": 0}, classes=(), input_size=(3, 160, 160))
+    save_weights(tmp_path / "a.safetensors", model.state_dict(), metadata)
+    images = torch.randn(1, 3, 160, 160)
+    assert load(tmp_path / "a.safetensors")(images).equal(model(images))
+
+
+def test_bfloat16_weights_load_into_a_float32_model(tmp_path):
+    state_dict = {name: x.bfloat16() for name, x in tiny_model().state_dict().items()}
+    save_weights(tmp_path / "a.safetensors", state_dict, dataclasses.replace(METADATA, dtype="bf16"))
+    for name, x in load(tmp_path / "a.safetensors").state_dict().items():
+        assert x.dtype == torch.float32 and x.equal(state_dict[name].float())
+
+
+def test_tied_and_non_contiguous_tensors_are_stored_in_full(tmp_path):
+    buffer = torch.arange(12.0)
+    state_dict = {"a": buffer.view(3, 4).T, "b": buffer, "c": buffer[:4]}
+    save_weights(tmp_path / "a.safetensors", state_dict, METADATA)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).equal(x) for name, x in state_dict.items())
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path):
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):
+        save_weights(path, {"a": "no tensor"}, METADATA)
+    with pytest.raises(TypeError):
+        save_weights(path, {}, dataclasses.replace(METADATA, model_args={"a": object()}))
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_final_name_appears_only_when_the_file_is_whole(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "replace", lambda source, target: seen.append((read_metadata(source), target.exists())))
+    save_weights(tmp_path / "a.safetensors", tiny_model().state_dict(), METADATA)
+    assert seen == [(METADATA, False)]
+
+
+def test_others_may_read_the_file_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_weights(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, METADATA)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("read", [read_metadata, load])
+def test_a_missing_file_is_named(read, tmp_path):
+    with pytest.raises(DataError, match="no weights file at .*gone.safetensors; tools/consolidate_checkpoint.py"):
+        read(tmp_path / "gone.safetensors")
+    with pytest.raises(DataError, match="no weights file at"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_metadata, load])
+def test_a_pickle_a_cut_and_an_empty_file_are_refused(read, path):
+    whole = path.read_bytes()
+    for content in (pickle.dumps({"a": 1}), whole[:-1], whole[:100], b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="not a safetensors file or is cut short"):
+            read(path)
+
+
+def test_a_file_without_our_metadata_is_refused(path):
+    for header in (None, {"format": "pt"}):
+        save_file({"a": torch.zeros(1)}, path, header)
+        with pytest.raises(DataError, match="does not say which model it holds.*checkpoint_path"):
+            load(path)
+
+
+def test_a_future_format_asks_for_an_update(path):
+    with pytest.raises(DataError, match="format_version 2, this vir reads up to 1; update vir"):
+        read_metadata(rewritten(path, format_version=2, new_field="x"))
+
+
+@pytest.mark.parametrize("changes", [{"other": 1}, {"classes": 3}, {"model_args": 3}, {"format_version": "x"}], ids=str)
+def test_damaged_metadata_is_refused(path, changes):
+    with pytest.raises(DataError, match="has damaged metadata"):
+        read_metadata(rewritten(path, **changes))
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "hf-hub:someone/model", "local-dir:/tmp"])
+def test_an_unknown_model_is_named(path, name):
+    with pytest.raises(DataError, match=f"holds a '{name}', which timm {timm.__version__} does not know"):
+        load(rewritten(path, model_name=name))
+
+
+@pytest.mark.parametrize("key", ["pretrained", "checkpoint_path", "pretrained_cfg"])
+def test_a_file_cannot_make_its_reader_open_other_weights(path, key):
+    with pytest.raises(DataError, match=f"model_args .*{key}.* fetch other weights"):
+        load(rewritten(path, model_args=TINY | {key: "elsewhere.pth"}))
+
+
+@pytest.mark.parametrize("extra", [{"no_such_argument": 1}, {"num_heads": 5}, {"img_size": 17}], ids=str)
+def test_arguments_that_the_model_refuses_are_told(path, extra):
+    with pytest.raises(DataError, match="cannot create 'vir_small_patch16_224' with model_args"):
+        load(rewritten(path, model_args=TINY | extra))
+
+
+def test_tensors_that_do_not_fit_are_told(path):
+    with pytest.raises(DataError, match=r"14 tensors unexpected \(blocks.1.* correct the model_args"):
+        load(rewritten(path, model_args=TINY | {"depth": 1}))
+    with pytest.raises(DataError, match=r"14 tensors missing \(blocks.2"):
+        load(rewritten(path, model_args=TINY | {"depth": 3}))
+    with pytest.raises(DataError, match=r"of another shape \(pos_embed is \[1, 6, 16\], not \[1, 4, 16\]\)"):
+        load(rewritten(path, model_args=TINY | {"img_size": 16}))
+
+
+def test_classes_that_are_not_the_logits_are_told(path):
+    with pytest.raises(DataError, match="names 2 classes but its model has 3 logits"):
+        load(rewritten(path, classes=["a", "b"]))
+
+
+def test_the_loader_is_exported():
+    assert vir.models.load is load

@@ -1,0 +1,297 @@
+"""A folder of images -> one split of shards, in parallel, with the same bytes for any number of workers."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from vir.data.decode import BadSampleError, decode_image, inspect_image
+from vir.data.shards import (
+    MANIFEST,
+    PRELOAD,
+    ShardInfo,
+    ShardSample,
+    SkippedFile,
+    read_manifest,
+    sync_folder,
+    write_shard,
+    write_split,
+)
+from vir.data.sources import Sample, class_folders, read_folder
+from vir.errors import DataError, SettingsError, VirError
+
+ON_ERROR = ("fail", "skip")
+CHECKS = ("header", "decode")
+PARTIAL = ".partial"
+
+_Shard = tuple[ShardInfo, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ConversionSummary:
+    folder: Path
+    images: int
+    shards: int
+    bytes: int
+    """Of all shards."""
+    classes: int
+    seconds: float
+    skipped: tuple[SkippedFile, ...]
+    ignored: int
+    """Files of the source that do not look like images by name."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.images:,} images of {self.classes:,} classes in {self.shards:,} "
+                 f"{'shard' if self.shards == 1 else 'shards'}, {self.bytes / 1e6:,.1f} MB, "
+                 f"in {self.seconds:.1f} s ({self.images / self.seconds:,.0f} images/s)"]
+        if self.ignored:
+            lines.append(f"ignored: {self.ignored:,} files that are no images by name")
+        if self.skipped:
+            lines.append(f"skipped: {len(self.skipped):,} files that are no whole images, all listed in {MANIFEST}:")
+            lines += [f"  {file.filename}: {file.reason}" for file in self.skipped[:20]]
+        return "\n".join([*lines, f"written to {self.folder}"])
+
+
+def convert(source: Path, split: str, output: Path, *, name: str = "imagenet1k", workers: int = 8,
+            samples_per_shard: int = 1000, seed: int = 0, on_error: str = "fail", check: str = "header",
+            classes: Sequence[str] | None = None) -> ConversionSummary:
+    """Converts `source/split/<class>/<image>` into `output/split`, which appears when everything in it is whole.
+
+    The images are shuffled over the whole split, so that a shard read alone is a fair sample. Image files go into the
+    shards as they are, byte for byte. Worker processes start by forkserver: a script that calls this needs the
+    `if __name__ == "__main__"` guard.
+
+    Args:
+        samples_per_shard: at most so many; the samples are spread evenly, no last shard is tiny.
+        on_error: "fail" stops at a file that is no whole image, "skip" leaves it out and lists it in the manifest.
+            A file that cannot be read at all always stops.
+        check: "header" parses every header and decodes what does not end as its format ends; "decode" decodes all.
+        classes: class list in label order. If None: that of the splits already in `output`, else the class folders of
+            `source/train`, else those of the split; so a validation split with fewer classes keeps its labels.
+
+    Raises:
+        DataError, SettingsError: each names the value and the way out. On any exception, KeyboardInterrupt included,
+            what was written is removed and the workers have ended.
+    """
+    source, output = Path(source).absolute(), Path(output).absolute()
+    _check_settings(source, split, output, name, workers, samples_per_shard, seed, on_error, check)
+    _refuse_existing(output / split)
+    began = time.monotonic()
+    listing = read_folder(source, split, _class_list(source, split, output, classes))
+    parts = _deal(listing.samples, samples_per_shard, seed)
+    with _partial_folder(output / split) as partial:
+        tasks = [_Task(partial / f"{name}-{split}-{number:06d}.tar", listing.root, part, on_error == "skip",
+                       check == "decode") for number, part in enumerate(parts)]
+        results = _run(tasks, min(workers, len(tasks)))
+        skipped = sorted((file for _, _, bad in results for file in bad), key=lambda file: file.filename)
+        shards = _number_shards(partial, [(info, rows) for info, rows, _ in results])
+        if not shards:
+            raise DataError(f"no whole image in {listing.root}: all {len(skipped)} were skipped, "
+                            f"{skipped[0].filename} because {skipped[0].reason}")
+        write_split(partial, shards, name=name, split=split, classes=listing.classes, seed=seed,
+                    samples_per_shard=samples_per_shard, skipped=skipped)
+    return ConversionSummary(folder=output / split, images=sum(info.num_samples for info, _ in shards),
+                             shards=len(shards), bytes=sum(info.bytes for info, _ in shards),
+                             classes=len(listing.classes), seconds=time.monotonic() - began, skipped=tuple(skipped),
+                             ignored=listing.ignored)
+
+
+def _check_settings(source, split, output, name, workers, samples_per_shard, seed, on_error, check) -> None:
+    for flag, value in (("--split", split), ("--name", name)):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value) or value.endswith(PARTIAL):
+            raise SettingsError(f"{flag} {value!r} cannot be part of a file name; use letters, digits, '_', '-', '.'")
+    for flag, value in (("--workers", workers), ("--samples-per-shard", samples_per_shard)):
+        if value < 1:
+            raise SettingsError(f"{flag} must be at least 1, got {value}")
+    if not 0 <= seed < 2 ** 64:
+        raise SettingsError(f"--seed must be from 0 to 2^64 - 1, got {seed}")
+    for flag, value, choices in (("--on-error", on_error, ON_ERROR), ("--check", check, CHECKS)):
+        if value not in choices:
+            raise SettingsError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+    if (output / split).resolve().is_relative_to((source / split).resolve()):
+        raise SettingsError(f"--output {output} would write into the folder to convert; choose another")
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise DataError(f"{folder} exists already; remove it to convert again, or choose another --output")
+    partial = folder.with_name(folder.name + PARTIAL)
+    if partial.exists():
+        raise DataError(f"{partial} exists: another conversion is running, or one was interrupted; if none is running, "
+                        f"remove it (rm -r {partial}) and convert again")
+
+
+def _class_list(source: Path, split: str, output: Path, classes: Sequence[str] | None) -> Sequence[str] | None:
+    """The class list to label with, None for the split's own folders. All splits of one output share one list."""
+    for manifest in sorted(output.glob(f"*/{MANIFEST}")):
+        if manifest.parent.name.endswith(PARTIAL):
+            continue
+        there = read_manifest(manifest.parent).classes
+        if classes is not None and tuple(classes) != there:
+            raise DataError(f"{manifest.parent} was converted with another class list ({len(there)} classes) than the "
+                            f"one given ({len(classes)} classes): the labels would not agree; choose another --output")
+        return there
+    train = source / "train"
+    if classes is None and split != "train" and train.is_dir():
+        return class_folders(train) or None
+    return classes
+
+
+def _deal(samples: list[Sample], samples_per_shard: int, seed: int) -> Iterator[list[Sample]]:
+    """Shuffled and cut into shards whose lengths differ by one at most."""
+    # Sorting Philox's raw output: numpy promises that stream for all its versions, but not that of Generator methods.
+    order = np.argsort(np.random.Philox(key=seed).random_raw(len(samples)), kind="stable")
+    count = -(-len(samples) // samples_per_shard)
+    for number in range(count):
+        start, stop = len(samples) * number // count, len(samples) * (number + 1) // count
+        yield [samples[i] for i in order[start:stop]]
+
+
+@contextmanager
+def _partial_folder(folder: Path) -> Iterator[Path]:
+    """A new folder under a temporary name: takes its own at the end, disappears on any exception."""
+    partial = folder.with_name(folder.name + PARTIAL)
+    made_output = not folder.parent.exists()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except FileExistsError:
+        _refuse_existing(folder)
+        raise
+    except OSError as error:
+        raise DataError(f"cannot write to {folder.parent}: {error.strerror}; choose another --output") from error
+    try:
+        yield partial
+        try:
+            os.rename(partial, folder)
+        except OSError as error:
+            raise DataError(f"cannot rename {partial} to {folder}: {error.strerror}") from error
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if made_output:
+            with suppress(OSError):
+                folder.parent.rmdir()
+        raise
+
+
+def _number_shards(folder: Path, shards: Sequence[_Shard]) -> list[_Shard]:
+    """Removes the shards of which every sample was skipped and closes the gaps in the numbers."""
+    full = [(info, rows) for info, rows in shards if info.num_samples]
+    for info, _ in shards:
+        if not info.num_samples:
+            (folder / info.name).unlink()
+    names = [info.name for info, _ in shards]
+    numbered = []
+    for name, (info, rows) in zip(names, full):
+        if info.name != name:
+            os.rename(folder / info.name, folder / name)
+        numbered.append((replace(info, name=name), rows))
+    return numbered
+
+
+# ---- worker processes: one task is one shard
+
+
+@dataclass(frozen=True)
+class _Task:
+    path: Path
+    root: Path
+    samples: list[Sample]
+    skip: bool
+    decode: bool
+
+
+_Result = tuple[ShardInfo, np.ndarray, list[SkippedFile]]
+
+
+def _run(tasks: Sequence[_Task], workers: int) -> list[_Result]:
+    """The results in task order, with a progress bar in images. At most two tasks per worker wait in the queue."""
+    # forkserver: workers start from a process without threads, which has imported the slow modules once for all.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, __name__])
+    stop = context.Event()
+    results: list = [None] * len(tasks)
+    waiting = iter(enumerate(tasks))
+    running: dict[Future, int] = {}
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(stop,))
+    bar = tqdm(total=sum(len(task.samples) for task in tasks), unit="img",
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    try:
+        while True:
+            while len(running) < 2 * workers and (item := next(waiting, None)):
+                running[pool.submit(_convert_shard, item[1])] = item[0]
+            if not running:
+                return results
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number = running.pop(future)
+                results[number] = future.result()
+                bar.update(len(tasks[number].samples))
+    except BrokenProcessPool as error:
+        raise VirError("a worker process died, perhaps out of memory; try fewer --workers") from error
+    finally:
+        stop.set()
+        bar.close()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(stop) -> None:
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed main process leaves no workers behind."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+class _Stopped(Exception):
+    """The main process gave up; nobody reads the result."""
+
+
+def _convert_shard(task: _Task) -> _Result:
+    skipped: list[SkippedFile] = []
+    try:
+        info, rows = write_shard(task.path, _checked_samples(task, skipped))
+    except OSError as error:
+        raise DataError(f"cannot write {task.path}: {error.strerror}") from error
+    return info, rows, skipped
+
+
+def _checked_samples(task: _Task, skipped: list[SkippedFile]) -> Iterator[ShardSample]:
+    for sample in task.samples:
+        if _stop.is_set():
+            raise _Stopped
+        path = task.root / sample.filename
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; mend it, or remove it from the source") from error
+        try:
+            extension, width, height = inspect_image(data)
+            if task.decode:
+                decode_image(data)
+        except BadSampleError as error:
+            if not task.skip:
+                raise DataError(f"{path}: {error}; mend or remove the file, or leave out all such files with "
+                                f"--on-error skip") from error
+            skipped.append(SkippedFile(sample.filename, str(error)))
+            continue
+        yield ShardSample(sample.key, data, extension, width, height, sample.label, sample.filename)

@@ -1,0 +1,182 @@
+"""Samples of a converted split by number: one pread each, checked against the index."""
+
+import functools
+import os
+import time
+import zlib
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+
+from vir.data.decode import BadSampleError
+from vir.data.shards import INDEX, file_sha256, read_index, read_manifest
+from vir.errors import DataError
+
+MAX_OPEN_SHARDS = 128
+"""File descriptors per reader and process."""
+
+RETRY_WAITS_S = (0.1, 0.4, 1.6)
+"""Pauses before a failed read is tried again; after the last it is an error."""
+
+
+class ShardReader:
+    """A split folder, opened and checked: shards there and of the right size, index whole and in agreement.
+
+    `len(reader)` samples, numbered in shard order. Threads may share a reader, a forked process may go on using it, and
+    it can be pickled: the copy opens its own files and does not repeat the checks.
+
+    Raises:
+        DataError: what read_manifest raises; a shard is missing or has another size; the index is damaged.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder).absolute()
+        self._manifest = read_manifest(self.folder)
+        self._open()
+        self._check_shards()
+        self._check_index()
+
+    def _open(self) -> None:
+        self._index = read_index(self.folder)
+        self._starts = np.cumsum([0, *self.shard_sizes])
+        paths = [self.folder / shard.name for shard in self._manifest.shards]
+        # Evicted descriptors close when the last thread that reads from them lets go. No `self` in the cached function:
+        # the cycle would keep all of them open until the garbage collector comes by.
+        self._descriptor = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda shard: _Descriptor(paths[shard]))
+
+    def __getstate__(self):
+        return {"folder": self.folder, "_manifest": self._manifest}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; the position is the label."""
+        return self._manifest.classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any byte of the shards and with the class list."""
+        return self._manifest.fingerprint
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples in each shard."""
+        return tuple(shard.num_samples for shard in self._manifest.shards)
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """[len(reader)] int32, read-only."""
+        labels = np.ascontiguousarray(self._index["label"])
+        labels.flags.writeable = False
+        return labels
+
+    def key(self, i: int) -> str:
+        return self._index["key"][i].decode("utf-8")
+
+    def where(self, i: int) -> str:
+        """SHARD:KEY@OFFSET, for messages: enough to cut the sample out with dd."""
+        row = self._index[i]
+        return f"{self._manifest.shards[row['shard']].name}:{row['key'].decode('utf-8')}@{row['offset']}"
+
+    def read(self, i: int) -> bytes:
+        """The image file of sample i.
+
+        Raises:
+            DataError: it cannot be read, tried 1 + len(RETRY_WAITS_S) times.
+            BadSampleError: it was read and its checksum is wrong.
+        """
+        row = self._index[i]
+        data = self._read_with_retries(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
+        if zlib.crc32(data) != row["crc32"]:
+            raise BadSampleError(f"{self.where(i)} in {self.folder}: wrong checksum, the shard is damaged; "
+                                 f"copy it again or convert the split again")
+        return data
+
+    def substitutes(self, i: int) -> Iterator[int]:
+        """Every other sample once, best first: same class in the same shard from i on, then all from i on (cyclic)."""
+        shard = self._index["shard"][i]
+        start, stop = self._starts[shard], self._starts[shard + 1]
+        same = start + np.flatnonzero(self.labels[start:stop] == self.labels[i])
+        same = [int(j) for j in np.concatenate([same[same > i], same[same < i]])]
+        yield from same
+        tried = {i, *same}
+        for step in range(1, len(self)):
+            j = (i + step) % len(self)
+            if j not in tried:
+                yield j
+
+    def _read_with_retries(self, i: int, shard: int, offset: int, size: int) -> bytes:
+        for wait in (*RETRY_WAITS_S, None):
+            try:
+                return _pread(self._descriptor(shard).number, size, offset)
+            except OSError as error:
+                if wait is None:
+                    raise DataError(f"cannot read {self.where(i)} in {self.folder}: {error.strerror or error}, after "
+                                    f"{1 + len(RETRY_WAITS_S)} attempts; check the disk or copy the shard again") \
+                        from error
+                self._descriptor.cache_clear()  # on network disks a new descriptor mends a stale one
+                time.sleep(wait)
+
+    def _check_shards(self) -> None:
+        for shard in self._manifest.shards:
+            path = self.folder / shard.name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise DataError(f"cannot open shard {path}: {error.strerror}; copy it again or convert the split "
+                                f"again") from error
+            if size != shard.bytes:
+                raise DataError(f"shard {path} has {size} bytes, the manifest says {shard.bytes}; copy it again or "
+                                f"convert the split again")
+
+    def _check_index(self) -> None:
+        path = self.folder / INDEX
+        index, shards = self._index, self._manifest.shards
+        again = "copy the split again or convert it again"
+        if len(index) != self._manifest.num_samples:
+            raise DataError(f"{path} has {len(index)} samples, the manifest says {self._manifest.num_samples}; {again}")
+        if not len(index):
+            raise DataError(f"{self.folder} holds no samples; {again}")
+        if file_sha256(path) != self._manifest.index_sha256:
+            raise DataError(f"{path} is not the index that the manifest names (its sha256 differs); {again}")
+        if not np.array_equal(index["shard"], np.repeat(np.arange(len(shards)), self.shard_sizes)):
+            raise DataError(f"{path} and the manifest disagree on the shards' sample counts; {again}")
+        lowest, highest = int(index["label"].min()), int(index["label"].max())
+        if lowest < 0 or highest >= len(self.classes):
+            raise DataError(f"{path} has labels {lowest}..{highest}, the manifest lists {len(self.classes)} classes; "
+                            f"{again}")
+        ends = index["offset"] + index["size"]
+        if index["offset"].min() < 0 or index["size"].min() < 0 or \
+                (ends > np.array([shard.bytes for shard in shards])[index["shard"]]).any():
+            raise DataError(f"{path} has samples beyond the end of their shard; {again}")
+
+
+class _Descriptor:
+    """An open file, closed when nobody refers to it any more."""
+
+    number = None
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self, close=os.close):
+        if self.number is not None:
+            close(self.number)
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Exactly `size` bytes; a file that ends before them is an OSError."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:  # a signal, or more than the kernel's 2 GiB a call
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(f"the shard ends after {len(data)} of the sample's {size} bytes")
+        data += more
+    return data

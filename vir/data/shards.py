@@ -1,0 +1,266 @@
+"""A split on disk: WebDataset tars, the index of their samples, the manifest. Writes them, and reads the manifest.
+
+    OUTPUT/SPLIT/NAME-SPLIT-000000.tar   members key.jpg (or .png, .webp), key.cls (decimal text), key.json
+    OUTPUT/SPLIT/index.npy               one row per sample in shard order, INDEX_FIELDS; read by memory map
+    OUTPUT/SPLIT/manifest.json           SplitManifest
+
+Every byte is a function of the samples and their order: no time, no user name, no host.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, Iterable, NamedTuple, Sequence
+
+import numpy as np
+
+from vir.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+
+INDEX_FIELDS = [
+    ("shard", "<i4"),   # position in the manifest's list
+    ("label", "<i4"),
+    ("offset", "<i8"),  # of the image's first byte in the shard
+    ("size", "<i8"),    # of the image, in bytes
+    ("crc32", "<u4"),   # of the image
+    ("width", "<i4"),   # pixels
+    ("height", "<i4"),
+]
+"""Field "key" follows: S{n}, UTF-8, n the longest of the split."""
+
+PRELOAD = ("webdataset",)
+"""What write_shard imports late, and pays for with seconds (it brings torch): a fork server can load it once."""
+
+
+class ShardSample(NamedTuple):
+    """An image on its way into a shard."""
+
+    key: str
+    data: bytes
+    extension: str
+    width: int
+    height: int
+    label: int
+    filename: str
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str
+    num_samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    filename: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitManifest:
+    """What a split folder holds."""
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    """The position is the label."""
+    shards: tuple[ShardInfo, ...]
+    index_sha256: str
+    seed: int
+    """Of the shuffle at conversion."""
+    samples_per_shard: int
+    """As asked for; the shards hold at most so many."""
+    skipped: tuple[SkippedFile, ...] = ()
+    """Source files that were left out because they are no whole images."""
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the shards' hashes and sample counts and the class list: what a checkpoint remembers of its data.
+        """
+        content = [[[shard.sha256, shard.num_samples] for shard in self.shards], list(self.classes)]
+        return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_shard(path: Path, samples: Iterable[ShardSample]) -> tuple[ShardInfo, np.ndarray]:
+    """Writes one tar at `path`, which must not exist, and forces it to disk.
+
+    Returns:
+        What the manifest says of it, and its index rows (field "shard" 0: write_split numbers them).
+    """
+    import webdataset
+
+    rows, keys = [], []
+    with open(path, "xb", buffering=1 << 20) as file:
+        hashing = _HashingWriter(file)
+        # Fixed owner and time: the bytes depend on the content alone.
+        with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
+            for sample in samples:
+                # Member by member, so that the image's offset is known whatever headers tarfile puts before it.
+                tar.write({"__key__": sample.key, sample.extension: sample.data})
+                size = len(sample.data)
+                offset = tar.tarstream.offset - (size + 511) // 512 * 512
+                tar.write({"__key__": sample.key, "cls": str(sample.label).encode()})
+                tar.write({"__key__": sample.key, "json": _sample_json(sample)})
+                rows.append((0, sample.label, offset, size, zlib.crc32(sample.data), sample.width, sample.height, b""))
+                keys.append(sample.key.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
+    index = np.array(rows, dtype=_index_dtype(max(map(len, keys), default=1)))
+    index["key"] = keys
+    return ShardInfo(path.name, len(rows), hashing.size, hashing.sha256.hexdigest()), index
+
+
+def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *, name: str, split: str,
+                classes: Sequence[str], seed: int, samples_per_shard: int,
+                skipped: Sequence[SkippedFile]) -> SplitManifest:
+    """Writes index and manifest beside the shards of `folder`; `shards` as write_shard returned them, in order."""
+    longest = max((rows.dtype["key"].itemsize for _, rows in shards), default=1)
+    index = np.empty(sum(len(rows) for _, rows in shards), dtype=_index_dtype(longest))
+    start = 0
+    for number, (_, rows) in enumerate(shards):
+        part = index[start:start + len(rows)]
+        part[:] = rows
+        part["shard"] = number
+        start += len(rows)
+    _write_atomically(folder / INDEX, lambda file: np.save(file, index, allow_pickle=False))
+    manifest = SplitManifest(name=name, split=split, classes=tuple(classes), shards=tuple(info for info, _ in shards),
+                             index_sha256=file_sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
+                             skipped=tuple(skipped))
+    content = {"format_version": FORMAT_VERSION, **asdict(manifest), "num_samples": manifest.num_samples,
+               "fingerprint": manifest.fingerprint}
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    _write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
+    sync_folder(folder)
+    return manifest
+
+
+def read_manifest(folder: Path) -> SplitManifest:
+    """The manifest of a split folder; the shards themselves are not looked at.
+
+    Raises:
+        DataError: no such folder, not converted, broken, or written by a newer version.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(_why_no_manifest(folder)) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); copy the split again or convert it again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise DataError(f"{path} is no manifest of shards (format_version is {version!r}); convert the split again")
+    if version > FORMAT_VERSION:
+        raise DataError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: "
+                        f"update vir-at-scale, or convert the split again")
+    try:
+        manifest = SplitManifest(
+            name=content["name"], split=content["split"], classes=tuple(content["classes"]),
+            shards=tuple(ShardInfo(**shard) for shard in content["shards"]), index_sha256=content["index_sha256"],
+            seed=content["seed"], samples_per_shard=content["samples_per_shard"],
+            skipped=tuple(SkippedFile(**file) for file in content["skipped"]))
+        whole = (content["num_samples"], content["fingerprint"]) == (manifest.num_samples, manifest.fingerprint)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the split again") from error
+    if not whole:
+        raise DataError(f"{path} contradicts itself (sample count or fingerprint): it was edited or is damaged; "
+                        f"copy the split again or convert it again")
+    if outside := [shard.name for shard in manifest.shards if shard.name != os.path.basename(shard.name)]:
+        raise DataError(f"{path} names shards outside its folder: {outside[0]!r}")
+    return manifest
+
+
+def read_index(folder: Path) -> np.ndarray:
+    """The index of a split folder as a read-only memory map, INDEX_FIELDS and "key"."""
+    path = Path(folder) / INDEX
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"no such file: {path}; copy the split again or convert it again") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}); copy the split again or convert it again") from error
+    names = [name for name, _ in INDEX_FIELDS] + ["key"]
+    if index.ndim != 1 or index.dtype.names is None or list(index.dtype.names) != names or \
+            index.dtype != _index_dtype(index.dtype["key"].itemsize):
+        raise DataError(f"{path} is no index of shards (its type is {index.dtype}); convert the split again")
+    return index.view(np.ndarray)  # rows of a plain array cost half of a memmap's
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces the names in `folder` to disk: a rename survives a power cut only after this."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _HashingWriter:
+    """A file to write to that knows size and sha256 of what passed through."""
+
+    def __init__(self, file):
+        self.file = file
+        self.size = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, block: bytes) -> int:
+        self.sha256.update(block)
+        self.size += len(block)
+        return self.file.write(block)
+
+
+def _index_dtype(key_bytes: int) -> np.dtype:
+    return np.dtype(INDEX_FIELDS + [("key", f"S{key_bytes}")])
+
+
+def _sample_json(sample: ShardSample) -> bytes:
+    """The fields of timm's imagenet-1k-wds."""
+    return json.dumps({"filename": sample.filename, "height": sample.height, "label": sample.label,
+                       "width": sample.width}).encode()
+
+
+def _write_atomically(path: Path, write: Callable) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _why_no_manifest(folder: Path) -> str:
+    convert = "python tools/convert_imagenet.py --source {} --split {} --output SHARDS"
+    if not folder.is_dir():
+        partial = folder.with_name(folder.name + ".partial")
+        unfinished = f"; {partial} is there: its conversion is running or was interrupted" if partial.is_dir() else ""
+        return f"no such folder: {folder}{unfinished or '; convert first: ' + convert.format('SRC', folder.name)}"
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if converted := [name for name in folders if (folder / name / MANIFEST).is_file()]:
+        return f"{folder} has no {MANIFEST}, {folder / converted[0]} has: give the folder of one split"
+    if folders:
+        return (f"{folder} has no {MANIFEST}; it looks like an ImageNet folder of {len(folders)} class folders "
+                f"({folders[0]}, ...): convert it first: {convert.format(folder.parent, folder.name)}")
+    return f"{folder} has no {MANIFEST}: it is no converted split; convert first: {convert.format('SRC', folder.name)}"

@@ -1,0 +1,32 @@
+"""One logger for a run: rank 0 writes to the terminal and to log.txt, other ranks only warn."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+log = logging.getLogger("vir")
+
+
+class _PastTheBar(logging.Handler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start(rank: int, folder: Path | None = None) -> None:
+    """Send `log` to the terminal and, on rank 0, to `folder`/log.txt as well."""
+    layout = logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",
+                               datefmt="%H:%M:%S")
+    handlers: list[logging.Handler] = [_PastTheBar()]
+    if folder is not None and rank == 0:
+        handlers.append(logging.FileHandler(folder / "log.txt"))
+    for handler in handlers:
+        handler.setFormatter(layout)
+    log.handlers[:] = handlers
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -1,0 +1,220 @@
+"""Retention of a token sequence in its three forms, as pure functions that give the same numbers.
+
+Dimension key: B batch, H heads, N tokens, K key width, V value width, M chunks, C tokens of a chunk.
+
+out[n] = sum over m <= n of decay^(n - m) * scale * (q[n] . k[m]) v[m], for each head with its own decay in (0, 1).
+There is no softmax: with one, no state of fixed size could give the same result (RetNet, arXiv:2307.08621).
+
+All forms sum with powers of decay taken in float32 (float64 for float64 inputs), carry states in that precision, and
+ignore an autocast around them: the precision of a result follows from the tensors alone.
+"""
+
+import math
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def retention_decay(num_heads: int) -> Tensor:
+    """The fixed decay of each head, 31/32 for the first to 511/512 for the last, evenly spaced in log(1 - decay).
+
+    Returns:
+        [H], float32 on the CPU. These float32 values are the definition, also for models in other precisions.
+    """
+    # In numpy and float64: bit-equal on every machine, and out of reach of torch's default dtype and of the patched
+    # tensor constructors under deepspeed.zero.Init.
+    gap = np.exp(np.linspace(math.log(1 / 32), math.log(1 / 512), num_heads))
+    return torch.from_numpy((1 - gap).astype(np.float32))
+
+
+def parallel_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float | None = None) -> Tensor:
+    """All tokens at once; memory grows with N^2.
+
+    Args:
+        q, k: [B, H, N, K].
+        v: [B, H, N, V].
+        decay: [H], see retention_decay.
+        scale: Factor on q . k; K^-0.5 when None.
+
+    Returns:
+        [B, H, N, V] in v's dtype.
+    """
+    _check_shapes(q, k, v, decay)
+    with _own_precision(q):
+        positions = torch.arange(q.shape[2], device=q.device)
+        mask = _decay_matrix(decay, positions, q.shape[2], _state_dtype(v))  # [H, N, N]
+        return _masked_scores(_scaled(q, scale), k, mask, v.dtype) @ v
+
+
+def recurrent_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token after the other; in inference, memory beside inputs and outputs does not depend on N.
+
+    Args:
+        q, k: [B, H, N, K].
+        v: [B, H, N, V].
+        decay: [H], see retention_decay.
+        initial_state: [B, H, K, V], the state after the tokens that came before; zero when None.
+        scale: Factor on q . k; K^-0.5 when None.
+
+    Returns:
+        out [B, H, N, V] in v's dtype, and the state [B, H, K, V] after the last token.
+    """
+    _check_shapes(q, k, v, decay)
+    state = _first_state(k, v, initial_state)
+    outputs = []
+    for token in zip(q.unbind(2), k.unbind(2), v.unbind(2)):
+        out, state = retention_step(*token, decay, state, scale)
+        outputs.append(out)
+    return torch.stack(outputs, dim=2), state
+
+
+def retention_step(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token: state <- decay * state + k^T v, out = scale * q state.
+
+    Args:
+        q, k: [B, H, K].
+        v: [B, H, V].
+        decay: [H], see retention_decay.
+        state: [B, H, K, V], the sum over the tokens before; zeros to start.
+        scale: Factor on q . k; K^-0.5 when None.
+
+    Returns:
+        out [B, H, V] in v's dtype, and the new state [B, H, K, V], float32 (float64 for float64 inputs).
+    """
+    _check_state(state, k, v)
+    with _own_precision(q):
+        dtype = _state_dtype(v)
+        q, k, value = _scaled(q.to(dtype), scale), k.to(dtype), v.to(dtype)
+        state = decay.to(dtype)[:, None, None] * state.to(dtype) + k[..., :, None] * value[..., None, :]
+        return (q[..., None, :] @ state).squeeze(-2).to(v.dtype), state
+
+
+def chunkwise_retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Parallel inside chunks of chunk_size tokens, recurrent between them; memory grows with N * chunk_size.
+
+    Any chunk_size >= 1 gives the same result, also one that does not divide N or exceeds it.
+
+    Args:
+        q, k: [B, H, N, K].
+        v: [B, H, N, V].
+        decay: [H], see retention_decay.
+        chunk_size: C. About K keeps the states no larger than the inputs.
+        initial_state: [B, H, K, V], the state after the tokens that came before; zero when None.
+        scale: Factor on q . k; K^-0.5 when None.
+
+    Returns:
+        out [B, H, N, V] in v's dtype, and the state [B, H, K, V] after the last token.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 (64 is a good start)")
+    _check_shapes(q, k, v, decay)
+    num_tokens = q.shape[2]
+    chunk_size = min(chunk_size, num_tokens)
+    num_chunks = math.ceil(num_tokens / chunk_size)
+    dtype = _state_dtype(v)
+    # Sums over tokens reach beyond float16's largest number, not beyond bfloat16's.
+    work_dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
+
+    with _own_precision(q):
+        first_state = _first_state(k, v, initial_state)
+        q, k, v = (_split(x, num_chunks, chunk_size) for x in (_scaled(q, scale), k, v))  # [B, H, M, C, K or V]
+        inside = torch.arange(chunk_size, device=q.device)
+        mask = _decay_matrix(decay, inside, chunk_size, dtype)[:, None]  # [H, 1, C, C]
+        out = _masked_scores(q, k, mask, v.dtype) @ v
+
+        # ends[m] tokens come before chunk m; the last chunk may be short, and its padding must not age the state.
+        ends = (torch.arange(num_chunks + 1, device=q.device) * chunk_size).clamp(max=num_tokens)
+        to_end = (ends[1:, None] - 1 - ends[:-1, None] - inside).clamp(min=0)  # [M, C]
+        aged_k = k * _powers(decay, chunk_size, dtype)[:, to_end, None]
+        sums = (aged_k.to(work_dtype).mT @ v.to(work_dtype)).to(dtype)  # [B, H, M, K, V], of each chunk alone
+        carry = _decay_matrix(decay, ends, num_tokens + 1, dtype)  # [H, M + 1, M + 1]
+        states = torch.einsum("hmn,bhnkv->bhmkv", carry, torch.cat([first_state[:, :, None], sums], dim=2))
+
+        aged_q = q * _powers(decay, chunk_size + 1, dtype)[:, None, 1:, None]
+        out = out + aged_q.to(work_dtype) @ states[:, :, :-1].to(work_dtype)
+        return out.to(v.dtype).flatten(2, 3)[:, :, :num_tokens], states[:, :, -1]
+
+
+def _powers(decay: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """decay^0 to decay^(count - 1), [H, count]. Exponents are integers: in bfloat16, 257 would already be 256."""
+    return decay.to(dtype)[:, None] ** torch.arange(count, device=decay.device)
+
+
+def _decay_matrix(decay: Tensor, positions: Tensor, span: int, dtype: torch.dtype) -> Tensor:
+    """decay^(positions[i] - positions[j]) for i >= j, else 0: [H, P, P] for ascending positions [P] below span."""
+    # A table of span powers and a look-up: P * P calls of pow cost more than the product with the scores.
+    distance = (positions[:, None] - positions[None, :]).abs()
+    return _powers(decay, span, dtype)[:, distance].tril()
+
+
+def _masked_scores(q: Tensor, k: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(q k^T) * mask, multiplied in the mask's precision: [..., N, N] in dtype."""
+    return (q @ k.mT * mask).to(dtype)
+
+
+def _scaled(q: Tensor, scale: float | None) -> Tensor:
+    return q * (q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _split(x: Tensor, num_chunks: int, chunk_size: int) -> Tensor:
+    """[B, H, N, D] -> [B, H, M, C, D], with zeros after the last token."""
+    padding = num_chunks * chunk_size - x.shape[2]
+    if padding:
+        x = F.pad(x, (0, 0, 0, padding))
+    return x.unflatten(2, (num_chunks, chunk_size))
+
+
+def _state_dtype(v: Tensor) -> torch.dtype:
+    return torch.promote_types(v.dtype, torch.float32)
+
+
+def _first_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
+    """initial_state in the precision of states, or zeros: [B, H, K, V]."""
+    if initial_state is None:
+        return v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=_state_dtype(v))
+    _check_state(initial_state, k, v)
+    return initial_state.to(_state_dtype(v))
+
+
+def _own_precision(x: Tensor):
+    """A context without autocast on x's device."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> None:
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3] or q.shape[2] < 1:
+        raise ValueError(
+            f"q, k and v must be [B, H, N, K], [B, H, N, K] and [B, H, N, V] with N >= 1, "
+            f"not {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if decay.shape != q.shape[1:2]:
+        raise ValueError(f"decay has shape {list(decay.shape)} but q has {q.shape[1]} heads; one decay per head: "
+                         f"retention_decay({q.shape[1]})")
+
+
+def _check_state(state: Tensor, k: Tensor, v: Tensor) -> None:
+    expected = (*k.shape[:2], k.shape[-1], v.shape[-1])
+    if state.shape != expected:
+        raise ValueError(f"state has shape {list(state.shape)}; for these inputs [B, H, K, V] is {list(expected)}")

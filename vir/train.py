@@ -1,0 +1,47 @@
+"""Train a vision backbone under DeepSpeed.
+
+    deepspeed --module vir.train --config vir/recipes/vir_small_in1k.yaml \\
+        --deepspeed_config ds_configs/zero2_bf16.json --data.train SHARDS/train --data.val SHARDS/val --output runs/a
+
+The same module runs under `torchrun -m vir.train` and, on one device, `python -m vir.train`. The same command again
+continues a run that was stopped. Exit codes: 0 done, 2 settings, 3 data, 4 not finite, 75 stopped by a signal after
+saving.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from vir.config import parse
+from vir.errors import DataError, VirError
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
+    try:
+        config = parse(argv)  # before torch is imported: a wrong flag is told at once
+        from vir.training.prepare import prepare
+
+        prepared = prepare(config)
+    except VirError as error:  # every rank meets it; one of each node says it
+        if local_rank() == 0:
+            print(f"vir.train: {error}", file=sys.stderr)
+        return error.exit_code
+    from vir.training.run import run
+
+    try:
+        return run(prepared)
+    except VirError as error:  # damaged data may have been met by one rank alone, the rest by all of them
+        if local_rank() == 0 or isinstance(error, DataError):
+            print(f"vir.train: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""A picture of one or several runs from their metrics.jsonl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Sequence
+
+from vir.training.metrics import read_metrics
+
+
+def plot_runs(runs: Sequence[Path], output: Path) -> None:
+    """Write a PNG with loss, accuracy, learning rate and images/s over epochs.
+
+    Raises:
+        DataError: a folder that is not a run, or whose metrics are damaged.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
+    (loss, accuracy), (rate, speed) = axes
+    for run in runs:
+        events = read_metrics(run)
+        train = [event for event in events if event["kind"] == "train"]
+        evals = [event for event in events if event["kind"] == "eval"]
+        label = f"{run.name}: " if len(runs) > 1 else ""
+        epochs = [event["epoch"] for event in train]
+        eval_epochs = [event["epoch"] for event in evals]
+        loss.plot(epochs, [event["loss"] for event in train], label=f"{label}training")
+        for name, kind in (("loss", "validation"), ("ema_loss", "validation, EMA")):
+            if any(name in event for event in evals):
+                loss.plot(eval_epochs, [event[name] for event in evals], "o-", ms=3, label=f"{label}{kind}")
+        for name, kind in (("top1", "top-1"), ("ema_top1", "top-1, EMA")):
+            if any(name in event for event in evals):
+                accuracy.plot(eval_epochs, [event[name] for event in evals], "o-", ms=3, label=f"{label}{kind}")
+        rate.plot(epochs, [event["lr"] for event in train], label=label.rstrip(": ") or None)
+        speed.plot(epochs, [event["images_per_second"] for event in train], label=label.rstrip(": ") or None)
+    for axis, title in ((loss, "cross-entropy"), (accuracy, "validation accuracy, %"), (rate, "learning rate"),
+                        (speed, "training images/s")):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
+    speed.set_ylim(bottom=0)
+    for axis in (rate, speed):
+        axis.set_xlabel("epoch")
+    figure.suptitle(", ".join(run.name for run in runs))
+    figure.savefig(output, dpi=110)
+    plt.close(figure)

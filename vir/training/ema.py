@@ -1,0 +1,48 @@
+"""An average of the weights that lives in the optimizer state, so DeepSpeed shards, saves and restores it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+KEY = "ema"
+
+
+def decay_at(update: int, decay: float, warmup: bool) -> float:
+    """Decay of applied update `update` (from 1). With warm-up it starts at 2/11, as in TensorFlow's and timm's EMA."""
+    return min(decay, (1 + update) / (10 + update)) if warmup else decay
+
+
+def attach(optimizer: Optimizer, decay: float, warmup: bool) -> None:
+    """Keep optimizer.state[p]["ema"] = d ema + (1 - d) p in float32 after each real step, from the initial weights.
+
+    `optimizer` is the one that owns the float32 master weights: under ZeRO its parameters are this rank's flat
+    shards. DeepSpeed steps it once per parameter group, so a hook sees only the groups in hand, and never a step
+    that was skipped. The number of the update is the one Adam counts itself.
+    """
+    initial: dict[Tensor, Tensor] = {}
+
+    def remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter in _stepped(optimizer):
+            if KEY not in optimizer.state[parameter]:  # Adam fills only an empty state, so nothing may be put in yet
+                initial[parameter] = parameter.detach().float().clone()
+
+    @torch.no_grad()
+    def average(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for parameter in _stepped(optimizer):
+            state = optimizer.state[parameter]
+            if KEY not in state:
+                state[KEY] = initial.pop(parameter)
+            share = 1 - decay_at(int(state["step"]), decay, warmup)
+            state[KEY].lerp_(parameter.detach().float(), share)
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(average)
+
+
+def _stepped(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]
+            if parameter.grad is not None]

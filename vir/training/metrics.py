@@ -1,0 +1,63 @@
+"""metrics.jsonl and TensorBoard: one line per event, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vir.errors import DataError
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends events to RUN/metrics.jsonl and RUN/tensorboard.
+
+    Events of steps after `from_step`, written by a run that was killed before its next checkpoint, are dropped:
+    each step stands once.
+    """
+
+    def __init__(self, run: Path, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run / FILE
+        kept = [event for event in read_metrics(run) if event["step"] <= from_step] if path.exists() else []
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        os.replace(part, path)
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One event; `kind` is train or eval. Numbers also go to TensorBoard as kind/name."""
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Every event of a run. A last line cut short by a kill is left out.
+
+    Raises:
+        DataError: no metrics.jsonl, or a broken line within it.
+    """
+    path = run / FILE
+    if not path.is_file():
+        raise DataError(f"{run} has no {FILE}: it is not a run folder, or the run has not begun")
+    lines = path.read_text().split("\n")
+    events = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is not a whole line
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+    return events

@@ -1,0 +1,74 @@
+"""What can be checked at the door, by one process alone, before deepspeed is imported or a process group started."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+
+import vir.models  # noqa: F401  registers the models with timm
+from vir.config import RunConfig, differences, plan_accumulation, to_dict
+from vir.data.reader import ShardReader
+from vir.errors import SettingsError
+from vir.training import ds_config
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Settings and data that are known to be usable."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    train: ShardReader
+    val: ShardReader
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Read the DeepSpeed JSON, open the shards, check batch sizes, model name and run folder.
+
+    Raises:
+        SettingsError, DataError: with the value and the way out.
+    """
+    found = ds_config.read(config.deepspeed_config)
+    plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,
+                      int(os.environ.get("WORLD_SIZE", "1")))
+    train, val = ShardReader(config.data.train), ShardReader(config.data.val)
+    if train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))
+        raise SettingsError(f"--data.train {config.data.train} has {len(train.classes)} classes and --data.val "
+                            f"{config.data.val} has {len(val.classes)}" +
+                            (f"; not in both: {', '.join(only[:5])}" if only else " in another order") +
+                            "; convert both from the same source")
+    _check_model(config)
+    _check_folder(config)
+    return Prepared(config, found, train, val)
+
+
+def _check_model(config: RunConfig) -> None:
+    if not timm.is_model(config.model.name):
+        near = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
+        raise SettingsError(f"--model.name {config.model.name}: no such model" + (
+            f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() tells all, vir_* are ours"))
+
+
+def _check_folder(config: RunConfig) -> None:
+    """Refuse a run folder that began with other settings, or that --resume none would overwrite."""
+    saved = Path(config.output) / CONFIG_FILE
+    if not saved.is_file():
+        if Path(config.output).is_file():
+            raise SettingsError(f"--output {config.output} is a file; give a folder")
+        return
+    if config.resume == "none":
+        raise SettingsError(f"--output {config.output} holds a run and --resume is none; give another --output, or "
+                            "leave --resume out to continue it")
+    changed = differences(yaml.safe_load(saved.read_text()), to_dict(config))
+    if changed and not config.accept_config_change:
+        raise SettingsError(f"--output {config.output} began with other settings: " + "; ".join(changed) +
+                            "; give another --output, or --accept_config_change true to go on with the new ones")
