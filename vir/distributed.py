@@ -24,11 +24,7 @@ class World:
 
 
 def start() -> World:
-    """Join the process group that deepspeed, torchrun or accelerate describes; alone when there is none.
-
-    On CPU, where the launcher has not said how many threads a process may use, the processes of a node share its
-    cores: without that each would start as many threads as there are cores.
-    """
+    """Join the process group that deepspeed, torchrun or accelerate describes; alone when there is none."""
     cuda = torch.cuda.is_available()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
                         ("MASTER_PORT", "0")):
@@ -36,12 +32,20 @@ def start() -> World:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    share_cores(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def share_cores(device: torch.device) -> None:
+    """On CPU, let the processes of a node share its cores, unless the launcher has said how many threads each gets.
+
+    Without that each would start as many threads as there are cores.
+    """
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def stop() -> None:

@@ -21,6 +21,7 @@ from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError
 from vir.evaluation.classify import classify
 from vir.log import log
 from vir.training import checkpoint
+from vir.training.checkpoint_info import CheckpointInfo, newest
 from vir.training.curves import plot_runs
 from vir.training.engine import Engine
 from vir.training.loop import Plan, Progress, Trainer, steps_every
@@ -137,7 +138,7 @@ class _Job:
 
     def _resume(self, progress: Progress) -> None:
         """Load the newest checkpoint of the run folder, where there is one; every rank loads the one rank 0 names."""
-        found = distributed.broadcast(checkpoint.newest(self.folder) if self.world.is_main else None)
+        found = distributed.broadcast(newest(self.folder) if self.world.is_main else None)
         if found is None:
             return
         info = checkpoint.load(self.engine, found, self.world)
@@ -151,7 +152,7 @@ class _Job:
         progress.samples_seen, progress.updates = info.samples_seen, info.updates
 
     def _save(self, progress: Progress) -> None:
-        info = checkpoint.CheckpointInfo(
+        info = CheckpointInfo(
             samples_seen=progress.samples_seen, step=progress.samples_seen // self.config.train.global_batch_size,
             updates=progress.updates, world_size=self.world.size, zero_stage=self.engine.zero_stage,
             precision=self.engine.precision, ema=self.engine.has_ema, model_name=self.config.model.name,

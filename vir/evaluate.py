@@ -1,0 +1,118 @@
+"""Evaluate a weights file on a split of shards: top-1, top-5 and loss, every image once.
+
+    accelerate launch -m vir.evaluate --weights vir_small.safetensors --data SHARDS/val
+
+On one device `python -m vir.evaluate` does, on CPUs `torchrun --nproc_per_node N -m vir.evaluate`. No DeepSpeed is
+needed. Exit codes: 0 done, 2 settings, 3 data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from vir.errors import SettingsError, VirError
+
+MODES = ("auto", "parallel", "chunkwise", "recurrent")
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="vir.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, metavar="FILE.safetensors",
+                        help="made by tools/consolidate_checkpoint.py; names its model itself")
+    parser.add_argument("--data", type=Path, required=True, metavar="SHARDS/val", help="folder of shards with index")
+    parser.add_argument("--mode", choices=MODES, default="auto", help="form of retention (default: auto)")
+    parser.add_argument("--compare-modes", action="store_true",
+                        help="run the three forms on the first batch and print their largest logit difference")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass and process")
+    parser.add_argument("--workers", type=int, default=4, help="loader processes per process")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as JSON")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "workers"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(sys.argv[1:] if argv is None else argv)
+    try:
+        return _evaluate(args)
+    except VirError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            print(f"vir.evaluate: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from accelerate import PartialState
+    from tqdm import tqdm
+
+    from vir import distributed
+    from vir.data.loader import eval_batches
+    from vir.data.reader import ShardReader
+    from vir.data.transforms import model_input_of
+    from vir.evaluation.classify import classify
+    from vir.models import load
+
+    reader = ShardReader(args.data)
+    model = load(args.weights)
+    metadata = model.weights_metadata
+    if list(metadata.classes) != list(reader.classes):
+        raise SettingsError(f"{args.weights} knows {len(metadata.classes)} classes, {args.data} has "
+                            f"{len(reader.classes)}, and their lists differ; evaluate on the classes it was trained on")
+    if hasattr(model, "set_retention_mode"):
+        model.set_retention_mode(args.mode)
+    elif args.mode != "auto" or args.compare_modes:
+        raise SettingsError(f"{metadata.model_name} has no retention; leave out --mode and --compare-modes")
+
+    state = PartialState()
+    distributed.share_cores(state.device)
+    model.to(state.device)
+    model_input = model_input_of(model)
+    batches = dict(batch_size=args.batch_size, rank=state.process_index, world_size=state.num_processes,
+                   workers=args.workers, device=state.device)
+    result = {"weights": str(args.weights), "data": str(args.data), "model": metadata.model_name,
+              "step": metadata.step, "ema": metadata.ema, "dtype": metadata.dtype, "mode": args.mode,
+              "processes": state.num_processes}
+    if args.compare_modes:
+        result["mode_differences"] = _compare(model, next(iter(eval_batches(reader, model_input, **batches))),
+                                              model_input, args.mode)
+    with tqdm(total=len(reader), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:
+        found = classify(model, eval_batches(reader, model_input, **batches), model_input, state.device, bar)
+    result |= {"images": found.images, "top1": found.top1, "top5": found.top5, "loss": found.loss}
+    if state.is_main_process:
+        print(f"{metadata.model_name}{' EMA' if metadata.ema else ''}, step {metadata.step}, {found.images} images, "
+              f"{state.num_processes} processes: top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, "
+              f"loss {found.loss:.4f}")
+        for mode, difference in result.get("mode_differences", {}).items():
+            print(f"largest logit difference, {mode} against parallel: {difference:.2e}")
+        print(json.dumps(result))
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+    state.destroy_process_group()
+    return 0
+
+
+def _compare(model, batch, model_input, mode: str) -> dict[str, float]:
+    """Largest absolute logit difference of each form against the parallel one, on one batch."""
+    import torch
+
+    from vir.data.transforms import normalize
+
+    images = normalize(batch.images, model_input)
+    logits = {}
+    with torch.no_grad():
+        for name in MODES[1:]:
+            model.set_retention_mode(name)
+            logits[name] = model(images)
+    model.set_retention_mode(mode)
+    return {name: float((logits[name] - logits["parallel"]).abs().max()) for name in MODES[2:]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
