@@ -26,6 +26,8 @@ def _check(holds: bool, flag: str, value: object, limit: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The network; its weights begin at random."""
+
     name: str = "vir_small_patch16_224"
     """Model name as timm.create_model knows it."""
     img_size: Optional[int] = None
@@ -52,6 +54,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Where the shards are, and how they are read."""
+
     train: str = ""
     """Folder of training shards with index and manifest, as tools/convert_imagenet.py writes it."""
     val: str = ""
@@ -78,6 +82,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
+    """What happens to training images; validation sees none of it."""
+
     scale: tuple[float, float] = (0.08, 1.0)
     """Area range of the random resized crop, as a share of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -118,6 +124,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """AdamW."""
+
     lr: float = 1e-3
     """Peak learning rate for the whole global batch."""
     weight_decay: float = 0.05
@@ -139,6 +147,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
+    """Linear warm-up of the learning rate, then one cosine."""
+
     warmup_epochs: float = 20.0
     """Linear warm-up from warmup_lr to lr, in epochs."""
     warmup_lr: float = 1e-6
@@ -153,6 +163,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Length, batches, loss and seed."""
+
     epochs: float = 300.0
     """Length of the run in passes over the training set; it ends after ceil(epochs * samples / batch) steps."""
     global_batch_size: int = 1024
@@ -177,6 +189,8 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
+    """The average of the weights, kept beside them."""
+
     decay: float = 0.9998
     """Decay of the average of weights per applied update; 0: no average is kept."""
     warmup: bool = True
@@ -188,6 +202,8 @@ class EmaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
+    """Validation during the run."""
+
     every_epochs: float = 1.0
     """Epochs between evaluations on data.val; the end of the run is always evaluated."""
     batch_size: int = 128
@@ -200,6 +216,8 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """What is kept to continue from."""
+
     every_epochs: float = 1.0
     """Epochs between checkpoints; the end of the run and a stop by signal are always saved."""
     keep: int = 3
@@ -212,6 +230,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
+    """All settings of a run."""
+
     deepspeed_config: str = ""
     """DeepSpeed JSON: ZeRO stage, precision, offload, activation checkpointing; see ds_configs/."""
     output: str = ""

@@ -34,7 +34,8 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Raises:
         SettingsError: no such file, not a JSON object, an unknown key, one that the run config owns, "auto" where
-            nothing fills it, an activation_checkpointing key that has no effect, both fp16 and bf16.
+            nothing fills it, a block that is no object, an activation_checkpointing key that has no effect, both
+            fp16 and bf16, a ZeRO stage beyond 3.
     """
     path = Path(path)
     try:
@@ -59,25 +60,36 @@ def read(path: str | Path) -> dict[str, Any]:
             raise SettingsError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else
                                                                   f"; known are {', '.join(sorted(KNOWN))}"))
     _refuse_auto(path, config, "")
-    extra = sorted(config.get("activation_checkpointing") or {})
+    _check_blocks(path, config)
+    extra = sorted(config.get("activation_checkpointing", {}))
     if extra:
         raise SettingsError(f"{path}: activation_checkpointing sets {', '.join(extra)}, which would have no effect; "
                             "write an empty block {} to recompute every block in the backward pass")
     if is_enabled(config, "fp16") and is_enabled(config, "bf16"):
         raise SettingsError(f"{path} enables both fp16 and bf16; keep one")
     stage = zero_stage(config)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):  # true is 1 in Python
         raise SettingsError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
     return config
+
+
+def _check_blocks(path: Path, config: dict[str, Any]) -> None:
+    for key in ("zero_optimization", "fp16", "bf16", "activation_checkpointing"):
+        block = config.get(key, {})
+        if not isinstance(block, dict):
+            raise SettingsError(f"{path}: {key} is {json.dumps(block)}; it must be an object {{...}}, or be left out")
+        enabled = block.get("enabled", False)
+        if key in ("fp16", "bf16") and not isinstance(enabled, bool):
+            raise SettingsError(f"{path}: {key}.enabled is {json.dumps(enabled)}; it must be true or false")
 
 
 def _refuse_auto(path: Path, value: Any, key: str) -> None:
     if value == "auto":
         raise SettingsError(f'{path}: {key} is "auto", which DeepSpeed would replace by its default in silence; '
                             "write the value")
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _refuse_auto(path, item, f"{key}.{name}" if key else name)
+    named = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in named:
+        _refuse_auto(path, item, f"{key}.{name}" if key else name)
 
 
 def is_enabled(config: dict[str, Any], precision: str) -> bool:

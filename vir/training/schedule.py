@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from vir.config import ScheduleConfig
 
 
 def total_steps(epochs: float, num_samples: int, global_batch_size: int) -> int:
     """Steps of a run: ceil(E N / G). Batches straddle epoch ends; nothing is dropped or padded."""
-    return math.ceil(epochs * num_samples / global_batch_size)
+    exactly = Fraction(str(epochs))  # as written: 1.1 epochs of 10 samples are 11 samples, in floats they are more
+    return math.ceil(exactly * num_samples / global_batch_size)
 
 
 def learning_rate(step: int, total: int, warmup: int, lr: float, schedule: ScheduleConfig) -> float:

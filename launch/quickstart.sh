@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# From a fresh clone to the accuracy of consolidated weights, on a machine with Python >= 3.10.
+#
+#   bash launch/quickstart.sh [options of vir.train, e.g. --train.epochs 40 --train.seed 7]
+#
+# Makes .venv, installs, writes 5,000 real handwritten digits as JPEGs in ImageNet's layout, converts them to shards,
+# trains a small ViR under DeepSpeed (on the GPUs present, else on 2 CPU processes), consolidates, evaluates, plots.
+# A second run installs nothing and continues, or finds everything done. PYTHON chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/setup.sh demo
+
+run=runs/quickstart data=data/digits shards=data/digits-shards
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+ranks=$((gpus > 0 ? gpus : 2))
+settings=ds_configs/zero2_bf16.json
+if [ "$gpus" -eq 0 ] && ! grep -q bf16 /proc/cpuinfo; then
+  settings=ds_configs/zero2_fp32.json
+  echo "This CPU has no bfloat16 instructions, with which PyTorch is many times slower: training in fp32 instead."
+fi
+# glibc would give freed tensors back to the system and fault them in again, at up to half of the time on CPU.
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
+port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+
+step() { printf '\n== %s\n' "$*"; }
+step "data: 5,000 handwritten digits as JPEG files in ImageNet's layout"
+python tools/make_demo_dataset.py --output "$data"
+for split in train val; do
+  [ -e "$shards/$split" ] || python tools/convert_imagenet.py --source "$data" --split "$split" --output "$shards" \
+    --name digits --workers 2
+done
+
+step "training on $ranks processes with $settings"
+deepspeed --num_accelerators "$ranks" --master_port "$(port)" --module vir.train \
+  --config vir/recipes/quickstart.yaml --deepspeed_config "$settings" \
+  --data.train "$shards/train" --data.val "$shards/val" --output "$run" "$@"
+
+step "consolidation"
+python tools/consolidate_checkpoint.py "$run" --output "$run/vir.safetensors" --force
+python tools/consolidate_checkpoint.py "$run" --output "$run/vir_ema.safetensors" --ema --force
+
+step "evaluation on 1,000 held-out images, $ranks processes"
+several=()
+[ "$ranks" -eq 1 ] || several=(--multi_gpu)  # how accelerate starts several processes, on CPUs too: --cpu starts one
+for weights in vir vir_ema; do
+  accelerate launch "${several[@]}" --num_processes "$ranks" --num_machines 1 --mixed_precision no --dynamo_backend no \
+    --main_process_port "$(port)" -m vir.evaluate --weights "$run/$weights.safetensors" --data "$shards/val" \
+    --workers 1 --json "$run/$weights.json"
+done
+
+python - "$run" <<'PYTHON'
+import json, pathlib, sys
+run = pathlib.Path(sys.argv[1])
+raw, ema = (json.loads((run / name).read_text()) for name in ("vir.json", "vir_ema.json"))
+print(f"""
+held-out top-1: {raw['top1']:.2f} % raw weights, {ema['top1']:.2f} % EMA, on {raw['images']} images
+weights         {run / 'vir.safetensors'}, {run / 'vir_ema.safetensors'}
+curves          {run / 'curves.png'}
+metrics         {run / 'metrics.jsonl'}, {run / 'tensorboard'}
+checkpoints     {run / 'checkpoints'}
+settings        {run / 'config.yaml'}, {run / 'ds_config.json'}""")
+PYTHON

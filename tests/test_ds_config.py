@@ -1,0 +1,146 @@
+"""DeepSpeed's JSON: each refusal names the file, the key and the way out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vir.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from vir.errors import SettingsError
+from vir.training import ds_config
+
+SHIPPED = sorted((Path(__file__).resolve().parent.parent / "ds_configs").glob("*.json"))
+
+
+@pytest.fixture()
+def read(tmp_path):
+    """Reads a dict, or a text that is to be JSON, through a file."""
+    def read_content(content):
+        path = tmp_path / "ds.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return ds_config.read(path)
+    return read_content
+
+
+def test_files_are_shipped():
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_file_reads_and_is_what_its_name_says(path):
+    found = ds_config.read(path)
+    assert found == json.loads(path.read_text())
+    stage, precision, *rest = path.stem.split("_")
+    assert f"zero{ds_config.zero_stage(found)}" == stage and ds_config.precision(found) == precision
+    assert ("activation_checkpointing" in found) == ("ckpt" in rest)
+
+
+@pytest.mark.parametrize("key, flag", [
+    ("train_batch_size", "--train.global_batch_size"),
+    ("train_micro_batch_size_per_gpu", "--train.micro_batch_size"),
+    ("gradient_accumulation_steps", "--train.global_batch_size and --train.micro_batch_size"),
+    ("gradient_clipping", "--optim.clip_grad"), ("optimizer", "--optim.lr"), ("scheduler", "--schedule.warmup_epochs"),
+])
+def test_a_key_of_the_run_config_is_refused_with_its_flag_and_dropped_where_auto(read, key, flag):
+    value = {"type": "AdamW"} if key in ("optimizer", "scheduler") else 8
+    with pytest.raises(SettingsError, match=rf"ds\.json sets {key}, which the run config owns; remove .*{flag}"):
+        read({key: value})
+    assert read({key: "auto", "bf16": {"enabled": True}}) == {"bf16": {"enabled": True}}
+
+
+def test_all_owned_keys_are_named_at_once(read):
+    with pytest.raises(SettingsError, match="train_batch_size, gradient_clipping.*--optim.clip_grad for gradient_cl"):
+        read({"gradient_clipping": 1.0, "train_batch_size": 8})
+
+
+@pytest.mark.parametrize("content, key", [
+    ({"bf16": {"enabled": "auto"}}, "bf16.enabled"), ({"steps_per_print": "auto"}, "steps_per_print"),
+    ({"zero_optimization": {"offload_optimizer": {"device": "auto"}}}, "zero_optimization.offload_optimizer.device"),
+    ({"flops_profiler": {"ranks": [0, "auto"]}}, "flops_profiler.ranks.1"),
+])
+def test_auto_is_refused_where_nothing_fills_it(read, content, key):
+    with pytest.raises(SettingsError, match=rf'{key} is "auto"'):
+        read(content)
+
+
+@pytest.mark.parametrize("typo, meant", [("zero_optimisation", "zero_optimization"), ("bfloat16", "bf16"),
+                                         ("gradient_cliping", "gradient_clipping")])
+def test_a_typo_is_refused_with_the_nearest_name(read, typo, meant):
+    with pytest.raises(SettingsError, match=f"unknown key '{typo}'; did you mean '{meant}'"):
+        read({typo: {}})
+
+
+def test_an_unknown_key_like_no_other_lists_the_known(read):
+    with pytest.raises(SettingsError, match="unknown key 'qqq'; known are .*zero_optimization"):
+        read({"qqq": 1})
+
+
+def test_activation_checkpointing_takes_an_empty_block_only(read):
+    assert "activation_checkpointing" in read({"activation_checkpointing": {}})
+    with pytest.raises(SettingsError, match="activation_checkpointing sets cpu_checkpointing, partition_activations"):
+        read({"activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": False}})
+
+
+@pytest.mark.parametrize("key", ["zero_optimization", "fp16", "bf16", "activation_checkpointing"])
+@pytest.mark.parametrize("value", [True, False, None, 2])
+def test_a_block_that_is_no_object_is_refused(read, key, value):
+    """activation_checkpointing: false above all: the presence of the key switches it on."""
+    with pytest.raises(SettingsError, match=f"{key} is {json.dumps(value)}; it must be an object"):
+        read({key: value})
+
+
+@pytest.mark.parametrize("value", ["false", 1, None])
+def test_enabled_is_true_or_false(read, value):
+    with pytest.raises(SettingsError, match=f"bf16.enabled is {json.dumps(value)}; it must be true or false"):
+        read({"bf16": {"enabled": value}})
+
+
+@pytest.mark.parametrize("text, said", [
+    ('{"bf16": {"enabled": true}', "cannot be read as JSON.*line 1"), ("", "cannot be read as JSON"),
+    ("[]", "holds a JSON list; it must be an object"), ('"auto"', "holds a JSON str"),
+])
+def test_what_is_no_json_object_is_refused(read, text, said):
+    with pytest.raises(SettingsError, match=rf"--deepspeed_config .*ds\.json {said}"):
+        read(text)
+
+
+def test_a_missing_file_is_refused_and_the_shipped_ones_are_listed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match="--deepspeed_config nowhere.json: no such file$"):
+        ds_config.read("nowhere.json")
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "a.json").touch()
+    with pytest.raises(SettingsError, match="no such file; here are ds_configs/a.json$"):
+        ds_config.read("nowhere.json")
+
+
+def test_a_folder_instead_of_a_file_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="cannot be read"):
+        ds_config.read(tmp_path)
+
+
+def test_both_precisions_at_once_are_refused(read):
+    with pytest.raises(SettingsError, match="enables both fp16 and bf16; keep one"):
+        read({"fp16": {"enabled": True}, "bf16": {"enabled": True}})
+    assert ds_config.precision(read({"fp16": {"enabled": True}, "bf16": {"enabled": False}})) == "fp16"
+
+
+def test_without_precision_and_stage_it_is_fp32_without_zero(read):
+    found = read({})
+    assert ds_config.precision(found) == "fp32" and ds_config.zero_stage(found) == 0
+
+
+@pytest.mark.parametrize("stage", [4, -1, "2", None, True, 2.0])
+def test_a_stage_that_is_not_0_to_3_is_refused(read, stage):
+    with pytest.raises(SettingsError, match=rf"zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3"):
+        read({"zero_optimization": {"stage": stage}})
+
+
+def test_complete_adds_the_numbers_of_the_run_and_keeps_the_rest():
+    given = {"zero_optimization": {"stage": 2}}
+    run = RunConfig(deepspeed_config="d", output="o", data=DataConfig(train="t", val="v"),
+                    train=TrainConfig(global_batch_size=24, micro_batch_size=4), optim=OptimConfig(clip_grad=0.5))
+    assert ds_config.complete(given, run, 3) == {
+        "zero_optimization": {"stage": 2}, "train_batch_size": 24, "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3, "gradient_clipping": 0.5}
+    assert given == {"zero_optimization": {"stage": 2}}

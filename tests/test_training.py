@@ -1,0 +1,265 @@
+"""End to end under the real launcher: every DeepSpeed configuration trains on two ranks, resumes bit for bit,
+consolidates to what DeepSpeed itself finds, and keeps the average of weights that its definition gives."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import ROOT, TINY, call, deepspeed
+from safetensors.torch import load_file
+
+import vir.models
+from vir.train import main
+from vir.training.checkpoint_info import newest, read_info
+from vir.training.consolidate import consolidate
+from vir.training.metrics import read_metrics
+
+CONFIGS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+STEPS, HALF = 8, 4
+EMA_DECAY = 0.9
+
+
+def command(shards: Path, output: Path, config: str = "zero0_fp32", *more: str) -> list[str]:
+    """Eight steps of 48 = 2 x 12 x 2 ranks, across the end of an epoch, with everything random switched on."""
+    return [*TINY, "--data.train", str(shards / "train"), "--data.val", str(shards / "val"), "--output", str(output),
+            "--deepspeed_config", str(ROOT / "ds_configs" / f"{config}.json"), "--model.drop_path_rate", "0.1",
+            "--train.epochs", str(STEPS * 48 / 400), "--train.global_batch_size", "48", "--train.micro_batch_size", "12",
+            "--train.log_every", "1", "--schedule.warmup_epochs", "0.2", "--optim.lr", "4e-3",
+            "--ema.decay", str(EMA_DECAY), "--eval.every_epochs", "100", "--checkpoint.every_epochs", "0.12",
+            "--checkpoint.keep", "100", "--augment.scale", "[0.6, 1.0]", *more]
+
+
+def launch(tmp: Path, commands: list[list[str]]) -> None:
+    (tmp / "commands.json").write_text(json.dumps(commands))
+    done = deepspeed(ROOT / "tests" / "several_runs.py", tmp / "commands.json")
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory) -> Path:
+    """A finished run per configuration."""
+    tmp = tmp_path_factory.mktemp("runs")
+    launch(tmp, [command(shards, tmp / config, config) for config in CONFIGS])
+    return tmp
+
+
+@pytest.fixture(scope="module")
+def resumed(runs, shards, tmp_path_factory) -> Path:
+    """The same runs, taken back to their fourth step and continued by new processes."""
+    tmp = tmp_path_factory.mktemp("resumed")
+    for config in CONFIGS:
+        shutil.copytree(runs / config, tmp / config)
+        checkpoints = tmp / config / "checkpoints"
+        for later in sorted(checkpoints.glob("step-*"))[HALF:]:
+            shutil.rmtree(later)
+        (checkpoints / "latest").write_text(f"step-{HALF:08d}")
+    launch(tmp, [command(shards, tmp / config, config) for config in CONFIGS])
+    return tmp
+
+
+def train_events(run: Path) -> list[dict]:
+    return [event for event in read_metrics(run) if event["kind"] == "train"]
+
+
+def weights(run: Path, step: int, tmp: Path, **options) -> dict[str, torch.Tensor]:
+    consolidate(run / "checkpoints" / f"step-{step:08d}", tmp / "w.safetensors", force=True, **options)
+    return load_file(tmp / "w.safetensors")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_loss_goes_down_and_the_run_folder_is_complete(config, runs):
+    events = train_events(runs / config)
+    assert [event["step"] for event in events] == list(range(1, STEPS + 1))
+    losses = [event["loss"] for event in events]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert events[-1]["updates"] == STEPS and events[-1]["samples_seen"] == STEPS * 48
+    names = {path.name for path in (runs / config).iterdir()}
+    assert names == {"config.yaml", "ds_config.json", "metrics.jsonl", "tensorboard", "curves.png", "checkpoints",
+                     "log.txt"}
+    assert newest(runs / config).name == f"step-{STEPS:08d}"
+    assert yaml.safe_load((runs / config / "config.yaml").read_text())["train"]["global_batch_size"] == 48
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(config, runs, resumed, tmp_path):
+    kept = ("step", "samples_seen", "epoch", "loss", "lr", "grad_norm", "updates", "skipped")
+    expected, found = ([{key: event[key] for key in kept} for event in train_events(tmp / config)]
+                       for tmp in (runs, resumed))
+    assert found == expected
+    for ema in (False, True):
+        expected, found = (weights(tmp / config, STEPS, tmp_path, ema=ema) for tmp in (runs, resumed))
+        assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("one, other, tolerance", [
+    ("zero0_fp32", "zero2_fp32", 1e-5),
+    ("zero2_bf16", "zero1_bf16", 1e-2),  # bf16 keeps 8 bits: sums in another order differ by about 2^-8
+    ("zero2_bf16", "zero3_bf16", 1e-2),
+    ("zero2_bf16", "zero0_bf16", 1e-2),
+])
+def test_zero_stages_train_to_the_same_losses(one, other, tolerance, runs):
+    for left, right in zip(train_events(runs / one), train_events(runs / other)):
+        assert left["loss"] == pytest.approx(right["loss"], rel=tolerance), left["step"]
+
+
+def test_activation_checkpointing_changes_no_bit(runs, tmp_path):
+    plain, recomputed = (weights(runs / config, STEPS, tmp_path) for config in ("zero3_bf16", "zero3_bf16_ckpt"))
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if not config.startswith("zero0")])
+def test_consolidated_weights_equal_those_of_zero_to_fp32(config, runs, tmp_path):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    expected = get_fp32_state_dict_from_zero_checkpoint(str(runs / config / "checkpoints"))
+    found = weights(runs / config, STEPS, tmp_path)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("config", ["zero0_fp32", "zero0_bf16"])
+def test_consolidated_weights_without_zero_round_to_those_of_the_module(config, runs, tmp_path):
+    saved = torch.load(newest(runs / config) / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    found = weights(runs / config, STEPS, tmp_path)
+    assert saved.keys() == found.keys()
+    assert all(torch.equal(found[name].to(saved[name].dtype), saved[name]) for name in saved)
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_ema_is_the_average_that_its_definition_gives(config, runs, tmp_path):
+    info = read_info(newest(runs / config))
+    torch.manual_seed(42)
+    average = timm.create_model(info.model_name, drop_path_rate=0.1, **info.model_args).state_dict()
+    if info.precision == "bf16":  # DeepSpeed makes its float32 masters from the bf16 weights
+        average = {name: value.bfloat16().float() for name, value in average.items()}
+    for update in range(1, STEPS + 1):
+        decay = min(EMA_DECAY, (1 + update) / (10 + update))
+        now = weights(runs / config, update, tmp_path)
+        average = {name: decay * value + (1 - decay) * now[name] for name, value in average.items()}
+    found = weights(runs / config, STEPS, tmp_path, ema=True)
+    assert average.keys() == found.keys()
+    for name in found:  # eight roundings of float32
+        torch.testing.assert_close(found[name], average[name], rtol=1e-5, atol=1e-7)
+
+
+def test_weights_evaluate_to_what_training_saw_on_one_and_two_processes(runs, shards, tmp_path):
+    run = runs / "zero0_fp32"
+    seen = [event for event in read_metrics(run) if event["kind"] == "eval"][-1]
+    consolidate(run, tmp_path / "w.safetensors")
+    consolidate(run, tmp_path / "ema.safetensors", ema=True)
+    call_python = (sys.executable, "-m", "vir.evaluate")
+    call_torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+                     "vir.evaluate")
+    results = []
+    for start, name in ((call_python, "w"), (call_torchrun, "w"), (call_torchrun, "ema")):
+        done = call(*start, "--weights", tmp_path / f"{name}.safetensors", "--data", shards / "val", "--workers", "1",
+                    "--batch-size", "16", "--compare-modes", "--json", tmp_path / "result.json")
+        assert done.returncode == 0, done.stdout
+        assert f"top-1 {json.loads((tmp_path / 'result.json').read_text())['top1']:.2f} %" in done.stdout
+        results.append(json.loads((tmp_path / "result.json").read_text()))
+    one, two, ema = results
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["images"] == two["images"] == 130
+    assert (one["top1"], one["top5"]) == (two["top1"], two["top5"]) == (seen["top1"], seen["top5"])
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6) == pytest.approx(seen["loss"], rel=1e-6)
+    assert (ema["top1"], ema["ema"]) == (seen["ema_top1"], True)
+    assert all(difference < 1e-5 for difference in one["mode_differences"].values())
+
+
+def test_weights_file_makes_a_timm_model(runs, tmp_path):
+    consolidate(runs / "zero2_bf16", tmp_path / "w.safetensors", dtype="bf16")
+    model = vir.models.load(tmp_path / "w.safetensors")
+    args = model.weights_metadata.model_args
+    same = timm.create_model("vir_tiny_patch16_224", checkpoint_path=str(tmp_path / "w.safetensors"), **args).eval()
+    images = torch.randn(2, 3, 28, 28)
+    assert torch.equal(model(images), same(images))
+    assert model.weights_metadata.classes == tuple(sorted(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
+
+
+def test_a_signal_saves_and_the_same_command_continues(shards, tmp_path):
+    train = [sys.executable, "-m", "vir.train", *command(shards, tmp_path / "run"), "--train.epochs", "12",
+             "--checkpoint.every_epochs", "100"]
+    process = subprocess.Popen(train, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    try:
+        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert process.poll() is None and time.monotonic() < until, process.stdout.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGUSR1)  # the loader's processes get it too, as from a batch system
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, output
+    stopped_at = read_info(newest(tmp_path / "run")).step
+    assert 2 <= stopped_at < 100
+    done = call(*train, timeout=120)
+    assert done.returncode == 0 and f"continuing after step {stopped_at}" in done.stdout, done.stdout
+    assert [event["step"] for event in train_events(tmp_path / "run")] == list(range(1, 101))
+
+
+def test_gradients_that_are_not_finite_are_never_applied_and_stop_the_run(shards, tmp_path):
+    done = call(sys.executable, "-m", "vir.train", *command(shards, tmp_path / "run"), "--optim.lr", "1e38",
+                "--schedule.warmup_epochs", "0", "--optim.clip_grad", "0")
+    assert done.returncode == 4, done.stdout
+    assert "3 steps in a row: lower --optim.lr" in done.stdout and "rank 0: loss not finite" in done.stdout
+    assert "last checkpoint: step" in done.stdout
+
+
+def test_bad_settings_end_every_rank_with_one_message(shards, tmp_path):
+    done = deepspeed("--module", "vir.train", *command(shards, tmp_path / "run"), "--train.global_batch_size", "50")
+    assert done.returncode == 2
+    assert done.stdout.count("is not a multiple of --train.micro_batch_size 12 x 2 ranks = 24; nearest: 48 or 72") == 1
+    assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_fp16_on_a_cpu_is_refused_on_every_rank(shards, tmp_path):
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().is_fp16_supported():
+        pytest.skip("this device has fp16")
+    (tmp_path / "fp16.json").write_text('{"fp16": {"enabled": true}}')
+    done = deepspeed("--module", "vir.train", *command(shards, tmp_path / "run"), "--deepspeed_config",
+                     tmp_path / "fp16.json")
+    assert done.returncode == 2
+    assert "enables fp16, which this machine's cpu does not support; take a bf16 or fp32 one" in done.stdout
+
+
+@pytest.mark.parametrize("change, code, said", [
+    (["--data.train", "nowhere"], 3, "nowhere"),
+    (["--model.name", "vir_smal_patch16_224"], 2, "did you mean vir_small_patch16_224"),
+    (["--model.args", "{dept: 3}"], 2, "dept"),
+    (["--optim.lrr", "1"], 2, "--optim.lrr"),
+    (["--deepspeed_config", "none.json"], 2, "none.json: no such file"),
+])
+def test_bad_input_is_named_on_one_screen(change, code, said, shards, tmp_path, capsys):
+    assert main([*command(shards, tmp_path / "run"), *change]) == code
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) < 15 and "Traceback" not in error
+
+
+def test_a_run_folder_is_continued_only_with_the_settings_it_began_with(runs, shards, capsys):
+    again = command(shards, runs / "zero0_fp32", "zero0_fp32", "--optim.lr", "1e-3")
+    assert main(again) == 2
+    assert "optim.lr: 0.004 -> 0.001" in capsys.readouterr().err
+    assert main([*command(shards, runs / "zero0_fp32"), "--resume", "none"]) == 2
+    assert "holds a run and --resume is none" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_alone(runs, shards, tmp_path):
+    shutil.copytree(runs / "zero0_fp32", tmp_path / "run")
+    before = read_metrics(tmp_path / "run")
+    done = deepspeed("--module", "vir.train", *command(shards, tmp_path / "run"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert read_metrics(tmp_path / "run") == before
