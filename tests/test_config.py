@@ -211,8 +211,7 @@ def leaves():
     for section, name in [(None, "RunConfig"), *((key, made.__name__) for key, made in SECTIONS.items())]:
         for node, after in zip(classes[name], classes[name][1:]):
             if isinstance(node, ast.AnnAssign) and not (section is None and node.target.id in SECTIONS):
-                text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-                yield section, node.target.id, text
+                yield section, node.target.id, after.value.value if isinstance(after, ast.Expr) else ""
 
 
 def test_leaves_finds_every_setting():

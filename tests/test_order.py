@@ -96,9 +96,9 @@ def test_global_batches_partition_the_endless_sequence(sizes, lanes, window, siz
 
 
 def test_a_global_batch_is_sorted_by_lane_so_that_a_rank_reads_few_shards():
-    order = SampleOrder(0, [10, 10], 4, 3)
-    positions = order.global_batch(16, 8)  # over the end of an epoch of 20
-    assert positions.tolist() == [16, 20, 17, 21, 18, 22, 19, 23]  # lanes of places 16..19, 0..3
+    order = SampleOrder(0, [9, 9], 4, 3)
+    positions = order.global_batch(14, 8)  # places 14 to 17 of one epoch are in lanes 2, 3, 0, 1; the next begins at 0
+    assert positions.tolist() == [16, 18, 17, 19, 14, 20, 15, 21]
 
 
 def test_samples_of_positions_in_any_order_and_far_ahead():

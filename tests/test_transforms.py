@@ -14,7 +14,8 @@ from vir.data import transforms
 from vir.data.transforms import InputConfig
 
 torch.set_num_threads(1)
-INPUT = InputConfig(size=(3, 16, 16), mean=(0.5, 0.25, 0.1), std=(0.5, 0.2, 0.4), interpolation="bilinear", crop_pct=1.0)
+INPUT = InputConfig(size=(3, 16, 16), mean=(0.5, 0.25, 0.1), std=(0.5, 0.2, 0.4), interpolation="bilinear",
+                    crop_pct=1.0)
 OFF = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, color_jitter=0.0, auto_augment=None,
                     interpolation="bilinear", reprob=0.0, mixup=0.0, cutmix=0.0)
 NOTHING = (0, 0, 0, 0)
@@ -118,18 +119,18 @@ def test_mixing_off_keeps_every_sample_whole():
         assert mixes(augment) == [(1.0, NOTHING)] * 200
 
 
-@pytest.mark.parametrize("augment", [replace(OFF, mixup=0.8), replace(OFF, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.0),
-                                     replace(OFF, mixup=0.8, mixup_switch_prob=1.0)],
-                         ids=["mixup alone", "switch 0", "no cutmix to switch to"])
+@pytest.mark.parametrize("augment", [
+    replace(OFF, mixup=0.8), replace(OFF, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.0),
+    replace(OFF, mixup=0.8, mixup_switch_prob=1.0)], ids=["mixup alone", "switch 0", "no cutmix to switch to"])
 def test_mixup_draws_a_share_and_no_box(augment):
     found = mixes(augment)
     assert all(box == NOTHING and 0 <= lam <= 1 for lam, box in found)
     assert np.mean([lam for lam, _ in found]) == pytest.approx(0.5, abs=0.1)  # beta(a, a) is symmetric
 
 
-@pytest.mark.parametrize("augment", [replace(OFF, cutmix=1.0), replace(OFF, mixup=0.8, cutmix=1.0, mixup_switch_prob=1.0),
-                                     replace(OFF, cutmix=1.0, mixup_switch_prob=0.0)],
-                         ids=["cutmix alone", "switch 1", "no mixup to switch to"])
+@pytest.mark.parametrize("augment", [
+    replace(OFF, cutmix=1.0), replace(OFF, mixup=0.8, cutmix=1.0, mixup_switch_prob=1.0),
+    replace(OFF, cutmix=1.0, mixup_switch_prob=0.0)], ids=["cutmix alone", "switch 1", "no mixup to switch to"])
 def test_cutmix_share_is_the_remaining_area(augment):
     found = mixes(augment)
     for lam, (top, left, h, w) in found:

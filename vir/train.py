@@ -14,7 +14,7 @@ import os
 import sys
 
 from vir.config import parse
-from vir.errors import DataError, VirError
+from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
 
 
 def local_rank() -> int:
@@ -44,4 +44,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code in (0, EXIT_STOPPED_BY_SIGNAL):  # all ranks are here; after an error the others may be waiting elsewhere
+        from vir import distributed
+
+        distributed.stop()
+    sys.exit(code)

@@ -5,11 +5,13 @@ training, and validation counts every image once."""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import random
 import signal
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Generator, Iterator
 
 import numpy as np
 import torch
@@ -129,13 +131,21 @@ def _eval_batch(reader: ShardReader, transform: Callable, positions: np.ndarray,
 
 
 def _start_worker(_: int) -> None:
-    # The trainer decides what a signal means; a worker that died of it would take the last checkpoint along.
+    # The trainer decides what a signal means: a worker that died of it would take the last checkpoint along.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
 
 
+@atexit.register
+def _end_workers() -> None:
+    """Runs before multiprocessing's own exit hook, which would wait for ever for workers that ignore its SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report them as killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def _serve(make: Callable[[np.ndarray, np.ndarray], Batch], requests: Callable[[], Iterator], workers: int,
-           prefetch: int, device: torch.device) -> Iterator[Batch]:
+           prefetch: int, device: torch.device) -> Generator[Batch, None, None]:
     """Run the requests through worker processes, in order, and put each Batch on the device."""
     served = DataLoader(_Requests(make), sampler=_Requested(requests), batch_size=None, num_workers=workers,
                         prefetch_factor=prefetch, worker_init_fn=_start_worker, pin_memory=device.type == "cuda",
@@ -171,7 +181,7 @@ def _arrive(batch: Any, side: torch.cuda.Stream) -> Any:
 def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfig,
                   model_input: transforms.InputConfig, *, seed: int, first_step: int, last_step: int,
                   global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int,
-                  prefetch: int, device: torch.device) -> Iterator[Batch]:
+                  prefetch: int, device: torch.device) -> Generator[Batch, None, None]:
     """This rank's micro-batches of steps [first_step, last_step), `accumulation` of them per step.
 
     Step s consumes positions [s G, (s + 1) G). Its micro-batches are the same for every world size; only who
@@ -193,7 +203,7 @@ def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfi
 
 
 def eval_batches(reader: ShardReader, model_input: transforms.InputConfig, *, batch_size: int, rank: int,
-                 world_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
+                 world_size: int, workers: int, device: torch.device) -> Generator[Batch, None, None]:
     """Every sample once over all ranks, the same number of batches on each; padding is marked not `valid`."""
     total = len(reader)
     batches = -(-total // (batch_size * world_size))

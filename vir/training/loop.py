@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Callable, Iterator
+from typing import Callable, Generator, Iterator
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Trainer:
         self._began_at = 0
         self._bad: list[str] = []
 
-    def fit(self, batches: Iterator[Batch], progress: Progress) -> bool:
+    def fit(self, batches: Generator[Batch, None, None], progress: Progress) -> bool:
         """Train to the end of the plan; True when done, False when a signal ended it early, after saving.
 
         Raises:
@@ -125,6 +125,7 @@ class Trainer:
             raise NotFiniteError(f"{error}; last checkpoint: " + (
                 f"step {saved_at}" if saved_at else "none was written yet")) from error
         finally:
+            batches.close()
             bar.close()
             stop.close()
         return True

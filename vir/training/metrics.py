@@ -57,7 +57,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     events = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is not a whole line
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(event, dict) or not event.keys() >= {"kind", "step"}:
+            raise DataError(f"{path}, line {number} is no event with kind and step: {line[:80]}")
+        events.append(event)
     return events

@@ -50,7 +50,6 @@ def run(prepared: Prepared) -> int:
         plot_runs([folder], folder / "curves.png")
         log.info("done: %s" if done else "stopped by a signal; the same command continues: %s", folder)
     distributed.barrier()
-    distributed.stop()
     return 0 if done else EXIT_STOPPED_BY_SIGNAL
 
 

@@ -1,0 +1,269 @@
+"""Checkpoint folders made by hand: what is refused, that nothing in them runs, how partitions become whole weights."""
+
+import json
+import os
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vir.errors import DataError, SettingsError
+from vir.models import read_metadata
+from vir.training.checkpoint_info import CheckpointInfo
+from vir.training.consolidate import consolidate
+
+torch.set_num_threads(1)
+SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "a.bias": (1,)}  # none divides by 2 or 3 ranks
+WEIGHTS = {name: torch.arange(100.0 * i, 100 * i + torch.Size(shape).numel()).view(shape)
+           for i, (name, shape) in enumerate(SHAPES.items(), 1)}
+AVERAGE = {name: weight + 0.5 for name, weight in WEIGHTS.items()}
+GROUPS = [["a.weight", "b.weight"], ["a.bias"]]
+BUFFER = torch.tensor([7.0, 8.0])
+MODEL_FILE = {0: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_model_states.pt"}
+
+
+def info(**changed):
+    given = dict(samples_seen=640, step=10, updates=9, world_size=2, zero_stage=0, precision="fp32", ema=True,
+                 model_name="vir_tiny_patch16_224", model_args={"num_classes": 2}, classes=["x", "y"],
+                 data_fingerprint="f",
+                 model_input=dict(size=[3, 28, 28], mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic",
+                                  crop_pct=0.9))
+    return CheckpointInfo(**given | changed)
+
+
+def write(folder, files, described=None, **changed):
+    """A checkpoint folder with these torch files and its description."""
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        torch.save(content, folder / name)
+    sizes = {name: (folder / name).stat().st_size for name in files}
+    description = {"format": 1, **asdict(described or info()), "files": sizes} | changed
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    return folder
+
+
+def in_run(run, files=None, **changed):
+    folder = write(run / "checkpoints" / "step-00000010", stage_0() if files is None else files, **changed)
+    (run / "checkpoints" / "latest").write_text(folder.name)
+    return run
+
+
+# ---- the three layouts of DeepSpeed, from the facts of its source, in plain cuts
+
+
+def stage_0():
+    numbers = {name: number for number, name in enumerate(name for group in GROUPS for name in group)}
+    return {MODEL_FILE[0]: {
+        "module": {**WEIGHTS, "scale": BUFFER}, "buffer_names": ["scale"],
+        "optimizer": {"param_groups": [{"names": group, "params": [numbers[name] for name in group]}
+                                       for group in GROUPS],
+                      "state": {numbers[name]: {"ema": AVERAGE[name]} for name in numbers}}}}
+
+
+def flat_partitions(values, group, ranks, padding):
+    """One vector of all parameters with their paddings, its end padded, cut into one part per rank."""
+    flat = torch.cat([torch.cat([values[name].flatten(), torch.full((pad,), -1.0)])
+                      for name, pad in zip(group, padding)])
+    size = -(-len(flat) // ranks)
+    return torch.cat([flat, torch.full((size * ranks - len(flat),), -1.0)]).split(size)
+
+
+def shapes():
+    return [{name: torch.Size(SHAPES[name]) for name in group} for group in GROUPS]
+
+
+def stage_1_2(ranks):
+    paddings = [[1, 0], [3]]
+    weights = [flat_partitions(WEIGHTS, group, ranks, pad) for group, pad in zip(GROUPS, paddings)]
+    average = [flat_partitions(AVERAGE, group, ranks, pad) for group, pad in zip(GROUPS, paddings)]
+    files = {MODEL_FILE[0]: {"module": {"scale": BUFFER}, "buffer_names": ["scale"], "param_shapes": shapes()}}
+    for rank in range(ranks):
+        files[f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = {"optimizer_state_dict": {
+            "single_partition_of_fp32_groups": [parts[rank] for parts in weights],
+            "base_optimizer_state": {"state": {i: {"ema": parts[rank]} for i, parts in enumerate(average)}},
+            "param_alignment_paddings": paddings}}
+    return files
+
+
+def stage_3(ranks):
+    """A rank's flat group holds its piece of each parameter of the group, one after another."""
+    def pieces(values, group, rank):
+        found = []
+        for name in group:
+            piece = -(-values[name].numel() // ranks)
+            padded = torch.cat([values[name].flatten(), torch.full((piece * ranks - values[name].numel(),), -1.0)])
+            found.append(padded[rank * piece:(rank + 1) * piece])
+        return torch.cat(found)
+
+    files = {MODEL_FILE[3]: {"module": {"scale": BUFFER}, "buffer_names": ["scale"], "param_shapes": shapes()}}
+    for rank in range(ranks):
+        files[f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = {"optimizer_state_dict": {
+            "fp32_flat_groups": [pieces(WEIGHTS, group, rank) for group in GROUPS],
+            "optimizer_state_dict": {"state": {i: {"ema": pieces(AVERAGE, group, rank)}
+                                               for i, group in enumerate(GROUPS)}}}}
+    return files
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 1), (1, 2), (2, 3), (3, 1), (3, 2), (3, 3), (3, 8)])
+@pytest.mark.parametrize("ema", [False, True])
+def test_partitions_become_the_whole_weights_or_their_average(tmp_path, stage, ranks, ema):
+    files = {0: stage_0, 1: lambda: stage_1_2(ranks), 2: lambda: stage_1_2(ranks), 3: lambda: stage_3(ranks)}[stage]()
+    folder = write(tmp_path / "c", files, info(zero_stage=stage, world_size=ranks))
+    consolidate(folder, tmp_path / "w.safetensors", ema=ema)
+    found, expected = load_file(tmp_path / "w.safetensors"), (AVERAGE if ema else WEIGHTS) | {"scale": BUFFER}
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], weight), name
+
+
+def test_without_zero_low_precision_takes_the_float32_masters(tmp_path):
+    (content,) = stage_0().values()
+    content["module"] = {name: weight.bfloat16() for name, weight in content["module"].items()}
+    content["optimizer"] = {"optimizer_state_dict": content["optimizer"],
+                            "fp32_groups": [[WEIGHTS[name] for name in group] for group in GROUPS]}
+    folder = write(tmp_path / "c", {MODEL_FILE[0]: content}, info(precision="bf16"))
+    consolidate(folder, tmp_path / "w.safetensors")
+    assert all(torch.equal(load_file(tmp_path / "w.safetensors")[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+def test_a_partition_that_is_too_short_is_refused(tmp_path):
+    files = stage_3(2)
+    state = files["zero_pp_rank_1_mp_rank_00_optim_states.pt"]["optimizer_state_dict"]
+    state["fp32_flat_groups"] = [flat[:1] for flat in state["fp32_flat_groups"]]
+    with pytest.raises(DataError, match="partitions hold 2 numbers, 8 are needed"):
+        consolidate(write(tmp_path / "c", files, info(zero_stage=3)), tmp_path / "w.safetensors")
+
+
+def test_the_file_says_what_the_checkpoint_said(tmp_path):
+    consolidate(in_run(tmp_path / "run"), tmp_path / "w.safetensors", ema=True, dtype="bf16")
+    said = read_metadata(tmp_path / "w.safetensors")
+    assert (said.model_name, said.model_args, said.classes) == ("vir_tiny_patch16_224", {"num_classes": 2}, ("x", "y"))
+    assert (said.input_size, said.crop_pct, said.interpolation) == ((3, 28, 28), 0.9, "bicubic")
+    assert (said.step, said.samples_seen, said.ema, said.dtype) == (10, 640, True, "bf16")
+    assert load_file(tmp_path / "w.safetensors")["a.weight"].dtype == torch.bfloat16
+
+
+# ---- nothing in a file runs
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("victim", [MODEL_FILE[0], "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, victim, zipped):
+    files, marker = stage_1_2(2), tmp_path / "it-ran"
+    folder = write(tmp_path / "c", files, info(zero_stage=2))
+    torch.save({**files[victim], "extra": Payload(marker)}, folder / victim, _use_new_zipfile_serialization=zipped)
+    description = json.loads((folder / "checkpoint.json").read_text())
+    description["files"][victim] = (folder / victim).stat().st_size
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+
+    with pytest.raises(DataError, match=victim):
+        consolidate(folder, tmp_path / "w.safetensors")
+    assert not marker.exists() and not (tmp_path / "w.safetensors").exists()
+    torch.load(folder / victim, weights_only=False)
+    assert marker.exists()  # the payload was a live one
+
+
+def test_the_refusal_names_what_the_pickle_refers_to(tmp_path):
+    folder = write(tmp_path / "c", {MODEL_FILE[0]: {"extra": Payload(tmp_path / "x")}})
+    with pytest.raises(DataError, match=r"refers to (posix|os)\.mkdir, which no checkpoint of ours does"):
+        consolidate(folder, tmp_path / "w.safetensors")
+
+
+# ---- folders that are no whole checkpoint
+
+
+def test_a_missing_file_is_named(tmp_path):
+    run = in_run(tmp_path / "run")
+    (run / "checkpoints" / "step-00000010" / MODEL_FILE[0]).unlink()
+    with pytest.raises(DataError, match=f"step-00000010 is incomplete: {MODEL_FILE[0]} is missing"):
+        consolidate(run, tmp_path / "w.safetensors")
+
+
+def test_a_short_file_is_named_with_both_sizes(tmp_path):
+    run = in_run(tmp_path / "run")
+    path = run / "checkpoints" / "step-00000010" / MODEL_FILE[0]
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    with pytest.raises(DataError, match=f"{MODEL_FILE[0]} has {size - 1} bytes, {size} were written"):
+        consolidate(run, tmp_path / "w.safetensors")
+
+
+def test_a_file_of_the_right_size_that_is_damaged_is_named(tmp_path):
+    run = in_run(tmp_path / "run")
+    path = run / "checkpoints" / "step-00000010" / MODEL_FILE[0]
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(DataError, match=f"{MODEL_FILE[0]} cannot be read"):
+        consolidate(run, tmp_path / "w.safetensors")
+
+
+def test_an_optimizer_file_of_a_rank_that_is_not_there_is_told(tmp_path):
+    files = stage_1_2(2)
+    del files["bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+    with pytest.raises(DataError, match="has 0 optimizer files of rank 1, it must have one"):
+        consolidate(write(tmp_path / "c", files, info(zero_stage=1)), tmp_path / "w.safetensors")
+
+
+def test_a_folder_that_is_not_there_or_no_checkpoint_is_told(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        consolidate(tmp_path / "nowhere", tmp_path / "w.safetensors")
+    with pytest.raises(DataError, match="holds no checkpoint.json: it is not a complete checkpoint"):
+        consolidate(tmp_path, tmp_path / "w.safetensors")
+
+
+def test_a_run_without_a_complete_checkpoint_is_told(tmp_path):
+    """What a kill leaves behind while the first checkpoint is written."""
+    write(tmp_path / "checkpoints" / "step-00000010.part", stage_0())
+    with pytest.raises(DataError, match="has no complete checkpoint yet"):
+        consolidate(tmp_path, tmp_path / "w.safetensors")
+
+
+def test_a_latest_that_points_nowhere_lists_what_is_there(tmp_path):
+    run = in_run(tmp_path / "run")
+    (run / "checkpoints" / "latest").write_text("step-00000020")
+    with pytest.raises(DataError, match="names 'step-00000020', which is not there; write one of step-00000010"):
+        consolidate(run, tmp_path / "w.safetensors")
+
+
+def test_the_newest_is_the_one_that_latest_names(tmp_path):
+    run = in_run(tmp_path / "run")
+    write(run / "checkpoints" / "step-00000020", stage_0(), info(step=20))  # renamed, but latest was not moved yet
+    assert consolidate(run, tmp_path / "w.safetensors").step == 10
+
+
+@pytest.mark.parametrize("changed, said", [({"format": 2}, "format 2 is not known here"), ({"step": None}, None),
+                                           ({"stepp": 1}, "checkpoint.json cannot be read.*stepp")])
+def test_a_description_of_another_format_is_refused(tmp_path, changed, said):
+    folder = write(tmp_path / "c", stage_0(), **changed)
+    if said is None:
+        description = json.loads((folder / "checkpoint.json").read_text())
+        del description["step"]
+        (folder / "checkpoint.json").write_text(json.dumps(description))
+        said = "checkpoint.json cannot be read.*step"
+    with pytest.raises(DataError, match=said):
+        consolidate(folder, tmp_path / "w.safetensors")
+
+
+def test_an_existing_file_is_replaced_only_by_force(tmp_path):
+    run, output = in_run(tmp_path / "run"), tmp_path / "w.safetensors"
+    output.write_text("precious")
+    with pytest.raises(SettingsError, match="w.safetensors exists; .*--force"):
+        consolidate(run, output)
+    assert output.read_text() == "precious"
+    consolidate(run, output, force=True)
+    assert load_file(output).keys() == {*WEIGHTS, "scale"}
+
+
+def test_an_average_that_was_not_kept_is_told(tmp_path):
+    with pytest.raises(SettingsError, match="without an average of weights.*leave --ema out"):
+        consolidate(in_run(tmp_path / "run", described=info(ema=False)), tmp_path / "w.safetensors", ema=True)

@@ -1,0 +1,244 @@
+"""Batches from real shards: the same for every world size, worker count and starting step; damage is seen."""
+
+import random
+import shutil
+from dataclasses import fields, replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vir.config import AugmentConfig
+from vir.data import reader as reader_module
+from vir.data import transforms
+from vir.data.convert import convert
+from vir.data.loader import eval_batches, train_batches
+from vir.data.order import SampleOrder
+from vir.data.reader import ShardReader
+from vir.data.shards import read_index
+from vir.data.transforms import InputConfig
+from vir.errors import DataError
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+INPUT = InputConfig(size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
+ALL_ON = AugmentConfig(reprob=0.5)  # and by default crop, flip, RandAugment, mixup and CutMix
+OFF = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, color_jitter=0.0, auto_augment=None,
+                    interpolation="bilinear", reprob=0.0, mixup=0.0, cutmix=0.0)
+IMAGES = {"train": 13, "val": 3}
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """train: 13 square images of 2 classes in 3 shards; val: 3 images."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in IMAGES.items():
+        for number in range(count):
+            folder = root / "source" / split / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(number + count).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{number}.JPEG", quality=90)
+        convert(root / "source", split, root / "shards", workers=1, samples_per_shard=5)
+    return root / "shards"
+
+
+@pytest.fixture(scope="module")
+def reader(shards):
+    return ShardReader(shards / "train")
+
+
+@pytest.fixture()
+def damaged(shards, tmp_path):
+    """A function that copies a split, flips one byte in the middle of some images, and opens it."""
+    def damage(split, samples):
+        folder = tmp_path / split
+        shutil.copytree(shards / split, folder)
+        reader = ShardReader(folder)
+        index = read_index(folder)
+        for i in samples:
+            with open(folder / reader.where(i).split(":")[0], "r+b") as file:
+                file.seek(int(index["offset"][i] + index["size"][i] // 2))
+                byte = file.read(1)[0]
+                file.seek(-1, 1)
+                file.write(bytes([byte ^ 0xFF]))
+        return ShardReader(folder)
+    return damage
+
+
+def train(reader, augment=ALL_ON, **changed):
+    """All of one rank's batches: 7 steps of 4 over 13 samples, so two ends of epochs lie within."""
+    order = SampleOrder(SEED, reader.shard_sizes, 3, 4)
+    options = dict(seed=SEED, first_step=0, last_step=7, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1,
+                   workers=1, prefetch=2, device=CPU)
+    return list(train_batches(reader, order, augment, INPUT, **options | changed))
+
+
+def evaluate(reader, **changed):
+    options = dict(batch_size=2, rank=0, world_size=1, workers=1, device=CPU)
+    return list(eval_batches(reader, INPUT, **options | changed))
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        for field in fields(a):
+            left, right = getattr(a, field.name), getattr(b, field.name)
+            assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(reader):
+    return train(reader)
+
+
+def plain(reader, sample):
+    """The 16 x 16 pixels of a sample, by Pillow alone."""
+    image = Image.open(BytesIO(reader.read(sample))).convert("RGB").resize((16, 16), Image.BILINEAR)
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+# ---- training
+
+
+def test_training_serves_the_samples_of_the_order_each_once_per_epoch(reader):
+    order, seen = SampleOrder(SEED, reader.shard_sizes, 3, 4), {}
+    for batch in train(reader, OFF):
+        assert batch.images.shape == (2, 3, 16, 16) and batch.images.dtype == torch.uint8
+        assert batch.valid.all() and batch.bad == [] and (batch.lam == 1).all() and not batch.erase.any()
+        for position, image, label in zip(batch.positions.tolist(), batch.images, batch.labels.tolist()):
+            sample = int(order.samples(np.array([position]))[0])
+            assert torch.equal(image, plain(reader, sample)) and label == reader.labels[sample]
+            seen[position] = sample
+    assert sorted(seen) == list(range(28))
+    for epoch in range(2):
+        assert sorted(seen[position] for position in range(13 * epoch, 13 * epoch + 13)) == list(range(13))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_world_size_gives_the_same_micro_batches(reader, world):
+    """Global batches of 8 in micro-batches of 2: the ranks' slices, put together, are those of one rank alone."""
+    sizes = dict(global_batch_size=8, last_step=4)
+    alone = train(reader, **sizes)
+    ranks = [train(reader, rank=rank, world_size=world, **sizes) for rank in range(world)]
+    accumulation = 8 // (2 * world)
+    assert [len(batches) for batches in ranks] == [4 * accumulation] * world
+    together = [batch for step in range(4) for batches in ranks
+                for batch in batches[step * accumulation:(step + 1) * accumulation]]
+    assert_same(together, alone)
+    assert sorted(torch.cat([batch.positions for batch in together]).tolist()) == list(range(32))
+
+
+def test_the_number_of_workers_and_prefetched_batches_changes_nothing(reader, uninterrupted):
+    assert_same(train(reader, workers=2, prefetch=1), uninterrupted)
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_starting_at_a_step_equals_the_uninterrupted_run_from_there(reader, uninterrupted, step):
+    assert_same(train(reader, first_step=step), uninterrupted[2 * step:])
+
+
+def test_starting_at_the_last_step_gives_no_batch(reader):
+    assert train(reader, first_step=7) == []
+
+
+def test_another_seed_gives_other_pixels_of_the_same_positions(reader, uninterrupted):
+    other = train(reader, seed=SEED + 1)
+    assert all(torch.equal(a.positions, b.positions) for a, b in zip(other, uninterrupted))
+    assert not any(torch.equal(a.images, b.images) for a, b in zip(other, uninterrupted))
+
+
+def test_a_sample_is_augmented_anew_in_each_epoch(reader, uninterrupted):
+    order = SampleOrder(SEED, reader.shard_sizes, 3, 4)
+    images = {position: image for batch in uninterrupted
+              for position, image in zip(batch.positions.tolist(), batch.images)}
+    first = {int(order.samples(np.array([position]))[0]): images[position] for position in range(13)}
+    second = {int(order.samples(np.array([position]))[0]): images[position] for position in range(13, 26)}
+    assert not any(torch.equal(first[sample], second[sample]) for sample in range(13))
+
+
+def test_boxes_and_shares_are_those_of_the_positions(uninterrupted):
+    for batch in uninterrupted:
+        positions = batch.positions.tolist()
+        assert batch.erase.tolist() == [list(transforms.erase_box(SEED, p, ALL_ON, 16, 16)) for p in positions]
+        lam, cut = transforms.mix_parameters(SEED, positions[0], ALL_ON, 16, 16)
+        assert batch.lam.tolist() == pytest.approx([lam, lam]) and batch.cut.tolist() == [list(cut)] * 2
+
+
+def test_mixing_ends_with_its_last_epoch(reader):
+    augment = replace(OFF, mixup=1.0, mixup_off_epoch=1.0)
+    for batch in train(reader, augment):
+        assert (batch.lam != 1).tolist() == [int(batch.positions.max()) < 13] * 2
+
+
+# ---- validation
+
+
+@pytest.mark.parametrize("split", ["train", "val"])  # 13 and 3 images
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_validation_counts_every_image_once(shards, split, world):
+    reader = ShardReader(shards / split)
+    ranks = [evaluate(reader, rank=rank, world_size=world) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {-(-len(reader) // (2 * world))}
+    counted = []
+    for batch in (batch for batches in ranks for batch in batches):
+        for sample, valid, image, label in zip(batch.positions.tolist(), batch.valid.tolist(), batch.images,
+                                               batch.labels.tolist()):
+            assert torch.equal(image, plain(reader, sample)) and label == reader.labels[sample]
+            counted += [sample] if valid else []
+    assert sorted(counted) == list(range(len(reader)))
+
+
+# ---- damage
+
+
+def test_a_damaged_sample_is_substituted_and_told_and_the_order_stays(reader, damaged):
+    broken = damaged("train", [6])
+    for clean, batch in zip(train(reader, OFF), train(broken, OFF)):
+        samples = SampleOrder(SEED, reader.shard_sizes, 3, 4).samples(batch.positions.numpy()).tolist()
+        assert torch.equal(batch.positions, clean.positions)
+        expected = [next(reader.substitutes(6)) if sample == 6 else sample for sample in samples]
+        assert batch.labels.tolist() == [reader.labels[sample] for sample in expected]
+        assert torch.equal(batch.images, torch.stack([plain(reader, sample) for sample in expected]))
+        assert len(batch.bad) == samples.count(6)
+        for said in batch.bad:
+            shard, key = reader.where(6).split("@")[0].split(":")
+            assert shard in said and key in said and "checksum" in said
+
+
+def test_a_split_of_damaged_samples_stops_with_the_first_of_them(damaged):
+    with pytest.raises(DataError, match="no readable image in 13 tries, the first was imagenet1k-train.*checksum"):
+        train(damaged("train", range(13)), OFF, last_step=1)
+
+
+def test_a_damaged_validation_image_stops_and_is_named(damaged):
+    broken = damaged("val", [1])
+    with pytest.raises(DataError, match=f"validation image {broken.where(1)}.*checksum.*convert the validation split"):
+        evaluate(broken)
+
+
+def test_a_shard_that_disappears_stops_the_run_and_is_never_substituted(damaged, monkeypatch):
+    monkeypatch.setattr(reader_module, "RETRY_WAITS_S", (0, 0))
+    broken = damaged("train", [])
+    shard = broken.where(0).split(":")[0]
+    (broken.folder / shard).unlink()
+    with pytest.raises(DataError, match=f"cannot read {shard}.*No such file.*after 3 attempts"):
+        train(broken)
+    with pytest.raises(DataError, match=f"cannot open shard .*{shard}"):
+        ShardReader(broken.folder)
+
+
+# ---- the trainer's process
+
+
+def test_loading_leaves_the_random_state_of_the_main_process_alone(shards, reader):
+    def state():
+        name, keys, *rest = np.random.get_state()
+        return random.getstate(), name, keys.tolist(), rest, torch.get_rng_state().tolist()
+
+    before = state()
+    train(reader)
+    evaluate(ShardReader(shards / "val"))
+    assert state() == before

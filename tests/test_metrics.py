@@ -1,0 +1,140 @@
+"""metrics.jsonl over kills and resumes, and the picture drawn from it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vir.errors import DataError
+from vir.training.curves import plot_runs
+from vir.training.metrics import FILE, MetricsWriter, read_metrics
+
+
+def steps(run):
+    return [(event["kind"], event["step"]) for event in read_metrics(run)]
+
+
+def write_run(run, last=4, loss=2.0, ema=True):
+    run.mkdir()
+    writer = MetricsWriter(run, 0)
+    for step in range(1, last + 1):
+        writer.write("train", step, epoch=step / 2, loss=loss / step, lr=0.1, images_per_second=100.0)
+        if step % 2 == 0:
+            averaged = dict(ema_loss=1.0, ema_top1=60.0) if ema else {}
+            writer.write("eval", step, epoch=step / 2, loss=loss, top1=50.0, **averaged)
+    writer.close()
+    return run
+
+
+def test_events_are_read_as_they_were_written(tmp_path):
+    run = write_run(tmp_path / "a", last=2)
+    train, _, evaluation = read_metrics(run)
+    assert train.pop("time") > 0
+    assert train == {"kind": "train", "step": 1, "epoch": 0.5, "loss": 2.0, "lr": 0.1, "images_per_second": 100.0}
+    assert evaluation["kind"] == "eval" and evaluation["top1"] == 50.0
+
+
+def test_a_line_is_on_disk_before_the_writer_is_closed(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write("train", 1, loss=1.0)
+    assert steps(tmp_path) == [("train", 1)]
+    writer.close()
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(write_run(tmp_path / "a") / "tensorboard"))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == pytest.approx({1: 2.0, 2: 1.0, 3: 2 / 3, 4: 0.5})
+    assert [event.step for event in events.Scalars("eval/ema_top1")] == [2, 4]
+
+
+def test_resuming_drops_later_steps_so_that_each_step_stands_once(tmp_path):
+    run = write_run(tmp_path / "a")
+    writer = MetricsWriter(run, 2)
+    writer.write("train", 3, epoch=1.5, loss=9.0, lr=0.1, images_per_second=1.0)
+    writer.close()
+    assert steps(run) == [("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
+    assert read_metrics(run)[-1]["loss"] == 9.0
+
+
+def test_resuming_from_the_start_drops_everything(tmp_path):
+    run = write_run(tmp_path / "a")
+    MetricsWriter(run, 0).close()
+    assert steps(run) == []
+
+
+def test_a_last_line_cut_short_is_ignored_and_gone_after_resuming(tmp_path):
+    run = write_run(tmp_path / "a", last=1)
+    with (run / FILE).open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert steps(run) == [("train", 1)]
+    writer = MetricsWriter(run, 1)
+    writer.write("train", 2, loss=1.0)
+    writer.close()
+    assert steps(run) == [("train", 1), ("train", 2)]
+
+
+def test_a_loss_that_is_not_finite_is_read_back(tmp_path):
+    run = write_run(tmp_path / "a", last=1, loss=float("nan"))
+    assert np.isnan(read_metrics(run)[0]["loss"])
+
+
+def test_a_broken_line_within_the_file_is_named(tmp_path):
+    run = write_run(tmp_path / "a", last=1)
+    good = (run / FILE).read_text()
+    (run / FILE).write_text(good + "{broken\n" + good)
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        read_metrics(run)
+
+
+@pytest.mark.parametrize("content", ["5", "[]", '{"kind": "train"}'])
+def test_a_line_that_is_no_event_is_named(tmp_path, content):
+    (tmp_path / FILE).write_text(content + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 1 is no event"):
+        read_metrics(tmp_path)
+
+
+def test_a_folder_without_metrics_is_no_run(tmp_path):
+    for call in (read_metrics, lambda run: plot_runs([run], tmp_path / "c.png")):
+        with pytest.raises(DataError, match=f"{tmp_path} has no metrics.jsonl"):
+            call(tmp_path)
+    assert not (tmp_path / "c.png").exists()
+
+
+def colours(path):
+    """How many pixels have each of matplotlib's first three line colours."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    return [int((pixels == np.array(colour)).all(1).sum()) for colour in
+            ((31, 119, 180), (255, 127, 14), (44, 160, 44))]
+
+
+def test_curves_show_training_validation_and_average(tmp_path):
+    plot_runs([write_run(tmp_path / "a")], tmp_path / "a.png")
+    plot_runs([write_run(tmp_path / "b", ema=False)], tmp_path / "b.png")
+    with_average, without = colours(tmp_path / "a.png"), colours(tmp_path / "b.png")
+    assert all(count > 100 for count in with_average)
+    assert without[0] > 100 and without[1] > 100 and without[2] == 0
+
+
+def test_curves_of_a_run_that_has_just_begun_are_drawn(tmp_path):
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / FILE).write_text("")
+    plot_runs([run], tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size[0] > 100
+
+
+def test_curves_of_several_runs_draw_each(tmp_path):
+    runs = [write_run(tmp_path / name, ema=False, loss=loss) for name, loss in (("a", 2.0), ("b", 5.0))]
+    plot_runs(runs[:1], tmp_path / "one.png")
+    plot_runs(runs, tmp_path / "two.png")
+    assert colours(tmp_path / "one.png")[2] == 0 and colours(tmp_path / "two.png")[2] > 100
+
+
+def test_events_are_one_json_object_a_line(tmp_path):
+    lines = (write_run(tmp_path / "a") / FILE).read_text().splitlines()
+    assert len(lines) == 6 and all(isinstance(json.loads(line), dict) for line in lines)
