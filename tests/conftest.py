@@ -1,4 +1,4 @@
-"""Shared by the end-to-end tests: real digits as JPEG files, converted by the real tool, and a launcher with a bound."""
+"""Shared by the end-to-end tests: real digits as JPEG files, converted by the real tool; launchers with a bound."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # A network that two slow cores train in no time; what it computes is the same as at full size.
 TINY = ["--model.name", "vir_tiny_patch16_224", "--model.img_size", "28", "--data.workers", "1", "--data.lanes", "4",
-        "--model.args", "{patch_size: 7, embed_dim: 32, depth: 2, num_heads: 2}"]
+        "--model.args", "{patch_size: 14, embed_dim: 128, depth: 2, num_heads: 2}"]
 
 
 def free_port() -> str:
