@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    import torch
     from accelerate import PartialState
     from tqdm import tqdm
 
@@ -70,7 +71,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     elif args.mode != "auto" or args.compare_modes:
         raise SettingsError(f"{metadata.model_name} has no retention; leave out --mode and --compare-modes")
 
-    state = PartialState()
+    # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     distributed.share_cores(state.device)
     model.to(state.device)
     model_input = model_input_of(model)
