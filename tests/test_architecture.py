@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASE = {"errors": 0, "config": 1, "distributed": 1, "log": 1}
+BASE = {"errors": 0, "files": 0, "config": 1, "distributed": 1, "log": 1}
 ROOMS = {"models": 2, "data": 3, "evaluation": 4, "training": 5}
 ENTRY = 6  # vir/train.py and its like, and tools/
 

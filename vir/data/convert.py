@@ -27,12 +27,12 @@ from vir.data.shards import (
     ShardSample,
     SkippedFile,
     read_manifest,
-    sync_folder,
     write_shard,
     write_split,
 )
 from vir.data.sources import Sample, class_folders, read_folder
 from vir.errors import DataError, SettingsError, VirError
+from vir.files import flush
 
 ON_ERROR = ("fail", "skip")
 CHECKS = ("header", "decode")
@@ -180,7 +180,7 @@ def _partial_folder(folder: Path) -> Iterator[Path]:
             os.rename(partial, folder)
         except OSError as error:
             raise DataError(f"cannot rename {partial} to {folder}: {error.strerror}") from error
-        sync_folder(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if made_output:

@@ -95,8 +95,8 @@ class ShardReader:
         row = self._index[i]
         data = self._read_with_retries(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
         if zlib.crc32(data) != row["crc32"]:
-            raise BadSampleError(f"{self.where(i)} in {self.folder}: wrong checksum, the shard is damaged; "
-                                 f"copy it again or convert the split again")
+            raise BadSampleError(f"wrong checksum, the shard in {self.folder} is damaged; copy it again or convert "
+                                 "the split again")
         return data
 
     def substitutes(self, i: int) -> Iterator[int]:
@@ -115,7 +115,8 @@ class ShardReader:
     def _read_with_retries(self, i: int, shard: int, offset: int, size: int) -> bytes:
         for wait in (*RETRY_WAITS_S, None):
             try:
-                return _pread(self._descriptor(shard).number, size, offset)
+                descriptor = self._descriptor(shard)  # held while reading: another thread's open may evict and close it
+                return _pread(descriptor.number, size, offset)
             except OSError as error:
                 if wait is None:
                     raise DataError(f"cannot read {self.where(i)} in {self.folder}: {error.strerror or error}, after "

@@ -13,11 +13,12 @@ import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple, Sequence
+from typing import Iterable, NamedTuple, Sequence
 
 import numpy as np
 
 from vir.errors import DataError
+from vir.files import flush, write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -134,15 +135,15 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
         part[:] = rows
         part["shard"] = number
         start += len(rows)
-    _write_atomically(folder / INDEX, lambda file: np.save(file, index, allow_pickle=False))
+    write_atomically(folder / INDEX, lambda file: np.save(file, index, allow_pickle=False))
     manifest = SplitManifest(name=name, split=split, classes=tuple(classes), shards=tuple(info for info, _ in shards),
                              index_sha256=file_sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
                              skipped=tuple(skipped))
     content = {"format_version": FORMAT_VERSION, **asdict(manifest), "num_samples": manifest.num_samples,
                "fingerprint": manifest.fingerprint}
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    _write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
-    sync_folder(folder)
+    write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
+    flush(folder)
     return manifest
 
 
@@ -209,15 +210,6 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Forces the names in `folder` to disk: a rename survives a power cut only after this."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class _HashingWriter:
     """A file to write to that knows size and sha256 of what passed through."""
 
@@ -240,15 +232,6 @@ def _sample_json(sample: ShardSample) -> bytes:
     """The fields of timm's imagenet-1k-wds."""
     return json.dumps({"filename": sample.filename, "height": sample.height, "label": sample.label,
                        "width": sample.width}).encode()
-
-
-def _write_atomically(path: Path, write: Callable) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _why_no_manifest(folder: Path) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vir.errors import DataError
+from vir.files import flush
 
 FORMAT_VERSION = 1
 METADATA_KEY = "vir"
@@ -75,11 +76,11 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], meta
         mode = temporary.stat().st_mode
         save_file(_separate(state_dict), temporary, metadata=header)
         temporary.chmod(mode)  # as the umask says; safetensors leaves 0600, and clusters share folders
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def read_metadata(path: str | os.PathLike) -> WeightsMetadata:
@@ -181,11 +182,3 @@ def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     return tensors
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

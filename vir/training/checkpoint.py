@@ -8,7 +8,6 @@ those that it lists, is not a checkpoint.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pathlib import Path
 from vir import distributed
 from vir.distributed import World
 from vir.errors import DataError, SettingsError
+from vir.files import flush, write_text_atomically
 from vir.log import log
 from vir.training.checkpoint_info import DESCRIPTION, FOLDER, FORMAT, LATEST, CheckpointInfo, name_of, read_info
 from vir.training.engine import Engine
@@ -34,18 +34,20 @@ def save(engine: Engine, run: Path, info: CheckpointInfo, world: World, keep: in
     distributed.barrier()
     engine.deepspeed.save_checkpoint(str(root), tag=part, save_latest=False)
     for path in _files_of(root / part, world):
-        _flush(path)
+        flush(path)
     distributed.barrier()
     if world.is_main:
         sizes = {path.name: path.stat().st_size for path in sorted((root / part).iterdir())}
         description = {"format": FORMAT, **asdict(info), "files": sizes}
-        _write(root / part / DESCRIPTION, json.dumps(description, indent=1))
-        _flush(root / part)
+        write_text_atomically(root / part / DESCRIPTION, json.dumps(description, indent=1))
+        flush(root / part)
         if (root / name).exists():
             shutil.rmtree(root / name)
         (root / part).rename(root / name)
-        _write(root / LATEST, name)
-        _flush(root)
+        write_text_atomically(root / LATEST, name)
+        for script in root.glob("zero_to_*.py"):  # DeepSpeed puts its converters there: data should hold no programs
+            script.unlink()
+        flush(root)
         for old in sorted(root.glob("step-????????"))[:-keep]:
             if old.name != name:
                 shutil.rmtree(old)
@@ -57,24 +59,6 @@ def _files_of(folder: Path, world: World) -> list[Path]:
     """What this rank has written: its part of the optimizer and, on rank 0, everything that carries no rank."""
     own = f"_pp_rank_{world.rank}_"
     return [path for path in folder.iterdir() if own in path.name or (world.is_main and "_pp_rank_" not in path.name)]
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a small file: after a kill it holds the old text or the new."""
-    part = path.with_name(path.name + ".new")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(engine: Engine, folder: Path, world: World) -> CheckpointInfo:

@@ -55,8 +55,9 @@ class Plan:
 
 def steps_every(epochs: float, num_samples: int, global_batch_size: int, total: int) -> frozenset[int]:
     """The numbers of steps done at which each further `epochs` epochs are complete, and the last step."""
-    count = int(total * global_batch_size / (epochs * num_samples))
-    ends = (-(-int(round(k * epochs * num_samples)) // global_batch_size) for k in range(1, count + 1))
+    every = max(epochs * num_samples, global_batch_size)  # not more often than each step
+    count = int(total * global_batch_size / every)
+    ends = (-(-int(round(k * every)) // global_batch_size) for k in range(1, count + 1))
     return frozenset(step for step in (*ends, total) if 0 < step <= total)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from vir.errors import DataError
+from vir.files import write_text_atomically
 
 FILE = "metrics.jsonl"
 
@@ -25,9 +25,7 @@ class MetricsWriter:
 
         path = run / FILE
         kept = [event for event in read_metrics(run) if event["step"] <= from_step] if path.exists() else []
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        os.replace(part, path)
+        write_text_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from vir.data.order import SampleOrder
 from vir.data.transforms import model_input_of
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError
 from vir.evaluation.classify import classify
+from vir.files import write_text_atomically
 from vir.log import log
 from vir.training import checkpoint
 from vir.training.checkpoint_info import CheckpointInfo, newest
@@ -81,7 +81,7 @@ class _Job:
         self.plan = Plan(
             num_samples=len(prepared.train), num_classes=len(prepared.train.classes), accumulation=accumulation,
             total_steps=total,
-            warmup_steps=math.ceil(config.schedule.warmup_epochs * len(prepared.train) / size),
+            warmup_steps=total_steps(config.schedule.warmup_epochs, len(prepared.train), size),
             eval_steps=steps_every(config.eval.every_epochs, len(prepared.train), size, total),
             checkpoint_steps=steps_every(config.checkpoint.every_epochs, len(prepared.train), size, total))
         self.model_args = {**config.model.args, "num_classes": self.plan.num_classes}
@@ -112,8 +112,8 @@ class _Job:
         self._resume(progress)
         first = progress.samples_seen // config.train.global_batch_size
         if self.world.is_main:
-            (self.folder / CONFIG_FILE).write_text(dump_yaml(config))
-            (self.folder / DEEPSPEED_FILE).write_text(Path(config.deepspeed_config).read_text())
+            write_text_atomically(self.folder / CONFIG_FILE, dump_yaml(config))
+            write_text_atomically(self.folder / DEEPSPEED_FILE, Path(config.deepspeed_config).read_text())
             self.metrics = MetricsWriter(self.folder, first)
         self._announce(first)
         batches = train_batches(
