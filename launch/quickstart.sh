@@ -5,12 +5,18 @@
 #
 # Makes .venv, installs, writes 5,000 real handwritten digits as JPEGs in ImageNet's layout, converts them to shards,
 # trains a small ViR under DeepSpeed (on the GPUs present, else on 2 CPU processes), consolidates, evaluates, plots.
-# A second run installs nothing and continues, or finds everything done. PYTHON chooses the interpreter.
+# A second run installs nothing and continues, or finds everything done; other options need another --output FOLDER.
+# PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh demo
 
 run=runs/quickstart data=data/digits shards=data/digits-shards
+before=
+for word in "$@"; do
+  [ "$before" != --output ] || run=$word
+  before=$word
+done
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus > 0 ? gpus : 2))
 settings=ds_configs/zero2_bf16.json

@@ -1,12 +1,13 @@
 # Sourced by launch/quickstart.sh and tests/run.sh: activates .venv, after making it and installing this project with
-# the extra named by $1. Skipped where setup.cfg, constraints.txt and the extra are those of the last installation.
+# the extra named by $1. Skipped where setup.cfg and constraints.txt are those of the last installation with that extra
+# or with `test`, which contains the others.
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
   echo "$python is not Python 3.10 or newer; install one and name it: PYTHON=python3.11 bash $0" >&2
   exit 2
 }
 stamp=$(cat setup.cfg constraints.txt | cksum)
-if [ "$(cat ".venv/installed-$1" 2>/dev/null)" != "$stamp" ]; then
+if [ "$(cat ".venv/installed-$1" 2>/dev/null)" != "$stamp" ] && [ "$(cat .venv/installed-test 2>/dev/null)" != "$stamp" ]; then
   echo "== installing into .venv (PyTorch, DeepSpeed and timm: several GB, once)"
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TINY, call, deepspeed
+from conftest import ROOT, TINY, call, deepspeed, free_port
 from safetensors.torch import load_file
 
 import vir.models
@@ -154,7 +154,7 @@ def test_ema_is_the_average_that_its_definition_gives(config, runs, tmp_path):
         torch.testing.assert_close(found[name], average[name], rtol=1e-5, atol=1e-7)
 
 
-def test_weights_evaluate_to_what_training_saw_on_one_and_two_processes(runs, shards, tmp_path):
+def test_weights_evaluate_to_what_training_saw_under_python_torchrun_and_accelerate(runs, shards, tmp_path):
     run = runs / "zero0_fp32"
     seen = [event for event in read_metrics(run) if event["kind"] == "eval"][-1]
     consolidate(run, tmp_path / "w.safetensors")
@@ -162,8 +162,11 @@ def test_weights_evaluate_to_what_training_saw_on_one_and_two_processes(runs, sh
     call_python = (sys.executable, "-m", "vir.evaluate")
     call_torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
                      "vir.evaluate")
+    call_accelerate = (Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2",
+                       "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                       "--main_process_port", free_port(), "-m", "vir.evaluate")
     results = []
-    for start, name in ((call_python, "w"), (call_torchrun, "w"), (call_torchrun, "ema")):
+    for start, name in ((call_python, "w"), (call_torchrun, "w"), (call_accelerate, "ema")):
         done = call(*start, "--weights", tmp_path / f"{name}.safetensors", "--data", shards / "val", "--workers", "1",
                     "--batch-size", "16", "--compare-modes", "--json", tmp_path / "result.json")
         assert done.returncode == 0, done.stdout
@@ -174,7 +177,7 @@ def test_weights_evaluate_to_what_training_saw_on_one_and_two_processes(runs, sh
     assert one["images"] == two["images"] == 130
     assert (one["top1"], one["top5"]) == (two["top1"], two["top5"]) == (seen["top1"], seen["top5"])
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-6) == pytest.approx(seen["loss"], rel=1e-6)
-    assert (ema["top1"], ema["ema"]) == (seen["ema_top1"], True)
+    assert (ema["top1"], ema["ema"], ema["processes"]) == (seen["ema_top1"], True, 2)
     assert all(difference < 1e-5 for difference in one["mode_differences"].values())
 
 
