@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh: activates .venv, after making it and installing this project with
 # the extra named by $1. Skipped where setup.cfg and constraints.txt are those of the last installation with that extra
 # or with `test`, which contains the others.

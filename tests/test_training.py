@@ -18,6 +18,7 @@ from conftest import ROOT, TINY, call, deepspeed, free_port
 from safetensors.torch import load_file
 
 import vir.models
+from vir.data.shards import read_index
 from vir.train import main
 from vir.training.checkpoint_info import newest, read_info
 from vir.training.consolidate import consolidate
@@ -220,6 +221,20 @@ def test_gradients_that_are_not_finite_are_never_applied_and_stop_the_run(shards
     assert done.returncode == 4, done.stdout
     assert "3 steps in a row: lower --optim.lr" in done.stdout and "rank 0: loss not finite" in done.stdout
     assert "last checkpoint: step" in done.stdout
+
+
+def test_too_many_damaged_samples_end_every_rank(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "shards")
+    index = read_index(tmp_path / "shards" / "train")
+    for number, shard in enumerate(sorted((tmp_path / "shards" / "train").glob("*.tar"))):
+        content = bytearray(shard.read_bytes())
+        for row in index[index["shard"] == number][::3]:
+            content[row["offset"] + row["size"] // 2] ^= 1
+        shard.write_bytes(content)
+    done = deepspeed("--module", "vir.train", *command(tmp_path / "shards", tmp_path / "run"), timeout=120)
+    assert done.returncode == 3, done.stdout[-3000:]
+    assert "samples could not be decoded, more than --data.max_bad_fraction 0.001" in done.stdout
+    assert "bad sample replaced: digits-train-0000" in done.stdout and "wrong checksum" in done.stdout
 
 
 def test_bad_settings_end_every_rank_with_one_message(shards, tmp_path):
