@@ -102,8 +102,12 @@ def convert(source: Path, split: str, output: Path, *, name: str = "imagenet1k",
         if not shards:
             raise DataError(f"no whole image in {listing.root}: all {len(skipped)} were skipped, "
                             f"{skipped[0].filename} because {skipped[0].reason}")
-        write_split(partial, shards, name=name, split=split, classes=listing.classes, seed=seed,
-                    samples_per_shard=samples_per_shard, skipped=skipped)
+        try:
+            write_split(partial, shards, name=name, split=split, classes=listing.classes, seed=seed,
+                        samples_per_shard=samples_per_shard, skipped=skipped)
+        except OSError as error:
+            raise DataError(f"cannot write in {partial}: {error.strerror}; free some space, or choose another "
+                            "--output") from error
     return ConversionSummary(folder=output / split, images=sum(info.num_samples for info, _ in shards),
                              shards=len(shards), bytes=sum(info.bytes for info, _ in shards),
                              classes=len(listing.classes), seconds=time.monotonic() - began, skipped=tuple(skipped),
@@ -127,7 +131,9 @@ def _check_settings(source, split, output, name, workers, samples_per_shard, see
 
 
 def _refuse_existing(folder: Path) -> None:
-    if folder.exists():
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise DataError(f"--output {folder.parent} is a file; give a folder")
+    if os.path.lexists(folder):
         raise DataError(f"{folder} exists already; remove it to convert again, or choose another --output")
     partial = folder.with_name(folder.name + PARTIAL)
     if partial.exists():

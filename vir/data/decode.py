@@ -22,7 +22,7 @@ def inspect_image(data: bytes) -> tuple[str, int, int]:
     """What the bytes are, whatever the file was called: extension (jpg, png or webp), width and height in pixels.
 
     Parses the header only, and decodes the pixels where the file does not end as its format ends: that finds truncated
-    files, zero-filled ones too, and lets a harmless tail pass.
+    files, zero-filled ones too (but for WebP with metadata), and lets a harmless tail pass.
 
     Raises:
         BadSampleError: empty, of another kind, broken header, too many pixels (Pillow's limit, 179 million), truncated.
@@ -82,8 +82,9 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _ends_well(extension: str, data: bytes) -> bool:
-    if extension == "webp":
-        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if extension == "webp":  # libwebp takes a zero-filled half for pixels; extended files (VP8X) may end in zeros
+        whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
+        return whole and (data[12:16] == b"VP8X" or not data.endswith(bytes(16)))
     return data.rstrip(b"\x00").endswith(b"\xff\xd9" if extension == "jpg" else _PNG_END)
 
 

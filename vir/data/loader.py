@@ -9,7 +9,7 @@ import atexit
 import multiprocessing
 import random
 import signal
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Callable, Generator, Iterator
 
@@ -51,7 +51,8 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        there = self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(there, positions=self.positions, erase=self.erase)  # Python reads these: no wait for the device
 
 
 def seed_worker_globals(seed: int, position: int) -> None:
@@ -139,8 +140,10 @@ def _start_worker(_: int) -> None:
 @atexit.register
 def _end_workers() -> None:
     """Runs before multiprocessing's own exit hook, which would wait for ever for workers that ignore its SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report them as killed
-    for worker in multiprocessing.active_children():
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report them as killed
+    for worker in workers:
         worker.kill()
 
 
@@ -174,7 +177,8 @@ def _ahead(batches: Any, device: torch.device) -> Iterator[Any]:
 def _arrive(batch: Any, side: torch.cuda.Stream) -> Any:
     torch.cuda.current_stream().wait_stream(side)
     if isinstance(batch, Batch):
-        batch._map(lambda tensor: tensor.record_stream(torch.cuda.current_stream()) or tensor)
+        for tensor in (batch.images, batch.labels, batch.valid, batch.lam, batch.cut):
+            tensor.record_stream(torch.cuda.current_stream())
     return batch
 
 

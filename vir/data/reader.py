@@ -90,10 +90,13 @@ class ShardReader:
 
         Raises:
             DataError: it cannot be read, tried 1 + len(RETRY_WAITS_S) times.
-            BadSampleError: it was read and its checksum is wrong.
+            BadSampleError: it was read, twice, and its checksum is wrong.
         """
         row = self._index[i]
         data = self._read_with_retries(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
+        if zlib.crc32(data) != row["crc32"]:
+            self._descriptor.cache_clear()
+            data = self._read_with_retries(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
         if zlib.crc32(data) != row["crc32"]:
             raise BadSampleError(f"wrong checksum, the shard in {self.folder} is damaged; copy it again or convert "
                                  "the split again")

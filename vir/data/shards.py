@@ -18,7 +18,7 @@ from typing import Iterable, NamedTuple, Sequence
 import numpy as np
 
 from vir.errors import DataError
-from vir.files import flush, write_atomically
+from vir.files import replace_text, replacing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -135,15 +135,14 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
         part[:] = rows
         part["shard"] = number
         start += len(rows)
-    write_atomically(folder / INDEX, lambda file: np.save(file, index, allow_pickle=False))
+    with replacing(folder / INDEX) as path, open(path, "wb") as file:
+        np.save(file, index, allow_pickle=False)
     manifest = SplitManifest(name=name, split=split, classes=tuple(classes), shards=tuple(info for info, _ in shards),
                              index_sha256=file_sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
                              skipped=tuple(skipped))
     content = {"format_version": FORMAT_VERSION, **asdict(manifest), "num_samples": manifest.num_samples,
                "fingerprint": manifest.fingerprint}
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
-    flush(folder)
+    replace_text(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
     return manifest
 
 

@@ -1,6 +1,7 @@
 """Folders of labelled images: SOURCE/SPLIT/CLASS/IMAGE, ImageNet's layout -> a list of samples."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Sequence
@@ -56,7 +57,7 @@ def read_folder(source: Path, split: str, classes: Sequence[str] | None = None) 
     label_of = {name: label for label, name in enumerate(classes)}
     if unknown := [name for name in found if name not in label_of]:
         raise DataError(f"{root} has class folders that the class list of {len(classes)} classes lacks: "
-                        f"{_some(unknown)}; give the right list with --classes, or move them away")
+                        f"{_some(unknown)}; move them away, or choose another --output and give the right list with --classes")
     samples, taken, empty, ignored = [], set(), [], 0
     for name in found:
         images, others = _images(root / name)
@@ -76,19 +77,19 @@ def read_folder(source: Path, split: str, classes: Sequence[str] | None = None) 
 def class_folders(folder: Path) -> list[str]:
     """Sorted names of the folders in `folder`, hidden ones left out: the class list, where nobody gives another."""
     with _scan(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
     """Class names from a text file, one a line, in label order; empty lines are skipped."""
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the class list {path}: {error}") from error
     names = [name for name in names if name]
     if not names:
         raise DataError(f"the class list {path} is empty; expected one class name a line")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise DataError(f"the class list {path} names classes twice: {_some(twice)}")
     return tuple(names)
 
@@ -135,11 +136,18 @@ def _images(folder: Path) -> tuple[list[str], int]:
             if entry.name.startswith("."):
                 continue
             # No stat: a dangling link with an image's name is listed, so that reading it fails and nobody misses it.
-            if entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.is_dir():
+            if entry.name.lower().endswith(IMAGE_EXTENSIONS) and not _is_folder(entry):
                 images.append(entry.name)
             else:
                 others += 1
     return sorted(images), others
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links: listed as a file, whose reading fails and says so
+        return False
 
 
 def _scan(folder: Path):

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from vir.config import AugmentConfig
 from vir.data.order import generator
+from vir.errors import SettingsError
 
 # One stream per use, so that a new consumer of numbers never shifts another.
-_ERASE, _MIX, _NOISE = 1, 2, 3
-SAMPLE_STREAM = 0
+_ERASE, _MIX, _NOISE, SAMPLE_STREAM = 1, 2, 3, 4  # not 0: a seed sequence takes (a, b, 0) for (a, b), an epoch's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,21 @@ class InputConfig:
 
 
 def train_transform(augment: AugmentConfig, model_input: InputConfig) -> Callable[[Image.Image], np.ndarray]:
-    """timm's training transform up to uint8 [C, H, W]; it draws from the global random generators."""
+    """timm's training transform up to uint8 [C, H, W]; it draws from the global random generators.
+
+    Raises:
+        SettingsError: a policy string that timm does not know.
+    """
     from timm.data import create_transform
 
-    return create_transform(
-        model_input.size, is_training=True, use_prefetcher=True, scale=augment.scale, ratio=augment.ratio,
-        hflip=augment.hflip, color_jitter=augment.color_jitter or None, auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation, mean=model_input.mean, std=model_input.std)
+    try:
+        return create_transform(
+            model_input.size, is_training=True, use_prefetcher=True, scale=augment.scale, ratio=augment.ratio,
+            hflip=augment.hflip, color_jitter=augment.color_jitter or None, auto_augment=augment.auto_augment,
+            interpolation=augment.interpolation, mean=model_input.mean, std=model_input.std)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise SettingsError(f"--augment.auto_augment {augment.auto_augment!r}: {error}; for example "
+                            "rand-m9-mstd0.5-inc1, or null for none") from error
 
 
 def eval_transform(model_input: InputConfig) -> Callable[[Image.Image], np.ndarray]:
@@ -147,11 +155,17 @@ def soft_targets(labels: Tensor, lam: Tensor, num_classes: int, smoothing: float
 
 
 def model_input_of(model: Any) -> InputConfig:
-    """What a timm model expects: its default_cfg, at the size it was built for."""
+    """What a timm model expects: its default_cfg, at the size it was built for.
+
+    Raises:
+        SettingsError: the model does not take three channels.
+    """
     from timm.data import resolve_model_data_config
 
     found = resolve_model_data_config(model)
     size = tuple(found["input_size"])
+    if getattr(model, "in_chans", size[0]) != 3:
+        raise SettingsError(f"the model takes {model.in_chans} channels; images are decoded to RGB: leave in_chans at 3")
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None):
         size = (size[0], *embed.img_size)

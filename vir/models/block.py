@@ -28,7 +28,7 @@ class Retention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, proj_drop: float = 0.0) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise SettingsError(f"embed_dim {dim} is not divisible by num_heads {num_heads}; "
                                 f"64 channels per head are usual: num_heads={max(dim // 64, 1)}")
         self.num_heads = num_heads
@@ -51,14 +51,15 @@ class Retention(nn.Module):
         return self.proj_drop(self.out_proj(out))
 
     def _retain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        decay = self.decay.to(q.device)  # a model made under torch.device("meta") or "cuda" keeps its table on CPU
         mode = self.mode
         if mode == "auto":
             mode = "parallel" if q.shape[2] <= self.AUTO_PARALLEL_TOKENS else "chunkwise"
         if mode == "parallel":
-            return parallel_retention(q, k, v, self.decay)
+            return parallel_retention(q, k, v, decay)
         if mode == "chunkwise":
-            return chunkwise_retention(q, k, v, self.decay, self.chunk_size)[0]
-        return recurrent_retention(q, k, v, self.decay)[0]
+            return chunkwise_retention(q, k, v, decay, self.chunk_size)[0]
+        return recurrent_retention(q, k, v, decay)[0]
 
     def set_mode(self, mode: str, chunk_size: int | None = None) -> None:
         """Choose one of RETENTION_MODES, and the chunk size of `chunkwise` and `auto` (unchanged when None)."""

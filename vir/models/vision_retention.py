@@ -271,6 +271,8 @@ def _check_pool(global_pool: str) -> None:
 
 
 def _check_divisible(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    if min(patch_size) < 1:
+        raise SettingsError(f"patch_size is {patch_size[0]}x{patch_size[1]}; it must be at least 1x1")
     if any(side < patch or side % patch for side, patch in zip(img_size, patch_size)):
         nearest = tuple(max(round(side / patch), 1) * patch for side, patch in zip(img_size, patch_size))
         raise SettingsError(f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size "

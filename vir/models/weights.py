@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vir.errors import DataError
-from vir.files import flush
+from vir.files import replacing
 
 FORMAT_VERSION = 1
 METADATA_KEY = "vir"
@@ -68,19 +68,16 @@ class WeightsMetadata:
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write the file so that `path` is either as before or complete and on disk; folders are made as needed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = {"format": "pt", METADATA_KEY: json.dumps(dataclasses.asdict(metadata), ensure_ascii=False)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(_separate(state_dict), temporary, metadata=header)
-        temporary.chmod(mode)  # as the umask says; safetensors leaves 0600, and clusters share folders
-        flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    flush(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file(_separate(state_dict), temporary, metadata=header)
+            temporary.chmod(mode)  # as the umask says; safetensors leaves 0600, and clusters share folders
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot write {path}: {error}; free some space or choose another file") from error
 
 
 def read_metadata(path: str | os.PathLike) -> WeightsMetadata:
@@ -149,7 +146,7 @@ def _create(path: str | os.PathLike, metadata: WeightsMetadata) -> nn.Module:
     overlay = {key: getattr(metadata, key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
     try:
         return timm.create_model(name, pretrained_cfg_overlay=overlay, **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
         raise DataError(f"{path}: timm {timm.__version__} cannot create {name!r} with model_args {args} ({error}); "
                         f"install the versions of vir and timm that wrote it") from error
 

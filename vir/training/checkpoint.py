@@ -16,7 +16,7 @@ from pathlib import Path
 from vir import distributed
 from vir.distributed import World
 from vir.errors import DataError, SettingsError
-from vir.files import flush, write_text_atomically
+from vir.files import flush, replace_text
 from vir.log import log
 from vir.training.checkpoint_info import DESCRIPTION, FOLDER, FORMAT, LATEST, CheckpointInfo, name_of, read_info
 from vir.training.engine import Engine
@@ -39,12 +39,12 @@ def save(engine: Engine, run: Path, info: CheckpointInfo, world: World, keep: in
     if world.is_main:
         sizes = {path.name: path.stat().st_size for path in sorted((root / part).iterdir())}
         description = {"format": FORMAT, **asdict(info), "files": sizes}
-        write_text_atomically(root / part / DESCRIPTION, json.dumps(description, indent=1))
+        replace_text(root / part / DESCRIPTION, json.dumps(description, indent=1))
         flush(root / part)
         if (root / name).exists():
             shutil.rmtree(root / name)
         (root / part).rename(root / name)
-        write_text_atomically(root / LATEST, name)
+        replace_text(root / LATEST, name)
         for script in root.glob("zero_to_*.py"):  # DeepSpeed puts its converters there: data should hold no programs
             script.unlink()
         flush(root)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vir.errors import DataError
-from vir.files import write_text_atomically
+from vir.files import replace_text
 
 FILE = "metrics.jsonl"
 
@@ -25,7 +25,7 @@ class MetricsWriter:
 
         path = run / FILE
         kept = [event for event in read_metrics(run) if event["step"] <= from_step] if path.exists() else []
-        write_text_atomically(path, "".join(json.dumps(event) + "\n" for event in kept))
+        replace_text(path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
 

@@ -18,7 +18,7 @@ from vir.data.order import SampleOrder
 from vir.data.transforms import model_input_of
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError
 from vir.evaluation.classify import classify
-from vir.files import write_text_atomically
+from vir.files import replace_text
 from vir.log import log
 from vir.training import checkpoint
 from vir.training.checkpoint_info import CheckpointInfo, newest
@@ -99,7 +99,7 @@ class _Job:
     def _build(self, drop_path_rate: float) -> torch.nn.Module:
         try:
             model = timm.create_model(self.config.model.name, drop_path_rate=drop_path_rate, **self.model_args)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
             raise SettingsError(f"--model.name {self.config.model.name} cannot be built with {self.model_args}: "
                                 f"{error}") from error
         if hasattr(model, "set_retention_mode"):
@@ -112,8 +112,8 @@ class _Job:
         self._resume(progress)
         first = progress.samples_seen // config.train.global_batch_size
         if self.world.is_main:
-            write_text_atomically(self.folder / CONFIG_FILE, dump_yaml(config))
-            write_text_atomically(self.folder / DEEPSPEED_FILE, Path(config.deepspeed_config).read_text())
+            replace_text(self.folder / CONFIG_FILE, dump_yaml(config))
+            replace_text(self.folder / DEEPSPEED_FILE, Path(config.deepspeed_config).read_text())
             self.metrics = MetricsWriter(self.folder, first)
         self._announce(first)
         batches = train_batches(
