@@ -4,7 +4,7 @@
 #   bash launch/quickstart.sh [options of vir.train, e.g. --train.epochs 40 --train.seed 7]
 #
 # Makes .venv, installs, writes 5,000 real handwritten digits as JPEGs in ImageNet's layout, converts them to shards,
-# trains a small ViR under DeepSpeed (on the GPUs present, else on 2 CPU processes), consolidates, evaluates, plots.
+# trains a small ViR under DeepSpeed (on one or two GPUs, else on 2 CPU processes), consolidates, evaluates, plots.
 # A second run installs nothing and continues, or finds everything done; other options need another --output FOLDER.
 # PYTHON chooses the interpreter.
 set -euo pipefail
@@ -15,10 +15,11 @@ run=runs/quickstart data=data/digits shards=data/digits-shards
 before=
 for word in "$@"; do
   [ "$before" != --output ] || run=$word
+  case $word in --output=*) run=${word#--output=} ;; esac
   before=$word
 done
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-ranks=$((gpus > 0 ? gpus : 2))
+ranks=$((gpus == 1 ? 1 : 2)) # a model this small keeps no more busy
 settings=ds_configs/zero2_bf16.json
 if [ "$gpus" -eq 0 ] && ! grep -q bf16 /proc/cpuinfo; then
   settings=ds_configs/zero2_fp32.json

@@ -10,8 +10,10 @@ python=${PYTHON:-python3}
 stamp=$(cat setup.cfg constraints.txt | cksum)
 if [ "$(cat ".venv/installed-$1" 2>/dev/null)" != "$stamp" ] && [ "$(cat .venv/installed-test 2>/dev/null)" != "$stamp" ]; then
   echo "== installing into .venv (PyTorch, DeepSpeed and timm: several GB, once)"
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
+  tested=(--constraint constraints.txt) # holds releases that need Python 3.11; on 3.10 pip chooses
+  .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || tested=()
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${tested[@]}" --editable ".[$1]"
   printf '%s' "$stamp" >".venv/installed-$1"
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -10,7 +10,6 @@ import yaml
 
 from vir import config as config_module
 from vir.config import (
-    RECIPES,
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
@@ -195,7 +194,10 @@ def test_differences_name_what_changes_results_and_nothing_else():
         "data.lanes: 64 -> 2", "model.args.depth: 4 -> 6", "model.args.num_heads: None -> 3", "optim.lr: 0.001 -> 0.5"]
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted((Path(config_module.__file__).parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_parses_and_sets_what_it_says(recipe):
     found, said = to_dict(parse(["--config", str(recipe), *REQUIRED])), yaml.safe_load(recipe.read_text())
     assert said

@@ -144,3 +144,14 @@ def test_complete_adds_the_numbers_of_the_run_and_keeps_the_rest():
         "zero_optimization": {"stage": 2}, "train_batch_size": 24, "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 3, "gradient_clipping": 0.5}
     assert given == {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "check_grad_overflow off"),
+    ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload is not supported yet"),
+    ({"data_types": {"grad_accum_dtype": "fp32"}}, "unknown key 'data_types'"),
+])
+def test_what_would_train_wrongly_or_cannot_be_consolidated_is_refused(content, said, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    with pytest.raises(SettingsError, match=said):
+        ds_config.read(tmp_path / "ds.json")

@@ -1,6 +1,7 @@
 """End to end under the real launcher: every DeepSpeed configuration trains on two ranks, resumes bit for bit,
 consolidates to what DeepSpeed itself finds, and keeps the average of weights that its definition gives."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -262,6 +263,10 @@ def test_fp16_on_a_cpu_is_refused_on_every_rank(shards, tmp_path):
     (["--model.args", "{dept: 3}"], 2, "dept"),
     (["--optim.lrr", "1"], 2, "--optim.lrr"),
     (["--deepspeed_config", "none.json"], 2, "none.json: no such file"),
+    (["--model.args", "{pretrained: true}"], 2, "--model.args sets pretrained"),
+    (["--model.args", "{patch_size: 0}"], 2, "patch_size is 0x0"),
+    (["--model.args", "{num_heads: 0}"], 2, "not divisible by num_heads 0"),
+    (["--model.args", "{in_chans: 1}"], 2, "leave in_chans at 3"),
 ])
 def test_bad_input_is_named_on_one_screen(change, code, said, shards, tmp_path, capsys):
     assert main([*command(shards, tmp_path / "run"), *change]) == code
@@ -275,6 +280,42 @@ def test_a_run_folder_is_continued_only_with_the_settings_it_began_with(runs, sh
     assert "optim.lr: 0.001 -> 0.002" in capsys.readouterr().err
     assert main([*command(shards, runs / "zero0_fp32"), "--resume", "none"]) == 2
     assert "holds a run and --resume is none" in capsys.readouterr().err
+
+
+def test_shards_of_other_classes_do_not_continue_a_run(runs, shards, digits, tmp_path):
+    shutil.copytree(runs / "zero0_fp32", tmp_path / "run")
+    for split in ("train", "val"):
+        for of_class in ("one", "two"):
+            shutil.copytree(digits / split / of_class, tmp_path / "images" / split / of_class)
+        done = call(sys.executable, "tools/convert_imagenet.py", "--source", tmp_path / "images", "--split", split,
+                    "--output", tmp_path / "shards", "--workers", "1")
+        assert done.returncode == 0, done.stdout
+    done = deepspeed("--module", "vir.train", *command(tmp_path / "shards", tmp_path / "run"))
+    assert done.returncode == 2 and "'num_classes': 10" in done.stdout and "Traceback" not in done.stdout, done.stdout
+
+
+def test_changed_weight_decay_acts_after_a_resume_that_accepts_it(runs, shards, tmp_path):
+    back = tmp_path / "run"
+    shutil.copytree(runs / "zero2_fp32", back)
+    for later in sorted((back / "checkpoints").glob("step-*"))[HALF:]:
+        shutil.rmtree(later)
+    (back / "checkpoints" / "latest").write_text(f"step-{HALF:08d}")
+    done = deepspeed("--module", "vir.train", *command(shards, back, "zero2_fp32"), "--optim.weight_decay", "100",
+                     "--accept_config_change", "true")
+    assert done.returncode == 0, done.stdout[-3000:]
+    before, after = (weights(run, STEPS, tmp_path)["head.weight"].norm() for run in (runs / "zero2_fp32", back))
+    assert after < 0.8 * before
+
+
+def test_a_second_run_in_one_folder_is_refused(shards, tmp_path):
+    (tmp_path / "run").mkdir()
+    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        done = call(sys.executable, "-m", "vir.train", *command(shards, tmp_path / "run"))
+    finally:
+        os.close(descriptor)
+    assert done.returncode == 2 and "another run is writing there" in done.stdout, done.stdout
 
 
 def test_a_finished_run_is_left_alone(runs, shards, tmp_path):

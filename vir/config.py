@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Optional
 
 import yaml
 
 from vir.errors import SettingsError
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 def _check(holds: bool, flag: str, value: object, limit: str) -> None:
@@ -233,7 +230,7 @@ class RunConfig:
     """All settings of a run."""
 
     deepspeed_config: str = ""
-    """DeepSpeed JSON: ZeRO stage, precision, offload, activation checkpointing; see ds_configs/."""
+    """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing; see ds_configs/."""
     output: str = ""
     """Run folder; the same command on it continues the run."""
     resume: Literal["auto", "none"] = "auto"

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from vir.errors import SettingsError, VirError
+from vir.files import replace_text
 
 MODES = ("auto", "parallel", "chunkwise", "recurrent")
 
@@ -35,6 +36,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("batch_size", "workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: {args.json.parent} is not a folder")
     return args
 
 
@@ -42,8 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     try:
         return _evaluate(args)
-    except VirError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    except VirError as error:  # every process meets it at the door; later, maybe one alone
+        from torch import distributed
+
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0 or distributed.is_initialized():
             print(f"vir.evaluate: {error}", file=sys.stderr)
         return error.exit_code
 
@@ -95,7 +100,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             print(f"largest logit difference, {mode} against parallel: {difference:.2e}")
         print(json.dumps(result))
         if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            replace_text(args.json, json.dumps(result, indent=1) + "\n")
     state.destroy_process_group()
     return 0
 

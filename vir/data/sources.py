@@ -57,7 +57,8 @@ def read_folder(source: Path, split: str, classes: Sequence[str] | None = None) 
     label_of = {name: label for label, name in enumerate(classes)}
     if unknown := [name for name in found if name not in label_of]:
         raise DataError(f"{root} has class folders that the class list of {len(classes)} classes lacks: "
-                        f"{_some(unknown)}; move them away, or choose another --output and give the right list with --classes")
+                        f"{_some(unknown)}; move them away, or choose another --output and give the right "
+                        "list with --classes")
     samples, taken, empty, ignored = [], set(), [], 0
     for name in found:
         images, others = _images(root / name)

@@ -165,7 +165,7 @@ def model_input_of(model: Any) -> InputConfig:
     found = resolve_model_data_config(model)
     size = tuple(found["input_size"])
     if getattr(model, "in_chans", size[0]) != 3:
-        raise SettingsError(f"the model takes {model.in_chans} channels; images are decoded to RGB: leave in_chans at 3")
+        raise SettingsError(f"the model takes {model.in_chans} channels; images are RGB: leave in_chans at 3")
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "img_size", None):
         size = (size[0], *embed.img_size)

@@ -44,11 +44,11 @@ def save(engine: Engine, run: Path, info: CheckpointInfo, world: World, keep: in
         if (root / name).exists():
             shutil.rmtree(root / name)
         (root / part).rename(root / name)
+        flush(root)
         replace_text(root / LATEST, name)
         for script in root.glob("zero_to_*.py"):  # DeepSpeed puts its converters there: data should hold no programs
             script.unlink()
-        flush(root)
-        for old in sorted(root.glob("step-????????"))[:-keep]:
+        for old in sorted(root.glob("step-????????"), key=lambda path: path.stat().st_mtime)[:-keep]:
             if old.name != name:
                 shutil.rmtree(old)
         log.info("checkpoint %s: %.1f MB in %.1f s", root / name, sum(sizes.values()) / 1e6, time.monotonic() - began)
@@ -77,7 +77,11 @@ def load(engine: Engine, folder: Path, world: World) -> CheckpointInfo:
         if saved != now:
             raise SettingsError(f"{folder} was saved with {what} {saved}, this run has {now}; {flag}, or consolidate "
                                 "it with tools/consolidate_checkpoint.py")
+    groups = engine.deepspeed.optimizer.param_groups
+    settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in groups]
     loaded, _ = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise DataError(f"DeepSpeed could not load {folder}")
+    for group, own in zip(engine.deepspeed.optimizer.param_groups, settings):
+        group.update(own)  # the run config owns them; the checkpoint brings those it was saved with
     return info

@@ -50,7 +50,8 @@ def consolidate(source: Path, output: Path, *, ema: bool = False, dtype: str = "
         raise SettingsError(f"{output} exists; give another --output, or --force to replace it")
     if not source.is_dir():
         raise DataError(f"{source}: no such folder; give a run folder or one of its {FOLDER}/step-… folders")
-    folder = newest(source) if (source / FOLDER).is_dir() else source
+    is_run = (source / FOLDER).is_dir() or (source / "metrics.jsonl").is_file()
+    folder = newest(source) if is_run else source
     if folder is None:
         raise DataError(f"{source} has no complete checkpoint yet; let the run reach one (--checkpoint.every_epochs)")
     info = read_info(folder)

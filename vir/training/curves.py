@@ -22,7 +22,8 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
     (loss, accuracy), (rate, speed) = axes
     for run in runs:
-        events = read_metrics(run)
+        events = [{name: float("nan") if value is None else value for name, value in event.items()}
+                  for event in read_metrics(run)]  # null: no finite loss in that interval
         train = [event for event in events if event["kind"] == "train"]
         evals = [event for event in events if event["kind"] == "eval"]
         label = f"{run.name}: " if len(runs) > 1 else ""

@@ -22,10 +22,9 @@ OWNED = {
 
 # DeepSpeed 0.19 ignores a top-level key it does not know, so a typo would pass in silence.
 KNOWN = {
-    "zero_optimization", "bf16", "fp16", "data_types", "activation_checkpointing", "communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor", "zero_force_ds_cpu_optimizer", "aio", "checkpoint",
-    "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger", "tensorboard", "wandb",
-    "csv_monitor", "comet", "steps_per_print", "dump_state", "disable_python_gc", "timers",
+    "zero_optimization", "bf16", "fp16", "activation_checkpointing", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger",
+    "tensorboard", "wandb", "csv_monitor", "comet", "steps_per_print", "dump_state", "disable_python_gc", "timers",
 }
 
 
@@ -67,6 +66,12 @@ def read(path: str | Path) -> dict[str, Any]:
                             "write an empty block {} to recompute every block in the backward pass")
     if is_enabled(config, "fp16") and is_enabled(config, "bf16"):
         raise SettingsError(f"{path} enables both fp16 and bf16; keep one")
+    if not config.get("bf16", {}).get("check_grad_overflow", True):
+        raise SettingsError(f"{path} switches bf16.check_grad_overflow off: steps that are not finite would be "
+                            "applied; leave it out")
+    offload = sorted(key for key in config.get("zero_optimization", {}) if "offload" in key)
+    if offload:
+        raise SettingsError(f"{path} sets zero_optimization.{offload[0]}; offload is not supported yet, leave it out")
     stage = zero_stage(config)
     if type(stage) is not int or stage not in (0, 1, 2, 3):  # true is 1 in Python
         raise SettingsError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")

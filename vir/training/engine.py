@@ -13,7 +13,10 @@ from typing import Any, Iterator
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vir.config import RunConfig
@@ -51,9 +54,12 @@ class Engine:
         self._check_groups(model, groups)
         # lr is written before each step; 0 until then keeps DeepSpeed's own set-up step from moving a weight.
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds.complete(ds_config, config, accumulation),
-            dist_init_required=False)
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=ds.complete(ds_config, config, accumulation),
+                dist_init_required=False)
+        except (DeepSpeedConfigError, ValidationError, ZeRORuntimeException, NotImplementedError) as error:
+            raise SettingsError(f"DeepSpeed refuses {config.deepspeed_config}: {error}") from error
         self.module: nn.Module = self.deepspeed.module
         self.dtype: torch.dtype = self.deepspeed.get_data_types()[0]
         self._optimizer = optimizer

@@ -71,6 +71,7 @@ class _Interval:
     losses: list[Tensor] = field(default_factory=list)
     images: int = 0
     skipped: int = 0
+    bad: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -85,7 +86,7 @@ class Trainer:
         self._mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
         self._not_finite_in_a_row = 0
         self._began_at = 0
-        self._bad: list[str] = []
+        self._bad = 0
 
     def fit(self, batches: Generator[Batch, None, None], progress: Progress) -> bool:
         """Train to the end of the plan; True when done, False when a signal ended it early, after saving.
@@ -114,7 +115,7 @@ class Trainer:
                 if done % self.config.train.log_every == 0 or done == self.plan.total_steps or stopping:
                     interval = self._report(done, progress, lr, interval, bar)
                 paused = time.monotonic()
-                if done in self.plan.eval_steps and not stopping:
+                if done in self.plan.eval_steps and (not stopping or done == self.plan.total_steps):
                     self._evaluate(done)
                 if done in self.plan.checkpoint_steps or stopping:
                     self._save(progress)
@@ -148,7 +149,7 @@ class Trainer:
             applied = self.engine.step(lr)
             losses.append(loss.detach())
             positions.append(batch.positions)
-            self._bad += batch.bad
+            interval.bad += batch.bad
         assert applied is not None, "the accumulation of the plan and of DeepSpeed differ"
         interval.images += self.config.train.global_batch_size
         if applied:
@@ -156,7 +157,8 @@ class Trainer:
             interval.losses += losses
         else:
             interval.skipped += 1
-            self._not_finite(step, losses, positions)
+            if self.engine.precision != "fp16":  # there it is how the loss scale finds its place
+                self._not_finite(step, losses, positions)
         return applied
 
     def _prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -187,28 +189,28 @@ class Trainer:
         log.info(said)
 
     def _report(self, done: int, progress: Progress, lr: float, interval: _Interval, bar: tqdm) -> _Interval:
-        """Write a line of metrics, once per interval: the only place where the device is waited for."""
+        """Write a line of metrics, once per interval: the only place where this loop waits for the device."""
         losses = torch.stack(interval.losses).double() if interval.losses else torch.zeros(0)
         loss, count, bad, waited = distributed.sum_over_ranks(
-            [losses.sum().item(), len(losses), len(self._bad), interval.waited], self.world.device)
+            [losses.sum().item(), len(losses), len(interval.bad), interval.waited], self.world.device)
         seconds = time.monotonic() - interval.began - interval.paused
         mean = loss / count if count else float("nan")
         rate = interval.images / seconds
-        for said in self._bad[-5:]:
+        for said in interval.bad:
             log.warning("bad sample replaced: %s", said)
-        self._check_bad(bad, progress.samples_seen - self._began_at)
+        self._bad += int(bad)
+        self._check_bad(progress.samples_seen - self._began_at)
         if self.metrics is not None:
             self.metrics.write("train", done, samples_seen=progress.samples_seen,
                                epoch=progress.samples_seen / self.plan.num_samples, loss=mean, lr=lr,
                                grad_norm=self.engine.grad_norm(), updates=progress.updates, skipped=interval.skipped,
-                               bad_samples=int(bad), images_per_second=rate,
+                               bad_samples=self._bad, images_per_second=rate,
                                data_wait=waited / self.world.size / seconds)
         bar.set_postfix_str(f"loss {mean:.3f} lr {lr:.2e} {rate:.0f} images/s")
         return _Interval()
 
-    def _check_bad(self, bad: float, samples: int) -> None:
+    def _check_bad(self, samples: int) -> None:
         limit = self.config.data.max_bad_fraction
-        if bad > max(_BAD_TOO_FEW_TO_JUDGE, limit * samples):
-            raise DataError(f"{bad:.0f} of {samples} samples could not be decoded, more than --data.max_bad_fraction "
-                            f"{limit}; the last on this rank: {self._bad[-1] if self._bad else 'none'}. Convert the "
-                            "split again")
+        if self._bad > max(_BAD_TOO_FEW_TO_JUDGE, limit * samples):
+            raise DataError(f"{self._bad} of {samples} samples could not be decoded, more than --data.max_bad_fraction "
+                            f"{limit}; log.txt and the ranks' output name them. Convert the split again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,24 @@ FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends events to RUN/metrics.jsonl and RUN/tensorboard.
 
-    Events of steps after `from_step`, written by a run that was killed before its next checkpoint, are dropped:
-    each step stands once.
+    Events after `from_epoch`, written by a run that was killed before its next checkpoint, are dropped: each step
+    stands once. `from_step` is the same moment in steps of the present batch size.
     """
 
-    def __init__(self, run: Path, from_step: int) -> None:
+    def __init__(self, run: Path, from_epoch: float, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run / FILE
-        kept = [event for event in read_metrics(run) if event["step"] <= from_step] if path.exists() else []
+        kept = [event for event in read_metrics(run) if event["epoch"] <= from_epoch + 1e-9] if path.exists() else []
         replace_text(path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One event; `kind` is train or eval. Numbers also go to TensorBoard as kind/name."""
-        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                 for name, value in values.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **plain}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{name}", value, step)

@@ -11,11 +11,12 @@ from typing import Any
 import timm
 import yaml
 
-import vir.models  # noqa: F401  registers the models with timm
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
 from vir.errors import SettingsError
+from vir.models.weights import FORBIDDEN_ARGS
 from vir.training import ds_config
+from vir.training.checkpoint_info import newest
 
 CONFIG_FILE = "config.yaml"
 
@@ -52,6 +53,8 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _check_model(config: RunConfig) -> None:
+    if wrong := sorted(FORBIDDEN_ARGS & config.model.args.keys()):
+        raise SettingsError(f"--model.args sets {', '.join(wrong)}; a run begins with random weights, leave them out")
     if not timm.is_model(config.model.name):
         near = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
         raise SettingsError(f"--model.name {config.model.name}: no such model" + (
@@ -61,14 +64,17 @@ def _check_model(config: RunConfig) -> None:
 def _check_folder(config: RunConfig) -> None:
     """Refuse a run folder that began with other settings, or that --resume none would overwrite."""
     saved = Path(config.output) / CONFIG_FILE
-    if not saved.is_file():
-        if Path(config.output).is_file():
-            raise SettingsError(f"--output {config.output} is a file; give a folder")
-        return
-    if config.resume == "none":
+    checkpoint = newest(Path(config.output))
+    if config.resume == "none" and (saved.is_file() or checkpoint):
         raise SettingsError(f"--output {config.output} holds a run and --resume is none; give another --output, or "
                             "leave --resume out to continue it")
-    changed = differences(yaml.safe_load(saved.read_text()), to_dict(config))
+    if not saved.is_file():
+        return
+    try:
+        before = dict(yaml.safe_load(saved.read_text()))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"{saved} cannot be read ({error}); restore it, or give another --output") from error
+    changed = differences(before, to_dict(config))
     if changed and not config.accept_config_change:
         raise SettingsError(f"--output {config.output} began with other settings: " + "; ".join(changed) +
                             "; give another --output, or --accept_config_change true to go on with the new ones")

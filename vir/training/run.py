@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +23,7 @@ from vir.evaluation.classify import classify
 from vir.files import replace_text
 from vir.log import log
 from vir.training import checkpoint
-from vir.training.checkpoint_info import CheckpointInfo, newest
+from vir.training.checkpoint_info import CheckpointInfo, newest, read_info
 from vir.training.curves import plot_runs
 from vir.training.engine import Engine
 from vir.training.loop import Plan, Progress, Trainer, steps_every
@@ -37,15 +39,20 @@ def run(prepared: Prepared) -> int:
     config = prepared.config
     world = distributed.start()
     folder = Path(config.output)
-    if world.is_main:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--output {folder} cannot be made: {error.strerror}; give another folder") from error
     _check_shared(folder, world)
+    lock = _lock(folder, world)
     logs.start(world.rank, folder)
     job = _Job(prepared, world, folder)
     try:
         done = job.train()
     finally:
         job.close()
+        if lock is not None:
+            os.close(lock)
     if world.is_main:
         plot_runs([folder], folder / "curves.png")
         log.info("done: %s" if done else "stopped by a signal; the same command continues: %s", folder)
@@ -67,6 +74,23 @@ def _check_shared(folder: Path, world: distributed.World) -> None:
     if blind:
         raise SettingsError(f"--output {folder}: ranks {blind[:8]} do not see what rank 0 writes there; give a folder "
                             "that all nodes share")
+
+
+def _lock(folder: Path, world: distributed.World) -> int | None:
+    """Keep a second run out of the folder while this one lives; rank 0 holds the lock, a descriptor."""
+    descriptor, taken = None, False
+    if world.is_main:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except OSError:  # a file system without locks
+            pass
+    if distributed.broadcast(taken):
+        raise SettingsError(f"--output {folder}: another run is writing there; wait for it, end it, or give another "
+                            "folder")
+    return descriptor
 
 
 class _Job:
@@ -114,7 +138,7 @@ class _Job:
         if self.world.is_main:
             replace_text(self.folder / CONFIG_FILE, dump_yaml(config))
             replace_text(self.folder / DEEPSPEED_FILE, Path(config.deepspeed_config).read_text())
-            self.metrics = MetricsWriter(self.folder, first)
+            self.metrics = MetricsWriter(self.folder, progress.samples_seen / self.plan.num_samples, first)
         self._announce(first)
         batches = train_batches(
             self.prepared.train, self.order, config.augment, self.model_input, seed=config.train.seed,
@@ -140,7 +164,10 @@ class _Job:
         found = distributed.broadcast(newest(self.folder) if self.world.is_main else None)
         if found is None:
             return
-        info = checkpoint.load(self.engine, found, self.world)
+        info = read_info(found)
+        if {**info.model_args, "name": info.model_name} != {**self.model_args, "name": self.config.model.name}:
+            raise SettingsError(f"{found} holds a {info.model_name} with {info.model_args}, this run builds a "
+                                f"{self.config.model.name} with {self.model_args}; give another --output")
         if info.data_fingerprint != self.prepared.train.fingerprint and not self.config.accept_config_change:
             raise SettingsError(f"{found} was trained on other shards than --data.train {self.config.data.train}; give "
                                 "those, or --accept_config_change true")
@@ -148,6 +175,7 @@ class _Job:
         if info.samples_seen % size:
             raise SettingsError(f"{found} has seen {info.samples_seen} samples, not a multiple of "
                                 f"--train.global_batch_size {size}; choose one that divides it")
+        checkpoint.load(self.engine, found, self.world)
         progress.samples_seen, progress.updates = info.samples_seen, info.updates
 
     def _save(self, progress: Progress) -> None:
@@ -167,6 +195,9 @@ class _Job:
         for prefix, averaged in (("", False), ("ema_", True)) if self.engine.has_ema else (("", False),):
             for name, weight in self.engine.full_weights(averaged):
                 state[name].copy_(weight)
+            for name, buffer in self.engine.module.named_buffers():
+                if name in state:
+                    state[name].copy_(buffer)
             batches = eval_batches(
                 self.prepared.val, self.model_input, batch_size=self.config.eval.batch_size, rank=self.world.rank,
                 world_size=self.world.size, workers=self.config.data.workers, device=self.world.device)
