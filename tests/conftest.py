@@ -17,6 +17,15 @@ TINY = ["--model.name", "vir_tiny_patch16_224", "--model.img_size", "28", "--dat
         "--model.args", "{patch_size: 14, embed_dim: 128, depth: 2, num_heads: 2}"]
 
 
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -202,6 +202,20 @@ def test_an_existing_split_is_never_touched(source, tmp_path):
     assert hashes(tmp_path / "out/train") == before
 
 
+def test_an_output_that_is_a_file_is_named(source, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="file is a file; give a folder"):
+        convert(source, "train", tmp_path / "file", workers=1)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_loop_of_links_is_an_unreadable_file(source, tmp_path):
+    loop = source / "train" / sorted(os.listdir(source / "train"))[0] / "loop.jpg"
+    loop.symlink_to(loop)
+    with pytest.raises(DataError, match="loop.jpg"):
+        convert(source, "train", tmp_path / "out", workers=1)
+
+
 def test_a_partial_folder_is_refused_and_kept(source, tmp_path):
     (tmp_path / "out/train.partial").mkdir(parents=True)
     with pytest.raises(DataError, match="train.partial exists: another conversion is running, or one was interrupted"):

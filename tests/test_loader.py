@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 from io import BytesIO
 
@@ -19,7 +21,7 @@ from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.data.shards import read_index
 from vir.data.transforms import InputConfig
-from vir.errors import DataError
+from vir.errors import DataError, SettingsError
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -242,3 +244,27 @@ def test_loading_leaves_the_random_state_of_the_main_process_alone(shards, reade
     train(reader)
     evaluate(ShardReader(shards / "val"))
     assert state() == before
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_are_those_on_the_cpu(reader, uninterrupted):
+    assert_same([batch.to(CPU) for batch in train(reader, device=torch.device("cuda", 0))], uninterrupted)
+
+
+def test_a_programs_own_processes_live_on_at_its_exit(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, pathlib, time\n"
+        "import vir.data.loader\n"
+        "def write():\n"
+        "    time.sleep(1)\n"
+        f"    pathlib.Path({str(tmp_path / 'written')!r}).touch()\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('fork').Process(target=write).start()\n")
+    assert subprocess.run([sys.executable, program], timeout=60).returncode == 0
+    assert (tmp_path / "written").exists()
+
+
+def test_an_unknown_augmentation_policy_is_named(reader):
+    with pytest.raises(SettingsError, match="--augment.auto_augment 'foo'.*rand-m9-mstd0.5-inc1"):
+        train(reader, augment=replace(ALL_ON, auto_augment="foo"))

@@ -238,6 +238,11 @@ def test_a_zero_filled_tail_is_found():
     """Half of a file that was allocated in full: libjpeg decodes the zeros to grey without a word."""
     with pytest.raises(BadSampleError, match="truncated"):
         inspect_image(JPEG[:len(JPEG) // 2] + bytes(len(JPEG) // 2))
+    webp = BytesIO()
+    Image.effect_noise((256, 256), 60).convert("RGB").save(webp, "WEBP")
+    webp = webp.getvalue()
+    with pytest.raises(BadSampleError):
+        inspect_image(webp[:len(webp) // 2] + bytes(len(webp) // 2))
 
 
 @pytest.mark.parametrize("mode, kind, value, rgb", [

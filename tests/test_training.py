@@ -265,8 +265,8 @@ def test_fp16_on_a_cpu_is_refused_on_every_rank(shards, tmp_path):
     (["--deepspeed_config", "none.json"], 2, "none.json: no such file"),
     (["--model.args", "{pretrained: true}"], 2, "--model.args sets pretrained"),
     (["--model.args", "{patch_size: 0}"], 2, "patch_size is 0x0"),
-    (["--model.args", "{num_heads: 0}"], 2, "not divisible by num_heads 0"),
-    (["--model.args", "{in_chans: 1}"], 2, "leave in_chans at 3"),
+    (["--model.args", "{patch_size: 14, num_heads: 0}"], 2, "not divisible by num_heads 0"),
+    (["--model.args", "{patch_size: 14, in_chans: 1}"], 2, "leave in_chans at 3"),
 ])
 def test_bad_input_is_named_on_one_screen(change, code, said, shards, tmp_path, capsys):
     assert main([*command(shards, tmp_path / "run"), *change]) == code

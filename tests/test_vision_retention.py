@@ -422,3 +422,11 @@ def test_timm_groups_parameters_for_decay():
 def test_importing_vir_alone_imports_no_torch():
     code = "import sys, vir; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("mode", ["parallel", "chunkwise", "recurrent"])
+def test_a_model_made_under_a_device_context_runs_there(mode):
+    with torch.device("meta"):
+        model = tiny()
+        model.set_retention_mode(mode)
+        assert model(torch.randn(2, 3, *model.patch_embed.img_size)).device.type == "meta"

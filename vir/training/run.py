@@ -46,11 +46,13 @@ def run(prepared: Prepared) -> int:
     _check_shared(folder, world)
     lock = _lock(folder, world)
     logs.start(world.rank, folder)
-    job = _Job(prepared, world, folder)
     try:
-        done = job.train()
+        job = _Job(prepared, world, folder)
+        try:
+            done = job.train()
+        finally:
+            job.close()
     finally:
-        job.close()
         if lock is not None:
             os.close(lock)
     if world.is_main:
