@@ -162,23 +162,25 @@ def _serve(make: Callable[[np.ndarray, np.ndarray], Batch], requests: Callable[[
 def _ahead(batches: Any, device: torch.device) -> Iterator[Any]:
     """Copy each batch to the GPU on a side stream while the one before is being trained on."""
     side = torch.cuda.Stream(device)
-    waiting = None
+    waiting: list[tuple[Any, torch.cuda.Event]] = []
     for batch in batches:
         if isinstance(batch, Batch):
             with torch.cuda.stream(side):
                 batch = batch.to(device)
-        if waiting is not None:
-            yield _arrive(waiting, side)
-        waiting = batch
-    if waiting is not None:
-        yield _arrive(waiting, side)
+        waiting.append((batch, side.record_event()))
+        if len(waiting) == 2:
+            yield _arrived(*waiting.pop(0))
+    for last in waiting:
+        yield _arrived(*last)
 
 
-def _arrive(batch: Any, side: torch.cuda.Stream) -> Any:
-    torch.cuda.current_stream().wait_stream(side)
+def _arrived(batch: Any, copied: torch.cuda.Event) -> Any:
+    """The batch, safe to use on the current stream."""
+    here = torch.cuda.current_stream()
+    here.wait_event(copied)
     if isinstance(batch, Batch):
         for tensor in (batch.images, batch.labels, batch.valid, batch.lam, batch.cut):
-            tensor.record_stream(torch.cuda.current_stream())
+            tensor.record_stream(here)  # its memory is not given to the side stream again before it was read here
     return batch
 
 

@@ -117,8 +117,7 @@ class _Job:
         model = self._build(config.model.drop_path_rate)
         self.model_input = model_input_of(model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.order = SampleOrder(config.train.seed, prepared.train.shard_sizes,
-                                 min(config.data.lanes, len(prepared.train)), config.data.window)
+        self.order = SampleOrder(config.train.seed, prepared.train.shard_sizes, config.data.lanes, config.data.window)
         self.engine = Engine(model, config, prepared.ds_config, accumulation)
         self.metrics: MetricsWriter | None = None
 
