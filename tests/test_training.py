@@ -178,7 +178,8 @@ def test_weights_evaluate_to_what_training_saw_under_python_torchrun_and_acceler
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["images"] == two["images"] == 130
     assert (one["top1"], one["top5"]) == (two["top1"], two["top5"]) == (seen["top1"], seen["top5"])
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6) == pytest.approx(seen["loss"], rel=1e-6)
+    for other in (two, seen):  # float32 in batches of another size
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert (ema["top1"], ema["ema"], ema["processes"]) == (seen["ema_top1"], True, 2)
     assert all(difference < 1e-5 for difference in one["mode_differences"].values())
 
