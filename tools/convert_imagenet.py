@@ -12,39 +12,32 @@ import signal
 import sys
 from pathlib import Path
 
-from vir.data.convert import CHECKS, ON_ERROR, convert
+from vir.data.convert import CHECKS, ON_ERROR, Stopped, convert
 from vir.data.sources import read_class_list
 from vir.errors import VirError
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    got: list[signal.Signals] = []
+    before = {number: signal.signal(number, lambda number, frame: got.append(signal.Signals(number)))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         summary = convert(args.source, args.split, args.output, name=args.name, workers=args.workers,
                           samples_per_shard=args.samples_per_shard, seed=args.seed, on_error=args.on_error,
-                          check=args.check, classes=read_class_list(args.classes) if args.classes else None)
+                          check=args.check, classes=read_class_list(args.classes) if args.classes else None,
+                          stopping=lambda: bool(got))
     except VirError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except _Stopped as stopped:
-        print(f"stopped by {stopped.args[0].name}; what was written is removed", file=sys.stderr)
-        return 128 + stopped.args[0]
+    except Stopped:
+        print(f"stopped by {got[0].name}; what was written is removed", file=sys.stderr)
+        return 128 + got[0]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     print(summary)
     return 0
-
-
-class _Stopped(KeyboardInterrupt):
-    """Its argument is the signal."""
-
-
-def _stop(number, frame):
-    for again in (signal.SIGINT, signal.SIGTERM):  # a second one would cut the tidying short
-        signal.signal(again, signal.SIG_IGN)
-    raise _Stopped(signal.Signals(number))
 
 
 def _parser() -> argparse.ArgumentParser:

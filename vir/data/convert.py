@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vir.data.decode import BadSampleError, decode_image, inspect_image
 from vir.data.shards import (
     MANIFEST,
+    PARTIAL,
     PRELOAD,
     ShardInfo,
     ShardSample,
@@ -36,9 +37,12 @@ from vir.files import flush
 
 ON_ERROR = ("fail", "skip")
 CHECKS = ("header", "decode")
-PARTIAL = ".partial"
 
 _Shard = tuple[ShardInfo, np.ndarray]
+
+
+class Stopped(Exception):
+    """The conversion was asked to stop, and has tidied up."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class ConversionSummary:
 
 def convert(source: Path, split: str, output: Path, *, name: str = "imagenet1k", workers: int = 8,
             samples_per_shard: int = 1000, seed: int = 0, on_error: str = "fail", check: str = "header",
-            classes: Sequence[str] | None = None) -> ConversionSummary:
+            classes: Sequence[str] | None = None,
+            stopping: Callable[[], bool] = lambda: False) -> ConversionSummary:
     """Converts `source/split/<class>/<image>` into `output/split`, which appears when everything in it is whole.
 
     The images are shuffled over the whole split, so that a shard read alone is a fair sample. Image files go into the
@@ -82,10 +87,12 @@ def convert(source: Path, split: str, output: Path, *, name: str = "imagenet1k",
         check: "header" parses every header and decodes what does not end as its format ends; "decode" decodes all.
         classes: class list in label order. If None: that of the splits already in `output`, else the class folders of
             `source/train`, else those of the split; so a validation split with fewer classes keeps its labels.
+        stopping: asked several times a second; True ends the conversion. For signal handlers: an exception raised out
+            of one may hit the process pool while it starts a worker, and leave it waiting for ever.
 
     Raises:
-        DataError, SettingsError: each names the value and the way out. On any exception, KeyboardInterrupt included,
-            what was written is removed and the workers have ended.
+        DataError, SettingsError: each names the value and the way out.
+        Stopped: `stopping` said so. On any exception what was written is removed and the workers have ended.
     """
     source, output = Path(source).absolute(), Path(output).absolute()
     _check_settings(source, split, output, name, workers, samples_per_shard, seed, on_error, check)
@@ -96,7 +103,7 @@ def convert(source: Path, split: str, output: Path, *, name: str = "imagenet1k",
     with _partial_folder(output / split) as partial:
         tasks = [_Task(partial / f"{name}-{split}-{number:06d}.tar", listing.root, part, on_error == "skip",
                        check == "decode") for number, part in enumerate(parts)]
-        results = _run(tasks, min(workers, len(tasks)))
+        results = _run(tasks, min(workers, len(tasks)), stopping)
         skipped = sorted((file for _, _, bad in results for file in bad), key=lambda file: file.filename)
         shards = _number_shards(partial, [(info, rows) for info, rows, _ in results])
         if not shards:
@@ -225,7 +232,7 @@ class _Task:
 _Result = tuple[ShardInfo, np.ndarray, list[SkippedFile]]
 
 
-def _run(tasks: Sequence[_Task], workers: int) -> list[_Result]:
+def _run(tasks: Sequence[_Task], workers: int, stopping: Callable[[], bool]) -> list[_Result]:
     """The results in task order, with a progress bar in images. At most two tasks per worker wait in the queue."""
     # forkserver: workers start from a process without threads, which has imported the slow modules once for all.
     context = multiprocessing.get_context("forkserver")
@@ -243,7 +250,9 @@ def _run(tasks: Sequence[_Task], workers: int) -> list[_Result]:
                 running[pool.submit(_convert_shard, item[1])] = item[0]
             if not running:
                 return results
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            if stopping():
+                raise Stopped
+            for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                 number = running.pop(future)
                 results[number] = future.result()
                 bar.update(len(tasks[number].samples))
@@ -268,10 +277,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class _Stopped(Exception):
-    """The main process gave up; nobody reads the result."""
-
-
 def _convert_shard(task: _Task) -> _Result:
     skipped: list[SkippedFile] = []
     try:
@@ -284,7 +289,7 @@ def _convert_shard(task: _Task) -> _Result:
 def _checked_samples(task: _Task, skipped: list[SkippedFile]) -> Iterator[ShardSample]:
     for sample in task.samples:
         if _stop.is_set():
-            raise _Stopped
+            raise Stopped
         path = task.root / sample.filename
         try:
             data = path.read_bytes()
