@@ -1,6 +1,8 @@
 """metrics.jsonl over kills and resumes, and the picture drawn from it."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +146,12 @@ def test_numbers_that_are_not_finite_are_null_and_leave_a_gap_in_the_curve(tmp_p
     assert [event["loss"] for event in read_metrics(tmp_path)] == [2.0, None, None]
     plot_runs([tmp_path], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_tool_draws_several_runs_into_one_picture_and_names_what_is_no_run(tmp_path, capsys):
+    tool = runpy.run_path(str(Path(__file__).parent.parent / "tools" / "plot_run.py"))["main"]
+    runs = [str(write_run(tmp_path / name)) for name in "ab"]
+    assert tool([*runs, "--output", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert tool([str(tmp_path)]) == 3
+    assert f"{tmp_path} has no metrics.jsonl" in capsys.readouterr().err

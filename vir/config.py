@@ -15,6 +15,8 @@ import yaml
 
 from vir.errors import SettingsError
 
+RetentionMode = Literal["auto", "parallel", "chunkwise", "recurrent"]
+
 
 def _check(holds: bool, flag: str, value: object, limit: str) -> None:
     if not holds:
@@ -33,7 +35,7 @@ class ModelConfig:
     """Further architecture arguments for timm.create_model, e.g. --model.args '{patch_size: 4, depth: 6}'."""
     drop_path_rate: float = 0.0
     """Stochastic depth rate of the last block; earlier blocks scale linearly from 0."""
-    retention_mode: Literal["auto", "parallel", "chunkwise", "recurrent"] = "auto"
+    retention_mode: RetentionMode = "auto"
     """Form of retention used in training; weights and results are the same in each."""
     chunk_size: int = 64
     """Tokens per chunk of the chunkwise form."""

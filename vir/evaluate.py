@@ -13,11 +13,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
+from vir.config import RetentionMode
 from vir.errors import SettingsError, VirError
 from vir.files import replace_text
 
-MODES = ("auto", "parallel", "chunkwise", "recurrent")
+MODES = get_args(RetentionMode)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -23,6 +23,8 @@ from vir.files import replace_text, replacing
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
+PARTIAL = ".partial"
+"""Ends the name of a split's folder while it is being written."""
 
 INDEX_FIELDS = [
     ("shard", "<i4"),   # position in the manifest's list
@@ -236,7 +238,7 @@ def _sample_json(sample: ShardSample) -> bytes:
 def _why_no_manifest(folder: Path) -> str:
     convert = "python tools/convert_imagenet.py --source {} --split {} --output SHARDS"
     if not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(folder.name + PARTIAL)
         unfinished = f"; {partial} is there: its conversion is running or was interrupted" if partial.is_dir() else ""
         return f"no such folder: {folder}{unfinished or '; convert first: ' + convert.format('SRC', folder.name)}"
     folders = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))

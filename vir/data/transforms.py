@@ -9,6 +9,7 @@ drawn per sample out of (seed, position): the same pixels on every topology.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Callable
 
 import numpy as np
@@ -110,10 +111,16 @@ def _inside(boxes: Tensor, height: int, width: int) -> Tensor:
     return (rows >= top) & (rows < top + h) & (columns >= left) & (columns < left + w)
 
 
+@lru_cache
+def _mean_and_std(model_input: InputConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each [1, C, 1, 1], put on the device once: a copy per batch would make the host wait for it."""
+    mean, std = (torch.tensor(values, device=device) for values in (model_input.mean, model_input.std))
+    return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+
 def normalize(images: Tensor, model_input: InputConfig) -> Tensor:
     """uint8 [B, C, H, W] to float32, as (x / 255 - mean) / std."""
-    mean = torch.tensor(model_input.mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.tensor(model_input.std, device=images.device).view(1, -1, 1, 1)
+    mean, std = _mean_and_std(model_input, images.device)
     return (images.float() / 255 - mean) / std
 
 

@@ -3,13 +3,16 @@
 Dimension key: B batch, N tokens, D width, H heads, K = D / H key and value width.
 """
 
+from typing import get_args
+
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
+from vir.config import RetentionMode
 from vir.errors import SettingsError
 from vir.models.retention import chunkwise_retention, parallel_retention, recurrent_retention, retention_decay
 
-RETENTION_MODES = ("auto", "parallel", "chunkwise", "recurrent")
+RETENTION_MODES: tuple[str, ...] = get_args(RetentionMode)
 
 NORM_EPS = 1e-6
 

@@ -18,7 +18,7 @@ from vir.distributed import World
 from vir.errors import DataError, SettingsError
 from vir.files import flush, replace_text
 from vir.log import log
-from vir.training.checkpoint_info import DESCRIPTION, FOLDER, FORMAT, LATEST, CheckpointInfo, name_of, read_info
+from vir.training.checkpoint_info import DESCRIPTION, FOLDER, FORMAT, LATEST, CheckpointInfo, name_of
 from vir.training.engine import Engine
 
 
@@ -40,7 +40,6 @@ def save(engine: Engine, run: Path, info: CheckpointInfo, world: World, keep: in
         sizes = {path.name: path.stat().st_size for path in sorted((root / part).iterdir())}
         description = {"format": FORMAT, **asdict(info), "files": sizes}
         replace_text(root / part / DESCRIPTION, json.dumps(description, indent=1))
-        flush(root / part)
         if (root / name).exists():
             shutil.rmtree(root / name)
         (root / part).rename(root / name)
@@ -61,14 +60,15 @@ def _files_of(folder: Path, world: World) -> list[Path]:
     return [path for path in folder.iterdir() if own in path.name or (world.is_main and "_pp_rank_" not in path.name)]
 
 
-def load(engine: Engine, folder: Path, world: World) -> CheckpointInfo:
+def load(engine: Engine, folder: Path, info: CheckpointInfo, world: World) -> None:
     """Put a checkpoint back into an engine of the same world size, ZeRO stage and precision. Collective.
+
+    Args:
+        info: what read_info(folder) has found, every file being there.
 
     Raises:
         SettingsError: the engine differs from the one that saved.
-        DataError: see read_info.
     """
-    info = read_info(folder)
     for what, saved, now, flag in (
             ("ranks", info.world_size, world.size, "start the same number of ranks"),
             ("ZeRO stage", info.zero_stage, engine.zero_stage, "use a --deepspeed_config of that stage"),
@@ -84,4 +84,3 @@ def load(engine: Engine, folder: Path, world: World) -> CheckpointInfo:
         raise DataError(f"DeepSpeed could not load {folder}")
     for group, own in zip(engine.deepspeed.optimizer.param_groups, settings):
         group.update(own)  # the run config owns them; the checkpoint brings those it was saved with
-    return info

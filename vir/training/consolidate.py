@@ -17,6 +17,7 @@ from vir.errors import DataError, SettingsError
 from vir.models.weights import WeightsMetadata, save_weights
 from vir.training.checkpoint_info import FOLDER, CheckpointInfo, newest, read_info
 from vir.training.ema import KEY as EMA
+from vir.training.metrics import FILE as METRICS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +51,7 @@ def consolidate(source: Path, output: Path, *, ema: bool = False, dtype: str = "
         raise SettingsError(f"{output} exists; give another --output, or --force to replace it")
     if not source.is_dir():
         raise DataError(f"{source}: no such folder; give a run folder or one of its {FOLDER}/step-… folders")
-    is_run = (source / FOLDER).is_dir() or (source / "metrics.jsonl").is_file()
+    is_run = (source / FOLDER).is_dir() or (source / METRICS).is_file()
     folder = newest(source) if is_run else source
     if folder is None:
         raise DataError(f"{source} has no complete checkpoint yet; let the run reach one (--checkpoint.every_epochs)")

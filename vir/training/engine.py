@@ -9,6 +9,7 @@ Facts of DeepSpeed 0.19 that shape this room, each seen by running it:
 
 from __future__ import annotations
 
+import math
 from typing import Any, Iterator
 
 import deepspeed
@@ -98,7 +99,7 @@ class Engine:
         if not self._guards_itself:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(gradients))
-            if not torch.isfinite(torch.tensor(self._norm)):
+            if not math.isfinite(self._norm):
                 self.deepspeed.zero_grad()
                 self.deepspeed.micro_steps += 1
                 return False

@@ -14,7 +14,7 @@ import yaml
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
 from vir.errors import SettingsError
-from vir.models.weights import FORBIDDEN_ARGS
+from vir.models.weights import FORBIDDEN_ARGS  # and vir.models registers our models with timm
 from vir.training import ds_config
 from vir.training.checkpoint_info import newest
 

@@ -176,7 +176,7 @@ class _Job:
         if info.samples_seen % size:
             raise SettingsError(f"{found} has seen {info.samples_seen} samples, not a multiple of "
                                 f"--train.global_batch_size {size}; choose one that divides it")
-        checkpoint.load(self.engine, found, self.world)
+        checkpoint.load(self.engine, found, info, self.world)
         progress.samples_seen, progress.updates = info.samples_seen, info.updates
 
     def _save(self, progress: Progress) -> None:
