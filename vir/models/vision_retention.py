@@ -5,33 +5,57 @@ Dimension key: B batch, P patches, N tokens (P patches in raster order, then the
 The class token comes last: retention is causal, so only the last token sees every patch.
 """
 
+import math
+from collections.abc import Iterable, Iterator
+
 import torch
-from timm.layers import LayerScale, PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import (
+    LayerScale,
+    PatchDropoutWithIndices,
+    PatchEmbed,
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    to_2tuple,
+    trunc_normal_,
+)
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vir.errors import SettingsError
-from vir.models.block import NORM_EPS, Block
+from vir.models.block import NORM_EPS, Block, Retention
 
 __all__ = ["VisionRetention"]
 
-GLOBAL_POOLS = ("", "token", "avg")
+GLOBAL_POOLS = ("", "token", "avg", "max", "avgmax")
 INIT_STD = 0.02
+STREAM_TOKENS = 1024
+"""Patches that forward_stream takes through the network at a time, or one row of them where that is more."""
+
+register_notrace_module(Retention)  # its form depends on sizes, which torch.fx does not know
 
 
 class VisionRetention(nn.Module):
     """Images [B, in_chans, height, width] -> logits [B, num_classes].
 
     Args, where they say more than in timm:
-        img_size: One side, or (height, width); each divisible by patch_size. Other sizes: set_input_size.
-        global_pool: `token` reads the class token, `avg` the mean of the patches, and '' keeps all tokens. A model
-            built with `avg` has no class token: nothing would read it.
+        img_size: One side, or (height, width); each divisible by patch_size. Other sizes: set_input_size, or:
+        dynamic_img_size: Take images of any size; the position embedding is resampled in each call.
+        dynamic_img_pad: Pad images with zeros at the bottom and right to whole patches.
+        global_pool: `token` reads the class token; `avg`, `max` and `avgmax` (their mean) pool the patches; '' keeps
+            all tokens. A model built to pool patches has no class token: nothing would read it.
+        retention_dims: 1 for decay along the sequence; 2 for decay over rows and columns, where a patch sees the
+            patches that are not below and not right of it.
+        retention_norm: Between retention and its output layer: `none` as in the authors' code, `layernorm`, or
+            `layernorm_gelu` as in the first version of the paper. docs/benchmarks.md compares them.
         init_values: Where the layer scales start, None for none. The default .1 trained better than the authors'
             1e-5 with a class token near zero (Fashion-MNIST, 400 steps, one seed: 80.1 against 76.9 %): without
             a normaliser after retention, tiny queries leave the class token with almost no signal.
         drop_rate, pos_drop_rate, proj_drop_rate: Dropout before the head, after the position embedding, and after
             the linear layers of each block.
+        patch_drop_rate: Share of the patches that training leaves out, other ones for each image and step.
         drop_path_rate: Stochastic depth of the last block; the first has none, in between it grows linearly.
         retention_mode, chunk_size: See set_retention_mode.
     """
@@ -47,30 +71,42 @@ class VisionRetention(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        retention_dims: int = 1,
+        retention_norm: str = "none",
         init_values: float | None = 0.1,
+        class_token_std: float = 0.02,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
         retention_mode: str = "auto",
         chunk_size: int = 64,
     ) -> None:
         super().__init__()
         _check_pool(global_pool)
         img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        _check_divisible(img_size, patch_size)
+        _check_patches(img_size, patch_size, dynamic_img_pad)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
+        self.class_token_std = class_token_std
         self.grad_checkpointing = False
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.dynamic_img_size = dynamic_img_size
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim,
+            strict_img_size=not dynamic_img_size, dynamic_img_pad=dynamic_img_pad)
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim))
-        self.cls_token = None if global_pool == "avg" else nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if global_pool in ("", "token") else None
+        self.patch_drop = PatchDropoutWithIndices(patch_drop_rate, num_prefix_tokens=0, ordered=True) \
+            if patch_drop_rate else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.Sequential(*[
-            Block(embed_dim, num_heads, mlp_ratio, init_values, proj_drop_rate,
+            Block(embed_dim, num_heads, mlp_ratio, retention_dims, retention_norm, init_values, proj_drop_rate,
                   drop_path=drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth)
         ])
@@ -92,7 +128,7 @@ class VisionRetention(nn.Module):
         """Draw all weights anew."""
         trunc_normal_(self.pos_embed, std=INIT_STD)
         if self.cls_token is not None:
-            trunc_normal_(self.cls_token, std=INIT_STD)
+            trunc_normal_(self.cls_token, std=self.class_token_std)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
@@ -118,7 +154,7 @@ class VisionRetention(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Take images of this size from now on; the position embedding is resampled, bicubic."""
         img_size = to_2tuple(img_size)
-        _check_divisible(img_size, self.patch_embed.patch_size)
+        _check_patches(img_size, self.patch_embed.patch_size, self.patch_embed.dynamic_img_pad)
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size)
         if self.patch_embed.grid_size != old_grid:
@@ -142,13 +178,13 @@ class VisionRetention(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new head in place (none for 0 classes). Changing to `avg` drops the class token."""
+        """Put a new head in place (none for 0 classes). A pool of patches drops the class token."""
         if global_pool is not None:
             _check_pool(global_pool)
             if global_pool == "token" and self.cls_token is None:
                 raise SettingsError("this model has no class token to pool; build it with global_pool='token'")
             self.global_pool = global_pool
-        if self.global_pool == "avg":
+        if self.global_pool in ("avg", "max", "avgmax"):
             self.cls_token = None
         self.num_classes = num_classes
         self.head = _classifier(self.embed_dim, num_classes).to(self.pos_embed)
@@ -172,9 +208,9 @@ class VisionRetention(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, height, width] -> normalised tokens [B, N, D], the class token last."""
-        x = self._embed(x)
+        x, grid, kept = self._embed(x)
         for block in self.blocks:
-            x = self._run(block, x)
+            x = self._run(block, x, grid, kept)
         return self.norm(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
@@ -187,6 +223,10 @@ class VisionRetention(nn.Module):
             return x[:, -1]
         if pool_type == "avg":
             return self._patches(x).mean(dim=1)
+        if pool_type == "max":
+            return self._patches(x).amax(dim=1)
+        if pool_type == "avgmax":
+            return 0.5 * (self._patches(x).mean(dim=1) + self._patches(x).amax(dim=1))
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -215,23 +255,26 @@ class VisionRetention(nn.Module):
             return_prefix_tokens: Also the class tokens, [B, 1, D]: in pairs (patches, class token).
             norm: Apply the final norm to each.
             stop_early: Run no block beyond the last chosen.
-            output_fmt: `NCHW` for maps [B, D, rows, columns], `NLC` for [B, P, D].
+            output_fmt: `NCHW` for maps [B, D, rows, columns], `NLC` for [B, P, D]. Where patch dropout acts, only
+                `NLC` is possible.
             intermediates_only: Leave out the final tokens.
             output_dict: A dict of image_features, image_intermediates and image_intermediates_prefix.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise SettingsError(f"unknown output_fmt {output_fmt!r}; choose NCHW or NLC")
         take_indices, last = feature_take_indices(len(self.blocks), indices)
-        x = self._embed(x)
+        x, grid, kept = self._embed(x)
+        if output_fmt == "NCHW" and kept is not None:
+            raise SettingsError("patch dropout leaves no map of all patches; call model.eval() or use output_fmt='NLC'")
         taken = []
         for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
-            x = self._run(block, x)
+            x = self._run(block, x, grid, kept)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
 
         patches = [self._patches(y) for y in taken]
         if output_fmt == "NCHW":
-            patches = [y.mT.unflatten(2, self.patch_embed.grid_size).contiguous() for y in patches]
+            patches = [y.mT.unflatten(2, grid).contiguous() for y in patches]
         class_tokens = [y[:, -1:] for y in taken] if return_prefix_tokens and self.num_prefix_tokens else None
 
         if output_dict:
@@ -244,21 +287,117 @@ class VisionRetention(nn.Module):
         intermediates = patches if class_tokens is None else list(zip(patches, class_tokens))
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """Images -> tokens [B, N, D] for the first block."""
-        height, width = self.patch_embed.img_size
-        if x.shape[-2:] != (height, width):
-            raise SettingsError(
-                f"images are {x.shape[-2]}x{x.shape[-1]} but this model takes {height}x{width}; resize them, create it "
-                f"with img_size=({x.shape[-2]}, {x.shape[-1]}), or call model.set_input_size first"
-            )
-        x = self.patch_embed(x) + self.pos_embed
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ):
+        """DINO's name for forward_intermediates: the last n or these blocks, [B, P, D] or with reshape as maps."""
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True)
+
+    @torch.no_grad()
+    def forward_stream(self, x: Tensor | Iterable[Tensor], img_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Images in strips -> logits [B, num_classes], as `forward` in eval mode gives them, in the memory of a strip.
+
+        Retention is causal: a strip goes through all layers before the next is read, and between strips each layer
+        keeps a state of [B, H, K, K], or of one row of them with 2-D decay. Without gradients.
+
+        Args:
+            x: Images [B, in_chans, height, width], or strips of them from top to bottom, [B, in_chans, any height,
+                width], as they come from files larger than memory. Strips are moved to the model's device.
+            img_size: Of the images that the strips are cut from; not given, the size that the model was built for.
+
+        Raises:
+            SettingsError: The model pools nothing, or is in training mode, where dropping and stochastic depth act.
+            ValueError: The strips do not make up the image.
+        """
+        if self.training:
+            raise SettingsError("forward_stream needs model.eval()")
+        if self.global_pool == "":
+            raise SettingsError("forward_stream keeps no patches, so global_pool cannot be ''; choose token or avg")
+        if isinstance(x, Tensor):
+            img_size, x = x.shape[-2:], [x]
+        img_size = self.patch_embed.img_size if img_size is None else to_2tuple(img_size)
+        rows, columns = self._grid(img_size)
+        strip_rows = max(STREAM_TOKENS // columns, 1)
+        strips = self._cut(x, img_size, strip_rows * self.patch_embed.patch_size[0])
+        states: list[Tensor | None] = [None] * len(self.blocks)
+
+        def extend(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+            for i, block in enumerate(self.blocks):
+                tokens, states[i] = block.extend(tokens, states[i], grid)
+            return self.norm(tokens)
+
+        sums, maxima = [], []
+        position_strips = self._position_embedding((rows, columns)).split(strip_rows * columns, dim=1)
+        for positions, strip in zip(position_strips, strips, strict=True):
+            patches = extend(self.patch_embed.proj(strip).flatten(2).mT + positions,
+                             (positions.shape[1] // columns, columns))
+            if self.cls_token is None:
+                sums.append(patches.sum(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32)))
+                maxima.append(patches.amax(dim=1))
+        if self.cls_token is not None:
+            class_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
+            return self.forward_head(extend(class_token, (0, columns)))
+        mean, largest = torch.stack(sums).sum(dim=0) / (rows * columns), torch.stack(maxima).amax(dim=0)
+        pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (mean + largest)}[self.global_pool]
+        return self.head(pooled.to(patches.dtype))
+
+    def _cut(self, strips: Iterable[Tensor], img_size: tuple[int, int], height: int) -> Iterator[Tensor]:
+        """Strips of any height -> strips of this height (the last may be lower) on the model's device, padded."""
+        expected, waiting, seen = None, None, 0
+        for strip in strips:
+            expected = expected or [strip.shape[0], self.in_chans, img_size[1]]
+            seen += strip.shape[-2]
+            if [*strip.shape[:-2], strip.shape[-1]] != expected or seen > img_size[0]:
+                raise ValueError(f"a strip of shape {list(strip.shape)} ends at row {seen}; strips must be [{expected[0]}, "
+                                 f"{expected[1]}, any height, {expected[2]}] and {img_size[0]} rows in all")
+            waiting = strip if waiting is None else torch.cat([waiting, strip], dim=2)
+            while waiting.shape[2] >= height:
+                yield self._to_whole_patches(waiting[:, :, :height])
+                waiting = waiting[:, :, height:]
+        if seen < img_size[0]:
+            raise ValueError(f"the strips end at row {seen} of an image of {img_size[0]} rows; give img_size=(height, "
+                             f"width) of the whole image and all of its strips")
+        if waiting.shape[2]:
+            yield self._to_whole_patches(waiting)
+
+    def _to_whole_patches(self, strip: Tensor) -> Tensor:
+        strip = strip.to(self.pos_embed.device)
+        if not self.patch_embed.dynamic_img_pad:
+            return strip
+        (height, width), (patch_height, patch_width) = strip.shape[2:], self.patch_embed.patch_size
+        return F.pad(strip, (0, -width % patch_width, 0, -height % patch_height))
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """Images -> tokens [B, N, D] for the first block, the grid of patches, and which of them patch dropout left."""
+        grid = self._grid(x.shape[-2:])
+        x = self.patch_embed(x) + self._position_embedding(grid)
+        x, kept = (x, None) if self.patch_drop is None else self.patch_drop(x)
         if self.cls_token is not None:
             x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)], dim=1)
-        return self.pos_drop(x)
+        return self.pos_drop(x), grid, kept
 
-    def _run(self, block: Block, x: Tensor) -> Tensor:
-        return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+    def _grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches of such images; SettingsError where the model does not take them."""
+        if self.dynamic_img_size:
+            _check_patches(img_size, self.patch_embed.patch_size, self.patch_embed.dynamic_img_pad)
+            return self.patch_embed.dynamic_feat_size(img_size)
+        _check_size(img_size, self.patch_embed.img_size)
+        return self.patch_embed.grid_size
+
+    def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
+        """[1, P, D] for this grid."""
+        if not self.dynamic_img_size:
+            return self.pos_embed
+        return resample_abs_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, num_prefix_tokens=0)
+
+    def _run(self, block: Block, x: Tensor, grid: tuple[int, int], kept: Tensor | None) -> Tensor:
+        return checkpoint(block, x, grid, kept, use_reentrant=False) if self.grad_checkpointing else block(x, grid, kept)
 
     def _patches(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, P, D]."""
@@ -270,13 +409,25 @@ def _check_pool(global_pool: str) -> None:
         raise SettingsError(f"unknown global_pool {global_pool!r}; choose one of {', '.join(map(repr, GLOBAL_POOLS))}")
 
 
-def _check_divisible(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+# Sizes are proxies while torch.fx traces: checks are called, not traced.
+@register_notrace_function
+def _check_size(img_size: tuple[int, int], expected: tuple[int, int]) -> None:
+    if tuple(img_size) != tuple(expected):
+        height, width = img_size
+        raise SettingsError(
+            f"images are {height}x{width} but this model takes {expected[0]}x{expected[1]}; resize them, create it with "
+            f"img_size=({height}, {width}) or dynamic_img_size=True, or call model.set_input_size first")
+
+
+@register_notrace_function
+def _check_patches(img_size: tuple[int, int], patch_size: tuple[int, int], pad: bool) -> None:
     if min(patch_size) < 1:
         raise SettingsError(f"patch_size is {patch_size[0]}x{patch_size[1]}; it must be at least 1x1")
-    if any(side < patch or side % patch for side, patch in zip(img_size, patch_size)):
+    if min(img_size) < 1 or not pad and any(side % patch for side, patch in zip(img_size, patch_size)):
         nearest = tuple(max(round(side / patch), 1) * patch for side, patch in zip(img_size, patch_size))
-        raise SettingsError(f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size "
-                            f"{patch_size[0]}x{patch_size[1]}; the nearest that is: img_size={nearest}")
+        raise SettingsError(
+            f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size {patch_size[0]}x{patch_size[1]}; the "
+            f"nearest that is: img_size={nearest}, or build the model with dynamic_img_pad=True")
 
 
 def _classifier(embed_dim: int, num_classes: int) -> nn.Module:
@@ -303,7 +454,30 @@ default_cfgs = generate_default_cfgs({
     "vir_base_patch16_224": _CFG,
     "vir_large_patch16_224": _CFG,
     "vir_large_patch14_224": _CFG,
+    "vir2d_tiny_patch16_224": _CFG,
+    "vir2d_small_patch16_224": _CFG,
+    "vir2d_base_patch16_224": _CFG,
+    "vir2d_large_patch16_224": _CFG,
 })
+
+
+def checkpoint_filter_fn(state_dict: dict, model: VisionRetention) -> dict[str, Tensor]:
+    """A state dict, also one inside `model` or `state_dict`, with patches and positions resampled to the model's sizes.
+
+    The authors' release has the same names and shapes as a model with retention_norm="none".
+    """
+    state_dict = state_dict.get("model", state_dict)
+    state_dict = dict(state_dict.get("state_dict", state_dict))
+    weight, pos_embed = state_dict.get("patch_embed.proj.weight"), state_dict.get("pos_embed")
+    patch_size, grid = model.patch_embed.patch_size, model.patch_embed.grid_size
+    if weight is not None and tuple(weight.shape[2:]) != patch_size:
+        state_dict["patch_embed.proj.weight"] = resample_patch_embed(weight, list(patch_size))
+    if pos_embed is not None and pos_embed.shape[1] != model.patch_embed.num_patches:
+        if math.isqrt(pos_embed.shape[1]) ** 2 != pos_embed.shape[1]:
+            raise SettingsError(f"the position embedding has {pos_embed.shape[1]} places, which make no square to resample "
+                                f"from; load it into a model of its own img_size and call set_input_size")
+        state_dict["pos_embed"] = resample_abs_pos_embed(pos_embed, list(grid), num_prefix_tokens=0)
+    return state_dict
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> VisionRetention:
@@ -315,35 +489,65 @@ def _create(variant: str, pretrained: bool, **kwargs) -> VisionRetention:
                 f"own with vir.models.load(path) or timm.create_model({variant!r}, checkpoint_path=path)"
             )
     feature_cfg = dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter")
-    return build_model_with_cfg(VisionRetention, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model_with_cfg(VisionRetention, variant, pretrained, feature_cfg=feature_cfg,
+                                pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+_TINY = dict(embed_dim=192, depth=12, num_heads=3)
+_SMALL = dict(embed_dim=384, depth=12, num_heads=6)
+_BASE = dict(embed_dim=768, depth=12, num_heads=12)
+_LARGE = dict(embed_dim=1024, depth=24, num_heads=16)
 
 
 @register_model
 def vir_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
     """ViR-Ti/16, 5.7 M parameters."""
-    return _create("vir_tiny_patch16_224", pretrained, **dict(embed_dim=192, depth=12, num_heads=3) | kwargs)
+    return _create("vir_tiny_patch16_224", pretrained, **_TINY | kwargs)
 
 
 @register_model
 def vir_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
     """ViR-S/16, 22.1 M parameters."""
-    return _create("vir_small_patch16_224", pretrained, **dict(embed_dim=384, depth=12, num_heads=6) | kwargs)
+    return _create("vir_small_patch16_224", pretrained, **_SMALL | kwargs)
 
 
 @register_model
 def vir_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
     """ViR-B/16, 86.6 M parameters."""
-    return _create("vir_base_patch16_224", pretrained, **dict(embed_dim=768, depth=12, num_heads=12) | kwargs)
+    return _create("vir_base_patch16_224", pretrained, **_BASE | kwargs)
 
 
 @register_model
 def vir_large_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
     """ViR-L/16, 304.4 M parameters."""
-    return _create("vir_large_patch16_224", pretrained, **dict(embed_dim=1024, depth=24, num_heads=16) | kwargs)
+    return _create("vir_large_patch16_224", pretrained, **_LARGE | kwargs)
 
 
 @register_model
 def vir_large_patch14_224(pretrained: bool = False, **kwargs) -> VisionRetention:
     """ViR-L/14, 304.3 M parameters."""
-    large = dict(patch_size=14, embed_dim=1024, depth=24, num_heads=16)
-    return _create("vir_large_patch14_224", pretrained, **large | kwargs)
+    return _create("vir_large_patch14_224", pretrained, **_LARGE | dict(patch_size=14) | kwargs)
+
+
+@register_model
+def vir2d_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+    """ViR-2D-Ti/16, 5.7 M parameters; decay over rows and columns."""
+    return _create("vir2d_tiny_patch16_224", pretrained, **_TINY | dict(retention_dims=2) | kwargs)
+
+
+@register_model
+def vir2d_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+    """ViR-2D-S/16, 22.1 M parameters; decay over rows and columns."""
+    return _create("vir2d_small_patch16_224", pretrained, **_SMALL | dict(retention_dims=2) | kwargs)
+
+
+@register_model
+def vir2d_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+    """ViR-2D-B/16, 86.6 M parameters; decay over rows and columns."""
+    return _create("vir2d_base_patch16_224", pretrained, **_BASE | dict(retention_dims=2) | kwargs)
+
+
+@register_model
+def vir2d_large_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+    """ViR-2D-L/16, 304.4 M parameters; decay over rows and columns."""
+    return _create("vir2d_large_patch16_224", pretrained, **_LARGE | dict(retention_dims=2) | kwargs)
