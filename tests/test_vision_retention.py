@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections import Counter
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-import vir.models.block
 from vir.errors import SettingsError
 from vir.models import VisionRetention, retention_decay
+from vir.models.vision_retention import checkpoint_filter_fn
 
 torch.set_num_threads(1)
 
@@ -39,10 +40,11 @@ def largest_difference(found, expected):
 
 # ---- one model in every mode
 
+@pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("mode, chunk_size", [("recurrent", None), ("auto", None), ("chunkwise", 64), ("chunkwise", 5),
                                               ("chunkwise", 1)])
-def test_modes_agree_in_logits_and_parameter_gradients(mode, chunk_size):
-    model = tiny()
+def test_modes_agree_in_logits_and_parameter_gradients(mode, chunk_size, dims):
+    model = tiny(retention_dims=dims)
     model.set_retention_mode("parallel")
     expected = logits_and_gradients(model)
     model.set_retention_mode(mode, chunk_size)
@@ -50,32 +52,15 @@ def test_modes_agree_in_logits_and_parameter_gradients(mode, chunk_size):
     assert largest_difference(logits_and_gradients(model), expected) < 3e-5
 
 
-def test_modes_agree_in_float64():
-    model = tiny().double()
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("retention_norm", ["none", "layernorm", "layernorm_gelu"])
+def test_modes_agree_in_float64(retention_norm, dims):
+    model = tiny(retention_dims=dims, retention_norm=retention_norm).double()
     model.set_retention_mode("parallel")
     expected = logits_and_gradients(model, IMAGES.double())
     for mode in ("chunkwise", "recurrent"):
         model.set_retention_mode(mode, chunk_size=4)
         assert largest_difference(logits_and_gradients(model, IMAGES.double()), expected) < 1e-10
-
-
-@pytest.mark.parametrize("mode, tokens, form", [
-    ("auto", 256, "parallel"), ("auto", 257, "chunkwise"), ("parallel", 300, "parallel"), ("chunkwise", 9, "chunkwise"),
-    ("recurrent", 9, "recurrent"),
-])
-def test_mode_chooses_the_form_and_the_chunk_size(mode, tokens, form, monkeypatch):
-    calls = []
-    for name in ("parallel", "chunkwise", "recurrent"):
-        function = getattr(vir.models.block, f"{name}_retention")
-
-        def record(q, k, v, decay, *args, name=name, function=function):
-            calls.append((name, *args))
-            return function(q, k, v, decay, *args)
-
-        monkeypatch.setattr(vir.models.block, f"{name}_retention", record)
-    block = tiny(retention_mode=mode, chunk_size=17).blocks[0]
-    block(torch.randn(1, tokens, 32))
-    assert calls == [(form, 17) if form == "chunkwise" else (form,)]
 
 
 def test_chunk_size_stays_unless_given():
@@ -93,16 +78,103 @@ def test_mode_and_chunk_size_errors_name_the_choices():
         tiny(chunk_size=0)
 
 
+@pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("mode", ["parallel", "chunkwise"])
-def test_torch_compile_traces_the_whole_model(mode):
-    model = tiny(depth=1, retention_mode=mode, chunk_size=5).eval()
+def test_torch_compile_traces_the_whole_model(mode, dims):
+    model = tiny(depth=1, retention_dims=dims, retention_mode=mode, chunk_size=5).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(IMAGES), model(IMAGES), atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(compiled(IMAGES), model(IMAGES), atol=1e-6)
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("mode", ["parallel", "chunkwise"])
+def test_torch_export_gives_the_same_logits(mode, dims):
+    model = tiny(depth=1, retention_dims=dims, retention_mode=mode, chunk_size=5).eval()
+    exported = torch.export.export(model, (IMAGES,)).module()
+    other = torch.randn_like(IMAGES)
+    assert torch.allclose(exported(other), model(other), atol=1e-6)
+
+
+# ---- the definition
+
+def by_definition(weights, images, patch_size, num_heads, dims, norm="none", kept=None):
+    """Tokens after the final norm, written from the paper's equations in float64, one token and head at a time."""
+    w = {name: x.double() for name, x in weights.items()}
+    width = w["cls_token"].shape[-1]
+    head = width // num_heads
+
+    def layer_norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    rows, columns = images.shape[2] // patch_size, images.shape[3] // patch_size
+    tokens = []
+    for r in range(rows):
+        for c in range(columns):
+            patch = images.double()[:, :, r * patch_size:(r + 1) * patch_size, c * patch_size:(c + 1) * patch_size]
+            tokens.append(patch.flatten(1) @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"])
+    x = torch.stack(tokens, dim=1) + w["pos_embed"]
+    places = [(r, c) for r in range(rows) for c in range(columns)]
+    if kept is not None:
+        x, places = x[:, kept], [places[n] for n in kept]
+    x = torch.cat([x, w["cls_token"].expand(len(x), -1, -1)], dim=1)
+    places.append((rows, columns - 1))
+
+    depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
+    for block in (f"blocks.{i}." for i in range(depth)):
+        q, k, v = linear(layer_norm(x, block + "norm1"), block + "retention.qkv").split(width, dim=-1)
+        out = torch.zeros_like(x)
+        for h, decay in enumerate(retention_decay(num_heads).double()):
+            part = slice(h * head, (h + 1) * head)
+            if dims == 1:
+                state = torch.zeros(len(x), head, head, dtype=torch.float64)
+                for n in range(x.shape[1]):
+                    state = decay * state + k[:, n, part, None] * v[:, n, None, part]
+                    out[:, n, part] = (q[:, n, None, part] @ state)[:, 0] * head**-0.5
+            else:
+                for n, (r, c) in enumerate(places):
+                    for m, (r2, c2) in enumerate(places[:n + 1]):
+                        if r2 <= r and c2 <= c:
+                            score = (q[:, n, part] * k[:, m, part]).sum(-1, keepdim=True) * head**-0.5
+                            out[:, n, part] += decay ** (r - r2 + c - c2) * score * v[:, m, part]
+        if norm != "none":
+            out = layer_norm(out, block + "retention.norm")
+        if norm == "layernorm_gelu":
+            out = 0.5 * out * (1 + torch.erf(out / 2**0.5))
+        x = x + w[block + "ls1.gamma"] * linear(out, block + "retention.out_proj")
+        hidden = linear(layer_norm(x, block + "norm2"), block + "mlp.fc1")
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+        x = x + w[block + "ls2.gamma"] * linear(hidden, block + "mlp.fc2")
+    return layer_norm(x, "norm")
+
+
+@pytest.mark.parametrize("retention_norm", ["none", "layernorm", "layernorm_gelu"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_features_are_those_of_the_equations(dims, retention_norm):
+    """1-D without a norm is the recurrent form of the authors' code, layer for layer."""
+    model = tiny(retention_dims=dims, retention_norm=retention_norm).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)  # at the start biases are 0 and branches small
+    expected = by_definition(model.state_dict(), IMAGES, 8, 2, dims, retention_norm)
+    for mode in ("auto", "parallel", "chunkwise", "recurrent"):
+        model.set_retention_mode(mode, 5)
+        assert largest_difference([model.forward_features(IMAGES).double()], [expected]) < 1e-5
+
+
 # ---- tokens
+
+def test_a_patch_of_2d_retention_reaches_what_is_below_and_right_of_it():
+    model, other = tiny(retention_dims=2, depth=1).eval(), IMAGES.clone()
+    other[:, :, 16:24, 8:16] += 1  # row 2, column 1 of 4 x 3
+    changed = (model.forward_features(other) != model.forward_features(IMAGES)).any(-1).any(0)
+    assert changed.tolist() == [False] * 7 + [True, True] + [False, True, True] + [True]
+
 
 def test_a_later_patch_does_not_change_earlier_tokens():
     model, other = tiny().eval(), IMAGES.clone()
@@ -121,12 +193,15 @@ def test_the_class_token_is_last_and_carries_no_position():
     assert model.pos_embed.shape == (1, 12, 32)
     assert model.pool(before).equal(before[:, -1])
     assert model.pool(before, "avg").equal(before[:, :12].mean(1))
+    assert model.pool(before, "max").equal(before[:, :12].amax(1))
+    assert torch.allclose(model.pool(before, "avgmax"), (before[:, :12].mean(1) + before[:, :12].amax(1)) / 2)
     assert model.pool(before, "") is before
 
 
-@pytest.mark.parametrize("global_pool", ["token", "avg", ""])
-def test_every_parameter_gets_a_gradient(global_pool):
-    model = tiny(global_pool=global_pool)
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("global_pool", ["token", "avg", "max", "avgmax", ""])
+def test_every_parameter_gets_a_gradient(global_pool, dims):
+    model = tiny(global_pool=global_pool, retention_dims=dims, retention_norm="layernorm")
     model.set_grad_checkpointing()
     logits_and_gradients(model)
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -249,9 +324,47 @@ def test_set_input_size_resamples_the_positions():
     assert model(torch.randn(1, 3, 64, 48)).shape == (1, 5)
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+def test_dynamic_size_is_set_input_size_for_one_call(dims):
+    model, fixed = (tiny(retention_dims=dims, dynamic_img_size=dynamic).eval() for dynamic in (True, False))
+    assert model(IMAGES).equal(fixed(IMAGES))
+    images = torch.randn(2, 3, 40, 56)
+    fixed.set_input_size((40, 56))
+    assert torch.allclose(model(images), fixed(images), atol=1e-6)
+    assert model.forward_intermediates(images, intermediates_only=True)[0].shape == (2, 32, 5, 7)
+    assert model.pos_embed.shape == (1, 12, 32)
+    with pytest.raises(SettingsError, match=r"img_size 40x52 .* img_size=\(40, 48\); .* dynamic_img_pad=True"):
+        model(images[..., :52])
+
+
+def test_dynamic_padding_fills_patches_with_zeros_below_and_right():
+    model = tiny(dynamic_img_size=True, dynamic_img_pad=True).eval()
+    images = torch.randn(2, 3, 30, 41)
+    padded = torch.zeros(2, 3, 32, 48)
+    padded[:, :, :30, :41] = images
+    assert model(images).equal(model(padded))
+    with pytest.raises(SettingsError, match="dynamic_img_pad .* needs dynamic_img_size=True"):
+        tiny(dynamic_img_pad=True)
+
+
 # ---- options
 
-@pytest.mark.parametrize("option", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate"])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_patch_dropout_keeps_order_places_and_the_class_token(dims):
+    model = tiny(retention_dims=dims, patch_drop_rate=0.5)
+    torch.manual_seed(5)
+    found = model.forward_features(IMAGES)
+    assert found.shape == (3, 6 + 1, 32)
+
+    torch.manual_seed(5)
+    kept = model.patch_drop(torch.zeros(3, 12, 1))[1]  # drawn before anything else
+    assert (kept.diff(dim=1) > 0).all() and len({tuple(row) for row in kept.tolist()}) == 3
+    for i in range(3):
+        expected = by_definition(model.state_dict(), IMAGES[i:i + 1], 8, 2, dims, kept=kept[i].tolist())
+        assert largest_difference([found[i:i + 1].double()], [expected]) < 1e-5
+
+
+@pytest.mark.parametrize("option", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate", "patch_drop_rate"])
 def test_each_drop_option_acts_in_training_only(option):
     model = tiny(**{option: 0.5})
     assert not model(IMAGES).equal(model(IMAGES))
@@ -277,6 +390,10 @@ def test_full_dropout_leaves_the_bias_of_the_head():
     with torch.no_grad():
         model.head.bias.copy_(torch.arange(5.0))
     assert model(IMAGES).equal(torch.arange(5.0).expand(3, 5))
+
+
+def test_class_token_std_sets_its_spread():
+    assert tiny(embed_dim=512, class_token_std=1e-6).cls_token.std().item() == pytest.approx(1e-6, rel=0.15)
 
 
 def test_init_values_start_or_remove_the_layer_scale():
@@ -307,6 +424,12 @@ def test_initial_weights_follow_the_named_distribution():
 
 
 def test_errors_in_options_name_the_choices():
+    with pytest.raises(SettingsError, match="unknown retention_norm 'rms'; choose one of none, layernorm, layernorm_gelu"):
+        tiny(retention_norm="rms")
+    with pytest.raises(SettingsError, match="retention_dims is 3; it must be 1 .* or 2"):
+        tiny(retention_dims=3)
+    with pytest.raises(ValueError, match="needs the grid"):
+        tiny(retention_dims=2).blocks[0](torch.randn(1, 13, 32))
     with pytest.raises(SettingsError, match="unknown global_pool 'map'; choose one of '', 'token', 'avg'"):
         tiny(global_pool="map")
     with pytest.raises(SettingsError, match="embed_dim 32 is not divisible by num_heads 3"):
@@ -324,12 +447,15 @@ def test_errors_in_options_name_the_choices():
 @pytest.mark.parametrize("name, millions", [
     ("vir_tiny_patch16_224", 5.722), ("vir_small_patch16_224", 22.059), ("vir_base_patch16_224", 86.585),
     ("vir_large_patch16_224", 304.375), ("vir_large_patch14_224", 304.252),
+    ("vir2d_tiny_patch16_224", 5.722), ("vir2d_small_patch16_224", 22.059), ("vir2d_base_patch16_224", 86.585),
+    ("vir2d_large_patch16_224", 304.375),
 ])
 def test_named_models_have_the_published_number_of_parameters(name, millions):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == millions
     assert model.patch_embed.img_size == (224, 224)
+    assert {block.retention.dims for block in model.blocks} == {2 if name.startswith("vir2d") else 1}
     config = timm.data.resolve_model_data_config(model)
     assert config["mean"] == config["std"] == (0.5, 0.5, 0.5)
     assert (config["crop_pct"], config["interpolation"], config["input_size"]) == (0.875, "bicubic", (3, 224, 224))
@@ -343,12 +469,41 @@ def test_parameters_have_the_names_of_the_official_code():
     around = [f"{name}.{kind}" for name in ("patch_embed.proj", "norm", "head") for kind in ("weight", "bias")]
     expected = {f"blocks.{i}.{name}" for i in range(3) for name in block} | {"cls_token", "pos_embed", *around}
     assert tiny().state_dict().keys() == expected
+    shapes = {name: tuple(x.shape) for name, x in tiny().state_dict().items()}
+    assert shapes["cls_token"] == (1, 1, 32) and shapes["pos_embed"] == (1, 12, 32)
+    assert shapes["blocks.0.retention.qkv.weight"] == (96, 32)
 
 
 def test_pretrained_weights_are_refused_with_the_way_out():
     with pytest.raises(SettingsError, match="no pretrained weights of vir_tiny_patch16_224 .* vir.models.load"):
         timm.create_model("vir_tiny_patch16_224", pretrained=True)
     assert timm.list_models("vir_*", pretrained=True) == []
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"model": x}, lambda x: {"state_dict": x}])
+def test_a_checkpoint_of_other_sizes_is_resampled(wrap):
+    source = tiny(img_size=32, patch_size=8).eval()
+    with torch.no_grad():  # a ramp along the rows
+        source.pos_embed.copy_(torch.arange(4.0).repeat_interleave(4)[None, :, None].expand(1, 16, 32))
+    model = tiny(img_size=(96, 64), patch_size=16)
+    found = checkpoint_filter_fn(wrap(source.state_dict()), model)
+    model.load_state_dict(found)
+    rows = model.pos_embed.view(6, 4, 32)
+    assert (rows.diff(dim=0) > 0).all() and rows.diff(dim=1).abs().max() < 1e-5
+    assert model.patch_embed.proj.weight.shape == (32, 3, 16, 16)
+    assert model.blocks[0].mlp.fc1.weight.equal(source.blocks[0].mlp.fc1.weight)
+    same = checkpoint_filter_fn(wrap(source.state_dict()), source)
+    assert all(same[name].equal(x) for name, x in source.state_dict().items())
+
+
+def test_timm_loads_a_local_file_into_another_size_and_number_of_classes(tmp_path):
+    args = dict(patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    source = timm.create_model("vir_tiny_patch16_224", img_size=32, num_classes=5, **args)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "weights.pth")
+    model = timm.create_model("vir_tiny_patch16_224", pretrained=True, img_size=64, num_classes=7, in_chans=1, **args,
+                              pretrained_cfg_overlay=dict(file=str(tmp_path / "weights.pth"), num_classes=5))
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 7)
+    assert model.blocks[0].mlp.fc1.weight.equal(source.blocks[0].mlp.fc1.weight)
 
 
 def test_timm_passes_arguments_on():
@@ -392,6 +547,23 @@ def test_intermediates_are_the_patches_after_each_block():
     assert not early.equal(features)
 
 
+def test_get_intermediate_layers_are_dinos():
+    model = tiny().eval()
+    _, maps = model.forward_intermediates(IMAGES)
+    last, = model.get_intermediate_layers(IMAGES, reshape=True)
+    assert last.equal(maps[2])
+    patches, token = model.get_intermediate_layers(IMAGES, [0, 2], return_prefix_tokens=True, norm=True)[1]
+    assert torch.cat([patches, token], dim=1).equal(model.forward_features(IMAGES))
+
+
+def test_patch_dropout_leaves_no_maps():
+    model = tiny(patch_drop_rate=0.5)
+    with pytest.raises(SettingsError, match="no map of all patches; call model.eval.. or use output_fmt='NLC'"):
+        model.forward_intermediates(IMAGES)
+    assert model.forward_intermediates(IMAGES, output_fmt="NLC", intermediates_only=True)[0].shape == (3, 6, 32)
+    assert model.eval().forward_intermediates(IMAGES, intermediates_only=True)[0].shape == (3, 32, 4, 3)
+
+
 def test_features_only_keeps_what_it_needs_and_trains_all_of_it():
     args = dict(img_size=(32, 24), patch_size=8, embed_dim=32, depth=3, num_heads=2)
     model = timm.create_model("vir_tiny_patch16_224", features_only=True, out_indices=(0, 1), **args)
@@ -417,6 +589,19 @@ def test_timm_groups_parameters_for_decay():
     coarse = group_parameters(model, model.group_matcher(coarse=True))
     assert len(coarse) == 3
     assert coarse[0] == ["pos_embed", "cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias"]
+
+
+@pytest.mark.parametrize("name", ["vir_tiny_patch16_224", "vir2d_tiny_patch16_224"])
+def test_torch_fx_and_torchscript_give_the_same_logits(name):
+    model = timm.create_model(name, img_size=(32, 24), patch_size=8, embed_dim=32, depth=2, num_heads=2).eval()
+    expected = model(IMAGES)
+    extractor = timm.models.create_feature_extractor(model, {"head": "logits", "blocks.0": "middle"})
+    found = extractor(IMAGES)
+    assert found["logits"].equal(expected) and found["middle"].shape == (3, 13, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and tracing tells of every size it fixes
+        assert torch.jit.script(model)(IMAGES).equal(expected)
+        assert torch.jit.trace(model, IMAGES)(IMAGES + 1).equal(model(IMAGES + 1))
 
 
 def test_importing_vir_alone_imports_no_torch():

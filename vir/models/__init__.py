@@ -1,6 +1,6 @@
 """ViR models. Importing this package registers them with timm: timm.create_model("vir_small_patch16_224")."""
 
-from vir.models.block import RETENTION_MODES
+from vir.models.forms import RETENTION_MODES, retain
 from vir.models.retention import (
     chunkwise_retention,
     parallel_retention,
@@ -13,5 +13,5 @@ from vir.models.weights import WeightsMetadata, load, read_metadata, save_weight
 
 __all__ = [
     "RETENTION_MODES", "VisionRetention", "WeightsMetadata", "chunkwise_retention", "load", "parallel_retention",
-    "read_metadata", "recurrent_retention", "retention_decay", "retention_step", "save_weights",
+    "read_metadata", "recurrent_retention", "retain", "retention_decay", "retention_step", "save_weights",
 ]

@@ -3,23 +3,15 @@
 Dimension key: B batch, N tokens, D width, H heads, K = D / H key and value width, P patches of an image, C its columns.
 """
 
-from typing import get_args
-
 import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
-from vir.config import RetentionMode
-from vir.errors import SettingsError
 import vir.models.retention as _forms
+from vir.errors import SettingsError
+from vir.models.forms import RETENTION_MODES, chunk_rows, retain
 
-RETENTION_MODES: tuple[str, ...] = get_args(RetentionMode)
 RETENTION_NORMS = ("none", "layernorm", "layernorm_gelu")
-
-# Forward and backward on one CPU core, batch 8, 6 heads of 64, parallel against chunks of 64: 37 and 43 ms at
-# 197 tokens, 70 and 50 ms at 257; batch 4 at 577 tokens: 163 and 47 ms.
-AUTO_PARALLEL_TOKENS = 256
-AUTO_PARALLEL_TOKENS_2D = 1025
 
 NORM_EPS = 1e-6
 
@@ -71,18 +63,7 @@ class Retention(nn.Module):
                 all. With 2-D decay they keep their places; along a sequence they move up.
         """
         q, k, v = self._heads(x)
-        if self.dims == 1:
-            return self._merge(self._along_sequence(q, k, v))
-        if grid is None:
-            raise ValueError("2-D retention needs the grid, (rows, columns) of patches")
-        if kept is None:
-            return self._merge(self._over_grid(q, k, v, grid))
-        # A dropped patch is one whose key and value are zero.
-        num_tokens = grid[0] * grid[1] + x.shape[1] - kept.shape[1]
-        class_token = torch.arange(grid[0] * grid[1], num_tokens, device=x.device).expand(x.shape[0], -1)
-        places = torch.cat([kept, class_token], dim=1)[:, None, :, None].expand(-1, self.num_heads, -1, v.shape[-1])
-        q, k, v = (y.new_zeros(*y.shape[:2], num_tokens, y.shape[3]).scatter(2, places, y) for y in (q, k, v))
-        return self._merge(self._over_grid(q, k, v, grid).gather(2, places))
+        return self._merge(self._retain(q, k, v, grid, kept))
 
     def extend(self, x: Tensor, state: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The next tokens of a sequence that comes in parts: grid rows of patches, or (0, columns) and the class token.
@@ -99,10 +80,11 @@ class Retention(nn.Module):
         if self.dims == 1:
             out, state = _forms.chunkwise_retention(q, k, v, decay, self.chunk_size, state)
         else:
-            out, state = _forms.chunkwise_retention_2d(q, k, v, decay, grid, self._chunk_rows(grid), state)
+            out, state = _forms.chunkwise_retention_2d(
+                q, k, v, decay, grid, chunk_rows(self.chunk_size, grid), state)
         return self._merge(out), state
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _heads(self, x: Tensor) -> list[Tensor]:
         """q, k and v, each [B, H, N, K]."""
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
@@ -110,31 +92,24 @@ class Retention(nn.Module):
         """[B, H, N, K] -> [B, N, D]."""
         return self.proj_drop(self.out_proj(self.act(self.norm(out.transpose(1, 2).flatten(2)))))
 
-    def _along_sequence(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    @torch.jit.ignore  # TorchScript calls back into Python here: it knows neither the modes nor autocast contexts
+    def _retain(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, kept: Tensor | None
+    ) -> Tensor:
         decay = self.decay.to(q.device)  # a model made under torch.device("meta") or "cuda" keeps its table on CPU
-        mode = self.mode
-        if mode == "auto":
-            mode = "parallel" if q.shape[2] <= AUTO_PARALLEL_TOKENS else "chunkwise"
-        if mode == "parallel":
-            return _forms.parallel_retention(q, k, v, decay)
-        if mode == "chunkwise":
-            return _forms.chunkwise_retention(q, k, v, decay, self.chunk_size)[0]
-        return _forms.recurrent_retention(q, k, v, decay)[0]
-
-    def _over_grid(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        decay = self.decay.to(q.device)
-        mode = self.mode
-        if mode == "auto":
-            mode = "parallel" if q.shape[2] <= AUTO_PARALLEL_TOKENS_2D else "chunkwise"
-        if mode == "parallel":
-            return _forms.parallel_retention_2d(q, k, v, decay, grid)
-        if mode == "chunkwise":
-            return _forms.chunkwise_retention_2d(q, k, v, decay, grid, self._chunk_rows(grid))[0]
-        return _forms.recurrent_retention_2d(q, k, v, decay, grid)[0]
-
-    def _chunk_rows(self, grid: tuple[int, int]) -> int:
-        """As many whole rows of patches as chunk_size tokens hold, at least one."""
-        return max(self.chunk_size // grid[1], 1)
+        if self.dims == 1:
+            return retain(q, k, v, decay, None, self.mode, self.chunk_size)
+        if grid is None:
+            raise ValueError("2-D retention needs the grid, (rows, columns) of patches")
+        if kept is None:
+            return retain(q, k, v, decay, grid, self.mode, self.chunk_size)
+        # A dropped patch is one whose key and value are zero.
+        num_patches = grid[0] * grid[1]
+        num_tokens = num_patches + q.shape[2] - kept.shape[1]
+        class_token = torch.arange(num_patches, num_tokens, device=q.device).expand(q.shape[0], -1)
+        places = torch.cat([kept, class_token], dim=1)[:, None, :, None].expand_as(q)
+        q, k, v = (y.new_zeros(*y.shape[:2], num_tokens, y.shape[3]).scatter(2, places, y) for y in (q, k, v))
+        return retain(q, k, v, decay, grid, self.mode, self.chunk_size).gather(2, places)
 
     def set_mode(self, mode: str, chunk_size: int | None = None) -> None:
         """Choose one of RETENTION_MODES, and the chunk size of `chunkwise` and `auto` (unchanged when None)."""

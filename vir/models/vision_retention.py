@@ -43,7 +43,7 @@ class VisionRetention(nn.Module):
     Args, where they say more than in timm:
         img_size: One side, or (height, width); each divisible by patch_size. Other sizes: set_input_size, or:
         dynamic_img_size: Take images of any size; the position embedding is resampled in each call.
-        dynamic_img_pad: Pad images with zeros at the bottom and right to whole patches.
+        dynamic_img_pad: Pad such images with zeros at the bottom and right to whole patches.
         global_pool: `token` reads the class token; `avg`, `max` and `avgmax` (their mean) pool the patches; '' keeps
             all tokens. A model built to pool patches has no class token: nothing would read it.
         retention_dims: 1 for decay along the sequence; 2 for decay over rows and columns, where a patch sees the
@@ -88,7 +88,9 @@ class VisionRetention(nn.Module):
         super().__init__()
         _check_pool(global_pool)
         img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        _check_patches(img_size, patch_size, dynamic_img_pad)
+        check_patches(img_size, patch_size)
+        if dynamic_img_pad and not dynamic_img_size:
+            raise SettingsError("dynamic_img_pad pads images of any size; it needs dynamic_img_size=True")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -154,7 +156,7 @@ class VisionRetention(nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Take images of this size from now on; the position embedding is resampled, bicubic."""
         img_size = to_2tuple(img_size)
-        _check_patches(img_size, self.patch_embed.patch_size, self.patch_embed.dynamic_img_pad)
+        check_patches(img_size, self.patch_embed.patch_size)
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=img_size)
         if self.patch_embed.grid_size != old_grid:
@@ -210,7 +212,10 @@ class VisionRetention(nn.Module):
         """Images [B, in_chans, height, width] -> normalised tokens [B, N, D], the class token last."""
         x, grid, kept = self._embed(x)
         for block in self.blocks:
-            x = self._run(block, x, grid, kept)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, grid, kept, use_reentrant=False)
+            else:
+                x = block(x, grid, kept)
         return self.norm(x)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
@@ -268,7 +273,10 @@ class VisionRetention(nn.Module):
             raise SettingsError("patch dropout leaves no map of all patches; call model.eval() or use output_fmt='NLC'")
         taken = []
         for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
-            x = self._run(block, x, grid, kept)
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, grid, kept, use_reentrant=False)
+            else:
+                x = block(x, grid, kept)
             if i in take_indices:
                 taken.append(self.norm(x) if norm else x)
 
@@ -375,7 +383,7 @@ class VisionRetention(nn.Module):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Images -> tokens [B, N, D] for the first block, the grid of patches, and which of them patch dropout left."""
-        grid = self._grid(x.shape[-2:])
+        grid = self._grid((x.shape[2], x.shape[3]))
         x = self.patch_embed(x) + self._position_embedding(grid)
         x, kept = (x, None) if self.patch_drop is None else self.patch_drop(x)
         if self.cls_token is not None:
@@ -385,9 +393,10 @@ class VisionRetention(nn.Module):
     def _grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches of such images; SettingsError where the model does not take them."""
         if self.dynamic_img_size:
-            _check_patches(img_size, self.patch_embed.patch_size, self.patch_embed.dynamic_img_pad)
+            if not self.patch_embed.dynamic_img_pad:
+                check_patches(img_size, self.patch_embed.patch_size)
             return self.patch_embed.dynamic_feat_size(img_size)
-        _check_size(img_size, self.patch_embed.img_size)
+        check_size(img_size, self.patch_embed.img_size)
         return self.patch_embed.grid_size
 
     def _position_embedding(self, grid: tuple[int, int]) -> Tensor:
@@ -396,14 +405,12 @@ class VisionRetention(nn.Module):
             return self.pos_embed
         return resample_abs_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, num_prefix_tokens=0)
 
-    def _run(self, block: Block, x: Tensor, grid: tuple[int, int], kept: Tensor | None) -> Tensor:
-        return checkpoint(block, x, grid, kept, use_reentrant=False) if self.grad_checkpointing else block(x, grid, kept)
-
     def _patches(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, P, D]."""
         return x[:, :x.shape[1] - self.num_prefix_tokens]
 
 
+@torch.jit.ignore
 def _check_pool(global_pool: str) -> None:
     if global_pool not in GLOBAL_POOLS:
         raise SettingsError(f"unknown global_pool {global_pool!r}; choose one of {', '.join(map(repr, GLOBAL_POOLS))}")
@@ -411,7 +418,8 @@ def _check_pool(global_pool: str) -> None:
 
 # Sizes are proxies while torch.fx traces: checks are called, not traced.
 @register_notrace_function
-def _check_size(img_size: tuple[int, int], expected: tuple[int, int]) -> None:
+@torch.jit.ignore
+def check_size(img_size: tuple[int, int], expected: tuple[int, int]) -> None:
     if tuple(img_size) != tuple(expected):
         height, width = img_size
         raise SettingsError(
@@ -420,14 +428,15 @@ def _check_size(img_size: tuple[int, int], expected: tuple[int, int]) -> None:
 
 
 @register_notrace_function
-def _check_patches(img_size: tuple[int, int], patch_size: tuple[int, int], pad: bool) -> None:
+@torch.jit.ignore
+def check_patches(img_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
     if min(patch_size) < 1:
         raise SettingsError(f"patch_size is {patch_size[0]}x{patch_size[1]}; it must be at least 1x1")
-    if min(img_size) < 1 or not pad and any(side % patch for side, patch in zip(img_size, patch_size)):
+    if any(side < patch or side % patch for side, patch in zip(img_size, patch_size)):
         nearest = tuple(max(round(side / patch), 1) * patch for side, patch in zip(img_size, patch_size))
-        raise SettingsError(
-            f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size {patch_size[0]}x{patch_size[1]}; the "
-            f"nearest that is: img_size={nearest}, or build the model with dynamic_img_pad=True")
+        raise SettingsError(f"img_size {img_size[0]}x{img_size[1]} is not divisible by patch_size "
+                            f"{patch_size[0]}x{patch_size[1]}; the nearest that is: img_size={nearest}; "
+                            f"dynamic_img_size=True with dynamic_img_pad=True pads images")
 
 
 def _classifier(embed_dim: int, num_classes: int) -> nn.Module:
