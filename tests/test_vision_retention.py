@@ -333,7 +333,7 @@ def test_dynamic_size_is_set_input_size_for_one_call(dims):
     assert torch.allclose(model(images), fixed(images), atol=1e-6)
     assert model.forward_intermediates(images, intermediates_only=True)[0].shape == (2, 32, 5, 7)
     assert model.pos_embed.shape == (1, 12, 32)
-    with pytest.raises(SettingsError, match=r"img_size 40x52 .* img_size=\(40, 48\); .* dynamic_img_pad=True"):
+    with pytest.raises(SettingsError, match=r"size 40x52 .* img_size=\(40, 48\); .* dynamic_img_pad=True"):
         model(images[..., :52])
 
 
@@ -364,7 +364,9 @@ def test_patch_dropout_keeps_order_places_and_the_class_token(dims):
         assert largest_difference([found[i:i + 1].double()], [expected]) < 1e-5
 
 
-@pytest.mark.parametrize("option", ["drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate", "patch_drop_rate"])
+@pytest.mark.parametrize("option", [
+    "drop_rate", "pos_drop_rate", "proj_drop_rate", "drop_path_rate", "patch_drop_rate",
+])
 def test_each_drop_option_acts_in_training_only(option):
     model = tiny(**{option: 0.5})
     assert not model(IMAGES).equal(model(IMAGES))
@@ -424,7 +426,7 @@ def test_initial_weights_follow_the_named_distribution():
 
 
 def test_errors_in_options_name_the_choices():
-    with pytest.raises(SettingsError, match="unknown retention_norm 'rms'; choose one of none, layernorm, layernorm_gelu"):
+    with pytest.raises(SettingsError, match="retention_norm 'rms'; choose one of none, layernorm, layernorm_gelu"):
         tiny(retention_norm="rms")
     with pytest.raises(SettingsError, match="retention_dims is 3; it must be 1 .* or 2"):
         tiny(retention_dims=3)

@@ -3,8 +3,11 @@
 from vir.models.forms import RETENTION_MODES, retain
 from vir.models.retention import (
     chunkwise_retention,
+    chunkwise_retention_2d,
     parallel_retention,
+    parallel_retention_2d,
     recurrent_retention,
+    recurrent_retention_2d,
     retention_decay,
     retention_step,
 )
@@ -12,6 +15,7 @@ from vir.models.vision_retention import VisionRetention
 from vir.models.weights import WeightsMetadata, load, read_metadata, save_weights
 
 __all__ = [
-    "RETENTION_MODES", "VisionRetention", "WeightsMetadata", "chunkwise_retention", "load", "parallel_retention",
-    "read_metadata", "recurrent_retention", "retain", "retention_decay", "retention_step", "save_weights",
+    "RETENTION_MODES", "VisionRetention", "WeightsMetadata", "chunkwise_retention", "chunkwise_retention_2d", "load",
+    "parallel_retention", "parallel_retention_2d", "read_metadata", "recurrent_retention", "recurrent_retention_2d",
+    "retain", "retention_decay", "retention_step", "save_weights",
 ]

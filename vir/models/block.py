@@ -33,7 +33,7 @@ class Retention(nn.Module):
             raise SettingsError(f"embed_dim {dim} is not divisible by num_heads {num_heads}; "
                                 f"64 channels per head are usual: num_heads={max(dim // 64, 1)}")
         if dims not in (1, 2):
-            raise SettingsError(f"retention_dims is {dims!r}; it must be 1 (along the sequence) or 2 (rows and columns)")
+            raise SettingsError(f"retention_dims is {dims!r}; it must be 1 (the sequence) or 2 (rows and columns)")
         if norm not in RETENTION_NORMS:
             raise SettingsError(f"unknown retention_norm {norm!r}; choose one of {', '.join(RETENTION_NORMS)}")
         self.num_heads = num_heads

@@ -1,9 +1,15 @@
 """Retention of a token sequence in its three forms, as pure functions that give the same numbers.
 
-Dimension key: B batch, H heads, N tokens, K key width, V value width, M chunks, C tokens of a chunk.
+Dimension key: B batch, H heads, N tokens, K key width, V value width, M chunks, C tokens of a chunk; in 2-D, R rows and
+C columns of patches.
 
 out[n] = sum over m <= n of decay^(n - m) * scale * (q[n] . k[m]) v[m], for each head with its own decay in (0, 1).
 There is no softmax: with one, no state of fixed size could give the same result (RetNet, arXiv:2307.08621).
+
+In 2-D, patch (r, c) sees the patches (r', c') with r' <= r and c' <= c, with weight decay^((r - r') + (c - c')); so what
+it sees depends on the distance alone, and a shifted image gives shifted outputs. A class token stands at (R, C - 1): it
+sees every patch and itself, and no patch sees it. The sum over the rectangle is a scan along each row, then down
+each column (ViR, arXiv:2310.19731): H[r, c] = decay H[r, c-1] + k^T v, S[r, c] = decay S[r-1, c] + H[r, c], out = q S.
 
 All forms sum with powers of decay taken in float32 (float64 for float64 inputs), carry states in that precision, and
 ignore an autocast around them: the precision of a result follows from the tensors alone.
@@ -132,8 +138,7 @@ def chunkwise_retention(
     chunk_size = min(chunk_size, num_tokens)
     num_chunks = math.ceil(num_tokens / chunk_size)
     dtype = _state_dtype(v)
-    # Sums over tokens reach beyond float16's largest number, not beyond bfloat16's.
-    work_dtype = torch.float32 if v.dtype == torch.float16 else v.dtype
+    work_dtype = _work_dtype(v)
 
     with _own_precision(q):
         first_state = _first_state(k, v, initial_state)
@@ -155,6 +160,126 @@ def chunkwise_retention(
         return out.to(v.dtype).flatten(2, 3)[:, :, :num_tokens], states[:, :, -1]
 
 
+def parallel_retention_2d(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, grid: tuple[int, int], scale: float | None = None
+) -> Tensor:
+    """All tokens at once, in 2-D; memory grows with N^2.
+
+    Args:
+        q, k: [B, H, N, K], N = R * C patches in raster order, or R * C + 1 with the class token last.
+        v: [B, H, N, V].
+        decay: [H], see retention_decay.
+        grid: (R, C).
+        scale: Factor on q . k; K^-0.5 when None.
+
+    Returns:
+        [B, H, N, V] in v's dtype.
+    """
+    _check_shapes(q, k, v, decay)
+    _check_grid(q, grid)
+    with _own_precision(q):
+        mask = _decay_matrix_2d(decay, grid, q.shape[2], _state_dtype(v))
+        return _masked_scores(_scaled(q, scale), k, mask, v.dtype) @ v
+
+
+def recurrent_retention_2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    grid: tuple[int, int],
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One row of patches after the other, token by token; in inference its memory is a row of states.
+
+    Args:
+        q, k: [B, H, N, K], N = R * C patches in raster order, or R * C + 1 with the class token last.
+        v: [B, H, N, V].
+        decay: [H], see retention_decay.
+        grid: (R, C). An image can come in strips of rows; after the last, (0, C) and the class token alone.
+        initial_state: [B, H, C, K, V], the states of the row above; zero when None.
+        scale: Factor on q . k; K^-0.5 when None.
+
+    Returns:
+        out [B, H, N, V] in v's dtype, and the states [B, H, C, K, V] of the last row of patches.
+    """
+    _check_shapes(q, k, v, decay)
+    _check_grid(q, grid)
+    states = list(_first_state(k, v, initial_state, columns=grid[1]).unbind(2))
+    dtype, outputs, along_row = _state_dtype(v), [], 0
+    with _own_precision(q):
+        factor = decay.to(dtype)[:, None, None]
+        for n in range(grid[0] * grid[1]):
+            column = n % grid[1]
+            update = k[:, :, n, :, None].to(dtype) * v[:, :, n, None, :].to(dtype)
+            along_row = update + (factor * along_row if column else 0)
+            states[column] = factor * states[column] + along_row
+            outputs.append((_scaled(q[:, :, n, None].to(dtype), scale) @ states[column]).to(v.dtype))
+    return _with_class_token(q, k, v, decay, outputs, torch.stack(states, dim=2), scale)
+
+
+def chunkwise_retention_2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    grid: tuple[int, int],
+    chunk_rows: int = 4,
+    initial_state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Parallel inside blocks of chunk_rows rows, recurrent between them; any chunk_rows >= 1 gives the same result.
+
+    Args:
+        q, k: [B, H, N, K], N = R * C patches in raster order, or R * C + 1 with the class token last.
+        v: [B, H, N, V].
+        decay: [H], see retention_decay.
+        grid: (R, C). An image can come in strips of rows; after the last, (0, C) and the class token alone.
+        chunk_rows: Rows of patches in a block; memory grows with (chunk_rows * C)^2.
+        initial_state: [B, H, C, K, V], the states of the row above; zero when None.
+        scale: Factor on q . k; K^-0.5 when None.
+
+    Returns:
+        out [B, H, N, V] in v's dtype, and the states [B, H, C, K, V] of the last row of patches.
+    """
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1 row of patches")
+    _check_shapes(q, k, v, decay)
+    _check_grid(q, grid)
+    (rows, columns), dtype = grid, _state_dtype(v)
+    work_dtype = _work_dtype(v)
+    states, outputs = _first_state(k, v, initial_state, columns), []
+    with _own_precision(q):
+        along_row = _decay_matrix(decay, torch.arange(columns, device=q.device), columns, dtype)  # [H, C, C]
+        for top in range(0, rows, chunk_rows):
+            height = min(chunk_rows, rows - top)
+            block = slice(top * columns, (top + height) * columns)
+            q_block, k_block, v_block = _scaled(q[:, :, block], scale), k[:, :, block], v[:, :, block]
+            mask = _decay_matrix_2d(decay, (height, columns), height * columns, dtype)
+            out = _masked_scores(q_block, k_block, mask, v.dtype) @ v_block
+
+            powers = _powers(decay, height + 1, dtype)[:, None, :, None]  # [H, 1, height + 1, 1]
+            q_block, k_block, v_block = (  # [B, H, C, height, K or V]
+                x.unflatten(2, (height, columns)).transpose(2, 3).to(dtype) for x in (q_block, k_block, v_block))
+            above = (q_block * powers[:, :, 1:]).to(work_dtype) @ states.to(work_dtype)
+            outputs.append((out + above.transpose(2, 3).flatten(2, 3)).to(v.dtype))
+            aged_k = k_block * powers[:, :, :height].flip(2)
+            sums = (aged_k.to(work_dtype).mT @ v_block.to(work_dtype)).to(dtype)  # [B, H, C, K, V], of each column
+            states = powers[:, :, height:, :] * states + torch.einsum("hcd,bhdkv->bhckv", along_row, sums)
+    return _with_class_token(q, k, v, decay, outputs, states, scale)
+
+
+def _with_class_token(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, outputs: list[Tensor], states: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Join the outputs of patches [B, H, some, V] with that of the class token, where q has one token more."""
+    if sum(out.shape[2] for out in outputs) < q.shape[2]:
+        out, _ = retention_step(q[:, :, -1], k[:, :, -1], v[:, :, -1], decay, states[:, :, -1], scale)
+        outputs = [*outputs, out[:, :, None]]
+    return torch.cat(outputs, dim=2), states
+
+
 def _powers(decay: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """decay^0 to decay^(count - 1), [H, count]. Exponents are integers: in bfloat16, 257 would already be 256."""
     return decay.to(dtype)[:, None] ** torch.arange(count, device=decay.device)
@@ -165,6 +290,15 @@ def _decay_matrix(decay: Tensor, positions: Tensor, span: int, dtype: torch.dtyp
     # A table of span powers and a look-up: P * P calls of pow cost more than the product with the scores.
     distance = (positions[:, None] - positions[None, :]).abs()
     return _powers(decay, span, dtype)[:, distance].tril()
+
+
+def _decay_matrix_2d(decay: Tensor, grid: tuple[int, int], num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """decay^(distance in rows + in columns) where a token sees another, else 0: [H, N, N]."""
+    rows, columns = grid
+    token = torch.arange(num_tokens, device=decay.device)
+    row, column = token // columns, torch.where(token < rows * columns, token % columns, columns - 1)
+    down, right = row[:, None] - row, column[:, None] - column
+    return _powers(decay, rows + columns, dtype)[:, down.abs() + right.abs()] * ((down >= 0) & (right >= 0))
 
 
 def _masked_scores(q: Tensor, k: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -188,12 +322,21 @@ def _state_dtype(v: Tensor) -> torch.dtype:
     return torch.promote_types(v.dtype, torch.float32)
 
 
-def _first_state(k: Tensor, v: Tensor, initial_state: Tensor | None) -> Tensor:
-    """initial_state in the precision of states, or zeros: [B, H, K, V]."""
+def _work_dtype(v: Tensor) -> torch.dtype:
+    """For products with states: sums over tokens reach beyond float16's largest number, not beyond bfloat16's."""
+    return torch.float32 if v.dtype == torch.float16 else v.dtype
+
+
+def _first_state(k: Tensor, v: Tensor, initial_state: Tensor | None, columns: int | None = None) -> Tensor:
+    """initial_state in the precision of states, or zeros: [B, H, K, V], or [B, H, columns, K, V]."""
     if initial_state is None:
-        return v.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=_state_dtype(v))
-    _check_state(initial_state, k, v)
+        return v.new_zeros(_state_shape(k, v, columns), dtype=_state_dtype(v))
+    _check_state(initial_state, k, v, columns)
     return initial_state.to(_state_dtype(v))
+
+
+def _state_shape(k: Tensor, v: Tensor, columns: int | None) -> tuple[int, ...]:
+    return (*k.shape[:2], *([] if columns is None else [columns]), k.shape[-1], v.shape[-1])
 
 
 def _own_precision(x: Tensor):
@@ -214,7 +357,18 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> None:
                          f"retention_decay({q.shape[1]})")
 
 
-def _check_state(state: Tensor, k: Tensor, v: Tensor) -> None:
-    expected = (*k.shape[:2], k.shape[-1], v.shape[-1])
+def _check_grid(q: Tensor, grid: tuple[int, int]) -> None:
+    rows, columns = grid
+    num_patches = rows * columns
+    if rows < 0 or columns < 1 or q.shape[2] not in (num_patches, num_patches + 1):
+        raise ValueError(f"{q.shape[2]} tokens do not fit a grid of {rows} rows and {columns} columns; it takes "
+                         f"{num_patches} patches, or {num_patches + 1} tokens with a class token")
+
+
+def _check_state(state: Tensor, k: Tensor, v: Tensor, columns: int | None = None) -> None:
+    expected = _state_shape(k, v, columns)
     if state.shape != expected:
-        raise ValueError(f"state has shape {list(state.shape)}; for these inputs [B, H, K, V] is {list(expected)}")
+        names = "[B, H, K, V]" if columns is None else "[B, H, columns, K, V]"
+        raise ValueError(f"state has shape {list(state.shape)}; for these inputs {names} is {list(expected)}")
+    if state.device != k.device:
+        raise ValueError(f"state is on {state.device} but k is on {k.device}; move it: state.to({str(k.device)!r})")

@@ -362,8 +362,9 @@ class VisionRetention(nn.Module):
             expected = expected or [strip.shape[0], self.in_chans, img_size[1]]
             seen += strip.shape[-2]
             if [*strip.shape[:-2], strip.shape[-1]] != expected or seen > img_size[0]:
-                raise ValueError(f"a strip of shape {list(strip.shape)} ends at row {seen}; strips must be [{expected[0]}, "
-                                 f"{expected[1]}, any height, {expected[2]}] and {img_size[0]} rows in all")
+                raise ValueError(f"a strip of shape {list(strip.shape)} ends at row {seen}; strips must be "
+                                 f"[{expected[0]}, {expected[1]}, any height, {expected[2]}] and {img_size[0]} rows "
+                                 f"in all")
             waiting = strip if waiting is None else torch.cat([waiting, strip], dim=2)
             while waiting.shape[2] >= height:
                 yield self._to_whole_patches(waiting[:, :, :height])
@@ -423,8 +424,8 @@ def check_size(img_size: tuple[int, int], expected: tuple[int, int]) -> None:
     if tuple(img_size) != tuple(expected):
         height, width = img_size
         raise SettingsError(
-            f"images are {height}x{width} but this model takes {expected[0]}x{expected[1]}; resize them, create it with "
-            f"img_size=({height}, {width}) or dynamic_img_size=True, or call model.set_input_size first")
+            f"images are {height}x{width} but this model takes {expected[0]}x{expected[1]}; resize them, create it "
+            f"with img_size=({height}, {width}) or dynamic_img_size=True, or call model.set_input_size first")
 
 
 @register_notrace_function
@@ -483,8 +484,8 @@ def checkpoint_filter_fn(state_dict: dict, model: VisionRetention) -> dict[str, 
         state_dict["patch_embed.proj.weight"] = resample_patch_embed(weight, list(patch_size))
     if pos_embed is not None and pos_embed.shape[1] != model.patch_embed.num_patches:
         if math.isqrt(pos_embed.shape[1]) ** 2 != pos_embed.shape[1]:
-            raise SettingsError(f"the position embedding has {pos_embed.shape[1]} places, which make no square to resample "
-                                f"from; load it into a model of its own img_size and call set_input_size")
+            raise SettingsError(f"the position embedding has {pos_embed.shape[1]} places, which make no square to "
+                                f"resample from; load it into a model of its own img_size and call set_input_size")
         state_dict["pos_embed"] = resample_abs_pos_embed(pos_embed, list(grid), num_prefix_tokens=0)
     return state_dict
 
