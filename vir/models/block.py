@@ -7,9 +7,9 @@ import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
-import vir.models.retention as _forms
 from vir.errors import SettingsError
 from vir.models.forms import RETENTION_MODES, chunk_rows, retain
+from vir.models.retention import chunkwise_retention, chunkwise_retention_2d, retention_decay
 
 RETENTION_NORMS = ("none", "layernorm", "layernorm_gelu")
 
@@ -45,12 +45,12 @@ class Retention(nn.Module):
         self.act = nn.GELU() if norm == "layernorm_gelu" else nn.Identity()
         self.out_proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.register_buffer("decay", _forms.retention_decay(num_heads), persistent=False)
+        self.register_buffer("decay", retention_decay(num_heads), persistent=False)
 
     def _apply(self, fn, recurse=True):
         # .bfloat16() and .half() would round 511/512 to 1, and to_empty() leaves noise: put the exact values back.
         super()._apply(fn, recurse)
-        self.decay = _forms.retention_decay(self.num_heads).to(self.decay.device)
+        self.decay = retention_decay(self.num_heads).to(self.decay.device)
         return self
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None, kept: Tensor | None = None) -> Tensor:
@@ -78,9 +78,9 @@ class Retention(nn.Module):
         q, k, v = self._heads(x)
         decay = self.decay.to(x.device)
         if self.dims == 1:
-            out, state = _forms.chunkwise_retention(q, k, v, decay, self.chunk_size, state)
+            out, state = chunkwise_retention(q, k, v, decay, self.chunk_size, state)
         else:
-            out, state = _forms.chunkwise_retention_2d(
+            out, state = chunkwise_retention_2d(
                 q, k, v, decay, grid, chunk_rows(self.chunk_size, grid), state)
         return self._merge(out), state
 

@@ -7,16 +7,17 @@ from typing import get_args
 
 from torch import Tensor
 
-import vir.models.retention as _forms
 from vir.config import RetentionMode
+from vir.models.retention import (
+    chunkwise_retention,
+    chunkwise_retention_2d,
+    parallel_retention,
+    parallel_retention_2d,
+    recurrent_retention,
+    recurrent_retention_2d,
+)
 
 RETENTION_MODES: tuple[str, ...] = get_args(RetentionMode)
-
-# Forward and backward on one CPU core, batch 8, 6 heads of 64, parallel against chunks of 64: 37 and 43 ms at
-# 197 tokens, 70 and 50 ms at 257; batch 4 at 577 tokens: 163 and 47 ms.
-AUTO_PARALLEL_TOKENS = 256
-AUTO_PARALLEL_TOKENS_2D = 1025
-
 
 def retain(
     q: Tensor,
@@ -43,15 +44,15 @@ def retain(
         mode = "parallel" if q.shape[2] <= (AUTO_PARALLEL_TOKENS if grid is None else AUTO_PARALLEL_TOKENS_2D) else "chunkwise"
     if grid is not None:
         if mode == "parallel":
-            return _forms.parallel_retention_2d(q, k, v, decay, grid)
+            return parallel_retention_2d(q, k, v, decay, grid)
         if mode == "chunkwise":
-            return _forms.chunkwise_retention_2d(q, k, v, decay, grid, chunk_rows(chunk_size, grid))[0]
-        return _forms.recurrent_retention_2d(q, k, v, decay, grid)[0]
+            return chunkwise_retention_2d(q, k, v, decay, grid, chunk_rows(chunk_size, grid))[0]
+        return recurrent_retention_2d(q, k, v, decay, grid)[0]
     if mode == "parallel":
-        return _forms.parallel_retention(q, k, v, decay)
+        return parallel_retention(q, k, v, decay)
     if mode == "chunkwise":
-        return _forms.chunkwise_retention(q, k, v, decay, chunk_size)[0]
-    return _forms.recurrent_retention(q, k, v, decay)[0]
+        return chunkwise_retention(q, k, v, decay, chunk_size)[0]
+    return recurrent_retention(q, k, v, decay)[0]
 
 
 def chunk_rows(chunk_size: int, grid: tuple[int, int]) -> int:

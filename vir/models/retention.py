@@ -8,11 +8,12 @@ There is no softmax: with one, no state of fixed size could give the same result
 
 In 2-D, patch (r, c) sees the patches (r', c') with r' <= r and c' <= c, with weight decay^((r - r') + (c - c')); so what
 it sees depends on the distance alone, and a shifted image gives shifted outputs. A class token stands at (R, C - 1): it
-sees every patch and itself, and no patch sees it. The sum over the rectangle is a scan along each row, then down
+sees every patch and itself; no patch sees it. The sum over the rectangle is a scan along each row, then down
 each column (ViR, arXiv:2310.19731): H[r, c] = decay H[r, c-1] + k^T v, S[r, c] = decay S[r-1, c] + H[r, c], out = q S.
 
 All forms sum with powers of decay taken in float32 (float64 for float64 inputs), carry states in that precision, and
-ignore an autocast around them: the precision of a result follows from the tensors alone.
+ignore an autocast around them: the precision of a result follows from the tensors alone. float16 is computed in
+float32, because sums over tokens outgrow its largest number, and so is bfloat16 on CPUs without instructions for it.
 """
 
 import math
@@ -21,7 +22,9 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
+
+_CPU_MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def retention_decay(num_heads: int) -> Tensor:
@@ -51,8 +54,7 @@ def parallel_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: fl
     _check_shapes(q, k, v, decay)
     with _own_precision(q):
         positions = torch.arange(q.shape[2], device=q.device)
-        mask = _decay_matrix(decay, positions, q.shape[2], _state_dtype(v))  # [H, N, N]
-        return _masked_scores(_scaled(q, scale), k, mask, v.dtype) @ v
+        return _masked(q, k, v, _decay_matrix(decay, positions, q.shape[2], _state_dtype(v)), scale).to(v.dtype)
 
 
 def recurrent_retention(
@@ -102,9 +104,9 @@ def retention_step(
     _check_state(state, k, v)
     with _own_precision(q):
         dtype = _state_dtype(v)
-        q, k, value = _scaled(q.to(dtype), scale), k.to(dtype), v.to(dtype)
-        state = decay.to(dtype)[:, None, None] * state.to(dtype) + k[..., :, None] * value[..., None, :]
-        return (q[..., None, :] @ state).squeeze(-2).to(v.dtype), state
+        update = k.to(dtype)[..., :, None] * v.to(dtype)[..., None, :]
+        state = decay.to(dtype)[:, None, None] * state.to(dtype) + update
+        return ((q.to(dtype) * _scale(q, scale))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
 
 
 def chunkwise_retention(
@@ -124,7 +126,7 @@ def chunkwise_retention(
         q, k: [B, H, N, K].
         v: [B, H, N, V].
         decay: [H], see retention_decay.
-        chunk_size: C. About K keeps the states no larger than the inputs.
+        chunk_size: The most tokens in a chunk; N is divided evenly. About K keeps the states no larger than the inputs.
         initial_state: [B, H, K, V], the state after the tokens that came before; zero when None.
         scale: Factor on q . k; K^-0.5 when None.
 
@@ -134,30 +136,93 @@ def chunkwise_retention(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1 (64 is a good start)")
     _check_shapes(q, k, v, decay)
-    num_tokens = q.shape[2]
-    chunk_size = min(chunk_size, num_tokens)
-    num_chunks = math.ceil(num_tokens / chunk_size)
-    dtype = _state_dtype(v)
-    work_dtype = _work_dtype(v)
+    if initial_state is not None:
+        _check_state(initial_state, k, v)
+    return _Chunkwise.apply(q, k, v, decay, initial_state, chunk_size, _scale(q, scale))
 
-    with _own_precision(q):
-        first_state = _first_state(k, v, initial_state)
-        q, k, v = (_split(x, num_chunks, chunk_size) for x in (_scaled(q, scale), k, v))  # [B, H, M, C, K or V]
-        inside = torch.arange(chunk_size, device=q.device)
-        mask = _decay_matrix(decay, inside, chunk_size, dtype)[:, None]  # [H, 1, C, C]
-        out = _masked_scores(q, k, mask, v.dtype) @ v
 
-        # ends[m] tokens come before chunk m; the last chunk may be short, and its padding must not age the state.
-        ends = (torch.arange(num_chunks + 1, device=q.device) * chunk_size).clamp(max=num_tokens)
-        to_end = (ends[1:, None] - 1 - ends[:-1, None] - inside).clamp(min=0)  # [M, C]
-        aged_k = k * _powers(decay, chunk_size, dtype)[:, to_end, None]
-        sums = (aged_k.to(work_dtype).mT @ v.to(work_dtype)).to(dtype)  # [B, H, M, K, V], of each chunk alone
-        carry = _decay_matrix(decay, ends, num_tokens + 1, dtype)  # [H, M + 1, M + 1]
-        states = torch.einsum("hmn,bhnkv->bhmkv", carry, torch.cat([first_state[:, :, None], sums], dim=2))
+class _Chunkwise(torch.autograd.Function):
+    """chunkwise_retention with its gradient written out, which passes over memory half as often as a recorded one.
 
-        aged_q = q * _powers(decay, chunk_size + 1, dtype)[:, None, 1:, None]
-        out = out + aged_q.to(work_dtype) @ states[:, :, :-1].to(work_dtype)
-        return out.to(v.dtype).flatten(2, 3)[:, :, :num_tokens], states[:, :, -1]
+    In a chunk, with P = q k^T * mask and S the state before it, out = P v + (q * q_age) S; the state after it is
+    fade * S + (k * k_age)^T v.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, decay, initial_state, chunk_size, scale):
+        num_tokens, dtype, state_dtype = q.shape[2], _compute_dtype(v), _state_dtype(v)
+        num_chunks = math.ceil(num_tokens / chunk_size)
+        chunk_size = math.ceil(num_tokens / num_chunks)  # even chunks: 197 tokens are 4 x 50, not 4 x 64
+        ctx.dtypes = q.dtype, k.dtype, v.dtype, None if initial_state is None else initial_state.dtype
+        with _own_precision(q):
+            tables = _chunk_tables(decay, num_tokens, num_chunks, chunk_size, scale, state_dtype)
+            mask, q_age, k_age, fade = tables
+            q, k, v = (_split(x, num_chunks, chunk_size, dtype) for x in (q, k, v))  # [B, H, M, C, K or V]
+            scores = (q @ k.mT).mul_(mask)
+            sums = ((k * k_age).to(dtype).mT @ v).to(state_dtype)  # [B, H, M, K, V]
+            states = [torch.zeros_like(sums[:, :, 0]) if initial_state is None else initial_state.to(state_dtype)]
+            for m in range(num_chunks):
+                states.append(torch.addcmul(sums[:, :, m], fade[:, m], states[m]))
+            *states, last_state = states
+            states = torch.stack(states, dim=2).to(dtype)
+            out = _add_product((q * q_age).to(dtype) @ states, scores, v)
+        ctx.num_tokens = num_tokens
+        ctx.save_for_backward(q, k, v, scores, states, *tables)
+        return _join(out, num_tokens, ctx.dtypes[2]), last_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out, d_state):
+        q, k, v, scores, states, mask, q_age, k_age, fade = ctx.saved_tensors
+        dtype, num_chunks, chunk_size = q.dtype, q.shape[2], q.shape[3]
+        with _own_precision(q):
+            d_out = _split(d_out, num_chunks, chunk_size, dtype)
+            d_scores = (d_out @ v.mT).mul_(mask)
+            d_states = ((q * q_age).to(dtype).mT @ d_out).to(d_state.dtype)
+            d_sums = []
+            for m in reversed(range(num_chunks)):
+                d_sums.insert(0, d_state)
+                d_state = torch.addcmul(d_states[:, :, m], fade[:, m], d_state)
+            d_sums = torch.stack(d_sums, dim=2).to(dtype)
+            d_q = _add_product(((d_out @ states.mT) * q_age).to(dtype), d_scores, k)
+            d_k = _add_product(((v @ d_sums.mT) * k_age).to(dtype), d_scores.mT, q)
+            d_v = _add_product((k * k_age).to(dtype) @ d_sums, scores.mT, d_out)
+        d_q, d_k, d_v = (_join(x, ctx.num_tokens, dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes))
+        return d_q, d_k, d_v, None, None if ctx.dtypes[3] is None else d_state.to(ctx.dtypes[3]), None, None
+
+
+def _chunk_tables(
+    decay: Tensor, num_tokens: int, num_chunks: int, chunk_size: int, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mask [H, 1, C, C] and q_age [H, 1, C, 1], both with the scale in them, k_age [H, M, C, 1], fade [H, M, 1, 1].
+
+    The last chunk may be short: its padding ages no state.
+    """
+    inside = torch.arange(chunk_size, device=decay.device)
+    lengths = (num_tokens - chunk_size * torch.arange(num_chunks, device=decay.device)).clamp(max=chunk_size)
+    powers = _powers(decay, chunk_size + 1, dtype)
+    mask = _decay_matrix(decay, inside, chunk_size, dtype)[:, None] * scale
+    q_age = powers[:, None, 1:, None] * scale
+    k_age = powers[:, (lengths[:, None] - 1 - inside).clamp(min=0), None]
+    return mask, q_age, k_age, powers[:, lengths, None, None]
+
+
+def _split(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """[B, H, N, D] -> [B, H, M, C, D] in dtype, with zeros after the last token."""
+    out = x.new_empty(*x.shape[:2], num_chunks * chunk_size, x.shape[3], dtype=dtype)
+    out[:, :, :x.shape[2]] = x
+    out[:, :, x.shape[2]:] = 0
+    return out.unflatten(2, (num_chunks, chunk_size))
+
+
+def _join(x: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """[B, H, M, C, D] -> [B, H, N, D] in dtype."""
+    return x.flatten(2, 3)[:, :, :num_tokens].to(dtype)
+
+
+def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a @ b in one pass, for matrices in three batch dimensions."""
+    return torch.baddbmm(x.flatten(0, 2), a.flatten(0, 2), b.flatten(0, 2)).view_as(x)
 
 
 def parallel_retention_2d(
@@ -178,8 +243,7 @@ def parallel_retention_2d(
     _check_shapes(q, k, v, decay)
     _check_grid(q, grid)
     with _own_precision(q):
-        mask = _decay_matrix_2d(decay, grid, q.shape[2], _state_dtype(v))
-        return _masked_scores(_scaled(q, scale), k, mask, v.dtype) @ v
+        return _masked(q, k, v, _decay_matrix_2d(decay, grid, q.shape[2], _state_dtype(v)), scale).to(v.dtype)
 
 
 def recurrent_retention_2d(
@@ -215,7 +279,7 @@ def recurrent_retention_2d(
             update = k[:, :, n, :, None].to(dtype) * v[:, :, n, None, :].to(dtype)
             along_row = update + (factor * along_row if column else 0)
             states[column] = factor * states[column] + along_row
-            outputs.append((_scaled(q[:, :, n, None].to(dtype), scale) @ states[column]).to(v.dtype))
+            outputs.append(((q[:, :, n, None].to(dtype) * _scale(q, scale)) @ states[column]).to(v.dtype))
     return _with_class_token(q, k, v, decay, outputs, torch.stack(states, dim=2), scale)
 
 
@@ -247,26 +311,24 @@ def chunkwise_retention_2d(
         raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1 row of patches")
     _check_shapes(q, k, v, decay)
     _check_grid(q, grid)
-    (rows, columns), dtype = grid, _state_dtype(v)
-    work_dtype = _work_dtype(v)
+    (rows, columns), dtype, state_dtype = grid, _compute_dtype(v), _state_dtype(v)
     states, outputs = _first_state(k, v, initial_state, columns), []
     with _own_precision(q):
-        along_row = _decay_matrix(decay, torch.arange(columns, device=q.device), columns, dtype)  # [H, C, C]
+        along_row = _decay_matrix(decay, torch.arange(columns, device=q.device), columns, state_dtype)  # [H, C, C]
         for top in range(0, rows, chunk_rows):
             height = min(chunk_rows, rows - top)
-            block = slice(top * columns, (top + height) * columns)
-            q_block, k_block, v_block = _scaled(q[:, :, block], scale), k[:, :, block], v[:, :, block]
-            mask = _decay_matrix_2d(decay, (height, columns), height * columns, dtype)
-            out = _masked_scores(q_block, k_block, mask, v.dtype) @ v_block
+            block = [x[:, :, top * columns:(top + height) * columns] for x in (q, k, v)]
+            mask = _decay_matrix_2d(decay, (height, columns), height * columns, state_dtype)
+            out = _masked(*block, mask, scale)
 
-            powers = _powers(decay, height + 1, dtype)[:, None, :, None]  # [H, 1, height + 1, 1]
+            powers = _powers(decay, height + 1, state_dtype)[:, None, :, None]  # [H, 1, height + 1, 1]
             q_block, k_block, v_block = (  # [B, H, C, height, K or V]
-                x.unflatten(2, (height, columns)).transpose(2, 3).to(dtype) for x in (q_block, k_block, v_block))
-            above = (q_block * powers[:, :, 1:]).to(work_dtype) @ states.to(work_dtype)
-            outputs.append((out + above.transpose(2, 3).flatten(2, 3)).to(v.dtype))
-            aged_k = k_block * powers[:, :, :height].flip(2)
-            sums = (aged_k.to(work_dtype).mT @ v_block.to(work_dtype)).to(dtype)  # [B, H, C, K, V], of each column
-            states = powers[:, :, height:, :] * states + torch.einsum("hcd,bhdkv->bhckv", along_row, sums)
+                x.unflatten(2, (height, columns)).transpose(2, 3).to(dtype) for x in block)
+            from_above = (q_block * (powers[:, :, 1:] * _scale(q, scale))).to(dtype) @ states.to(dtype)
+            outputs.append((out + from_above.transpose(2, 3).flatten(2, 3)).to(v.dtype))
+            sums = (k_block * powers[:, :, :height].flip(2)).to(dtype).mT @ v_block  # [B, H, C, K, V], of each column
+            sums = torch.einsum("hcd,bhdkv->bhckv", along_row, sums.to(state_dtype))
+            states = powers[:, :, height:] * states + sums
     return _with_class_token(q, k, v, decay, outputs, states, scale)
 
 
@@ -301,30 +363,25 @@ def _decay_matrix_2d(decay: Tensor, grid: tuple[int, int], num_tokens: int, dtyp
     return _powers(decay, rows + columns, dtype)[:, down.abs() + right.abs()] * ((down >= 0) & (right >= 0))
 
 
-def _masked_scores(q: Tensor, k: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(q k^T) * mask, multiplied in the mask's precision: [..., N, N] in dtype."""
-    return (q @ k.mT * mask).to(dtype)
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """((q k^T) * scale * mask) v, [..., N, V] in the precision of the products; the mask acts in its own."""
+    dtype = _compute_dtype(v)
+    scores = (q.to(dtype) @ k.to(dtype).mT) * (mask * _scale(q, scale))
+    return scores.to(dtype) @ v.to(dtype)
 
 
-def _scaled(q: Tensor, scale: float | None) -> Tensor:
-    return q * (q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-def _split(x: Tensor, num_chunks: int, chunk_size: int) -> Tensor:
-    """[B, H, N, D] -> [B, H, M, C, D], with zeros after the last token."""
-    padding = num_chunks * chunk_size - x.shape[2]
-    if padding:
-        x = F.pad(x, (0, 0, 0, padding))
-    return x.unflatten(2, (num_chunks, chunk_size))
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _state_dtype(v: Tensor) -> torch.dtype:
     return torch.promote_types(v.dtype, torch.float32)
 
 
-def _work_dtype(v: Tensor) -> torch.dtype:
-    """For products with states: sums over tokens reach beyond float16's largest number, not beyond bfloat16's."""
-    return torch.float32 if v.dtype == torch.float16 else v.dtype
+def _compute_dtype(v: Tensor) -> torch.dtype:
+    """In which tokens are multiplied."""
+    slow = v.dtype == torch.bfloat16 and v.device.type == "cpu" and not _CPU_MULTIPLIES_BFLOAT16
+    return torch.float32 if slow or v.dtype == torch.float16 else v.dtype
 
 
 def _first_state(k: Tensor, v: Tensor, initial_state: Tensor | None, columns: int | None = None) -> Tensor:
