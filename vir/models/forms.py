@@ -19,6 +19,13 @@ from vir.models.retention import (
 
 RETENTION_MODES: tuple[str, ...] = get_args(RetentionMode)
 
+# Where `auto` changes form, measured with tools/benchmark_model.py (docs/benchmarks.md has the tables).
+AUTO_PARALLEL_TOKENS = 144
+AUTO_CHUNK_SIZE = 64
+AUTO_PARALLEL_TOKENS_2D = 600  # a state for each column costs more than one for all
+AUTO_CHUNK_SIZE_2D = 256
+
+
 def retain(
     q: Tensor,
     k: Tensor,
@@ -35,13 +42,13 @@ def retain(
         decay: [H], see retention_decay.
         grid: (rows, columns) of patches for 2-D decay; None for decay along the sequence.
         mode: One of RETENTION_MODES.
-        chunk_size: Tokens in a chunk of the chunkwise form.
+        chunk_size: Tokens in a chunk of the chunkwise form; `auto` has its own.
 
     Returns:
         [B, H, N, K].
     """
     if mode == "auto":
-        mode = "parallel" if q.shape[2] <= (AUTO_PARALLEL_TOKENS if grid is None else AUTO_PARALLEL_TOKENS_2D) else "chunkwise"
+        mode, chunk_size = choose(q.shape[2], grid is not None)
     if grid is not None:
         if mode == "parallel":
             return parallel_retention_2d(q, k, v, decay, grid)
@@ -53,6 +60,14 @@ def retain(
     if mode == "chunkwise":
         return chunkwise_retention(q, k, v, decay, chunk_size)[0]
     return recurrent_retention(q, k, v, decay)[0]
+
+
+def choose(num_tokens: int, two_dimensional: bool) -> tuple[str, int]:
+    """The mode and chunk size that `auto` stands for."""
+    longest = AUTO_PARALLEL_TOKENS_2D if two_dimensional else AUTO_PARALLEL_TOKENS
+    if num_tokens <= longest:
+        return "parallel", num_tokens
+    return "chunkwise", AUTO_CHUNK_SIZE_2D if two_dimensional else AUTO_CHUNK_SIZE
 
 
 def chunk_rows(chunk_size: int, grid: tuple[int, int]) -> int:

@@ -6,10 +6,10 @@ C columns of patches.
 out[n] = sum over m <= n of decay^(n - m) * scale * (q[n] . k[m]) v[m], for each head with its own decay in (0, 1).
 There is no softmax: with one, no state of fixed size could give the same result (RetNet, arXiv:2307.08621).
 
-In 2-D, patch (r, c) sees the patches (r', c') with r' <= r and c' <= c, with weight decay^((r - r') + (c - c')); so what
-it sees depends on the distance alone, and a shifted image gives shifted outputs. A class token stands at (R, C - 1): it
-sees every patch and itself; no patch sees it. The sum over the rectangle is a scan along each row, then down
-each column (ViR, arXiv:2310.19731): H[r, c] = decay H[r, c-1] + k^T v, S[r, c] = decay S[r-1, c] + H[r, c], out = q S.
+In 2-D, patch (r, c) sees the patches (r', c') with r' <= r and c' <= c, with weight decay^((r - r') + (c - c')). That
+depends on distances alone, so a shifted image gives shifted outputs. A class token stands at (R, C - 1) and sees every
+patch and itself; no patch sees it. The sum over the rectangle is a scan along each row, then down each column
+(ViR, arXiv:2310.19731): H[r, c] = decay H[r, c-1] + k^T v, S[r, c] = decay S[r-1, c] + H[r, c], out = q S.
 
 All forms sum with powers of decay taken in float32 (float64 for float64 inputs), carry states in that precision, and
 ignore an autocast around them: the precision of a result follows from the tensors alone. float16 is computed in
@@ -366,8 +366,8 @@ def _decay_matrix_2d(decay: Tensor, grid: tuple[int, int], num_tokens: int, dtyp
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """((q k^T) * scale * mask) v, [..., N, V] in the precision of the products; the mask acts in its own."""
     dtype = _compute_dtype(v)
-    scores = (q.to(dtype) @ k.to(dtype).mT) * (mask * _scale(q, scale))
-    return scores.to(dtype) @ v.to(dtype)
+    scores = (q.to(dtype) @ k.to(dtype).mT).mul_(mask * _scale(q, scale))  # in place: N^2 numbers are written once
+    return scores @ v.to(dtype)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
