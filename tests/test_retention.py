@@ -95,6 +95,56 @@ def test_form_equals_the_definition_in_value_and_gradient(form, num_tokens, dtyp
     assert_close(found, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_tokens", [577, 1025])
+@pytest.mark.parametrize("form", FORMS)
+def test_long_sequences_equal_the_definition(form, num_tokens, dtype):
+    decay, tensors = retention_decay(2), inputs(num_tokens, dtype, batch=1, heads=2)
+    found = value_and_gradients(lambda q, k, v: FORMS[form](q, k, v, decay), tensors)
+    tensors = [x.detach().double().requires_grad_() for x in tensors]
+    assert_close(found, value_and_gradients(partial(reference, scale=KEY**-0.5), tensors), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("num_tokens", [197, 1025])
+@pytest.mark.parametrize("form", ["parallel", "chunkwise-16", "chunkwise-64"])
+def test_bfloat16_is_as_exact_as_attention_in_bfloat16(form, num_tokens):
+    """Each against itself in float64, values and gradients; or at most one rounding of the result, 2^-8 of it."""
+    q, k, v = (x.detach().bfloat16() for x in inputs(num_tokens, batch=2, heads=3))
+
+    def error(function):
+        rounded = value_and_gradients(function, [x.clone().requires_grad_() for x in (q, k, v)])
+        exact = value_and_gradients(function, [x.double().requires_grad_() for x in (q, k, v)])
+        return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(rounded, exact, strict=True))
+
+    decay = retention_decay(3)
+    attention = error(torch.nn.functional.scaled_dot_product_attention)
+    assert error(lambda *x: FORMS[form](*x, decay)) <= max(attention, 2**-8)
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise-7"])
+def test_torch_compile_and_export_trace_the_form(form):
+    decay, tensors = retention_decay(HEADS), inputs(20)
+    expected = value_and_gradients(lambda q, k, v: FORMS[form](q, k, v, decay), tensors)
+    compiled = torch.compile(lambda q, k, v: FORMS[form](q, k, v, decay), backend="aot_eager", fullgraph=True)
+    assert_close(value_and_gradients(compiled, tensors), expected, 1e-12)
+
+    class Form(torch.nn.Module):
+        def forward(self, q, k, v):
+            return FORMS[form](q, k, v, decay)
+
+    tensors = tuple(x.detach() for x in tensors)
+    exported = torch.export.export(Form(), tensors).module()
+    assert_close([exported(*tensors)], expected[:1], 1e-12)
+
+
+def test_the_backward_pass_ignores_autocast_too():
+    decay, tensors = retention_decay(HEADS), inputs(20, torch.float32)
+    expected = value_and_gradients(lambda q, k, v: FORMS["chunkwise-7"](q, k, v, decay), tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradients(lambda q, k, v: FORMS["chunkwise-7"](q, k, v, decay), tensors)
+    assert all(a.equal(b) for a, b in zip(found, expected))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_scale_multiplies_the_scores(form):
     q, k, v = inputs(20)
@@ -198,3 +248,5 @@ def test_errors_name_the_value_and_the_way_out():
     for form in STATEFUL.values():
         with pytest.raises(ValueError, match=r"state has shape \[2, 3, 5, 8\].* is \[2, 3, 8, 5\]"):
             form(q, k, v, decay, initial_state=torch.zeros(2, 3, VALUE, KEY))
+        with pytest.raises(ValueError, match=r"state is on meta but k is on cpu; move it: state.to\('cpu'\)"):
+            form(q, k, v, decay, initial_state=torch.zeros(2, 3, KEY, VALUE, device="meta"))

@@ -80,10 +80,11 @@ def recurrent_retention(
     _check_shapes(q, k, v, decay)
     state = _first_state(k, v, initial_state)
     outputs = []
-    for token in zip(q.unbind(2), k.unbind(2), v.unbind(2)):
-        out, state = retention_step(*token, decay, state, scale)
-        outputs.append(out)
-    return torch.stack(outputs, dim=2), state
+    with _own_precision(q):
+        for token in zip(q.unbind(2), k.unbind(2), v.unbind(2)):
+            out, state = retention_step(*token, decay, state, scale)
+            outputs.append(out)
+        return torch.stack(outputs, dim=2), state
 
 
 def retention_step(
@@ -280,7 +281,7 @@ def recurrent_retention_2d(
             along_row = update + (factor * along_row if column else 0)
             states[column] = factor * states[column] + along_row
             outputs.append(((q[:, :, n, None].to(dtype) * _scale(q, scale)) @ states[column]).to(v.dtype))
-    return _with_class_token(q, k, v, decay, outputs, torch.stack(states, dim=2), scale)
+        return _with_class_token(q, k, v, decay, outputs, torch.stack(states, dim=2), scale)
 
 
 def chunkwise_retention_2d(
@@ -329,7 +330,7 @@ def chunkwise_retention_2d(
             sums = (k_block * powers[:, :, :height].flip(2)).to(dtype).mT @ v_block  # [B, H, C, K, V], of each column
             sums = torch.einsum("hcd,bhdkv->bhckv", along_row, sums.to(state_dtype))
             states = powers[:, :, height:] * states + sums
-    return _with_class_token(q, k, v, decay, outputs, states, scale)
+        return _with_class_token(q, k, v, decay, outputs, states, scale)
 
 
 def _with_class_token(
