@@ -65,7 +65,7 @@ def assert_close(found, expected, tolerance):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("class_token", [0, 1])
-@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (7, 1), (3, 5), (5, 3), (14, 14)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (7, 1), (3, 5), (5, 3), (8, 16), (14, 14)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_form_equals_the_definition_in_value_and_gradient(form, grid, class_token, dtype):
     decay, tensors = retention_decay(HEADS), inputs(grid[0] * grid[1] + class_token, dtype)
@@ -80,6 +80,37 @@ def test_a_large_grid_equals_the_definition(form):
     grid, decay, tensors = (24, 32), retention_decay(1), inputs(24 * 32 + 1, torch.float32, batch=1, heads=1)
     expected = reference(*tensors, grid)
     assert_close([FORMS[form](*tensors, decay, grid)], [expected], 1e-5)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (32, 32)], ids=str)
+@pytest.mark.parametrize("form", ["parallel", "chunkwise-3"])
+def test_bfloat16_is_as_exact_as_attention_in_bfloat16(form, grid):
+    """Each against itself in float64, values and gradients; or at most one rounding of the result, 2^-8 of it."""
+    tensors = [x.detach().bfloat16() for x in inputs(grid[0] * grid[1] + 1, batch=1)]
+
+    def error(function):
+        rounded = value_and_gradients(function, [x.clone().requires_grad_() for x in tensors])
+        exact = value_and_gradients(function, [x.double().requires_grad_() for x in tensors])
+        return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(rounded, exact, strict=True))
+
+    attention = error(torch.nn.functional.scaled_dot_product_attention)
+    assert error(lambda *x: FORMS[form](*x, retention_decay(HEADS), grid)) <= max(attention, 2**-8)
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise-2"])
+def test_torch_compile_and_export_trace_the_form(form):
+    decay, grid, tensors = retention_decay(HEADS), (5, 3), inputs(16)
+    expected = value_and_gradients(lambda q, k, v: FORMS[form](q, k, v, decay, grid), tensors)
+    compiled = torch.compile(lambda q, k, v: FORMS[form](q, k, v, decay, grid), backend="aot_eager", fullgraph=True)
+    assert_close(value_and_gradients(compiled, tensors), expected, 1e-12)
+
+    class Form(torch.nn.Module):
+        def forward(self, q, k, v):
+            return FORMS[form](q, k, v, decay, grid)
+
+    tensors = tuple(x.detach() for x in tensors)
+    exported = torch.export.export(Form(), tensors).module()
+    assert_close([exported(*tensors)], expected[:1], 1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -168,3 +199,5 @@ def test_errors_name_the_value_and_the_way_out():
     for form in STATEFUL.values():
         with pytest.raises(ValueError, match=r"\[2, 3, 8, 5\]; for .* \[B, H, columns, K, V\] is \[2, 3, 4, 8, 5\]"):
             form(q, k, v, decay, (3, 4), initial_state=torch.zeros(2, 3, KEY, VALUE))
+        with pytest.raises(ValueError, match=r"state is on meta but k is on cpu; move it: state.to\('cpu'\)"):
+            form(q, k, v, decay, (3, 4), initial_state=torch.zeros(2, 3, 4, KEY, VALUE, device="meta"))

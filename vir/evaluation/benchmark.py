@@ -108,6 +108,8 @@ def model(
 
     The free mixer is the same ViR with a retention that returns v: what a mixer that costs nothing would reach.
     """
+    if name not in (ours := timm.list_models(module="vision_retention")):
+        raise SettingsError(f"--model is {name!r}; it must be one of ours: {', '.join(ours)}")
     watch = _Stopwatch(limits, device)
     for size in sizes:
         images = batch or max(1, 16 * 224**2 // size**2)
@@ -156,8 +158,6 @@ def _network(row: str, name: str, args: dict[str, Any]) -> nn.Module:
         ours = ("retention_dims", "retention_norm", "init_values", "class_token_std", "chunk_size")
         return create_model(peer, **{key: value for key, value in args.items() if key not in ours})
     net = create_model(name, **args)
-    if not isinstance(net, VisionRetention):
-        raise SettingsError(f"--model is {name!r}; it must be one of ours: {', '.join(timm.list_models('vir*'))}")
     if row == "free mixer":
         return free_mixer(net)
     net.set_retention_mode(row if row in RETENTION_MODES else "auto")

@@ -1,5 +1,7 @@
 """Which form of retention computes a result: parallel, chunkwise, recurrent, or the fastest one (auto).
 
+On CUDA, auto takes the kernels of vir.models.kernels for the tensors that they are made for.
+
 Dimension key: B batch, H heads, N tokens, K key and value width.
 """
 
@@ -8,6 +10,7 @@ from typing import get_args
 from torch import Tensor
 
 from vir.config import RetentionMode
+from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
 from vir.models.retention import (
     chunkwise_retention,
     chunkwise_retention_2d,
@@ -24,6 +27,7 @@ AUTO_PARALLEL_TOKENS = 144
 AUTO_CHUNK_SIZE = 64
 AUTO_PARALLEL_TOKENS_2D = 600  # a state for each column costs more than one for all
 AUTO_CHUNK_SIZE_2D = 256
+AUTO_FUSED_TOKENS = 2048  # on CUDA, not measured yet: fla's tables have it lose to fused attention up to about 1,000
 
 
 def retain(
@@ -48,6 +52,10 @@ def retain(
         [B, H, N, K].
     """
     if mode == "auto":
+        if fused_supports(q, v) and (grid is not None or q.shape[2] <= AUTO_FUSED_TOKENS):
+            return fused_retention(q, k, v, decay, grid=grid)
+        if grid is None and fla_supports(q, v):
+            return fla_retention(q, k, v, decay)[0]
         mode, chunk_size = choose(q.shape[2], grid is not None)
     if grid is not None:
         if mode == "parallel":
@@ -63,7 +71,7 @@ def retain(
 
 
 def choose(num_tokens: int, two_dimensional: bool) -> tuple[str, int]:
-    """The mode and chunk size that `auto` stands for."""
+    """The mode and chunk size that `auto` stands for where no kernel takes over."""
     longest = AUTO_PARALLEL_TOKENS_2D if two_dimensional else AUTO_PARALLEL_TOKENS
     if num_tokens <= longest:
         return "parallel", num_tokens

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 _CPU_MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -53,8 +54,8 @@ def parallel_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: fl
     """
     _check_shapes(q, k, v, decay)
     with _own_precision(q):
-        positions = torch.arange(q.shape[2], device=q.device)
-        return _masked(q, k, v, _decay_matrix(decay, positions, q.shape[2], _state_dtype(v)), scale).to(v.dtype)
+        mask = _decay_matrix(decay, q.shape[2], _state_dtype(v)) * _scale(q, scale)
+        return _masked_product(q, k, v, mask).to(v.dtype)
 
 
 def recurrent_retention(
@@ -202,7 +203,7 @@ def _chunk_tables(
     inside = torch.arange(chunk_size, device=decay.device)
     lengths = (num_tokens - chunk_size * torch.arange(num_chunks, device=decay.device)).clamp(max=chunk_size)
     powers = _powers(decay, chunk_size + 1, dtype)
-    mask = _decay_matrix(decay, inside, chunk_size, dtype)[:, None] * scale
+    mask = _decay_matrix(decay, chunk_size, dtype)[:, None] * scale
     q_age = powers[:, None, 1:, None] * scale
     k_age = powers[:, (lengths[:, None] - 1 - inside).clamp(min=0), None]
     return mask, q_age, k_age, powers[:, lengths, None, None]
@@ -244,7 +245,8 @@ def parallel_retention_2d(
     _check_shapes(q, k, v, decay)
     _check_grid(q, grid)
     with _own_precision(q):
-        return _masked(q, k, v, _decay_matrix_2d(decay, grid, q.shape[2], _state_dtype(v)), scale).to(v.dtype)
+        mask = _decay_matrix_2d(decay, grid, q.shape[2], _state_dtype(v)) * _scale(q, scale)
+        return _masked_product(q, k, v, mask).to(v.dtype)
 
 
 def recurrent_retention_2d(
@@ -313,23 +315,27 @@ def chunkwise_retention_2d(
     _check_shapes(q, k, v, decay)
     _check_grid(q, grid)
     (rows, columns), dtype, state_dtype = grid, _compute_dtype(v), _state_dtype(v)
+    num_blocks = math.ceil(rows / chunk_rows)
+    chunk_rows = math.ceil(rows / num_blocks) if num_blocks else 1  # even blocks, as in chunkwise_retention
     states, outputs = _first_state(k, v, initial_state, columns), []
     with _own_precision(q):
-        along_row = _decay_matrix(decay, torch.arange(columns, device=q.device), columns, state_dtype)  # [H, C, C]
+        mask = _decay_matrix_2d(decay, (chunk_rows, columns), chunk_rows * columns, state_dtype) * _scale(q, scale)
+        powers = _powers(decay, chunk_rows + 1, state_dtype)[:, None, :, None]  # [H, 1, chunk_rows + 1, 1]
+        along_row = _decay_matrix(decay, columns, state_dtype)  # [H, C, C]
         for top in range(0, rows, chunk_rows):
             height = min(chunk_rows, rows - top)
-            block = [x[:, :, top * columns:(top + height) * columns] for x in (q, k, v)]
-            mask = _decay_matrix_2d(decay, (height, columns), height * columns, state_dtype)
-            out = _masked(*block, mask, scale)
-
-            powers = _powers(decay, height + 1, state_dtype)[:, None, :, None]  # [H, 1, height + 1, 1]
-            q_block, k_block, v_block = (  # [B, H, C, height, K or V]
-                x.unflatten(2, (height, columns)).transpose(2, 3).to(dtype) for x in block)
-            from_above = (q_block * (powers[:, :, 1:] * _scale(q, scale))).to(dtype) @ states.to(dtype)
-            outputs.append((out + from_above.transpose(2, 3).flatten(2, 3)).to(v.dtype))
-            sums = (k_block * powers[:, :, :height].flip(2)).to(dtype).mT @ v_block  # [B, H, C, K, V], of each column
-            sums = torch.einsum("hcd,bhdkv->bhckv", along_row, sums.to(state_dtype))
-            states = powers[:, :, height:] * states + sums
+            block = [x[:, :, top * columns:(top + height) * columns].to(dtype) for x in (q, k, v)]
+            out = _masked_product(*block, mask[:, :height * columns, :height * columns])
+            q_block, k_block, v_block = (x.unflatten(2, (height, columns)).transpose(2, 3) for x in block)
+            if top or initial_state is not None:
+                aged_q = q_block * (powers[:, :, 1:height + 1] * _scale(q, scale))  # [B, H, C, height, K]
+                from_above = aged_q.to(dtype) @ states.to(dtype)
+                out = out + from_above.transpose(2, 3).flatten(2, 3)
+            outputs.append(out.to(v.dtype))
+            aged_k = k_block * powers[:, :, :height].flip(2)
+            sums = (aged_k.to(dtype).mT @ v_block).to(state_dtype)  # [B, H, C, K, V], of each column
+            sums = (along_row @ sums.flatten(3)).view_as(sums)
+            states = torch.addcmul(sums, powers[:, :, height:height + 1], states)
         return _with_class_token(q, k, v, decay, outputs, states, scale)
 
 
@@ -348,27 +354,41 @@ def _powers(decay: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return decay.to(dtype)[:, None] ** torch.arange(count, device=decay.device)
 
 
-def _decay_matrix(decay: Tensor, positions: Tensor, span: int, dtype: torch.dtype) -> Tensor:
-    """decay^(positions[i] - positions[j]) for i >= j, else 0: [H, P, P] for ascending positions [P] below span."""
-    # A table of span powers and a look-up: P * P calls of pow cost more than the product with the scores.
-    distance = (positions[:, None] - positions[None, :]).abs()
-    return _powers(decay, span, dtype)[:, distance].tril()
+def _decay_matrix(decay: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """decay^(i - j) for i >= j, else 0: [H, size, size]."""
+    # Row i is a window on decay^(size - 1), ..., decay^1, 1, 0, ..., 0. One pow or one look-up for each pair of tokens
+    # would take about as long as their products.
+    powers = F.pad(_powers(decay, size, dtype).flip(1), (0, size - 1))
+    return powers.unfold(1, size, 1).flip(1)
 
 
 def _decay_matrix_2d(decay: Tensor, grid: tuple[int, int], num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """decay^(distance in rows + in columns) where a token sees another, else 0: [H, N, N]."""
-    rows, columns = grid
-    token = torch.arange(num_tokens, device=decay.device)
-    row, column = token // columns, torch.where(token < rows * columns, token % columns, columns - 1)
-    down, right = row[:, None] - row, column[:, None] - column
-    return _powers(decay, rows + columns, dtype)[:, down.abs() + right.abs()] * ((down >= 0) & (right >= 0))
+    """decay^(distance in rows + in columns) where a token sees another, else 0: [H, N, N].
+
+    Of the patches this is the Kronecker product of the matrices of rows and of columns.
+    """
+    (rows, columns), num_patches = grid, grid[0] * grid[1]
+    down, right = _decay_matrix(decay, rows + 1, dtype), _decay_matrix(decay, columns, dtype)
+    mask = (down[:, :rows, None, :rows, None] * right[:, None, :, None, :]).flatten(3).flatten(1, 2)
+    if num_tokens == num_patches:
+        return mask
+    class_row = (down[:, -1, :-1, None] * right[:, -1, None, :]).flatten(1)  # [H, R * C]
+    return torch.cat([F.pad(mask, (0, 1)), F.pad(class_row, (0, 1), value=1.0)[:, None]], dim=1)
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """((q k^T) * scale * mask) v, [..., N, V] in the precision of the products; the mask acts in its own."""
+def _masked_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """((q k^T) * mask) v, [B, H, N, V] in the precision of products; the mask [H, N, N] is 0 above its diagonal.
+
+    Four blocks of queries, each with the keys up to its own end, leave out three eighths of the products.
+    """
     dtype = _compute_dtype(v)
-    scores = (q.to(dtype) @ k.to(dtype).mT).mul_(mask * _scale(q, scale))  # in place: N^2 numbers are written once
-    return scores @ v.to(dtype)
+    q, k, v = (x.to(dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
+    outputs, end = [], 0
+    for block in q.split(max(math.ceil(q.shape[2] / 4), 80), dim=2):  # below 80 tokens, smaller products cost more
+        start, end = end, end + block.shape[2]
+        scores = (block @ k[:, :, :end].mT).mul_(mask[:, start:end, :end])  # in place: they are written once
+        outputs.append(scores @ v[:, :, :end])
+    return torch.cat(outputs, dim=2)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

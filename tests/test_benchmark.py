@@ -1,0 +1,122 @@
+"""tools/benchmark_model.py on tiny sizes: every peer has its row, and ratios follow from the times."""
+
+import importlib
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, call
+from PIL import Image
+
+import vir.models  # noqa: F401, registers the models
+from vir.evaluation.benchmark import free_mixer
+
+torch.set_num_threads(1)
+
+
+def run(*args):
+    """What the command prints, progress and table."""
+    done = call(sys.executable, "tools/benchmark_model.py", *args)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def main(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("benchmark_model").main
+
+
+def rows_of(markdown):
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    names = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    return [dict(zip(names, (cell.strip() for cell in line.strip("|").split("|")), strict=True)) for line in lines[2:]]
+
+
+def assert_picture(path):
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_the_model_beside_vit_and_a_free_mixer(tmp_path):
+    printed = run("model", "--model", "vir_tiny_patch16_224",
+                  "--model-args", '{"depth": 1, "retention_norm": "layernorm"}',
+                  "--sizes", 16, 32, "--batch-size", 2, "--rounds", 2, "--threads", 1, "--dtypes", "fp32",
+                  "--output", tmp_path / "out")
+    table = rows_of(printed)
+    assert (tmp_path / "out" / "model.md").read_text() in printed
+    assert "torch " + torch.__version__ in printed and "--sizes 16 32 --batch-size 2" in printed
+    names = ["vit", "auto", "parallel", "chunkwise", "free mixer"]
+    assert [row["row"] for row in table] == [*names, "stream", *names, "stream", *names, *names]
+    assert [row["size"] for row in table] == ["16"] * 6 + ["32"] * 6 + ["16"] * 5 + ["32"] * 5
+
+    results = json.loads((tmp_path / "out" / "model.json").read_text())["results"]
+    for row, result in zip(table, results, strict=True):
+        same = [r for r in results if (r["size"], r["direction"]) == (result["size"], result["direction"])]
+        vit, free = (next(r["ms"] for r in same if r["row"] == name) for name in ("vit", "free mixer"))
+        assert float(row["× vit"]) == pytest.approx(vit / result["ms"], abs=0.006)
+        assert float(row["of free mixer"]) == pytest.approx(free / result["ms"], abs=0.006)
+        assert float(row["per second"]) == pytest.approx(2000 / result["ms"], rel=1e-3)
+        low, high = result["ms_quartiles"]
+        assert 0 < low <= result["ms"] <= high
+    assert_picture(tmp_path / "out" / "model.png")
+
+
+def test_the_operator_beside_attention(tmp_path):
+    printed = run("operator", "--sizes", 17, 33, "--batch-size", 1, "--heads", 2, "--width", 8, "--rounds", 1,
+                  "--passes", "training", "--rows", "sdpa", "auto", "recurrent", "2-D parallel", "--output", tmp_path)
+    found = [(row["size"], row["dtype"], row["row"]) for row in rows_of(printed)]
+    square, other = ("sdpa", "auto", "recurrent", "2-D parallel"), ("sdpa", "auto", "recurrent")
+    assert found == [(size, dtype, row) for dtype in ("fp32", "bf16")
+                     for size, rows in (("17", square), ("33", other)) for row in rows]
+    assert_picture(tmp_path / "operator.png")
+
+
+def test_memory_is_that_of_the_largest_moment():
+    """The parallel form of 1,025 tokens holds a matrix of 4 MiB for each head."""
+    printed = run("operator", "--sizes", 1025, "--batch-size", 1, "--heads", 8, "--dtypes", "fp32",
+                  "--passes", "forward", "--rounds", 0, "--rows", "sdpa", "parallel", "chunkwise")
+    peak = {row["row"]: float(row["peak MiB"]) for row in rows_of(printed)}
+    assert 30 < peak["parallel"] < 150 and peak["chunkwise"] < peak["parallel"]
+
+
+def test_runs_beyond_the_limits_are_told_and_left_out():
+    printed = run("operator", "--sizes", 4097, 4098, "--batch-size", 1, "--heads", 8, "--dtypes", "fp32", "--passes",
+                  "forward", "--rounds", 0, "--rows", "chunkwise", "parallel", "--memory-gib", 0.3, "--row-seconds", 0)
+    table = {(row["row"], row["size"]): row["ms (quartiles)"] for row in rows_of(printed)}
+    assert table["parallel", "4097"] == "out of memory"
+    assert table["chunkwise", "4098"] == "over time"
+    assert float(table["chunkwise", "4097"].split()[0]) > 0
+
+
+def test_the_free_mixer_mixes_nothing():
+    model = free_mixer(timm.create_model("vir_tiny_patch16_224", img_size=32, depth=2)).eval()
+    images = torch.randn(1, 3, 32, 32)
+    other = images.clone()
+    other[:, :, :16, :16] += 1
+    changed = (model.forward_features(other) != model.forward_features(images)).any(-1)[0]
+    assert changed.tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("args, message", [
+    (("model", "--rows", "resnet"), "--rows has 'resnet'; choose from vit, auto"),
+    (("operator", "--sizes", 0), "--sizes has 0; a size is at least 1"),
+    (("model", "--model", "resnet18", "--rows", "auto", "--sizes", 32), "'resnet18'; it must be one of ours: vir2d_"),
+    (("model", "--rows", "auto", "--sizes", 33), "img_size 33x33 is not divisible by patch_size 16x16"),
+    (("model", "--device", "cuda:77"), "--device is 'cuda:77', which torch .* cannot use here"),
+    (("model", "--device", "tpu"), "--device is 'tpu', which torch .* cannot use here"),
+])
+def test_errors_name_the_value_and_the_choices(args, message, main, capsys):
+    assert main([str(word) for word in args]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, main, capsys):
+    (tmp_path / "file").touch()
+    args = ["operator", "--sizes", "5", "--batch-size", "1", "--rounds", "0", "--output", str(tmp_path / "file")]
+    assert main(args) == 3
+    assert "file: File exists; choose another folder" in capsys.readouterr().err

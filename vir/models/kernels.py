@@ -1,0 +1,278 @@
+"""Retention on GPUs: one fused Triton kernel for short and medium sequences, flash-linear-attention for long ones.
+
+Dimension key: B batch, H heads, N tokens, K key width, V value width; R rows and C columns of patches.
+
+Both give what the functions in vir.models.retention give, which stay the definition, and take over where a kernel does
+not compile. fused_supports and fla_supports say for which tensors they are made.
+
+The fused kernel needs no second one for its gradient. With D the matrix of decays and w the scale, retention is
+out = ((q k^T) * D w) v: linear in each of q, k and v, and
+
+    d_q = ((d_out v^T) * D w) k,    d_k = ((v d_out^T) * D^T w) q,    d_v = ((k q^T) * D^T w) d_out
+
+are retentions themselves, the last two backwards in time. So the operator is its own derivative, of any order, and
+each sum is made by one program in a fixed order: no atomics, no scores in memory, forwards or backwards.
+"""
+
+from __future__ import annotations  # the kernels' signatures name triton, which may be missing
+
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from vir.models.retention import _check_grid, _check_shapes, chunkwise_retention, parallel_retention_2d
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for CPUs or for macOS
+    triton = None
+
+FUSED_WIDTHS = range(16, 129, 8)
+"""Key and value widths of the fused kernel: beyond them the tiles and sums of a program outgrow its registers."""
+
+_HAS_FLA = triton is not None and importlib.util.find_spec("fla") is not None
+
+_broken: set[str] = set()
+"""The kernels that have failed in this process and are not tried again."""
+
+
+def fused_supports(q: Tensor, v: Tensor) -> bool:
+    """Whether fused_retention is made for q (and a k like it) [B, H, N, K] and v [B, H, N, V]."""
+    return q.is_cuda and triton is not None and "fused" not in _broken and _fits(q, q, v)
+
+
+def fla_supports(q: Tensor, v: Tensor) -> bool:
+    """Whether fla_retention is made for q (and a k like it) [B, H, N, K] and v [B, H, N, V].
+
+    Its products of float32 are TF32, its states are stored in the inputs' precision, which float16 would outgrow, its
+    indices are of 32 bits, and torch.compile cannot trace it.
+    """
+    precise = q.dtype == torch.bfloat16 or (q.dtype == torch.float32 and _precision(q.dtype) == "tf32")
+    fits = precise and q.dtype == v.dtype and 0 < max(q.numel(), v.numel()) < 2**31
+    return q.is_cuda and _HAS_FLA and "fla" not in _broken and fits and not torch.compiler.is_compiling()
+
+
+def fused_retention(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float | None = None, grid: tuple[int, int] | None = None
+) -> Tensor:
+    """All tokens at once in tiles, as parallel_retention or parallel_retention_2d; no matrix of N x N in memory.
+
+    Args:
+        q, k: [B, H, N, K], with any strides; with a grid, R * C patches in raster order and perhaps the class token.
+        v: [B, H, N, V], in the dtype of q and k: bfloat16, float16 or float32; K and V of FUSED_WIDTHS.
+        decay: [H], float32, see retention_decay; it gets no gradient.
+        scale: Factor on q . k; K^-0.5 when None.
+        grid: (R, C) for 2-D decay; None for decay along the sequence.
+
+    Returns:
+        [B, H, N, V] in v's dtype, summed in float32. In memory the heads of a token lie together, [B, N, H, V].
+
+    float32 is multiplied as torch.backends.cuda.matmul.fp32_precision says (allow_tf32 sets it).
+    """
+    _check_shapes(q, k, v, decay)
+    if not _fits(q, k, v):
+        raise ValueError(
+            f"q, k and v must share one of bfloat16, float16 and float32, with K and V multiples of 8 from 16 to 128; "
+            f"not {q.dtype}, {k.dtype} and {v.dtype} with K = {q.shape[-1]} and V = {v.shape[-1]}. "
+            f"parallel_retention and chunkwise_retention take any"
+        )
+    if grid is None:
+        grid = 1, q.shape[2]  # a sequence is a picture of one row
+    _check_grid(q, grid)
+    return _retention(q, k, v, decay, q.shape[-1] ** -0.5 if scale is None else scale, *grid, False)
+
+
+def fla_retention(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """chunkwise_retention through flash-linear-attention's chunk_simple_gla, for thousands of tokens.
+
+    Args:
+        q, k: [B, H, N, K].
+        v: [B, H, N, V].
+        decay: [H], float32, see retention_decay; it gets no gradient.
+        initial_state: [B, H, K, V], the state after the tokens that came before; zero when None.
+        scale: Factor on q . k; K^-0.5 when None.
+
+    Returns:
+        out [B, H, N, V] in v's dtype, and the state [B, H, K, V], float32, after the last token.
+    """
+    _check_shapes(q, k, v, decay)
+    if "fla" not in _broken:
+        try:
+            from fla.ops.simple_gla import chunk_simple_gla  # takes seconds
+
+            tokens_first = [x.transpose(1, 2) for x in (q, k, v)]  # [B, N, H, K or V]
+            out, state = chunk_simple_gla(*tokens_first, g_gamma=decay.log(), scale=scale,
+                                          initial_state=initial_state, output_final_state=True)
+            return out.transpose(1, 2), state
+        except Exception as error:
+            _give_up("fla", error)
+    return chunkwise_retention(q, k, v, decay, initial_state=initial_state, scale=scale)
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    known = q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.dtype == k.dtype == v.dtype
+    return known and q.shape[-1] in FUSED_WIDTHS and v.shape[-1] in FUSED_WIDTHS
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies float32 numbers. TF32 holds float16 exactly, and products that outgrow it."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed or dtype == torch.float16 else "ieee"
+
+
+def _give_up(name: str, error: Exception) -> None:
+    """Warn once. A GPU in an error state stays in it, so what PyTorch computes afterwards is never taken for right."""
+    _broken.add(name)
+    warnings.warn(f"the {name} kernel of retention failed and PyTorch's operators take its place in this process, "
+                  f"with the same results but slower: {type(error).__name__}: {error}", stacklevel=3)
+
+
+@torch.library.custom_op("vir::retention", mutates_args=())
+def _retention(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
+) -> Tensor:
+    """Retention on a grid of patches; with reverse, a token sees those that would see it."""
+    out = _retention_shape(q, k, v, decay, scale, rows, columns, reverse)
+    if out.numel() and "fused" not in _broken:
+        try:
+            _launch(q, k, v, out, decay, scale, rows, columns, reverse)
+            return out
+        except Exception as error:
+            _give_up("fused", error)
+    return out.copy_(_retention_by_pytorch(q, k, v, decay, scale, rows, columns, reverse))
+
+
+@_retention.register_fake
+def _retention_shape(q, k, v, decay, scale, rows, columns, reverse):
+    batch, num_heads, num_tokens, width = v.shape
+    return v.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)  # so that merging the heads is free
+
+
+def _save_inputs(ctx, inputs, output):
+    q, k, v, decay, *ctx.options, ctx.reverse = inputs
+    ctx.save_for_backward(q, k, v, decay)
+
+
+def _gradient(ctx, d_out):
+    q, k, v, decay = ctx.saved_tensors
+    d_q = _retention(d_out, v, k, decay, *ctx.options, ctx.reverse)
+    d_k = _retention(v, d_out, q, decay, *ctx.options, not ctx.reverse)
+    d_v = _retention(k, q, d_out, decay, *ctx.options, not ctx.reverse)
+    return d_q, d_k, d_v, None, None, None, None, None
+
+
+_retention.register_autograd(_gradient, setup_context=_save_inputs)
+
+
+def _retention_by_pytorch(q, k, v, decay, scale, rows, columns, reverse):
+    """What the kernel computes, in float32."""
+    one = q.new_ones(1, q.shape[1], q.shape[2], 1, dtype=torch.float32)
+    every_token = torch.eye(q.shape[2], device=q.device).expand(1, q.shape[1], -1, -1)
+    weights = parallel_retention_2d(one, one, every_token, decay, (rows, columns), scale)  # [1, H, N, N]
+    return ((q.float() @ k.float().mT) * (weights.mT if reverse else weights)) @ v.float()
+
+
+def _launch(q, k, v, out, decay, scale, rows, columns, reverse):
+    batch, num_heads, num_tokens, width = v.shape
+    if triton is None:
+        raise ImportError("triton is not installed")
+
+    def programs(meta):
+        return (triton.cdiv(num_tokens, meta["TILE"]) * num_heads * batch,)
+
+    rates = decay.float().log2()  # here, because the approximate log2 of kernels is too coarse so close to 1
+    with torch.cuda.device_of(q):
+        _retention_kernel[programs](
+            q, k, v, out, rates, q.stride(), k.stride(), v.stride(), out.stride(), num_heads, num_tokens,
+            rows * columns, columns, scale, REVERSE=reverse,
+            **_constants(q.shape[-1], width, q.dtype, _precision(q.dtype)))
+
+
+def _constants(key: int, value: int, dtype: torch.dtype, precision: str) -> dict[str, int | str]:
+    """What is compiled into the kernel. Products of float32 without tensor cores need registers, so smaller tiles."""
+    tile = 32 if dtype == torch.float32 and precision == "ieee" else 64
+    padded = {"KEY_BLOCK": triton.next_power_of_2(key), "VALUE_BLOCK": triton.next_power_of_2(value)}
+    return {"KEY": key, "VALUE": value, "PRECISION": precision, "TILE": tile, **padded}
+
+
+def _jit(function):
+    return function if triton is None else triton.jit(function)
+
+
+def _tuned(kernel):
+    """Try a few schedules for each shape. They share their tiles, so that no choice changes the order of a sum."""
+    if triton is None:
+        return kernel
+    schedules = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 2), (4, 3), (8, 2))]
+    return triton.autotune(schedules, key=["num_tokens", "KEY", "VALUE", "REVERSE", "PRECISION"])(kernel)
+
+
+@_tuned
+@_jit
+def _retention_kernel(
+    q, k, v, out, rates, q_strides, k_strides, v_strides, out_strides, num_heads, num_tokens, num_patches, columns,
+    scale, KEY: tl.constexpr, VALUE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+):
+    """A tile of out [TILE, V] of one head of one sample, from all tiles of k and v that it sees.
+
+    rates [H]: log2 of the decays. In raster order every token sees only tokens before it, so tiles behind the diagonal
+    are skipped, in 2-D too.
+    """
+    num_tiles = tl.cdiv(num_tokens, TILE)
+    program = tl.program_id(0).to(tl.int64)
+    tile = (program % num_tiles).to(tl.int32)
+    head, sample = program // num_tiles % num_heads, program // num_tiles // num_heads
+    q += sample * q_strides[0] + head * q_strides[1]
+    k += sample * k_strides[0] + head * k_strides[1]
+    v += sample * v_strides[0] + head * v_strides[1]
+    out += sample * out_strides[0] + head * out_strides[1]
+    rate = tl.load(rates + head)
+
+    here = tile * TILE + tl.arange(0, TILE)
+    row, column = _place(here, num_patches, columns)
+    q_tile = _load(q, q_strides, here, num_tokens, KEY, KEY_BLOCK)
+    sums = tl.zeros([TILE, VALUE_BLOCK], tl.float32)
+    first, end = (tile, num_tiles) if REVERSE else (0, tile + 1)
+    for other in range(first, end):
+        there = other * TILE + tl.arange(0, TILE)
+        k_tile = _load(k, k_strides, there, num_tokens, KEY, KEY_BLOCK)
+        v_tile = _load(v, v_strides, there, num_tokens, VALUE, VALUE_BLOCK)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [TILE, TILE], float32
+
+        other_row, other_column = _place(there, num_patches, columns)
+        down, right = row[:, None] - other_row[None, :], column[:, None] - other_column[None, :]
+        if REVERSE:
+            down, right = -down, -right
+        decayed = scores * tl.exp2((down + right).to(tl.float32) * rate)
+        scores = tl.where((down >= 0) & (right >= 0), decayed, 0.0)
+
+        if v_tile.dtype == tl.bfloat16:
+            scores = scores.to(tl.bfloat16)
+        else:
+            v_tile = v_tile.to(tl.float32)
+        sums = tl.dot(scores, v_tile, sums, input_precision=PRECISION)
+
+    channel = tl.arange(0, VALUE_BLOCK)
+    places = out + here[:, None].to(tl.int64) * out_strides[2] + channel[None, :] * out_strides[3]
+    inside = (here < num_tokens)[:, None] & (channel < VALUE)[None, :]
+    tl.store(places, (sums * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@_jit
+def _place(token, num_patches, columns):
+    """Row and column of tokens in raster order; the class token stands below the last column."""
+    return token // columns, tl.where(token < num_patches, token % columns, columns - 1)
+
+
+@_jit
+def _load(x, strides, token, num_tokens, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[tokens, BLOCK] of x, zero outside of it."""
+    channel = tl.arange(0, BLOCK)
+    places = x + token[:, None].to(tl.int64) * strides[2] + channel[None, :] * strides[3]
+    return tl.load(places, mask=(token < num_tokens)[:, None] & (channel < WIDTH)[None, :], other=0.0)
