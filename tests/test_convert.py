@@ -1,6 +1,8 @@
 """From a folder of images to shards, through the command line where it matters, and what is left after a failure."""
 
+import gzip
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -311,7 +313,29 @@ def test_the_demo_data_set_converts(tmp_path):
 
     next((tmp_path / "digits/val/six").iterdir()).unlink()
     refused = run("make_demo_dataset.py", "--output", "digits", "--val-per-class", 20, cwd=tmp_path)
-    assert refused.returncode == 3 and "exists and is not this data set" in refused.stderr
+    assert refused.returncode == 3 and "exists and is not digits with 4800" in refused.stderr
+
+
+def test_the_demo_reads_fashion_mnist(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    demo = importlib.import_module("make_demo_dataset")
+    monkeypatch.setattr(demo, "FASHION_MNIST", tmp_path)
+    for prefix, count in (("train", 30), ("t10k", 20)):  # the format of the real files, with fewer images
+        labels = np.arange(count, dtype=np.uint8) % 10
+        pixels = np.repeat(20 * labels, 28 * 28).reshape(count, 28, 28)
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels.tobytes()))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels.tobytes()))
+    args = ["--dataset", "fashion-mnist", "--output", str(tmp_path / "out")]
+    assert demo.main(args) == 0 and "30 training and 20 validation images" in capsys.readouterr().out
+    assert [len(list((tmp_path / "out" / split).glob("*/*.JPEG"))) for split in ("train", "val")] == [30, 20]
+    bag, = Image.open(tmp_path / "out" / "val" / "bag" / "bag_0001.JPEG").convert("L").getextrema(),
+    assert max(abs(level - 160) for level in bag) <= 2
+
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:200])
+    assert demo.main(args) == 3 and "apt-get install dataset-fashion-mnist" in capsys.readouterr().err
+    images.unlink()
+    assert demo.main(args) == 3 and "No such file" in capsys.readouterr().err
 
 
 def test_the_demo_names_the_missing_package(tmp_path):
