@@ -234,6 +234,16 @@ def test_pytorch_takes_over_from_a_kernel_that_fails(monkeypatch, grid):
     assert len(caught) == 1
 
 
+def test_running_out_of_memory_is_no_failure_of_a_kernel(monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "_launch", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused_retention(*inputs(4, device="cpu"), retention_decay(HEADS))
+    assert "fused" not in kernels._broken
+
+
 def test_pytorch_takes_over_from_fla(monkeypatch):
     monkeypatch.setattr(kernels, "_broken", set())
     monkeypatch.setitem(sys.modules, "fla", None)
@@ -250,9 +260,14 @@ def test_fused_is_a_well_made_operator(without_kernels, grid):
         torch.library.opcheck(kernels._retention, arguments)
 
 
-def test_fused_is_traced_whole(without_kernels):
+def test_fused_and_the_predicates_are_traced_whole(monkeypatch, without_kernels):
+    kernels._broken.clear()  # the predicates run to their ends
+    monkeypatch.setattr(kernels, "_launch", lambda q, k, v, out, *rest: out.copy_(
+        kernels._retention_by_pytorch(q, k, v, *rest)))
+
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
+            assert not fused_supports(q, v) and not fla_supports(q, v)
             return fused_retention(q, k, v, retention_decay(HEADS))
 
     tensors = inputs(40, device="cpu")
@@ -279,7 +294,7 @@ def test_predicates_name_what_each_kernel_is_made_for(monkeypatch, request):
     assert not any(fused_supports(half, on_gpu(half.dtype, width)) for width in (8, 65, 136))
     assert not fused_supports(*[torch.empty(1, 1, 4, 64)] * 2) and not fla_supports(*[torch.empty(1, 1, 4, 64)] * 2)
     assert fla_supports(half, half) and not fla_supports(on_gpu(torch.float16), on_gpu(torch.float16))
-    assert not fla_supports(half[:0], half[:0])
+    assert not fla_supports(half[:0], half[:0]) and not fla_supports(half, on_gpu(half.dtype, 65))
     assert not fla_supports(single, single)  # its products would be TF32
     request.getfixturevalue("tf32")
     assert fla_supports(single, single)
@@ -297,6 +312,8 @@ def test_errors_name_the_value_and_the_way_out():
         fused_retention(q, k, v, decay, grid=(3, 3))
     with pytest.raises(ValueError, match=r"decay has shape \[3\]"):
         fused_retention(q, k, v, retention_decay(HEADS + 1))
+    with pytest.raises(ValueError, match="state has shape"):
+        fla_retention(q, k, v, decay, initial_state=torch.zeros(BATCH, HEADS, VALUE, KEY))
 
 
 def test_models_do_without_triton_and_import_fla_only_to_use_it():

@@ -27,8 +27,8 @@ CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 PER_DIGIT = 500
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
-Images = dict[str, np.ndarray]
-"""Of each class, pixels [N, 28, 28] uint8."""
+Images = dict[str, dict[int, np.ndarray]]
+"""Of each class, by number, pixels [28, 28] uint8."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,8 +60,8 @@ def make_demo_dataset(output: Path, dataset: str = "digits", val_per_class: int 
         raise DataError(f"cannot write to {output.parent}: {error.strerror}; choose another --output") from error
     try:
         for split, images in splits.items():
-            for name, pixels in images.items():
-                _write_images(partial / split / name, pixels)
+            for name, of_class in images.items():
+                _write_images(partial / split / name, of_class)
         partial.chmod(0o755)  # mkdtemp's folders are for the owner alone
         os.rename(partial, output)
     except OSError as error:
@@ -88,8 +88,9 @@ def _digits(val_per_class: int) -> dict[str, Images]:
     splits = {"val": {}, "train": {}}
     for digit, name in enumerate(DIGITS):
         order = np.argsort(np.random.Philox(key=digit).random_raw(PER_DIGIT), kind="stable")
-        splits["val"][name] = pixels[digits == digit][np.sort(order[:val_per_class])]
-        splits["train"][name] = pixels[digits == digit][np.sort(order[val_per_class:])]
+        images = dict(enumerate(pixels[digits == digit]))
+        splits["val"][name] = {number: images[number] for number in order[:val_per_class]}
+        splits["train"][name] = {number: images[number] for number in order[val_per_class:]}
     return splits
 
 
@@ -102,21 +103,21 @@ def _fashion_mnist() -> dict[str, Images]:
         for split, prefix in (("val", "t10k"), ("train", "train")):
             pixels = read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
             labels = read(f"{prefix}-labels-idx1-ubyte.gz", 8)
-            splits[split] = {name: pixels[labels == label] for label, name in enumerate(CLOTHES)}
+            splits[split] = {name: dict(enumerate(pixels[labels == label])) for label, name in enumerate(CLOTHES)}
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"cannot read Fashion-MNIST: {error}; apt-get install dataset-fashion-mnist") from error
     return splits
 
 
-def _write_images(folder: Path, pixels: np.ndarray) -> None:
+def _write_images(folder: Path, images: dict[int, np.ndarray]) -> None:
     folder.mkdir(parents=True)
-    for number, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"{folder.name}_{number:04d}.JPEG", quality=95)
+    for number, pixels in images.items():
+        Image.fromarray(pixels).save(folder / f"{folder.name}_{number:04d}.JPEG", quality=95)
 
 
 def _is_complete(output: Path, splits: dict[str, Images]) -> bool:
-    return all(len(list((output / split / name).glob("*.JPEG"))) == len(pixels)
-               for split, images in splits.items() for name, pixels in images.items())
+    return all(len(list((output / split / name).glob("*.JPEG"))) == len(of_class)
+               for split, images in splits.items() for name, of_class in images.items())
 
 
 def _parser() -> argparse.ArgumentParser:

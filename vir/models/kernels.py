@@ -22,7 +22,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from vir.models.retention import _check_grid, _check_shapes, chunkwise_retention, parallel_retention_2d
+from vir.models.retention import (
+    _check_grid,
+    _check_shapes,
+    _check_state,
+    chunkwise_retention,
+    parallel_retention_2d,
+)
 
 try:
     import triton
@@ -33,6 +39,9 @@ except ImportError:  # PyTorch for CPUs or for macOS
 FUSED_WIDTHS = range(16, 129, 8)
 """Key and value widths of the fused kernel: beyond them the tiles and sums of a program outgrow its registers."""
 
+FLA_WIDTHS = range(16, 257, 8)
+"""Key and value widths of fla_retention; odd ones it refuses, but only in the gradient."""
+
 _HAS_FLA = triton is not None and importlib.util.find_spec("fla") is not None
 
 _broken: set[str] = set()
@@ -41,18 +50,20 @@ _broken: set[str] = set()
 
 def fused_supports(q: Tensor, v: Tensor) -> bool:
     """Whether fused_retention is made for q (and a k like it) [B, H, N, K] and v [B, H, N, V]."""
-    return q.is_cuda and triton is not None and "fused" not in _broken and _fits(q, q, v)
+    return triton is not None and "fused" not in _broken and _fits(q, q, v) and q.is_cuda
 
 
 def fla_supports(q: Tensor, v: Tensor) -> bool:
     """Whether fla_retention is made for q (and a k like it) [B, H, N, K] and v [B, H, N, V].
 
-    Its products of float32 are TF32, its states are stored in the inputs' precision, which float16 would outgrow, its
-    indices are of 32 bits, and torch.compile cannot trace it.
+    torch.compile cannot trace it. It multiplies float32 as TF32, keeps states in the inputs' precision, which float16
+    would outgrow, and counts elements in 32 bits.
     """
+    if torch.compiler.is_compiling() or not _HAS_FLA or "fla" in _broken:
+        return False
     precise = q.dtype == torch.bfloat16 or (q.dtype == torch.float32 and _precision(q.dtype) == "tf32")
-    fits = precise and q.dtype == v.dtype and 0 < max(q.numel(), v.numel()) < 2**31
-    return q.is_cuda and _HAS_FLA and "fla" not in _broken and fits and not torch.compiler.is_compiling()
+    fits = q.shape[-1] in FLA_WIDTHS and v.shape[-1] in FLA_WIDTHS and 0 < max(q.numel(), v.numel()) < 2**31
+    return precise and q.dtype == v.dtype and fits and q.is_cuda
 
 
 def fused_retention(
@@ -101,6 +112,9 @@ def fla_retention(
         out [B, H, N, V] in v's dtype, and the state [B, H, K, V], float32, after the last token.
     """
     _check_shapes(q, k, v, decay)
+    if initial_state is not None:
+        _check_state(initial_state, k, v)
+        initial_state = initial_state.float()
     if "fla" not in _broken:
         try:
             from fla.ops.simple_gla import chunk_simple_gla  # takes seconds
@@ -126,10 +140,12 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _give_up(name: str, error: Exception) -> None:
-    """Warn once. A GPU in an error state stays in it, so what PyTorch computes afterwards is never taken for right."""
+    """Warn once. A GPU in an error state stays in it, so what PyTorch computes there is never taken for right."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
     _broken.add(name)
     warnings.warn(f"the {name} kernel of retention failed and PyTorch's operators take its place in this process, "
-                  f"with the same results but slower: {type(error).__name__}: {error}", stacklevel=3)
+                  f"with the same results but slower: {type(error).__name__}: {error}")
 
 
 @torch.library.custom_op("vir::retention", mutates_args=())
