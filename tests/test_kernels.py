@@ -124,7 +124,7 @@ def assert_equals_the_definition(tensors, grid=None, run=None):
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_the_kernel_in_tritons_interpreter():
     done = call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestFused",
-                TRITON_INTERPRET="1")
+                timeout=280, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout and "skipped" not in done.stdout
 
@@ -132,7 +132,7 @@ def test_the_kernel_in_tritons_interpreter():
 @on_device
 class TestFused:
     @pytest.mark.parametrize("two_d", [False, True], ids=["1d", "2d"])
-    @pytest.mark.parametrize(("num_tokens", "dtype"), CASES)
+    @pytest.mark.parametrize(("num_tokens", "dtype"), CASES, ids=str)
     def test_equals_the_definition_in_value_and_gradient(self, num_tokens, two_d, dtype):
         sizes = {"batch": 1, "heads": 1} if num_tokens > 100 else {}  # the interpreter is slow
         assert_equals_the_definition(inputs(num_tokens, dtype, **sizes), GRIDS[num_tokens] if two_d else None)
@@ -251,6 +251,12 @@ def test_pytorch_takes_over_from_fla(monkeypatch):
     with pytest.warns(UserWarning, match="fla kernel.*ModuleNotFoundError"):
         found = fla_retention(*tensors, decay)
     assert_close(found, chunkwise_retention(*tensors, decay), 1e-6)
+
+
+def test_the_operators_that_take_over_keep_their_precision(without_kernels):
+    decay, tensors = retention_decay(HEADS), inputs(40, device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close([fused_retention(*tensors, decay)], [reference(*tensors)], 1e-5)
 
 
 @pytest.mark.parametrize("grid", [None, (13, 3)], ids=["1d", "2d"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vir.models.retention import (
+    _compute_dtype,
     chunkwise_retention,
     parallel_retention,
     recurrent_retention,
@@ -55,7 +56,7 @@ def inputs(num_tokens, dtype=torch.float64, batch=BATCH, heads=HEADS, seed=0):
 
 def value_and_gradients(function, tensors):
     out = function(*tensors)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).bfloat16().double()  # exact in bfloat16
     return [out, *torch.autograd.grad((out.double() * weight).sum(), tensors)]
 
 
@@ -108,7 +109,10 @@ def test_long_sequences_equal_the_definition(form, num_tokens, dtype):
 @pytest.mark.parametrize("num_tokens", [197, 1025])
 @pytest.mark.parametrize("form", ["parallel", "chunkwise-16", "chunkwise-64"])
 def test_bfloat16_is_as_exact_as_attention_in_bfloat16(form, num_tokens):
-    """Each against itself in float64, values and gradients; or at most one rounding of the result, 2^-8 of it."""
+    """Each against itself in float64, values and gradients; or at most one rounding of the result, 2^-8 of it.
+
+    Where tokens are multiplied in bfloat16, keys, scores and states are rounded as well: four roundings.
+    """
     q, k, v = (x.detach().bfloat16() for x in inputs(num_tokens, batch=2, heads=3))
 
     def error(function):
@@ -118,7 +122,8 @@ def test_bfloat16_is_as_exact_as_attention_in_bfloat16(form, num_tokens):
 
     decay = retention_decay(3)
     attention = error(torch.nn.functional.scaled_dot_product_attention)
-    assert error(lambda *x: FORMS[form](*x, decay)) <= max(attention, 2**-8)
+    rounding = 2**-8 if _compute_dtype(q) == torch.float32 else 2**-6
+    assert error(lambda *x: FORMS[form](*x, decay)) <= max(attention, rounding)
 
 
 @pytest.mark.parametrize("form", ["parallel", "chunkwise-7"])

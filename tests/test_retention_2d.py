@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vir.models.retention import (
+    _compute_dtype,
     chunkwise_retention_2d,
     parallel_retention_2d,
     recurrent_retention_2d,
@@ -52,7 +53,7 @@ def inputs(num_tokens, dtype=torch.float64, batch=BATCH, heads=HEADS):
 
 def value_and_gradients(function, tensors):
     out = function(*tensors)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).bfloat16().double()  # exact in bfloat16
     return [out, *torch.autograd.grad((out.double() * weight).sum(), tensors)]
 
 
@@ -85,7 +86,10 @@ def test_a_large_grid_equals_the_definition(form):
 @pytest.mark.parametrize("grid", [(14, 14), (32, 32)], ids=str)
 @pytest.mark.parametrize("form", ["parallel", "chunkwise-3"])
 def test_bfloat16_is_as_exact_as_attention_in_bfloat16(form, grid):
-    """Each against itself in float64, values and gradients; or at most one rounding of the result, 2^-8 of it."""
+    """Each against itself in float64, values and gradients; or at most one rounding of the result, 2^-8 of it.
+
+    Where tokens are multiplied in bfloat16, keys, scores and states are rounded as well: four roundings.
+    """
     tensors = [x.detach().bfloat16() for x in inputs(grid[0] * grid[1] + 1, batch=1)]
 
     def error(function):
@@ -94,7 +98,8 @@ def test_bfloat16_is_as_exact_as_attention_in_bfloat16(form, grid):
         return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(rounded, exact, strict=True))
 
     attention = error(torch.nn.functional.scaled_dot_product_attention)
-    assert error(lambda *x: FORMS[form](*x, retention_decay(HEADS), grid)) <= max(attention, 2**-8)
+    rounding = 2**-8 if _compute_dtype(tensors[0]) == torch.float32 else 2**-6
+    assert error(lambda *x: FORMS[form](*x, retention_decay(HEADS), grid)) <= max(attention, rounding)
 
 
 @pytest.mark.parametrize("form", ["parallel", "chunkwise-2"])

@@ -38,7 +38,7 @@ class ModelConfig:
     retention_mode: RetentionMode = "auto"
     """Form of retention used in training; weights and results are the same in each."""
     chunk_size: int = 64
-    """Tokens per chunk of the chunkwise form."""
+    """Tokens per chunk of the chunkwise form; auto has its own."""
 
     def __post_init__(self) -> None:
         _check(self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "a positive pixel count")

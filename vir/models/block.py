@@ -1,6 +1,6 @@
 """The block that a ViR repeats: multi-head retention and an MLP, each behind a layer norm.
 
-Dimension key: B batch, N tokens, D width, H heads, K = D / H key and value width, P patches of an image, C its columns.
+Dimension key: B batch, N tokens, D width, H heads, K = D / H key and value width.
 """
 
 import torch
@@ -8,7 +8,7 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from vir.errors import SettingsError
-from vir.models.forms import RETENTION_MODES, chunk_rows, retain
+from vir.models.forms import RETENTION_MODES, choose, chunk_rows, retain
 from vir.models.retention import chunkwise_retention, chunkwise_retention_2d, retention_decay
 
 RETENTION_NORMS = ("none", "layernorm", "layernorm_gelu")
@@ -77,11 +77,11 @@ class Retention(nn.Module):
         """
         q, k, v = self._heads(x)
         decay = self.decay.to(x.device)
+        chunk_size = choose(x.shape[1], self.dims == 2)[1] if self.mode == "auto" else self.chunk_size
         if self.dims == 1:
-            out, state = chunkwise_retention(q, k, v, decay, self.chunk_size, state)
+            out, state = chunkwise_retention(q, k, v, decay, chunk_size, state)
         else:
-            out, state = chunkwise_retention_2d(
-                q, k, v, decay, grid, chunk_rows(self.chunk_size, grid), state)
+            out, state = chunkwise_retention_2d(q, k, v, decay, grid, chunk_rows(chunk_size, grid), state)
         return self._merge(out), state
 
     def _heads(self, x: Tensor) -> list[Tensor]:
@@ -112,7 +112,7 @@ class Retention(nn.Module):
         return retain(q, k, v, decay, grid, self.mode, self.chunk_size).gather(2, places)
 
     def set_mode(self, mode: str, chunk_size: int | None = None) -> None:
-        """Choose one of RETENTION_MODES, and the chunk size of `chunkwise` and `auto` (unchanged when None)."""
+        """Choose one of RETENTION_MODES, and the chunk size of `chunkwise` (unchanged when None); `auto` has its own."""
         if mode not in RETENTION_MODES:
             raise SettingsError(f"unknown retention mode {mode!r}; choose one of {', '.join(RETENTION_MODES)}")
         if chunk_size is not None and chunk_size < 1:

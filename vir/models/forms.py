@@ -7,6 +7,7 @@ Dimension key: B batch, H heads, N tokens, K key and value width.
 
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from vir.config import RetentionMode
@@ -52,7 +53,8 @@ def retain(
         [B, H, N, K].
     """
     if mode == "auto":
-        if fused_supports(q, v) and (grid is not None or q.shape[2] <= AUTO_FUSED_TOKENS):
+        half = q.dtype != torch.float32  # exact float32 products use no tensor cores: cuBLAS may be faster
+        if half and fused_supports(q, v) and (grid is not None or q.shape[2] <= AUTO_FUSED_TOKENS):
             return fused_retention(q, k, v, decay, grid=grid)
         if grid is None and fla_supports(q, v):
             return fla_retention(q, k, v, decay)[0]

@@ -26,6 +26,7 @@ from vir.models.retention import (
     _check_grid,
     _check_shapes,
     _check_state,
+    _own_precision,
     chunkwise_retention,
     parallel_retention_2d,
 )
@@ -153,7 +154,7 @@ def _retention(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
 ) -> Tensor:
     """Retention on a grid of patches; with reverse, a token sees those that would see it."""
-    out = _retention_shape(q, k, v, decay, scale, rows, columns, reverse)
+    out = _empty_output(q, k, v, decay, scale, rows, columns, reverse)
     if out.numel() and "fused" not in _broken:
         try:
             _launch(q, k, v, out, decay, scale, rows, columns, reverse)
@@ -164,7 +165,7 @@ def _retention(
 
 
 @_retention.register_fake
-def _retention_shape(q, k, v, decay, scale, rows, columns, reverse):
+def _empty_output(q, k, v, decay, scale, rows, columns, reverse):
     batch, num_heads, num_tokens, width = v.shape
     return v.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)  # so that merging the heads is free
 
@@ -188,9 +189,10 @@ _retention.register_autograd(_gradient, setup_context=_save_inputs)
 def _retention_by_pytorch(q, k, v, decay, scale, rows, columns, reverse):
     """What the kernel computes, in float32."""
     one = q.new_ones(1, q.shape[1], q.shape[2], 1, dtype=torch.float32)
-    every_token = torch.eye(q.shape[2], device=q.device).expand(1, q.shape[1], -1, -1)
+    every_token = torch.eye(q.shape[2], dtype=torch.float32, device=q.device).expand(1, q.shape[1], -1, -1)
     weights = parallel_retention_2d(one, one, every_token, decay, (rows, columns), scale)  # [1, H, N, N]
-    return ((q.float() @ k.float().mT) * (weights.mT if reverse else weights)) @ v.float()
+    with _own_precision(q):
+        return ((q.float() @ k.float().mT) * (weights.mT if reverse else weights)) @ v.float()
 
 
 def _launch(q, k, v, out, decay, scale, rows, columns, reverse):

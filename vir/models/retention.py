@@ -146,8 +146,8 @@ def chunkwise_retention(
 class _Chunkwise(torch.autograd.Function):
     """chunkwise_retention with its gradient written out, which passes over memory half as often as a recorded one.
 
-    In a chunk, with P = q k^T * mask and S the state before it, out = P v + (q * q_age) S; the state after it is
-    fade * S + (k * k_age)^T v.
+    In a chunk, with P = q k^T * mask and S the state before it, out = P v + (q * q_age) S. Its own tokens add up to
+    (k * k_age)^T v. S is what carry makes of the sums of all chunks before, and start_age * initial_state.
     """
 
     @staticmethod
@@ -158,15 +158,15 @@ class _Chunkwise(torch.autograd.Function):
         ctx.dtypes = q.dtype, k.dtype, v.dtype, None if initial_state is None else initial_state.dtype
         with _own_precision(q):
             tables = _chunk_tables(decay, num_tokens, num_chunks, chunk_size, scale, state_dtype)
-            mask, q_age, k_age, fade = tables
+            mask, q_age, k_age, carry, start_age, last_fade = tables
             q, k, v = (_split(x, num_chunks, chunk_size, dtype) for x in (q, k, v))  # [B, H, M, C, K or V]
             scores = (q @ k.mT).mul_(mask)
             sums = ((k * k_age).to(dtype).mT @ v).to(state_dtype)  # [B, H, M, K, V]
-            states = [torch.zeros_like(sums[:, :, 0]) if initial_state is None else initial_state.to(state_dtype)]
-            for m in range(num_chunks):
-                states.append(torch.addcmul(sums[:, :, m], fade[:, m], states[m]))
-            *states, last_state = states
-            states = torch.stack(states, dim=2).to(dtype)
+            states = (carry @ sums.flatten(3)).view_as(sums)
+            if initial_state is not None:
+                states.addcmul_(start_age, initial_state.to(state_dtype)[:, :, None])
+            last_state = torch.addcmul(sums[:, :, -1], last_fade, states[:, :, -1])
+            states = states.to(dtype)
             out = _add_product((q * q_age).to(dtype) @ states, scores, v)
         ctx.num_tokens = num_tokens
         ctx.save_for_backward(q, k, v, scores, states, *tables)
@@ -175,38 +175,39 @@ class _Chunkwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_state):
-        q, k, v, scores, states, mask, q_age, k_age, fade = ctx.saved_tensors
+        q, k, v, scores, states, mask, q_age, k_age, carry, start_age, last_fade = ctx.saved_tensors
         dtype, num_chunks, chunk_size = q.dtype, q.shape[2], q.shape[3]
         with _own_precision(q):
             d_out = _split(d_out, num_chunks, chunk_size, dtype)
             d_scores = (d_out @ v.mT).mul_(mask)
             d_states = ((q * q_age).to(dtype).mT @ d_out).to(d_state.dtype)
-            d_sums = []
-            for m in reversed(range(num_chunks)):
-                d_sums.insert(0, d_state)
-                d_state = torch.addcmul(d_states[:, :, m], fade[:, m], d_state)
-            d_sums = torch.stack(d_sums, dim=2).to(dtype)
+            d_states[:, :, -1] += last_fade * d_state
+            d_sums = (carry.mT @ d_states.flatten(3)).view_as(d_states)
+            d_sums[:, :, -1] += d_state
+            d_sums = d_sums.to(dtype)
+            d_initial = (start_age * d_states).sum(2).to(ctx.dtypes[3]) if ctx.dtypes[3] else None
             d_q = _add_product(((d_out @ states.mT) * q_age).to(dtype), d_scores, k)
             d_k = _add_product(((v @ d_sums.mT) * k_age).to(dtype), d_scores.mT, q)
             d_v = _add_product((k * k_age).to(dtype) @ d_sums, scores.mT, d_out)
         d_q, d_k, d_v = (_join(x, ctx.num_tokens, dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes))
-        return d_q, d_k, d_v, None, None if ctx.dtypes[3] is None else d_state.to(ctx.dtypes[3]), None, None
+        return d_q, d_k, d_v, None, d_initial, None, None
 
 
 def _chunk_tables(
     decay: Tensor, num_tokens: int, num_chunks: int, chunk_size: int, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mask [H, 1, C, C] and q_age [H, 1, C, 1], both with the scale in them, k_age [H, M, C, 1], fade [H, M, 1, 1].
-
-    The last chunk may be short: its padding ages no state.
+) -> tuple[Tensor, ...]:
+    """mask [H, 1, C, C], q_age [H, 1, C, 1], k_age [H, M, C, 1], carry [H, M, M], start_age [H, M, 1, 1] and last_fade
+    [H, 1, 1] of _Chunkwise; mask and q_age have the scale in them. The padding of a short last chunk ages no state.
     """
-    inside = torch.arange(chunk_size, device=decay.device)
-    lengths = (num_tokens - chunk_size * torch.arange(num_chunks, device=decay.device)).clamp(max=chunk_size)
+    last_length = num_tokens - (num_chunks - 1) * chunk_size
     powers = _powers(decay, chunk_size + 1, dtype)
     mask = _decay_matrix(decay, chunk_size, dtype)[:, None] * scale
+    k_age = powers[:, None, :chunk_size].flip(2).repeat(1, num_chunks, 1)
+    k_age[:, -1, :last_length] = powers[:, :last_length].flip(1)
+    carry = F.pad(_decay_matrix(decay, num_chunks, dtype, step=chunk_size)[:, :-1], (0, 0, 1, 0))
+    start_age = _powers(decay, num_chunks, dtype, step=chunk_size)[..., None, None]
     q_age = powers[:, None, 1:, None] * scale
-    k_age = powers[:, (lengths[:, None] - 1 - inside).clamp(min=0), None]
-    return mask, q_age, k_age, powers[:, lengths, None, None]
+    return mask, q_age, k_age[..., None], carry, start_age, powers[:, last_length, None, None]
 
 
 def _split(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> Tensor:
@@ -223,8 +224,8 @@ def _join(x: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a @ b in one pass, for matrices in three batch dimensions."""
-    return torch.baddbmm(x.flatten(0, 2), a.flatten(0, 2), b.flatten(0, 2)).view_as(x)
+    """x + a @ b in one pass, for matrices in three batch dimensions; writes over x."""
+    return x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2)).view_as(x)
 
 
 def parallel_retention_2d(
@@ -349,16 +350,17 @@ def _with_class_token(
     return torch.cat(outputs, dim=2), states
 
 
-def _powers(decay: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """decay^0 to decay^(count - 1), [H, count]. Exponents are integers: in bfloat16, 257 would already be 256."""
-    return decay.to(dtype)[:, None] ** torch.arange(count, device=decay.device)
+def _powers(decay: Tensor, count: int, dtype: torch.dtype, step: int = 1) -> Tensor:
+    """decay^0, decay^step, ..., decay^(step * (count - 1)): [H, count]."""
+    # Exponents are integers: in bfloat16, 257 would already be 256.
+    return decay.to(dtype)[:, None] ** (step * torch.arange(count, device=decay.device))
 
 
-def _decay_matrix(decay: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """decay^(i - j) for i >= j, else 0: [H, size, size]."""
-    # Row i is a window on decay^(size - 1), ..., decay^1, 1, 0, ..., 0. One pow or one look-up for each pair of tokens
-    # would take about as long as their products.
-    powers = F.pad(_powers(decay, size, dtype).flip(1), (0, size - 1))
+def _decay_matrix(decay: Tensor, size: int, dtype: torch.dtype, step: int = 1) -> Tensor:
+    """decay^(step * (i - j)) for i >= j, else 0: [H, size, size]."""
+    # Row i is a window on decay^(step * (size - 1)), ..., decay^step, 1, 0, ..., 0. One pow or one look-up for each
+    # pair of tokens would take about as long as their products.
+    powers = F.pad(_powers(decay, size, dtype, step).flip(1), (0, size - 1))
     return powers.unfold(1, size, 1).flip(1)
 
 
@@ -387,8 +389,8 @@ def _masked_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     for block in q.split(max(math.ceil(q.shape[2] / 4), 80), dim=2):  # below 80 tokens, smaller products cost more
         start, end = end, end + block.shape[2]
         scores = (block @ k[:, :, :end].mT).mul_(mask[:, start:end, :end])  # in place: they are written once
-        outputs.append(scores @ v[:, :, :end])
-    return torch.cat(outputs, dim=2)
+        outputs.append((scores @ v[:, :, :end]).transpose(1, 2))
+    return torch.cat(outputs, dim=1).transpose(1, 2)  # in memory [B, N, H, V]: what follows merges the heads
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -148,7 +148,8 @@ class VisionRetention(nn.Module):
         Args:
             mode: `parallel` (memory grows with N^2), `chunkwise` (with N * chunk_size), `recurrent` (token by token:
                 a check and a reference, slow here) or `auto` (parallel for short sequences, else chunkwise).
-            chunk_size: Tokens in a chunk; unchanged when None.
+            chunk_size: Tokens in a chunk of the chunkwise form, with 2-D decay as whole rows of patches; unchanged
+                when None. `auto` has its own.
         """
         for block in self.blocks:
             block.retention.set_mode(mode, chunk_size)
