@@ -112,7 +112,7 @@ class Retention(nn.Module):
         return retain(q, k, v, decay, grid, self.mode, self.chunk_size).gather(2, places)
 
     def set_mode(self, mode: str, chunk_size: int | None = None) -> None:
-        """Choose one of RETENTION_MODES, and the chunk size of `chunkwise` (unchanged when None); `auto` has its own."""
+        """Choose one of RETENTION_MODES, and the chunk size of `chunkwise`, unchanged when None; `auto` has its own."""
         if mode not in RETENTION_MODES:
             raise SettingsError(f"unknown retention mode {mode!r}; choose one of {', '.join(RETENTION_MODES)}")
         if chunk_size is not None and chunk_size < 1:
