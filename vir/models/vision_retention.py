@@ -50,9 +50,9 @@ class VisionRetention(nn.Module):
             patches that are not below and not right of it.
         retention_norm: Between retention and its output layer: `none` as in the authors' code, `layernorm`, or
             `layernorm_gelu` as in the first version of the paper. docs/benchmarks.md compares them.
-        init_values: Where the layer scales start, None for none. The default .1 trained better than the authors'
-            1e-5 with a class token near zero (Fashion-MNIST, 400 steps, one seed: 80.1 against 76.9 %): without
-            a normaliser after retention, tiny queries leave the class token with almost no signal.
+        init_values, class_token_std: Where the layer scales start, None for none, and the spread of the class token.
+            The defaults trained better than the authors' 1e-5 and 1e-6 (docs/benchmarks.md): without a softmax or a
+            norm, tiny queries leave the class token with almost no signal.
         drop_rate, pos_drop_rate, proj_drop_rate: Dropout before the head, after the position embedding, and after
             the linear layers of each block.
         patch_drop_rate: Share of the patches that training leaves out, other ones for each image and step.
