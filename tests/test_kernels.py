@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 import pytest
 import torch
 from conftest import call
+from exactness import assert_close, value_and_gradients
 
 from vir.models import kernels
 from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
@@ -95,29 +96,13 @@ def inputs(num_tokens, dtype=torch.float32, device=None, key=KEY, value=VALUE, b
             for s in shapes]
 
 
-def value_and_gradients(function, tensors):
-    out = function(*tensors)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out)
-    return [out, *torch.autograd.grad(out, tensors, weight)]
-
-
-def assert_close(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape
-        error = (a.double() - b.double()).abs().max() / b.double().abs().max()
-        assert error <= tolerance, f"relative error {error:.1e}"
-
-
 def assert_equals_the_definition(tensors, grid=None, run=None):
     if run is None:
         run = partial(fused_retention, decay=retention_decay(tensors[0].shape[1]).to(tensors[0].device), grid=grid)
     found = value_and_gradients(run, tensors)
     assert all(x.dtype == tensors[0].dtype for x in found)
     doubles = [x.detach().double().requires_grad_() for x in tensors]
-    # The gradient comes in the precision of the output.
-    weight = torch.randn(found[0].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(found[0])
-    out = reference(*doubles, grid=grid)
-    expected = [out, *torch.autograd.grad(out, doubles, weight.double())]
+    expected = value_and_gradients(partial(reference, grid=grid), doubles)
     assert_close(found, expected, TOLERANCE[tensors[0].dtype])
 
 

@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
+from exactness import TOLERANCE, assert_close, value_and_gradients
 
 from vir.models.retention import (
     _compute_dtype,
@@ -16,9 +17,6 @@ from vir.models.retention import (
 torch.set_num_threads(1)
 
 BATCH, HEADS, KEY, VALUE = 2, 3, 8, 5
-
-# The project's promise (DESIGN): rounding of a few hundred sums, far below what bfloat16 training could see.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 STATEFUL = {"recurrent": recurrent_retention_2d,
             **{f"chunkwise-{rows}": partial(chunkwise_retention_2d, chunk_rows=rows) for rows in (1, 2, 3, 100)}}
@@ -49,19 +47,6 @@ def inputs(num_tokens, dtype=torch.float64, batch=BATCH, heads=HEADS):
     generator = torch.Generator().manual_seed(0)
     shapes = [(batch, heads, num_tokens, width) for width in (KEY, KEY, VALUE)]
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
-
-
-def value_and_gradients(function, tensors):
-    out = function(*tensors)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).bfloat16().double()  # exact in bfloat16
-    return [out, *torch.autograd.grad((out.double() * weight).sum(), tensors)]
-
-
-def assert_close(found, expected, tolerance):
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape
-        error = (a.double() - b.double()).abs().max() / b.double().abs().max()
-        assert error <= tolerance, f"relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
