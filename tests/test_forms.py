@@ -32,6 +32,7 @@ def called(monkeypatch):
     ("recurrent", 9, None, ("recurrent",)),
     ("auto", 144, None, ("parallel",)),
     ("auto", 145, None, ("chunkwise", 64)),
+    ("auto", 12_001, None, ("chunkwise", 128)),
     ("parallel", 145, (12, 12), ("parallel_2d",)),
     ("chunkwise", 145, (18, 8), ("chunkwise_2d", 2)),
     ("chunkwise", 145, (6, 24), ("chunkwise_2d", 1)),

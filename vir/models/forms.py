@@ -25,7 +25,7 @@ RETENTION_MODES: tuple[str, ...] = get_args(RetentionMode)
 
 # Where `auto` changes form, measured with tools/benchmark_model.py (docs/benchmarks.md has the tables).
 AUTO_PARALLEL_TOKENS = 144
-AUTO_CHUNK_SIZE = 64
+AUTO_CHUNK_SIZE, AUTO_LONG_CHUNK_SIZE, AUTO_LONG_TOKENS = 64, 128, 12_000
 AUTO_PARALLEL_TOKENS_2D = 600  # a state for each column costs more than one for all
 AUTO_CHUNK_SIZE_2D = 256
 AUTO_FUSED_TOKENS = 2048  # on CUDA, not measured yet: fla's tables have it lose to fused attention up to about 1,000
@@ -74,10 +74,11 @@ def retain(
 
 def choose(num_tokens: int, two_dimensional: bool) -> tuple[str, int]:
     """The mode and chunk size that `auto` stands for where no kernel takes over."""
-    longest = AUTO_PARALLEL_TOKENS_2D if two_dimensional else AUTO_PARALLEL_TOKENS
-    if num_tokens <= longest:
+    if num_tokens <= (AUTO_PARALLEL_TOKENS_2D if two_dimensional else AUTO_PARALLEL_TOKENS):
         return "parallel", num_tokens
-    return "chunkwise", AUTO_CHUNK_SIZE_2D if two_dimensional else AUTO_CHUNK_SIZE
+    if two_dimensional:
+        return "chunkwise", AUTO_CHUNK_SIZE_2D
+    return "chunkwise", AUTO_CHUNK_SIZE if num_tokens <= AUTO_LONG_TOKENS else AUTO_LONG_CHUNK_SIZE
 
 
 def chunk_rows(chunk_size: int, grid: tuple[int, int]) -> int:
