@@ -207,9 +207,10 @@ def test_every_parameter_gets_a_gradient(global_pool, dims):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_every_parameter_gets_a_gradient_after_changing_to_avg():
+@pytest.mark.parametrize("global_pool", ["avg", "max", "avgmax"])
+def test_every_parameter_gets_a_gradient_after_changing_to_a_pool_of_patches(global_pool):
     model = tiny()
-    model.reset_classifier(4, "avg")
+    model.reset_classifier(4, global_pool)
     assert model(IMAGES).shape == (3, 4) and model.forward_features(IMAGES).shape == (3, 12, 32)
     logits_and_gradients(model)
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

@@ -297,7 +297,7 @@ def plot(results: list[Result], path: Path, unit: str, title: str) -> None:
             axis.grid(alpha=0.3, which="both")
         axes[1][column].set_xlabel(unit)
     axes[0][0].legend()
-    figure.suptitle(title)
+    figure.suptitle(title.replace(" on ", "\non ", 1).replace("; ", "\n", 1), fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
