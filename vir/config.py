@@ -25,12 +25,22 @@ def _check(holds: bool, flag: str, value: object, limit: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network; its weights begin at random."""
+    """The network: any model that timm can create."""
 
     name: str = "vir_small_patch16_224"
     """Model name as timm.create_model knows it."""
     img_size: Optional[int] = None
     """Input side in pixels; the model's own default when not given."""
+    mean: Optional[tuple[float, float, float]] = None
+    """Mean of each channel in [0, 1] that images are normalised with; the model's own default when not given."""
+    std: Optional[tuple[float, float, float]] = None
+    """Standard deviation of each channel in [0, 1]; the model's own default when not given."""
+    interpolation: Optional[Literal["bilinear", "bicubic"]] = None
+    """Resize filter in evaluation; the model's own default when not given."""
+    crop_pct: Optional[float] = None
+    """Side of the centre crop in evaluation as a share of the resized image; the model's own default when not given."""
+    init_from: str = ""
+    """Weights file to begin from, .safetensors or a timm checkpoint; a head of another class count begins at random."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further architecture arguments for timm.create_model, e.g. --model.args '{patch_size: 4, depth: 6}'."""
     drop_path_rate: float = 0.0
@@ -39,11 +49,15 @@ class ModelConfig:
     """Form of retention used in training; weights and results are the same in each."""
     chunk_size: int = 64
     """Tokens per chunk of the chunkwise form; auto has its own."""
+    compile: bool = False
+    """Compile each block with torch.compile: faster steps after a slow first one."""
 
     def __post_init__(self) -> None:
         _check(self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "a positive pixel count")
         _check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
         _check(self.chunk_size >= 1, "model.chunk_size", self.chunk_size, "at least 1 token")
+        _check(self.std is None or min(self.std) > 0, "model.std", self.std, "three positive numbers")
+        _check(self.crop_pct is None or 0 < self.crop_pct <= 1, "model.crop_pct", self.crop_pct, "in (0, 1]")
         for name in ("num_classes", "img_size", "drop_path_rate"):
             if name in self.args:
                 raise SettingsError(f"--model.args sets {name!r}; " + (
@@ -123,41 +137,79 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW."""
+    """The optimizer, its learning rate and weight decay."""
 
-    lr: float = 1e-3
-    """Peak learning rate for the whole global batch."""
+    name: str = "adamw"
+    """timm's name of an optimizer; under ZeRO 1 to 3 one that treats each number alone, or muon (DeepSpeed's)."""
+    lr: Optional[float] = None
+    """Peak learning rate for the whole global batch; 1e-3 when neither lr nor lr_base is given."""
+    lr_base: Optional[float] = None
+    """Learning rate for lr_base_size samples, from which lr follows by the global batch size (timm's rule)."""
+    lr_base_size: int = 256
+    """Samples that lr_base is meant for."""
+    lr_base_scale: Literal["linear", "sqrt"] = "linear"
+    """How lr follows from lr_base: with the global batch size or with its square root."""
     weight_decay: float = 0.05
-    """AdamW decay of matrices; biases, norms, layer scale, class token and position table get none."""
+    """Decay of matrices; biases, norms, layer scale, class token and position table get none."""
+    weight_decay_end: Optional[float] = None
+    """Decay at the end of the run, reached along a cosine; constant when not given."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's averaging coefficients."""
+    """Averaging coefficients of Adam and its relatives."""
+    momentum: float = 0.9
+    """Momentum of SGD and its relatives, and of muon."""
     eps: float = 1e-8
-    """Adam's epsilon."""
+    """Epsilon of Adam and its relatives."""
     clip_grad: float = 1.0
     """Norm to which the gradient of a global batch is clipped; 0: not clipped."""
+    layer_decay: Optional[float] = None
+    """Factor between the learning rates of a layer and the one above it; the head has lr. All alike when not given."""
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "optim.lr", self.lr, "positive")
-        _check(self.eps > 0, "optim.eps", self.eps, "positive")
-        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        for name in ("lr", "lr_base", "lr_base_size", "eps", "layer_decay"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"optim.{name}", value, "positive")
+        for name in ("weight_decay", "weight_decay_end", "clip_grad"):
+            value = getattr(self, name)
+            _check(value is None or value >= 0, f"optim.{name}", value, "0 or more")
         _check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
-        _check(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 or more")
+        _check(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
+        _check(self.layer_decay is None or self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "at most 1")
+        if self.lr is not None and self.lr_base is not None:
+            raise SettingsError(f"--optim.lr {self.lr} and --optim.lr_base {self.lr_base} are both given; lr is for "
+                                "the whole global batch, lr_base for lr_base_size samples: set one of them to null")
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """lr, or what follows from lr_base by timm's rule: linear (arXiv:1706.02677) or with the square root."""
+        if self.lr_base is None:
+            return 1e-3 if self.lr is None else self.lr
+        ratio = global_batch_size / self.lr_base_size
+        return self.lr_base * (ratio if self.lr_base_scale == "linear" else ratio ** 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Linear warm-up of the learning rate, then one cosine."""
+    """The learning rate over the run: linear warm-up, a decay, a cool-down at min_lr."""
 
+    name: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    """Form of the decay between warm-up and cool-down."""
     warmup_epochs: float = 20.0
     """Linear warm-up from warmup_lr to lr, in epochs."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the decay and during the cool-down."""
+    cooldown_epochs: float = 0.0
+    """Epochs at the end of the run that are spent at min_lr."""
+    decay_epochs: float = 30.0
+    """Epochs between the steps of the step schedule, counted from the end of warm-up."""
+    decay_rate: float = 0.1
+    """Factor at each step of the step schedule."""
 
     def __post_init__(self) -> None:
-        for name in ("warmup_epochs", "warmup_lr", "min_lr"):
+        for name in ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs"):
             _check(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "0 or more")
+        _check(self.decay_epochs > 0, "schedule.decay_epochs", self.decay_epochs, "positive")
+        _check(0 < self.decay_rate <= 1, "schedule.decay_rate", self.decay_rate, "in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +222,22 @@ class TrainConfig:
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = 128
     """Samples per forward pass on one rank; accumulation follows as global / (micro * world)."""
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """Softmax cross-entropy, or binary cross-entropy of each class alone (arXiv:2110.00476)."""
+    bce_target_thresh: Optional[float] = None
+    """Targets of bce above this become 1 and the others 0; as they are when not given."""
     smoothing: float = 0.1
     """Label smoothing."""
     seed: int = 42
     """Seed of initialisation, order, augmentation and dropout."""
     log_every: int = 50
     """Steps between lines in metrics.jsonl."""
+    wandb: str = ""
+    """Project of Weights & Biases to log to as well; needs wandb installed."""
+    profile: int = 0
+    """Steps, after the first ten, of which each rank writes a torch profiler trace to RUN/profile; 0: none."""
+    peak_tflops: Optional[float] = None
+    """Dense peak of one device in the training precision, in 1e12 FLOP/s, for MFU; known for common GPUs."""
 
     def __post_init__(self) -> None:
         _check(self.epochs > 0, "train.epochs", self.epochs, "positive")
@@ -184,6 +246,12 @@ class TrainConfig:
         _check(0 <= self.smoothing < 1, "train.smoothing", self.smoothing, "in [0, 1)")
         _check(self.seed >= 0, "train.seed", self.seed, "0 or more")
         _check(self.log_every >= 1, "train.log_every", self.log_every, "at least 1 step")
+        _check(self.profile >= 0, "train.profile", self.profile, "0 or more steps")
+        _check(self.peak_tflops is None or self.peak_tflops > 0, "train.peak_tflops", self.peak_tflops, "positive")
+        thresh = self.bce_target_thresh
+        _check(thresh is None or 0 <= thresh < 1, "train.bce_target_thresh", thresh, "in [0, 1)")
+        if thresh is not None and self.loss != "bce":
+            raise SettingsError(f"--train.bce_target_thresh {thresh} acts on bce alone; give --train.loss bce too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +289,16 @@ class CheckpointConfig:
     """Epochs between checkpoints; the end of the run and a stop by signal are always saved."""
     keep: int = 3
     """Newest checkpoints to keep."""
+    keep_every_epochs: Optional[float] = None
+    """Also keep, for good, the first checkpoint after each so many epochs."""
+    best: Optional[Literal["top1", "ema_top1"]] = "top1"
+    """Also keep the checkpoint with the best validation accuracy, saved right after its evaluation; null: do not."""
 
     def __post_init__(self) -> None:
         _check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "positive")
         _check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        _check(self.keep_every_epochs is None or self.keep_every_epochs > 0, "checkpoint.keep_every_epochs",
+               self.keep_every_epochs, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +309,13 @@ class RunConfig:
     """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing; see ds_configs/."""
     output: str = ""
     """Run folder; the same command on it continues the run."""
-    resume: Literal["auto", "none"] = "auto"
-    """auto continues from checkpoints/latest where there is one; none refuses a folder that has one."""
+    resume: str = "auto"
+    """auto continues the run in output, where there is one; none refuses a folder that has one; the path of another
+    run or checkpoint folder begins from there, on any number of ranks and any ZeRO stage, until output has its own."""
+    dry_run: bool = False
+    """Build everything, print the plan with the memory it needs, and stop before the first step."""
+    validate_only: bool = False
+    """Evaluate the newest checkpoint, or model.init_from, and stop."""
     accept_config_change: bool = False
     """Continue a run folder although settings that change its results differ from those it began with."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -260,6 +339,8 @@ class RunConfig:
             raise SettingsError(f"--train.micro_batch_size is {self.train.micro_batch_size}; mixup and cutmix pair "
                                 "samples inside a micro-batch, so it must be even (or set --augment.mixup 0 "
                                 "--augment.cutmix 0)")
+        if self.checkpoint.best == "ema_top1" and not self.ema.decay:
+            raise SettingsError("--checkpoint.best is ema_top1, but --ema.decay 0 keeps no average; use top1 or null")
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -310,9 +391,10 @@ def dump_yaml(config: RunConfig) -> str:
 
 
 # Fields that change where a run lives or how fast it goes, never what it computes.
-_FREE = {"output", "resume", "accept_config_change", "deepspeed_config", "data.train", "data.val", "data.workers",
-         "data.prefetch", "train.log_every", "eval.every_epochs", "eval.batch_size", "checkpoint.every_epochs",
-         "checkpoint.keep"}
+_FREE = {"output", "resume", "accept_config_change", "dry_run", "validate_only", "deepspeed_config", "data.train",
+         "data.val", "data.workers", "data.prefetch", "model.compile", "train.log_every", "train.wandb",
+         "train.profile", "train.peak_tflops", "eval.every_epochs", "eval.batch_size", "checkpoint.every_epochs",
+         "checkpoint.keep", "checkpoint.keep_every_epochs", "checkpoint.best"}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:

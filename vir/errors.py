@@ -25,5 +25,11 @@ class NotFiniteError(VirError):
     exit_code = 4
 
 
+class LossScaleError(VirError):
+    """fp16 gradients were not finite although the loss scale is at its floor."""
+
+    exit_code = 6
+
+
 EXIT_STOPPED_BY_SIGNAL = 75
 """A signal asked the run to stop; it saved a checkpoint and the same command continues it."""

@@ -4,8 +4,8 @@
         --deepspeed_config ds_configs/zero2_bf16.json --data.train SHARDS/train --data.val SHARDS/val --output runs/a
 
 The same module runs under `torchrun -m vir.train` and, on one device, `python -m vir.train`. The same command again
-continues a run that was stopped. Exit codes: 0 done, 2 settings, 3 data, 4 not finite, 75 stopped by a signal after
-saving.
+continues a run that was stopped. Exit codes: 0 done, 2 settings, 3 data, 4 not finite, 6 loss scale at its floor,
+75 stopped by a signal after saving.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 
 from vir.config import parse
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
+from vir.training.signals import StopRequest
 
 
 def local_rank() -> int:
@@ -22,7 +23,14 @@ def local_rank() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    stop = StopRequest()  # from here on a signal is not lost
+    try:
+        return _main(sys.argv[1:] if argv is None else argv, stop)
+    finally:
+        stop.close()
+
+
+def _main(argv: list[str], stop: StopRequest) -> int:
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
     try:
         config = parse(argv)  # before torch is imported: a wrong flag is told at once
@@ -36,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     from vir.training.run import run
 
     try:
-        return run(prepared)
+        return run(prepared, stop)
     except VirError as error:  # damaged data may have been met by one rank alone, the rest by all of them
         if local_rank() == 0 or isinstance(error, DataError):
             print(f"vir.train: {error}", file=sys.stderr)

@@ -54,6 +54,12 @@ def train_transform(augment: AugmentConfig, model_input: InputConfig) -> Callabl
                             "rand-m9-mstd0.5-inc1, or null for none") from error
 
 
+def check_augmentation(augment: AugmentConfig) -> None:
+    """Raises SettingsError for what train_transform would refuse, before anything is built."""
+    train_transform(augment, InputConfig(size=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic",
+                                         crop_pct=1.0))
+
+
 def eval_transform(model_input: InputConfig) -> Callable[[Image.Image], np.ndarray]:
     """timm's evaluation transform (resize, centre crop) up to uint8 [C, H, W]."""
     from timm.data import create_transform

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Callable, Generator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vir import distributed
@@ -25,26 +25,30 @@ class Accuracy:
 
 
 @torch.no_grad()
-def classify(model: nn.Module, batches: Iterable[Batch], model_input: InputConfig, device: torch.device,
-             progress: tqdm | None = None) -> Accuracy:
-    """Evaluate `model`, in its own dtype, on this rank's batches and sum over all ranks. Collective.
+def classify(forward: Callable[[Tensor], Tensor], batches: Generator[Batch, None, None], model_input: InputConfig,
+             device: torch.device, progress: tqdm, stop: Callable[[], bool] | None = None) -> Accuracy | None:
+    """Evaluate this rank's batches and sum over all ranks. Collective; every rank must have the same number of batches.
 
     With fewer than five classes top5 counts the whole list, so it is 100.
+
+    Args:
+        forward: from normalised float32 images [B, C, H, W] to logits, of a model in eval mode.
+        stop: asked before each batch, the same answer on every rank; None is returned when it says yes.
     """
-    dtype = next(model.parameters()).dtype
-    was_training = model.training
-    model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # right in 1, right in 5, images
-    for batch in batches:
-        logits = model(normalize(batch.images, model_input).to(dtype)).float()[batch.valid]
-        labels = batch.labels[batch.valid]
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.view(-1, 1)
-        counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_tensor(len(labels), dtype=torch.int64)])
-        loss += nn.functional.cross_entropy(logits, labels, reduction="none").double().sum()
-        if progress is not None:
+    try:
+        for batch in batches:
+            if stop is not None and stop():
+                return None
+            logits = forward(normalize(batch.images, model_input)).float()[batch.valid]
+            labels = batch.labels[batch.valid]
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.view(-1, 1)
+            counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_tensor(len(labels), dtype=torch.int64)])
+            loss += nn.functional.cross_entropy(logits, labels, reduction="none").double().sum()
             progress.update(len(labels))
-    model.train(was_training)
+    finally:
+        batches.close()
     right1, right5, images, total_loss = distributed.sum_over_ranks([*counts.tolist(), loss.item()], device)
     return Accuracy(top1=100 * right1 / images, top5=100 * right5 / images, loss=total_loss / images,
                     images=int(images))

@@ -12,10 +12,10 @@ from vir.models.retention import (
     retention_step,
 )
 from vir.models.vision_retention import VisionRetention
-from vir.models.weights import WeightsMetadata, load, read_metadata, save_weights
+from vir.models.weights import WeightsMetadata, initialize_from, load, read_metadata, save_weights
 
 __all__ = [
-    "RETENTION_MODES", "VisionRetention", "WeightsMetadata", "chunkwise_retention", "chunkwise_retention_2d", "load",
-    "parallel_retention", "parallel_retention_2d", "read_metadata", "recurrent_retention", "recurrent_retention_2d",
-    "retain", "retention_decay", "retention_step", "save_weights",
+    "RETENTION_MODES", "VisionRetention", "WeightsMetadata", "chunkwise_retention", "chunkwise_retention_2d",
+    "initialize_from", "load", "parallel_retention", "parallel_retention_2d", "read_metadata",
+    "recurrent_retention", "recurrent_retention_2d", "retain", "retention_decay", "retention_step", "save_weights",
 ]

@@ -7,6 +7,8 @@ Nothing here executes what it reads: no pickle, and a file cannot name other wei
 import dataclasses
 import json
 import os
+import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -106,6 +108,35 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     return model.to(device).eval()
 
 
+def initialize_from(model: nn.Module, path: str | os.PathLike) -> None:
+    """Begin training from weights in a file: one of ours, or any that timm reads (weights only, no code is run).
+
+    Position tables and patches are resampled where the model's family knows how. A classifier of another class count
+    keeps its random start; everything else must be there.
+
+    Raises:
+        DataError: a file that cannot be read, or that holds weights of another architecture.
+    """
+    try:
+        state_dict = timm.models.load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
+        resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        state_dict = resample(state_dict, model) if resample else state_dict
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError,
+            SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as weights: {error}") from error
+    own = model.state_dict()
+    heads = (getattr(model, "default_cfg", None) or {}).get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    for name in [name for name in state_dict if name.rsplit(".", 1)[0] in heads]:
+        if name in own and own[name].shape != state_dict[name].shape:
+            state_dict[name] = own[name]
+    problems = _problems(state_dict, own)
+    if problems:
+        raise DataError(f"{path} does not fit {type(model).__name__} as it is built here: {problems}; give weights of "
+                        "the same architecture")
+    model.load_state_dict(state_dict)
+
+
 def _open(path: str | os.PathLike):
     if not Path(path).is_file():
         raise DataError(f"no weights file at {path}; tools/consolidate_checkpoint.py makes one from a run folder")
@@ -154,14 +185,18 @@ def _create(path: str | os.PathLike, metadata: WeightsMetadata) -> nn.Module:
 def _check_tensors(
     path: str | os.PathLike, metadata: WeightsMetadata, found: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
+    if told := _problems(found, expected):
+        raise DataError(f"{path} does not fit {metadata.model_name} with model_args {metadata.model_args}: {told}; "
+                        f"correct the model_args where the file is made")
+
+
+def _problems(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What keeps tensors from being a model's state_dict; empty where nothing does."""
     shapes = [f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"
               for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape]
     missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    told = "; ".join(f"{len(names)} tensors {kind} ({_some(names)})" for kind, names in problems.items() if names)
-    if told:
-        raise DataError(f"{path} does not fit {metadata.model_name} with model_args {metadata.model_args}: {told}; "
-                        f"correct the model_args where the file is made")
+    return "; ".join(f"{len(names)} tensors {kind} ({_some(names)})" for kind, names in problems.items() if names)
 
 
 def _some(names) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from vir.errors import DataError
 FOLDER = "checkpoints"
 DESCRIPTION = "checkpoint.json"
 LATEST = "latest"
-FORMAT = 1
+BEST = "best"
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,12 @@ class CheckpointInfo:
     zero_stage: int
     precision: str
     ema: bool
+    loss_scaler: dict[str, float]
+    """State of the fp16 loss scale, by DeepSpeed's names; empty in other precisions."""
+    metrics: dict[str, float]
+    """Of the evaluation at this step, e.g. top1; empty where there was none."""
+    config: dict[str, Any]
+    """The settings of the run."""
     model_name: str
     model_args: dict[str, Any]
     """For timm.create_model, the class count included."""
@@ -37,6 +45,8 @@ class CheckpointInfo:
     classes: list[str]
     data_fingerprint: str
     """Of the training shards and their class list."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """bytes and sha256 of every file."""
 
 
 def name_of(step: int) -> str:
@@ -60,22 +70,33 @@ def newest(run: Path) -> Path | None:
     return folder
 
 
+def candidates(run: Path) -> list[Path]:
+    """The checkpoints to continue from, in the order of trying: what `latest` names, then the others, newest first."""
+    latest = run / FOLDER / LATEST
+    if not latest.is_file():
+        return []
+    named = run / FOLDER / Path(latest.read_text().strip()).name
+    others = [path for path in sorted((run / FOLDER).glob("step-????????"), reverse=True) if path != named]
+    return [named, *others]
+
+
 def read_info(folder: Path) -> CheckpointInfo:
     """The description of a checkpoint, after checking that every file it lists is there at its full size.
 
     Raises:
-        DataError: no checkpoint, an incomplete one, or one of a later format.
+        DataError: no checkpoint, an incomplete one, or one of another format.
     """
     try:
         found = json.loads((folder / DESCRIPTION).read_text())
-        version, sizes = found.pop("format"), found.pop("files")
+        version = found.pop("format")
         if version != FORMAT:
             raise DataError(f"{folder}: format {version} is not known here ({FORMAT}); use the version that wrote it")
         info = CheckpointInfo(**found)
+        sizes = {name: int(entry["bytes"]) for name, entry in info.files.items()}
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {DESCRIPTION}: it is not a complete checkpoint; name a run folder or one "
                         f"of its {FOLDER}/step-… folders") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{folder / DESCRIPTION} cannot be read: {error!r}") from error
     for name, size in sizes.items():
         path = folder / name
@@ -84,3 +105,26 @@ def read_info(folder: Path) -> CheckpointInfo:
         if path.stat().st_size != size:
             raise DataError(f"{path} has {path.stat().st_size} bytes, {size} were written; take another checkpoint")
     return info
+
+
+def verify(folder: Path, info: CheckpointInfo, share: int = 0, of: int = 1) -> None:
+    """Compare the checksums of every `of`-th file from number `share` on with those that were written.
+
+    Raises:
+        DataError: a file that has changed since, or cannot be read.
+    """
+    for name in sorted(info.files)[share::of]:
+        if sha256(folder / name) != info.files[name]["sha256"]:
+            raise DataError(f"{folder / name} has changed since it was written (sha256 differs); take another "
+                            "checkpoint")
+
+
+def sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 22):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error

@@ -119,3 +119,8 @@ def complete(config: dict[str, Any], run: RunConfig, accumulation: int) -> dict[
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.optim.clip_grad,
     }
+
+
+def offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimizer works in CPU memory."""
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"

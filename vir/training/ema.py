@@ -1,8 +1,8 @@
-"""An average of the weights that lives in the optimizer state, so DeepSpeed shards, saves and restores it."""
+"""An average of the weights that lives in the optimizer state, so DeepSpeed shards and saves it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ def decay_at(update: int, decay: float, warmup: bool) -> float:
     return min(decay, (1 + update) / (10 + update)) if warmup else decay
 
 
-def attach(optimizer: Optimizer, decay: float, warmup: bool) -> None:
+def attach(optimizer: Optimizer, decay: Callable[[], float]) -> None:
     """Keep optimizer.state[p]["ema"] = d ema + (1 - d) p in float32 after each real step, from the initial weights.
 
     `optimizer` is the one that owns the float32 master weights: under ZeRO its parameters are this rank's flat
     shards. DeepSpeed steps it once per parameter group, so a hook sees only the groups in hand, and never a step
-    that was skipped. The number of the update is the one Adam counts itself.
+    that was skipped.
+
+    Args:
+        decay: the d of the update in hand.
     """
     initial: dict[Tensor, Tensor] = {}
 
@@ -32,11 +35,11 @@ def attach(optimizer: Optimizer, decay: float, warmup: bool) -> None:
 
     @torch.no_grad()
     def average(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        share = 1 - decay()
         for parameter in _stepped(optimizer):
             state = optimizer.state[parameter]
             if KEY not in state:
                 state[KEY] = initial.pop(parameter)
-            share = 1 - decay_at(int(state["step"]), decay, warmup)
             state[KEY].lerp_(parameter.detach().float(), share)
 
     optimizer.register_step_pre_hook(remember)

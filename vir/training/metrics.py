@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ class MetricsWriter:
     """Appends events to RUN/metrics.jsonl and RUN/tensorboard.
 
     Events after `from_epoch`, written by a run that was killed before its next checkpoint, are dropped: each step
-    stands once. `from_step` is the same moment in steps of the present batch size.
+    stands once. `from_step` is the same moment in steps of the present batch size. With `wandb`, the name of a project,
+    they go to Weights & Biases as well.
     """
 
-    def __init__(self, run: Path, from_epoch: float, from_step: int) -> None:
+    def __init__(self, run: Path, from_epoch: float, from_step: int, wandb: str = "",
+                 config: dict[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run / FILE
@@ -29,6 +32,12 @@ class MetricsWriter:
         replace_text(path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
+        self._wandb = None
+        if wandb:
+            import wandb as service
+
+            self._wandb = service.init(project=wandb, name=run.name, id=_wandb_id(run), resume="allow", dir=run,
+                                       config=config)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One event; `kind` is train or eval. Numbers also go to TensorBoard as kind/name."""
@@ -39,10 +48,22 @@ class MetricsWriter:
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in plain.items()}, step=step)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_id(run: Path) -> str:
+    """The same for every start of a run folder, so that a continued run is one run there too."""
+    path = run / "wandb-id.txt"
+    if not path.exists():
+        replace_text(path, secrets.token_hex(6))
+    return path.read_text()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

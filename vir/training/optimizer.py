@@ -1,28 +1,116 @@
-"""Which parameter gets which weight decay."""
+"""Which optimizer, and which parameter gets which weight decay and learning rate."""
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
+import torch
 from torch import nn
 
+from vir.config import OptimConfig
+from vir.errors import SettingsError
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, `decay` and `no_decay`, that hold every trainable parameter once, with its name.
+MUON = "muon"
+"""DeepSpeed's own, which sees whole matrices in every ZeRO stage."""
 
-    Vectors (biases, norms, layer scale) and what the model's no_weight_decay() lists are not decayed.
+# Under ZeRO 1 to 3 an optimizer sees one flat vector per group: only those of timm's that treat each number alone are
+# right there. The cautious ones take a mean over a tensor, LAMB, LARS and NovoGrad a norm, Adafactor rows and columns.
+ELEMENTWISE = {
+    "adabelief", "adadelta", "adam", "adamax", "adamw", "adopt", "adoptw", "laprop", "lion", "madgrad", "madgradw",
+    "momentum", "nadam", "nadamw", "nesterov", "nesterovw", "radabelief", "radam", "radamw", "rmsprop", "rmsproptf",
+    "rmsproptfw", "sgd", "sgdw",
+}
+_NEVER = {"adagrad": "DeepSpeed builds it anew without its parameter groups",
+          "adahessian": "it needs gradients of gradients",
+          "adan": "it counts its steps per group, and ZeRO steps parts of a group apart",
+          "adanw": "it counts its steps per group, and ZeRO steps parts of a group apart"}
+
+
+def check_name(name: str, zero_stage: int) -> None:
+    """Whether an optimizer exists and is right in a ZeRO stage.
+
+    Raises:
+        SettingsError: with the reason, and names that are right.
+    """
+    from timm.optim import list_optimizers
+
+    known = set(list_optimizers(exclude_filters=["bnb*", "fused*"]))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise SettingsError(f"--optim.name {name}: timm has no such optimizer; " + (
+            f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"))
+    if name in _NEVER:
+        raise SettingsError(f"--optim.name {name} is not supported: {_NEVER[name]}; take adamw")
+    if zero_stage > 0 and name not in ELEMENTWISE | {MUON}:
+        raise SettingsError(f"--optim.name {name} needs whole tensors, and ZeRO stage {zero_stage} hands the optimizer "
+                            f"flat pieces of them, so it would compute something else; take a stage 0 "
+                            f"--deepspeed_config, or one of {', '.join(sorted(ELEMENTWISE))}, {MUON}")
+
+
+def build(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimizer over `groups`. Its lr is 0 until the first step's is written."""
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(groups, opt=config.name, lr=0.0, weight_decay=config.weight_decay, betas=config.betas,
+                               momentum=config.momentum, eps=config.eps)
+
+
+def states_per_number(config: OptimConfig) -> int:
+    """How many numbers the optimizer keeps for each number of a parameter, found by a step on one small matrix."""
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    parameter.grad = torch.ones(2, 3)
+    optimizer = build([{"params": [parameter]}], config)
+    optimizer.step()
+    return sum(value.numel() == 6 for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor))
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Groups that hold every trainable parameter once, with its name; one for each of decay and learning rate.
+
+    Vectors (biases, norms, layer scale) and what the model's no_weight_decay() lists are not decayed. With layer_decay
+    the rate falls by that factor from each layer to the one below (BEiT, arXiv:2106.08254), layers as timm's
+    group_matcher of the model counts them.
 
     Returns:
-        Groups for a torch optimizer, with the extra keys `name` and `names`; empty ones left out.
+        Groups for a torch optimizer, with the extra keys `name`, `names`, `lr_scale` and `decays`.
+
+    Raises:
+        SettingsError: layer_decay for a model whose layers timm does not know.
     """
     excluded = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    groups: dict[str, dict[str, Any]] = {
-        "decay": {"name": "decay", "weight_decay": weight_decay, "params": [], "names": []},
-        "no_decay": {"name": "no_decay", "weight_decay": 0.0, "params": [], "names": []},
-    }
+    layers = _layers(model, optim)
+    top = max(layers.values(), default=0)
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = groups["no_decay" if parameter.ndim <= 1 or name in excluded else "decay"]
-            group["params"].append(parameter)
-            group["names"].append(name)
-    return [group for group in groups.values() if group["params"]]
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and name not in excluded
+        layer = layers.get(name, top)
+        title = ("" if optim.layer_decay is None else f"layer_{layer}_") + ("decay" if decays else "no_decay")
+        group = groups.setdefault(title, {
+            "name": title, "decays": decays, "weight_decay": optim.weight_decay if decays else 0.0,
+            "lr_scale": 1.0 if optim.layer_decay is None else optim.layer_decay ** (top - layer),
+            "params": [], "names": []})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[title] for title in sorted(groups)]
+
+
+def _layers(model: nn.Module, optim: OptimConfig) -> dict[str, int]:
+    """The number of the layer, counted from the input, that each parameter belongs to."""
+    if optim.layer_decay is None:
+        return {}
+    if not hasattr(model, "group_matcher"):
+        raise SettingsError(f"--optim.layer_decay {optim.layer_decay}: {type(model).__name__} does not say which "
+                            "parameters form a layer (no group_matcher); leave it out")
+    from timm.models import group_parameters
+
+    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+
+
+def set_rates(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> None:
+    """Write a step's learning rate and weight decay into an optimizer's groups."""
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0

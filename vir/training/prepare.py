@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ import yaml
 
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
+from vir.data.transforms import check_augmentation
 from vir.errors import SettingsError
 from vir.models.weights import FORBIDDEN_ARGS  # and vir.models registers our models with timm
-from vir.training import ds_config
-from vir.training.checkpoint_info import newest
+from vir.training import ds_config, optimizer
+from vir.training.checkpoint_info import FOLDER as CHECKPOINTS
+from vir.training.checkpoint_info import LATEST
 
 CONFIG_FILE = "config.yaml"
 
@@ -48,13 +51,22 @@ def prepare(config: RunConfig) -> Prepared:
                             (f"; not in both: {', '.join(only[:5])}" if only else " in another order") +
                             "; convert both from the same source")
     _check_model(config)
+    check_augmentation(config.augment)
+    optimizer.check_name(config.optim.name, ds_config.zero_stage(found))
+    if config.train.wandb and importlib.util.find_spec("wandb") is None:
+        raise SettingsError(f"--train.wandb {config.train.wandb}: wandb is not installed; pip install wandb, or leave "
+                            "it out")
     _check_folder(config)
     return Prepared(config, found, train, val)
 
 
 def _check_model(config: RunConfig) -> None:
     if wrong := sorted(FORBIDDEN_ARGS & config.model.args.keys()):
-        raise SettingsError(f"--model.args sets {', '.join(wrong)}; a run begins with random weights, leave them out")
+        raise SettingsError(f"--model.args sets {', '.join(wrong)}; a run begins with random weights, or with those of "
+                            "--model.init_from: leave them out")
+    if config.model.init_from and not Path(config.model.init_from).is_file():
+        raise SettingsError(f"--model.init_from {config.model.init_from}: no such file; give a .safetensors file of "
+                            "tools/consolidate_checkpoint.py or a timm checkpoint")
     if not timm.is_model(config.model.name):
         near = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
         raise SettingsError(f"--model.name {config.model.name}: no such model" + (
@@ -64,11 +76,14 @@ def _check_model(config: RunConfig) -> None:
 def _check_folder(config: RunConfig) -> None:
     """Refuse a run folder that began with other settings, or that --resume none would overwrite."""
     saved = Path(config.output) / CONFIG_FILE
-    checkpoint = newest(Path(config.output))
-    if config.resume == "none" and (saved.is_file() or checkpoint):
+    has_checkpoint = (Path(config.output) / CHECKPOINTS / LATEST).is_file()
+    if config.resume == "none" and (saved.is_file() or has_checkpoint):
         raise SettingsError(f"--output {config.output} holds a run and --resume is none; give another --output, or "
                             "leave --resume out to continue it")
-    if not saved.is_file():
+    if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
+        raise SettingsError(f"--resume {config.resume}: no such folder; give auto, none, or the path of a run or of "
+                            f"one of its {CHECKPOINTS}/step-… folders")
+    if not saved.is_file() or config.validate_only:
         return
     try:
         before = dict(yaml.safe_load(saved.read_text()))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Callable
 
 import timm
 import torch
@@ -14,31 +17,46 @@ from tqdm import tqdm
 
 from vir import distributed
 from vir import log as logs
-from vir.config import dump_yaml, plan_accumulation
+from vir.config import RunConfig, differences, dump_yaml, plan_accumulation, to_dict
 from vir.data.loader import eval_batches, train_batches
 from vir.data.order import SampleOrder
-from vir.data.transforms import model_input_of
+from vir.data.transforms import InputConfig, model_input_of
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError
-from vir.evaluation.classify import classify
+from vir.evaluation.classify import Accuracy, classify
 from vir.files import replace_text
 from vir.log import log
+from vir.models import initialize_from
 from vir.training import checkpoint
-from vir.training.checkpoint_info import CheckpointInfo, newest, read_info
+from vir.training.checkpoint_info import CheckpointInfo
 from vir.training.curves import plot_runs
 from vir.training.engine import Engine
-from vir.training.loop import Plan, Progress, Trainer, steps_every
-from vir.training.metrics import MetricsWriter
+from vir.training.loop import Plan, Trainer, steps_every
+from vir.training.metrics import MetricsWriter, read_metrics
+from vir.training.partitions import Partitions
+from vir.training.plan import describe
 from vir.training.prepare import CONFIG_FILE, Prepared
 from vir.training.schedule import total_steps
+from vir.training.signals import StopRequest
+from vir.training.throughput import forward_flops, peak_flops
 
 DEEPSPEED_FILE = "ds_config.json"
 
 
-def run(prepared: Prepared) -> int:
+def run(prepared: Prepared, stop: StopRequest) -> int:
     """Train, and return the exit code: 0 when done, EXIT_STOPPED_BY_SIGNAL when a signal ended it after saving."""
     config = prepared.config
     world = distributed.start()
+    stop.join(world.size)
     folder = Path(config.output)
+    if config.dry_run or config.validate_only:
+        logs.start(world.rank)
+        job = _Job(prepared, world, folder, stop)
+        try:
+            job.show_plan() if config.dry_run else job.validate()
+        finally:
+            job.close()
+        distributed.barrier()
+        return 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,7 +65,7 @@ def run(prepared: Prepared) -> int:
     lock = _lock(folder, world)
     logs.start(world.rank, folder)
     try:
-        job = _Job(prepared, world, folder)
+        job = _Job(prepared, world, folder, stop)
         try:
             done = job.train()
         finally:
@@ -98,120 +116,217 @@ def _lock(folder: Path, world: distributed.World) -> int | None:
 class _Job:
     """One run on one rank: model, engine, loaders, and what happens between steps."""
 
-    def __init__(self, prepared: Prepared, world: distributed.World, folder: Path) -> None:
+    def __init__(self, prepared: Prepared, world: distributed.World, folder: Path, stop: StopRequest) -> None:
         config = self.config = prepared.config
-        self.prepared, self.world, self.folder = prepared, world, folder
-        size = config.train.global_batch_size
-        accumulation = plan_accumulation(size, config.train.micro_batch_size, world.size)
-        total = total_steps(config.train.epochs, len(prepared.train), size)
-        self.plan = Plan(
-            num_samples=len(prepared.train), num_classes=len(prepared.train.classes), accumulation=accumulation,
-            total_steps=total,
-            warmup_steps=total_steps(config.schedule.warmup_epochs, len(prepared.train), size),
-            eval_steps=steps_every(config.eval.every_epochs, len(prepared.train), size, total),
-            checkpoint_steps=steps_every(config.checkpoint.every_epochs, len(prepared.train), size, total))
-        self.model_args = {**config.model.args, "num_classes": self.plan.num_classes}
-        if config.model.img_size is not None:
-            self.model_args["img_size"] = config.model.img_size
+        self.prepared, self.world, self.folder, self.stop = prepared, world, folder, stop
+        self.accumulation = plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size, world.size)
+        self.model_args = {**config.model.args, "num_classes": len(prepared.train.classes)}
         torch.manual_seed(config.train.seed)
-        model = self._build(config.model.drop_path_rate)
-        self.model_input = model_input_of(model)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        model = self._build()
+        self.model_input = _input_of(model, config)
         self.order = SampleOrder(config.train.seed, prepared.train.shard_sizes, config.data.lanes, config.data.window)
-        self.engine = Engine(model, config, prepared.ds_config, accumulation)
+        self.engine = Engine(model, config, prepared.ds_config, self.accumulation, world)
+        self.plan = self._plan()
         self.metrics: MetricsWriter | None = None
+        self.best = float("-inf")
+        self.results: dict[str, float] = {}
+        self.evaluated_at = -1
+        self.saving: list[float] = []
 
-    def _build(self, drop_path_rate: float) -> torch.nn.Module:
+    def _plan(self) -> Plan:
+        config, num_samples = self.config, len(self.prepared.train)
+        size = config.train.global_batch_size
+        total = total_steps(config.train.epochs, num_samples, size)
+        return Plan(
+            num_samples=num_samples, num_classes=len(self.prepared.train.classes), accumulation=self.accumulation,
+            total_steps=total, steps_per_epoch=num_samples / size,
+            eval_steps=steps_every(config.eval.every_epochs, num_samples, size, total),
+            checkpoint_steps=steps_every(config.checkpoint.every_epochs, num_samples, size, total),
+            forward_flops=forward_flops(config.model.name, self.model_args, self.model_input.size),
+            peak_flops=peak_flops(self.world.device, self.engine.precision, config.train.peak_tflops))
+
+    def _build(self) -> torch.nn.Module:
+        config = self.config.model
+        if config.img_size is not None and timm.get_pretrained_cfg(config.name).fixed_input_size:
+            self.model_args["img_size"] = config.img_size  # others take images of any size
         try:
-            model = timm.create_model(self.config.model.name, drop_path_rate=drop_path_rate, **self.model_args)
+            model = timm.create_model(config.name, drop_path_rate=config.drop_path_rate, **self.model_args)
         except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
-            raise SettingsError(f"--model.name {self.config.model.name} cannot be built with {self.model_args}: "
+            raise SettingsError(f"--model.name {config.name} cannot be built with {self.model_args}: "
                                 f"{error}") from error
+        if config.init_from:
+            initialize_from(model, config.init_from)
         if hasattr(model, "set_retention_mode"):
-            model.set_retention_mode(self.config.model.retention_mode, self.config.model.chunk_size)
+            model.set_retention_mode(config.retention_mode, config.chunk_size)
+        if config.compile:
+            _compile_blocks(model)
         return model.to(self.world.device)
 
     def train(self) -> bool:
         config = self.config
-        progress = Progress(samples_seen=0, updates=0)
-        self._resume(progress)
-        first = progress.samples_seen // config.train.global_batch_size
+        info = self._resume()
+        size = config.train.global_batch_size
+        seen = info.samples_seen if info else 0
+        first = seen // size
+        self.best = checkpoint.best_so_far(self.folder, config.checkpoint.best)
         if self.world.is_main:
             replace_text(self.folder / CONFIG_FILE, dump_yaml(config))
             replace_text(self.folder / DEEPSPEED_FILE, Path(config.deepspeed_config).read_text())
-            self.metrics = MetricsWriter(self.folder, progress.samples_seen / self.plan.num_samples, first)
-        self._announce(first)
+            self.metrics = MetricsWriter(self.folder, seen / self.plan.num_samples, first, config.train.wandb,
+                                         to_dict(config))
+        for line in self._describe():
+            log.info(line)
+        if first:
+            log.info("continuing after step %d", first)
         batches = train_batches(
             self.prepared.train, self.order, config.augment, self.model_input, seed=config.train.seed,
-            first_step=first, last_step=self.plan.total_steps, global_batch_size=config.train.global_batch_size,
+            first_step=first, last_step=self.plan.total_steps, global_batch_size=size,
             micro_batch_size=config.train.micro_batch_size, rank=self.world.rank, world_size=self.world.size,
             workers=config.data.workers, prefetch=config.data.prefetch, device=self.world.device)
         trainer = Trainer(config, self.plan, self.engine, self.world, self.prepared.train, self.order,
-                          self.model_input, self.metrics, self._evaluate, self._save)
-        return trainer.fit(batches, progress)
+                          self.model_input, self.metrics, self.stop, self._evaluate_at, self._save,
+                          self.folder / "profile" / f"rank{self.world.rank:05d}.json")
+        done = trainer.fit(batches, first, evaluate_first=self._evaluation_is_due(first))
+        self._summarise(trainer)
+        return done
 
-    def _announce(self, first: int) -> None:
-        config, plan = self.config, self.plan
-        log.info("%s, %.2f M parameters, input %s; ZeRO %d, %s, %d ranks on %s", config.model.name,
-                 self.parameters / 1e6, "x".join(map(str, self.model_input.size)), self.engine.zero_stage,
-                 self.engine.precision, self.world.size, self.world.device.type)
-        log.info("%d training and %d validation images, %d classes; %d steps of %d = %d x %d x %d ranks%s",
-                 plan.num_samples, len(self.prepared.val), plan.num_classes, plan.total_steps,
-                 config.train.global_batch_size, plan.accumulation, config.train.micro_batch_size, self.world.size,
-                 f"; continuing after step {first}" if first else "")
+    def _describe(self) -> list[str]:
+        return describe(self.config, self.prepared, self.plan, self.engine, self.world, self.model_input)
 
-    def _resume(self, progress: Progress) -> None:
-        """Load the newest checkpoint of the run folder, where there is one; every rank loads the one rank 0 names."""
-        found = distributed.broadcast(newest(self.folder) if self.world.is_main else None)
-        if found is None:
+    def _summarise(self, trainer: Trainer) -> None:
+        did = trainer.summary
+        if not did.images:
             return
-        info = read_info(found)
-        if {**info.model_args, "name": info.model_name} != {**self.model_args, "name": self.config.model.name}:
-            raise SettingsError(f"{found} holds a {info.model_name} with {info.model_args}, this run builds a "
-                                f"{self.config.model.name} with {self.model_args}; give another --output")
-        if info.data_fingerprint != self.prepared.train.fingerprint and not self.config.accept_config_change:
-            raise SettingsError(f"{found} was trained on other shards than --data.train {self.config.data.train}; give "
+        log.info("%d images in %s of steps: %.0f images/s, %.1f %% of the time waiting for data; evaluation and "
+                 "checkpoints %s%s; %d updates in all, %d bad samples replaced%s", did.images,
+                 timedelta(seconds=round(did.seconds)), did.images / did.seconds, 100 * did.waited / did.seconds,
+                 timedelta(seconds=round(did.paused)),
+                 f" (a checkpoint {sum(self.saving) / len(self.saving):.1f} s)" if self.saving else "",
+                 self.engine.updates, did.bad,
+                 "".join(f"; {name} {value:.2f}" for name, value in self.results.items() if "top1" in name))
+
+    def show_plan(self) -> None:
+        for line in self._describe():
+            log.info(line)
+        log.info("a dry run: nothing was trained and nothing written")
+
+    def validate(self) -> None:
+        info = self._resume()
+        if info is None and not self.config.model.init_from:
+            raise SettingsError(f"--validate_only: --output {self.folder} has no checkpoint to evaluate; name a run "
+                                "folder, or weights by --model.init_from")
+        self._evaluate(info.step if info else 0)
+
+    def _resume(self) -> CheckpointInfo | None:
+        """Load the newest whole checkpoint of the run folder, or of --resume; every rank takes the same."""
+        config, found = self.config, checkpoint.find(self.folder, self.world)
+        if found is None and config.resume not in ("auto", "none"):
+            found = checkpoint.find_named(Path(config.resume), self.world)
+            changed = differences(found[1].config, to_dict(config))
+            if changed and not config.accept_config_change:
+                raise SettingsError(f"--resume {config.resume} was trained with other settings: {'; '.join(changed)}; "
+                                    "--accept_config_change true goes on with the new ones")
+        if found is None:
+            return None
+        folder, info = found
+        if {**info.model_args, "name": info.model_name} != {**self.model_args, "name": config.model.name}:
+            raise SettingsError(f"{folder} holds a {info.model_name} with {info.model_args}, this run builds a "
+                                f"{config.model.name} with {self.model_args}; give another --output")
+        if config.validate_only:
+            pass
+        elif info.data_fingerprint != self.prepared.train.fingerprint and not config.accept_config_change:
+            raise SettingsError(f"{folder} was trained on other shards than --data.train {config.data.train}; give "
                                 "those, or --accept_config_change true")
-        size = self.config.train.global_batch_size
-        if info.samples_seen % size:
-            raise SettingsError(f"{found} has seen {info.samples_seen} samples, not a multiple of "
-                                f"--train.global_batch_size {size}; choose one that divides it")
-        checkpoint.load(self.engine, found, info, self.world)
-        progress.samples_seen, progress.updates = info.samples_seen, info.updates
+        elif info.samples_seen % config.train.global_batch_size:
+            raise SettingsError(f"{folder} has seen {info.samples_seen} samples, not a multiple of "
+                                f"--train.global_batch_size {config.train.global_batch_size}; choose one that divides "
+                                "it")
+        if (before := info.config["optim"]["name"]) != config.optim.name:
+            raise SettingsError(f"{folder} holds the state of {before}, which --optim.name {config.optim.name} cannot "
+                                "continue; consolidate it and give the weights as --model.init_from")
+        if info.precision != self.engine.precision and not config.accept_config_change:
+            raise SettingsError(f"{folder} was trained in {info.precision}, --deepspeed_config "
+                                f"{config.deepspeed_config} is {self.engine.precision}; --accept_config_change true "
+                                "goes on in that")
+        if (info.world_size, info.zero_stage) != (self.world.size, self.engine.zero_stage):
+            log.info("%s is of %d ranks and ZeRO %d: sharding it anew for %d ranks and ZeRO %d", folder,
+                     info.world_size, info.zero_stage, self.world.size, self.engine.zero_stage)
+        self.engine.restore(Partitions(folder, info), info)
+        return info
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, step: int) -> None:
+        config = self.config
+        metrics = self.results if self.evaluated_at == step else {}
+        value = metrics.get(config.checkpoint.best, float("-inf"))
+        is_best = value > self.best
+        self.best = max(self.best, value)
         info = CheckpointInfo(
-            samples_seen=progress.samples_seen, step=progress.samples_seen // self.config.train.global_batch_size,
-            updates=progress.updates, world_size=self.world.size, zero_stage=self.engine.zero_stage,
-            precision=self.engine.precision, ema=self.engine.has_ema, model_name=self.config.model.name,
-            model_args=self.model_args, model_input=asdict(self.model_input),
-            classes=list(self.prepared.train.classes), data_fingerprint=self.prepared.train.fingerprint)
-        checkpoint.save(self.engine, self.folder, info, self.world, self.config.checkpoint.keep)
+            samples_seen=step * config.train.global_batch_size, step=step, updates=self.engine.updates,
+            world_size=self.world.size, zero_stage=self.engine.zero_stage, precision=self.engine.precision,
+            ema=self.engine.has_ema, loss_scaler=self.engine.loss_scaler_state(), metrics=metrics,
+            config=to_dict(config), model_name=config.model.name, model_args=self.model_args,
+            model_input=asdict(self.model_input), classes=list(self.prepared.train.classes),
+            data_fingerprint=self.prepared.train.fingerprint)
+        every = config.checkpoint.keep_every_epochs
+        kept = checkpoint.Kept(config.checkpoint.keep, every and every * self.plan.num_samples)
+        self.saving.append(checkpoint.save(self.engine, self.folder, info, self.world, kept, is_best))
 
-    def _evaluate(self, step: int) -> None:
-        """Accuracy of the weights and of their average, in the training precision, on every rank's share."""
-        results: dict[str, float] = {}
-        model = self._build(drop_path_rate=0.0).to(self.engine.dtype)
-        state = model.state_dict()
-        for prefix, averaged in (("", False), ("ema_", True)) if self.engine.has_ema else (("", False),):
-            for name, weight in self.engine.full_weights(averaged):
-                state[name].copy_(weight)
-            for name, buffer in self.engine.module.named_buffers():
-                if name in state:
-                    state[name].copy_(buffer)
-            batches = eval_batches(
-                self.prepared.val, self.model_input, batch_size=self.config.eval.batch_size, rank=self.world.rank,
-                world_size=self.world.size, workers=self.config.data.workers, device=self.world.device)
-            with tqdm(total=len(self.prepared.val), desc=f"{prefix}eval", leave=False, unit="image",
-                      disable=not self.world.is_main) as bar:
-                found = classify(model, batches, self.model_input, self.world.device, bar)
-            results |= {f"{prefix}top1": found.top1, f"{prefix}top5": found.top5, f"{prefix}loss": found.loss}
+    def _evaluation_is_due(self, step: int) -> bool:
+        """Whether the run stopped between a step and its evaluation."""
+        if step not in self.plan.eval_steps:
+            return False
+        events = read_metrics(self.folder) if self.world.is_main else []
+        return distributed.broadcast(not any(event["kind"] == "eval" and event["step"] == step for event in events))
+
+    def _evaluate_at(self, step: int) -> bool | None:
+        """Evaluate and write the result; whether it is the best so far, None when a signal cut it short."""
+        if not self._evaluate(step):
+            return None
         if self.metrics is not None:
             self.metrics.write("eval", step, epoch=step * self.config.train.global_batch_size / self.plan.num_samples,
-                               images=len(self.prepared.val), **results)
+                               images=len(self.prepared.val), **self.results)
+        return self.results.get(self.config.checkpoint.best, float("-inf")) > self.best
+
+    def _evaluate(self, step: int) -> bool:
+        """Accuracy of the weights and of their average, in the training precision; False when a signal cut it short."""
+        results: dict[str, float] = {}
+        for prefix, averaged in (("", False), ("ema_", True)) if self.engine.has_ema else (("", False),):
+            with self.engine.evaluating(averaged) as forward:
+                found = self._classify(forward, f"{prefix}eval")
+            if found is None:
+                return False
+            results |= {f"{prefix}top1": found.top1, f"{prefix}top5": found.top5, f"{prefix}loss": found.loss}
         log.info("step %d: %s", step, ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
+        self.results, self.evaluated_at = results, step
+        return True
+
+    def _classify(self, forward: Callable[[torch.Tensor], torch.Tensor], title: str) -> Accuracy | None:
+        batches = eval_batches(
+            self.prepared.val, self.model_input, batch_size=self.config.eval.batch_size, rank=self.world.rank,
+            world_size=self.world.size, workers=self.config.data.workers, device=self.world.device)
+        with tqdm(total=len(self.prepared.val), desc=title, leave=False, unit="image",
+                  disable=not (self.world.is_main and sys.stderr.isatty())) as bar:
+            return classify(forward, batches, self.model_input, self.world.device, bar, self.stop.agreed)
 
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
         self.engine.close()
+
+
+def _input_of(model: torch.nn.Module, config: RunConfig) -> InputConfig:
+    """What the model's default_cfg says of images, with what the settings say instead."""
+    given = {name: getattr(config.model, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+    found = model_input_of(model)
+    if config.model.img_size is not None:
+        given["size"] = (found.size[0], config.model.img_size, config.model.img_size)
+    return replace(found, **{name: value for name, value in given.items() if value is not None})
+
+
+def _compile_blocks(model: torch.nn.Module) -> None:
+    """Compile each repeated block in place (regional compilation): one graph serves them all."""
+    for owner in model.modules():
+        children = list(owner.children())
+        if isinstance(owner, (torch.nn.Sequential, torch.nn.ModuleList)) and len({type(one) for one in children}) == 1:
+            for block in children:
+                block.compile()

@@ -1,0 +1,384 @@
+"""Show that a training run loses nothing when it is killed.
+
+    python tests/kill_and_resume.py --shards SHARDS --kills 10
+
+One run under the deepspeed launcher, on two ranks, goes through undisturbed. The same command, into another folder, is
+killed again and again with SIGKILL (at random steps, within the writing of checkpoints, during start-up) and started
+again. At the end every weight, its average and every step's line of metrics must be the same in both, bit for bit.
+Exit codes: 0 all is equal, 1 something differs or did not end, 2 wrong arguments.
+
+SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. Works on Linux: it reads /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from conftest import ROOT, TINY, free_port
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vir.data.shards import read_index
+from vir.errors import VirError
+from vir.training.checkpoint_info import FOLDER, newest, read_info
+from vir.training.consolidate import consolidate
+from vir.training.metrics import FILE as METRICS
+from vir.training.metrics import read_metrics
+
+RANKS, BATCH, MICRO = 2, 16, 4  # two micro-batches per rank and step
+CHECKPOINT_EVERY = 6
+STEPS_PER_KILL = 30
+RESERVE = 14  # steps kept for each kill to come: CHECKPOINT_EVERY, and what passes before the signal arrives
+SAVE_SECONDS = 0.08  # from the first sight of a folder being written to its new name; measured on two cores
+WAIT_SECONDS = 180  # for anything that takes some 20 s on two idle cores
+COMPARED = ("step", "samples_seen", "loss", "lr", "grad_norm", "updates")
+IN_SAVE, START_UP, BETWEEN_SAVES = "in a save", "during start-up", "between saves"
+
+
+class Trouble(Exception):
+    """The experiment could not be carried out, or a start did not do what it must."""
+
+
+def training_command(shards: Path, deepspeed_config: Path, steps: int, output: Path, port: str) -> list[str]:
+    """The launcher and a run of so many short steps with every kind of randomness on."""
+    per_step = BATCH / len(read_index(shards / "train"))
+    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(RANKS), "--master_port",
+            port, "--module", "vir.train", *TINY, "--data.train", str(shards / "train"), "--data.val",
+            str(shards / "val"), "--output", str(output), "--deepspeed_config", str(deepspeed_config),
+            "--model.drop_path_rate", "0.1", "--train.epochs", str(steps * per_step),
+            "--train.global_batch_size", str(BATCH), "--train.micro_batch_size", str(MICRO), "--train.log_every", "1",
+            "--schedule.warmup_epochs", "1", "--optim.lr", "1e-3", "--augment.scale", "[0.5, 1.0]",
+            "--augment.auto_augment", "rand-m9-mstd0.5-inc1", "--augment.mixup", "0.8", "--augment.cutmix", "1.0",
+            "--augment.mixup_prob", "0.5", "--augment.reprob", "0.25", "--ema.decay", "0.99",
+            "--eval.every_epochs", "1000", "--checkpoint.every_epochs", str(CHECKPOINT_EVERY * per_step),
+            "--checkpoint.keep", "2"]
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that still run; zombies, which wait for their parent alone, are none."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):  # ended meanwhile
+            continue
+        if int(of_session) == session and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+class Start:
+    """One start of a run: the launcher and all its processes, which are gone when the block ends."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
+        self.began = time.time()
+        with log.open("w") as file:
+            self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file,
+                                             stderr=subprocess.STDOUT, start_new_session=True)
+
+    def __enter__(self) -> Start:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group; returns when no process of it is left.
+
+        Raises:
+            Trouble: some process has outlived it for 30 s.
+        """
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait(timeout=30)
+        until = time.monotonic() + 30
+        while left := members(self._process.pid):
+            if time.monotonic() > until:
+                raise Trouble(f"processes {left} have outlived SIGKILL to their group")
+            time.sleep(0.01)
+
+    def wait_until(self, holds: Callable[[], bool], what: str) -> None:
+        """Poll until `holds`.
+
+        Raises:
+            Trouble: it took over WAIT_SECONDS, or the run ended before.
+        """
+        until = time.monotonic() + WAIT_SECONDS
+        while not holds():
+            code = self._process.poll()
+            if code is not None or time.monotonic() > until:
+                how = f"took over {WAIT_SECONDS} s" if code is None else f"the run ended before, with exit code {code}"
+                raise Trouble(f"waiting for {what}: {how}. The end of its output:\n{self._tail()}")
+            time.sleep(0.003)
+
+    def sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self.wait_until(lambda: time.monotonic() >= until, f"{seconds:.1f} s to pass")
+
+    def finish(self) -> None:
+        """Let the run go to its end.
+
+        Raises:
+            Trouble: it took over 2 x WAIT_SECONDS, failed, or left a process behind.
+        """
+        try:
+            code = self._process.wait(timeout=2 * WAIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Trouble(f"the run did not end in {2 * WAIT_SECONDS} s:\n{self._tail()}") from None
+        if code:
+            raise Trouble(f"the run ended with exit code {code}:\n{self._tail()}")
+        if left := members(self._process.pid):
+            raise Trouble(f"the run ended and left processes {left} behind")
+
+    def _tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+
+def steps_since(run: Path, moment: float) -> list[int]:
+    """Steps whose lines of metrics were written after a moment in seconds since 1970."""
+    if not (run / METRICS).is_file():
+        return []
+    return [event["step"] for event in read_metrics(run) if event["kind"] == "train" and event["time"] > moment]
+
+
+def parts_since(run: Path, moment: float) -> list[Path]:
+    """Checkpoints being written, without those that an earlier kill left."""
+    found = []
+    for path in (run / FOLDER).glob("*.part"):
+        try:
+            if path.stat().st_mtime > moment:
+                found.append(path)
+        except FileNotFoundError:  # it got its name meanwhile
+            pass
+    return found
+
+
+def saved_step(run: Path) -> int:
+    """Step of the checkpoint that the next start must continue from, after checking that it is whole; 0: none."""
+    folder = newest(run)
+    return 0 if folder is None else read_info(folder).step
+
+
+def remove_shared_memory(port: str) -> None:
+    """DeepSpeed's CPU backend leaves a buffer of 69 MB per rank in memory, killed or not, named for the port."""
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+        path.unlink()
+
+
+def phase_of(run: Path, began: float) -> tuple[str, str]:
+    """In which phase a start was killed, from what it has left, and the details of it."""
+    if parts := parts_since(run, began):
+        files = len(list(parts[0].iterdir()))
+        return IN_SAVE, f"in the save of {parts[0].stem}, {files} file{'' if files == 1 else 's'} begun"
+    named = max((path.name for path in (run / FOLDER).glob("step-????????")), default="")
+    if named > (folder.name if (folder := newest(run)) else ""):
+        return IN_SAVE, f"in the save of {named}, whole but not yet named by latest"
+    return (BETWEEN_SAVES, BETWEEN_SAVES) if steps_since(run, began) else (START_UP, START_UP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """What one kill met."""
+
+    number: int
+    step: int
+    """The last step in metrics.jsonl."""
+    phase: str
+    details: str
+    saved: int
+    """Step of the newest complete checkpoint that it left."""
+
+    def line(self, kills: int, continued: int | None) -> str:
+        """For print. `continued`: the step after which the next start went on; None: killed before it could."""
+        then = (f"next start continued after step {continued}" if continued is not None else
+                f"next start was killed before its first step, which was to follow step {self.saved}")
+        return f"kill {self.number} of {kills}: at step {self.step}, {self.details}; {then}"
+
+
+def draw_phases(kills: int, draw: random.Random) -> list[str]:
+    """A third of the kills within a save (at least one), one in ten during start-up, the rest anywhere."""
+    in_save, start_up = max(1, round(kills / 3)), round(kills / 10)
+    phases = [IN_SAVE] * in_save + [START_UP] * start_up
+    phases += [BETWEEN_SAVES] * (kills - len(phases))
+    draw.shuffle(phases)
+    return phases
+
+
+def draw_steps(remaining: int, kills: int, draw: random.Random) -> int:
+    """Further steps until the next of so many kills: they spread over the run, and it does not end before them."""
+    return draw.randint(1, max(1, min(2 * remaining // (kills + 1), remaining - kills * RESERVE)))
+
+
+def kill_once(start: Start, run: Path, phase: str, steps: int, start_up_seconds: float, draw: random.Random) -> None:
+    """Wait for a moment of that phase, `steps` after the step that this start continues from, and kill."""
+    if phase == START_UP:
+        start.sleep(draw.uniform(0, start_up_seconds))
+    else:
+        until = saved_step(run) + steps
+        start.wait_until(lambda: max(steps_since(run, start.began), default=0) >= until, f"step {until}")
+        if phase == IN_SAVE:
+            start.wait_until(lambda: bool(parts_since(run, start.began)), "a checkpoint being written")
+        start.sleep(draw.uniform(0, SAVE_SECONDS))
+    start.kill()
+
+
+def interrupted_run(command: list[str], run: Path, total: int, kills: int, start_up_seconds: float,
+                    draw: random.Random) -> Counter[str]:
+    """Start, kill, start the same again … and let the last start finish; how many kills met each phase.
+
+    Raises:
+        Trouble: a start did not continue from the newest complete checkpoint, or the run ended or hung too early.
+        VirError: a kill has left a run folder that cannot be continued.
+    """
+    met: list[Kill] = []
+    phases = draw_phases(kills, draw)
+    for number in range(1, kills + 2):
+        saved = saved_step(run)
+        with Start(command, run.with_name(f"{run.name}-start-{number:02d}.txt")) as start:
+            if number <= kills:
+                steps = draw_steps(total - saved, kills + 1 - number, draw)
+                kill_once(start, run, phases[number - 1], steps, start_up_seconds, draw)
+            else:
+                start.finish()
+        made = steps_since(run, start.began)
+        continued = made[0] - 1 if made else None
+        if met:
+            print(met[-1].line(kills, continued), flush=True)
+        if continued is not None and continued != saved:
+            raise Trouble(f"start {number} continued after step {continued}, the newest checkpoint was of {saved}")
+        if number <= kills:
+            events = read_metrics(run) if (run / METRICS).is_file() else []
+            phase, details = phase_of(run, start.began)
+            met.append(Kill(number=number, step=events[-1]["step"] if events else 0, phase=phase, details=details,
+                            saved=saved_step(run)))
+    return Counter(kill.phase for kill in met)
+
+
+def train_events(run: Path) -> list[dict[str, Any]]:
+    return [{key: event[key] for key in COMPARED} for event in read_metrics(run) if event["kind"] == "train"]
+
+
+def weights(run: Path, ema: bool) -> dict[str, Tensor]:
+    """Consolidated weights of a run's newest checkpoint, or their average, by name."""
+    with tempfile.TemporaryDirectory(dir=run.parent) as folder:
+        consolidate(run, Path(folder) / "weights.safetensors", ema=ema)
+        return {name: tensor.clone() for name, tensor in load_file(Path(folder) / "weights.safetensors").items()}
+
+
+def event_differences(expected: list[dict[str, Any]], found: list[dict[str, Any]], last_step: int) -> list[str]:
+    """What differs between the train events of two runs; each step up to the last must stand once, in order."""
+    said = [f"{which} run: the steps in {METRICS} are not each of 1 to {last_step} once"
+            for which, events in (("uninterrupted", expected), ("killed", found))
+            if [event["step"] for event in events] != list(range(1, last_step + 1))]
+    for one, other in zip(expected, found):
+        said += [f"{METRICS}, step {one['step']}: {key} {one[key]!r} in the uninterrupted run, {other[key]!r} in the "
+                 "killed one" for key in COMPARED if one[key] != other[key]]
+    return said
+
+
+def tensor_differences(expected: dict[str, Tensor], found: dict[str, Tensor], what: str) -> list[str]:
+    """Tensors that are not the same in both, bit for bit."""
+    said = [f"{what}: {name} is in one run alone" for name in sorted(expected.keys() ^ found.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        one, other = expected[name], found[name]
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            said.append(f"{what}: {name} is {one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}")
+        elif not torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
+            distance = (one.double() - other.double()).abs()
+            said.append(f"{what}: {int((distance != 0).sum())} of {one.numel()} numbers of {name} differ, by up to "
+                        f"{distance.max().item():.3g}")
+    return said
+
+
+def differences(uninterrupted: Path, killed: Path) -> list[str]:
+    """Everything in which two run folders differ that a kill must not change; empty: they are the same run."""
+    one, other = (read_info(newest(run)) for run in (uninterrupted, killed))
+    said = [f"last checkpoint: {key} {getattr(one, key)} in the uninterrupted run, {getattr(other, key)} in the killed "
+            "one" for key in ("step", "samples_seen", "updates") if getattr(one, key) != getattr(other, key)]
+    said += event_differences(train_events(uninterrupted), train_events(killed), one.step)
+    for ema, what in ((False, "weights"), (True, "EMA")):
+        said += tensor_differences(weights(uninterrupted, ema), weights(killed, ema), what)
+    return said
+
+
+def experiment(shards: Path, deepspeed_config: Path, kills: int, seed: int, folder: Path) -> bool:
+    """Both runs and their comparison, in an empty folder; whether all is equal. Raises as interrupted_run does."""
+    total = STEPS_PER_KILL * kills
+    one, other = folder / "uninterrupted", folder / "killed"
+    port = free_port()  # one for all: each start also meets what the one before has left in shared memory
+    commands = [training_command(shards, deepspeed_config, total, run, port) for run in (one, other)]
+    try:
+        with Start(commands[0], folder / "uninterrupted.txt") as start:
+            start.finish()
+        first = read_metrics(one)[0]["time"] - start.began
+        print(f"uninterrupted: {total} steps in {time.time() - start.began:.0f} s, the first after {first:.0f} s",
+              flush=True)
+        phases = interrupted_run(commands[1], other, total, kills, first, random.Random(seed))
+    finally:
+        remove_shared_memory(port)
+    told = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
+    said = differences(one, other)
+    for line in said[:40]:
+        print(line)
+    if said:
+        print(f"NOT EQUAL: {len(said)} differences after {kills} kills ({told}), seed {seed}")
+        return False
+    print(f"EQUAL: {total} steps and {len(weights(one, ema=False))} tensors, raw and EMA, are the same bit for bit "
+          f"after {kills} kills ({told}), seed {seed}")
+    return True
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=Path, required=True, help="folder that holds train and val shards")
+    parser.add_argument("--kills", type=int, default=10, help="how often the run is killed (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default: 0)")
+    parser.add_argument("--deepspeed_config", type=Path, default=ROOT / "ds_configs" / "zero2_fp32.json",
+                        help="DeepSpeed JSON of both runs (default: ds_configs/zero2_fp32.json)")
+    parser.add_argument("--output", type=Path, help="new folder that keeps both runs; a temporary one when not given")
+    args = parser.parse_args(argv)
+    if args.kills < 1:
+        parser.error(f"--kills is {args.kills}; it must be at least 1")
+    for split in ("train", "val"):
+        if not (args.shards / split).is_dir():
+            parser.error(f"--shards {args.shards} has no folder {split}; make it with tools/convert_imagenet.py")
+    if not args.deepspeed_config.is_file():
+        parser.error(f"--deepspeed_config {args.deepspeed_config} is no file; take one of ds_configs/")
+    if args.output is not None and args.output.exists():
+        parser.error(f"--output {args.output} exists; give a new folder")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as temporary:
+        folder = args.output or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            equal = experiment(args.shards.resolve(), args.deepspeed_config.resolve(), args.kills, args.seed,
+                               folder.resolve())
+        except (Trouble, VirError) as error:
+            print(error)
+            print(f"FAILED before both runs could be compared, seed {args.seed}")
+            return 1
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the run in hand is killed as well
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Buffers that training changes (batch norm's running statistics): neither DeepSpeed nor an optimizer keeps them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def persistent(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's state_dict, by name."""
+    found = {}
+    for path, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                found[f"{path}.{name}" if path else name] = buffer
+    return found
+
+
+class Buffers:
+    """Keeps a model's persistent buffers equal on all ranks, right over skipped steps, and averages them for the EMA.
+
+    Each rank normalises by its own micro-batch (no synchronised batch norm); the running statistics are averaged over
+    the ranks after each step, so that a checkpoint and an evaluation hold those of the whole global batch.
+    """
+
+    def __init__(self, module: nn.Module, averages: bool) -> None:
+        self._live = persistent(module)
+        self._floats = [name for name, buffer in self._live.items() if buffer.is_floating_point()]
+        self._kept = {name: buffer.clone() for name, buffer in self._live.items()} if self._floats else {}
+        self.average = {name: self._live[name].clone() for name in self._floats} if averages else {}
+
+    @torch.no_grad()
+    def after_step(self, applied: bool, decay: float) -> None:
+        """Collective. A step that was not applied may have seen numbers that are not finite: its statistics go too."""
+        if not self._floats:
+            return
+        if not applied:
+            for name, buffer in self._live.items():
+                buffer.copy_(self._kept[name])
+            return
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flat = torch.cat([self._live[name].reshape(-1).float() for name in self._floats])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            sizes = [self._live[name].numel() for name in self._floats]
+            for name, mean in zip(self._floats, flat.split(sizes)):
+                self._live[name].copy_(mean.view_as(self._live[name]))
+        for name, buffer in self._live.items():
+            self._kept[name].copy_(buffer)
+            if name in self.average:
+                self.average[name].lerp_(buffer, 1 - decay)
+
+    @torch.no_grad()
+    def restore(self, live: dict[str, Tensor], average: dict[str, Tensor]) -> None:
+        for into, found in ((self._live, live), (self._kept, live), (self.average, average)):
+            for name in into.keys() & found.keys():
+                into[name].copy_(found[name])
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the running statistics and their average."""
+        for name, average in self.average.items():
+            live = self._live[name].clone()
+            self._live[name].copy_(average)
+            average.copy_(live)

@@ -1,0 +1,184 @@
+"""The files of a ZeRO checkpoint as whole, named tensors of which any range can be read; without deepspeed.
+
+Every rank of another world, and consolidation, read just the numbers that they need: the files are memory-mapped. They
+are torch archives that name a handful of DeepSpeed's classes. They are read with an allow-list that puts inert
+stand-ins in their place, so nothing in them can run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vir.errors import DataError
+from vir.training.checkpoint_info import CheckpointInfo
+
+WEIGHT = "weight"
+"""The key of the float32 master weights; the others are those of the optimizer's state."""
+EMA_BUFFERS = "ema_buffers"
+
+
+class _Inert:
+    """Stands in for a DeepSpeed class whose values are not needed here."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+
+_ALLOWED = [(_Inert, name) for name in (
+    "deepspeed.utils.tensor_fragment.fragment_address", "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies: `state` in order of the ranks holds its pieces, one or more optimizer states."""
+
+    shape: torch.Size
+    read: Callable[[str, int, int], Tensor]
+    state: dict[str, Any]
+
+
+class Partitions:
+    """The parameters of a checkpoint, their optimizer state and the model's saved buffers.
+
+    Args:
+        folder: a checkpoint whose files are known to be whole.
+
+    Raises:
+        DataError: a file that cannot be read, refers to code, or does not hold what the others say.
+    """
+
+    def __init__(self, folder: Path, info: CheckpointInfo) -> None:
+        model = _read(folder / ("zero_pp_rank_0_mp_rank_00_model_states.pt" if info.zero_stage == 3
+                                else "mp_rank_00_model_states.pt"))
+        self.buffers: dict[str, Tensor] = {name: model["module"][name] for name in model["buffer_names"]}
+        self.ema_buffers: dict[str, Tensor] = model.get(EMA_BUFFERS, {})
+        if info.zero_stage == 0:
+            self._places = _unsharded(model, info)
+            return
+        ranks = [_read(_optimizer_file(folder, rank))["optimizer_state_dict"] for rank in range(info.world_size)]
+        self._places = (_stage3 if info.zero_stage == 3 else _stage1_2)(model["param_shapes"], ranks)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of each parameter, by name."""
+        return {name: place.shape for name, place in self._places.items()}
+
+    def keys(self, name: str) -> list[str]:
+        """Of the state that the optimizer keeps for each number of a parameter, e.g. exp_avg, exp_avg_sq, ema."""
+        return [key for key, value in self._places[name].state.items() if isinstance(value, Tensor) and value.ndim]
+
+    def scalars(self, name: str) -> dict[str, Any]:
+        """What the optimizer keeps once for a parameter or for its group, e.g. step."""
+        return {key: value for key, value in self._places[name].state.items()
+                if not isinstance(value, Tensor) or not value.ndim}
+
+    def read(self, name: str, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Numbers [start, stop) of a parameter's weight or state, flat. An average not yet begun is the weight."""
+        place = self._places[name]
+        stop = place.shape.numel() if stop is None else stop
+        if key == "ema" and key not in place.state:
+            key = WEIGHT
+        return place.read(key, start, stop)
+
+    def whole(self, name: str, key: str) -> Tensor:
+        return self.read(name, key).view(self._places[name].shape)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("GLOBAL ")[-1].split(" ")[0]
+        raise DataError(f"{path} refers to {reason}, which no checkpoint of ours does; it was not loaded, because "
+                        "loading it could run code") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read: {error}; take another checkpoint") from error
+
+
+def _optimizer_file(folder: Path, rank: int) -> Path:
+    found = [path for path in folder.glob("*_optim_states.pt") if f"zero_pp_rank_{rank}_mp_rank_00_" in path.name]
+    if len(found) != 1:
+        raise DataError(f"{folder} has {len(found)} optimizer files of rank {rank}, it must have one; take another "
+                        "checkpoint")
+    return found[0]
+
+
+def _unsharded(model: dict[str, Any], info: CheckpointInfo) -> dict[str, _Place]:
+    """Without ZeRO rank 0 holds everything: fp32 in the module, bf16 and fp16 with masters in the optimizer."""
+    saved = model["optimizer"]
+    optimizer = saved if info.precision == "fp32" else saved["optimizer_state_dict"]
+    masters = None if info.precision == "fp32" else saved["fp32_groups"]
+    places = {}
+    for index, group in enumerate(optimizer["param_groups"]):
+        for place, (name, number) in enumerate(zip(group["names"], group["params"])):
+            weight = (model["module"][name] if masters is None else masters[index][place]).detach()
+            state = optimizer["state"].get(number, {})
+
+            def read(key: str, start: int, stop: int, weight: Tensor = weight, state: dict = state) -> Tensor:
+                return (weight if key == WEIGHT else state[key]).reshape(-1)[start:stop]
+
+            places[name] = _Place(weight.shape, read, state)
+    return places
+
+
+def _stage1_2(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place]:
+    """Each group of parameters is one flat vector, cut into one partition per rank."""
+    places = {}
+    for index, group in enumerate(shapes):
+        states = [rank["base_optimizer_state"]["state"].get(index, {}) for rank in ranks]
+        weights = [rank["single_partition_of_fp32_groups"][index] for rank in ranks]
+        offset = 0
+        for (name, shape), padding in zip(group.items(), ranks[0]["param_alignment_paddings"][index]):
+
+            def read(key: str, start: int, stop: int, offset: int = offset, weights: list = weights,
+                     states: list = states) -> Tensor:
+                parts = weights if key == WEIGHT else [state[key] for state in states]
+                return _slice(parts, offset + start, stop - start)
+
+            places[name] = _Place(shape, read, states[0])
+            offset += shape.numel() + padding
+    return places
+
+
+def _stage3(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place]:
+    """Each parameter is cut into one piece per rank, the last padded; a rank keeps its pieces one after another."""
+    saved = [rank["optimizer_state_dict"]["state"] for rank in ranks]
+    states = [[state[index] for index in sorted(state)] for state in saved]
+    places, offset = {}, 0
+    for name, shape in (item for group in shapes for item in group.items()):
+        piece = -(-shape.numel() // len(ranks))
+
+        def read(key: str, start: int, stop: int, offset: int = offset, piece: int = piece) -> Tensor:
+            found = []
+            for rank, flat in enumerate(ranks):
+                first, last = max(start - rank * piece, 0), min(stop - rank * piece, piece)
+                if first < last:
+                    parts = flat["fp32_flat_groups"] if key == WEIGHT else [part[key] for part in states[rank]]
+                    found.append(_slice(parts, offset + first, last - first))
+            return torch.cat(found) if found else torch.empty(0)
+
+        places[name] = _Place(shape, read, states[0][0] if states[0] else {})
+        offset += piece
+    return places
+
+
+def _slice(parts: Sequence[Tensor], start: int, length: int) -> Tensor:
+    """[start, start + length) of the concatenation of flat tensors, copying no more than that."""
+    found, before = [], 0
+    for part in parts:
+        first, last = max(start - before, 0), min(start + length - before, part.numel())
+        if first < last:
+            found.append(part.detach()[first:last])
+        before += part.numel()
+    whole = found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+    if whole.numel() != length:
+        raise DataError(f"a checkpoint's partitions hold {before} numbers, {start + length} are needed; take another")
+    return whole

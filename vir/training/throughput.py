@@ -1,0 +1,101 @@
+"""How well a run uses its devices: model FLOPs, their utilisation (MFU), memory, the time of each rank."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from typing import Any, Sequence
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, from the vendors' data sheets.
+PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,
+               "L40S": 362.0, "L4": 121.0, "A40": 149.7, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0}
+
+
+def forward_flops(model_name: str, model_args: dict[str, Any], size: tuple[int, int, int]) -> int:
+    """FLOPs (2 per multiply-add) of the matrix products and convolutions of one image's forward pass.
+
+    Retention is counted in its chunkwise form of 64 tokens, the one with the fewest; masks, norms and softmax are not.
+    """
+    with torch.device("meta"):
+        model = timm.create_model(model_name, **model_args).eval()
+        if hasattr(model, "set_retention_mode"):
+            model.set_retention_mode("chunkwise", 64)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, *size))
+    return counter.get_total_flops()
+
+
+def peak_flops(device: torch.device, precision: str, given: float | None) -> float | None:
+    """FLOP/s of one device: `given` in 1e12, else from the table; None where unknown (fp32, CPUs, other GPUs)."""
+    if given is not None:
+        return given * 1e12
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def utilisation(images_per_second: float, flops: int, devices: int, peak: float | None) -> float | None:
+    """MFU: 3 x forward FLOPs (forward and twice that backward, PaLM arXiv:2204.02311) x images/s / (devices x peak)."""
+    return None if peak is None else 3 * flops * images_per_second / (devices * peak)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors on this GPU, or this process on a CPU, have taken so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch:
+    """Adds up the time of blocks of work on a device; read without waiting for the device until `total`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        if self._cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            self._events.append((begin, end))
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+    def total(self) -> float:
+        """Seconds since the last call. Waits for the device."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+            self._events.clear()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def stragglers(waits: Sequence[float], forwards: Sequence[float], seconds: float) -> list[str]:
+    """Which ranks hold the others up in an interval of `seconds`, and by what.
+
+    Every step ends for all at once, so the slow rank shows in what it does alone: waiting for its loader, and the
+    forward pass. One is named whose time there is a quarter above the median, and more by a tenth of the interval and
+    by half a second.
+    """
+    found = []
+    for rank, (wait, forward) in enumerate(zip(waits, forwards)):
+        for what, own, others in (("waits for data", wait, waits), ("computes forward", forward, forwards)):
+            usual = statistics.median(others)
+            if own > 1.25 * usual and own - usual > max(0.1 * seconds, 0.5):
+                found.append(f"rank {rank} {what} {100 * own / seconds:.0f} % of the time, the median rank "
+                             f"{100 * usual / seconds:.0f} %")
+    return found
