@@ -46,7 +46,7 @@ def write(path, text):
 def test_required_flags_alone_give_the_defaults():
     config = parse(REQUIRED)
     assert config == run_config()
-    assert config.optim.lr == 1e-3 and config.augment.scale == (0.08, 1.0) and config.resume == "auto"
+    assert config.optim.peak_lr(1024) == 1e-3 and config.augment.scale == (0.08, 1.0) and config.resume == "auto"
 
 
 def test_yaml_sets_and_a_later_flag_wins(tmp_path):

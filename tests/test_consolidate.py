@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from vir.errors import DataError, SettingsError
 from vir.models import read_metadata
-from vir.training.checkpoint_info import CheckpointInfo
+from vir.training.checkpoint_info import CheckpointInfo, sha256
 from vir.training.consolidate import consolidate
 
 torch.set_num_threads(1)
@@ -26,7 +26,7 @@ MODEL_FILE = {0: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_mod
 def info(**changed):
     given = dict(samples_seen=640, step=10, updates=9, world_size=2, zero_stage=0, precision="fp32", ema=True,
                  model_name="vir_tiny_patch16_224", model_args={"num_classes": 2}, classes=["x", "y"],
-                 data_fingerprint="f",
+                 data_fingerprint="f", loss_scaler={}, metrics={}, config={},
                  model_input=dict(size=[3, 28, 28], mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic",
                                   crop_pct=0.9))
     return CheckpointInfo(**given | changed)
@@ -37,8 +37,8 @@ def write(folder, files, described=None, **changed):
     folder.mkdir(parents=True)
     for name, content in files.items():
         torch.save(content, folder / name)
-    sizes = {name: (folder / name).stat().st_size for name in files}
-    description = {"format": 1, **asdict(described or info()), "files": sizes} | changed
+    listed = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
+    description = {"format": 2, **asdict(described or info()), "files": listed} | changed
     (folder / "checkpoint.json").write_text(json.dumps(description))
     return folder
 
@@ -164,7 +164,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, vict
     folder = write(tmp_path / "c", files, info(zero_stage=2))
     torch.save({**files[victim], "extra": Payload(marker)}, folder / victim, _use_new_zipfile_serialization=zipped)
     description = json.loads((folder / "checkpoint.json").read_text())
-    description["files"][victim] = (folder / victim).stat().st_size
+    description["files"][victim]["bytes"] = (folder / victim).stat().st_size
     (folder / "checkpoint.json").write_text(json.dumps(description))
 
     with pytest.raises(DataError, match=victim):

@@ -159,7 +159,7 @@ class _Job:
         if hasattr(model, "set_retention_mode"):
             model.set_retention_mode(config.retention_mode, config.chunk_size)
         if config.compile:
-            _compile_blocks(model)
+            compile_blocks(model)
         return model.to(self.world.device)
 
     def train(self) -> bool:
@@ -323,7 +323,7 @@ def _input_of(model: torch.nn.Module, config: RunConfig) -> InputConfig:
     return replace(found, **{name: value for name, value in given.items() if value is not None})
 
 
-def _compile_blocks(model: torch.nn.Module) -> None:
+def compile_blocks(model: torch.nn.Module) -> None:
     """Compile each repeated block in place (regional compilation): one graph serves them all."""
     for owner in model.modules():
         children = list(owner.children())

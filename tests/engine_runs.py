@@ -1,0 +1,153 @@
+"""Many engines one after another in the ranks of one launch, because imports cost more than the steps.
+
+usage: deepspeed … tests/engine_runs.py JOBS.json   (a list of Job fields; see below)
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+
+import vir.models  # noqa: F401  registers the models
+from vir.config import AugmentConfig, DataConfig, EmaConfig, OptimConfig, RunConfig, TrainConfig
+from vir.training.loss import training_loss
+
+GLOBAL_BATCH = 24  # divides by 1, 2 and 3 ranks, times 4 micro-batches
+CLASSES, SIZE = 5, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One engine: trained `steps` steps from the start or from `restore`; its checkpoint and losses are left in `output`.
+
+    With `save_first` the checkpoint is of before these steps.
+    """
+
+    output: str
+    stage: int = 0
+    precision: str = "fp32"
+    accumulation: int = 1
+    recompute: bool = False
+    ema: float = 0.9
+    first: int = 0
+    steps: int = 3
+    restore: str = ""
+    save_first: bool = False
+    optim: dict = field(default_factory=dict)
+    zero: dict = field(default_factory=dict)
+    model: str = "vir_tiny_patch16_224"
+    drop_path_rate: float = 0.2
+    args: dict = field(default_factory=lambda: dict(img_size=SIZE, patch_size=4, embed_dim=24, depth=2, num_heads=2))
+    scale_power: int = 8
+    compile: bool = False
+
+    def config(self, ranks: int = 1) -> RunConfig:
+        return RunConfig(
+            deepspeed_config="matrix", output=self.output, data=DataConfig(train="t", val="v"),
+            augment=AugmentConfig(mixup=0, cutmix=0),
+            train=TrainConfig(global_batch_size=GLOBAL_BATCH,
+                              micro_batch_size=GLOBAL_BATCH // ranks // self.accumulation),
+            optim=OptimConfig(lr=1e-2, **self.optim), ema=EmaConfig(decay=self.ema))
+
+    def ds_config(self) -> dict:
+        found = {"zero_optimization": {"stage": self.stage, **self.zero}}
+        if self.precision != "fp32":
+            found[self.precision] = {"enabled": True}
+        if self.precision == "fp16":
+            found["fp16"] |= {"initial_scale_power": self.scale_power, "hysteresis": 1, "loss_scale_window": 1000}
+        return found | ({"activation_checkpointing": {}} if self.recompute else {})
+
+    def build(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return timm.create_model(self.model, num_classes=CLASSES, drop_path_rate=self.drop_path_rate, **self.args)
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images and soft targets of a global batch."""
+    numbers = torch.Generator().manual_seed(step)
+    images = torch.randn(GLOBAL_BATCH, 3, SIZE, SIZE, generator=numbers)
+    return images, torch.randn(GLOBAL_BATCH, CLASSES, generator=numbers).softmax(1)
+
+
+def seed_of(step: int, first_sample: int) -> int:
+    """Of DropPath, for the micro-batch that begins at a place of the global batch."""
+    return 1000 * step + first_sample
+
+
+def save(engine, job: Job, done: int, world) -> None:
+    from vir.training import checkpoint
+    from vir.training.checkpoint_info import CheckpointInfo
+
+    info = CheckpointInfo(
+        samples_seen=done * GLOBAL_BATCH, step=done, updates=engine.updates, world_size=world.size,
+        zero_stage=job.stage, precision=job.precision, ema=engine.has_ema, loss_scaler=engine.loss_scaler_state(),
+        metrics={}, config={}, model_name=job.model, model_args={**job.args, "num_classes": CLASSES}, model_input={},
+        classes=[], data_fingerprint="")
+    checkpoint.save(engine, Path(job.output), info, world, checkpoint.Kept(1, None), False)
+
+
+def run(job: Job) -> None:
+    from vir import distributed
+    from vir.training import checkpoint
+    from vir.training.engine import Engine
+    from vir.training.partitions import Partitions
+
+    world = distributed.start()
+    model = job.build()
+    if job.compile:
+        from vir.training.run import compile_blocks
+
+        compile_blocks(model)
+    engine = Engine(model, job.config(world.size), job.ds_config(), job.accumulation, world)
+    if job.restore:
+        folder, info = checkpoint.find_named(Path(job.restore), world)
+        engine.restore(Partitions(folder, info), info)
+    if job.save_first:
+        save(engine, job, job.first, world)
+    forwards = []
+    block = next(module for name, module in engine.module.named_modules() if name in ("blocks.0", "stages.0", "layer1"))
+    block.register_forward_pre_hook(lambda *_: forwards.append(1))  # recomputation stops before a block ends
+    events, micro = [], GLOBAL_BATCH // world.size // job.accumulation
+    for step in range(job.first, job.first + job.steps):
+        images, targets = batch(step)
+        total = 0.0
+        scale = engine.loss_scale()
+        for index in range(job.accumulation):
+            start = (world.rank * job.accumulation + index) * micro
+            torch.manual_seed(seed_of(step, start))
+            loss = training_loss(engine(images[start:start + micro]), targets[start:start + micro], job.config().train)
+            engine.backward(loss)
+            applied = engine.step(1e-2, job.config().optim.weight_decay)
+            total += float(loss.detach())
+        mean = sum(distributed.gather(total)) / world.size / job.accumulation
+        events.append({"loss": mean, "norm": engine.grad_norm(), "applied": applied, "scale": scale})
+    with engine.evaluating(averaged=True) as forward:
+        averaged = forward(batch(0)[0]).float()
+    with engine.evaluating(averaged=False) as forward:
+        logits = forward(batch(0)[0]).float()
+    if not job.save_first:
+        save(engine, job, job.first + job.steps, world)
+    if world.is_main:
+        torch.save({"events": events, "forwards": len(forwards), "logits": logits, "averaged": averaged},
+                   Path(job.output) / "result.pt")
+    distributed.barrier()
+    engine.close()
+
+
+def write(path: Path, jobs: list[Job]) -> Path:
+    for job in jobs:
+        Path(job.output).mkdir(parents=True)
+    path.write_text(json.dumps([asdict(job) for job in jobs]))
+    return path
+
+
+if __name__ == "__main__":
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":  # slow there, but it computes, and scales the loss, as on a GPU
+        get_accelerator().is_fp16_supported = lambda: True
+    for fields in json.loads(Path(sys.argv[-1]).read_text()):
+        run(Job(**fields))

@@ -1,0 +1,177 @@
+"""Engines of every ZeRO stage, precision, accumulation and recomputation against a plain loop in one process; their
+checkpoints taken up by every other stage and number of ranks."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, deepspeed
+from engine_runs import GLOBAL_BATCH, Job, batch, seed_of, write
+
+from vir.training.checkpoint_info import newest, read_info
+from vir.training.loss import training_loss
+from vir.training.optimizer import parameter_groups
+from vir.training.partitions import WEIGHT, Partitions
+
+torch.set_num_threads(1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Losses, relative to the plain loop's. Low precisions keep 8 and 11 bits, and DeepSpeed sums gradients in them.
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
+RANKS = 2
+
+
+def launch(tmp: Path, jobs: list[Job], ranks: int = RANKS) -> None:
+    done = deepspeed(ROOT / "tests" / "engine_runs.py", write(tmp / f"jobs{ranks}.json", jobs), ranks=ranks)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def plain_loop(job: Job) -> tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses, gradient norms, float32 weights and their average after the job's steps, by PyTorch alone."""
+    dtype, config = DTYPES[job.precision], job.config()
+    model = job.build()
+    masters = {name: p.detach().to(dtype).float() for name, p in model.named_parameters()}
+    model.to(dtype)
+    for name, p in model.named_buffers():  # the decay stays in float32, as under DeepSpeed
+        if p.dtype != torch.float32 and p.is_floating_point():
+            p.data = p.float()
+    live = {name: torch.nn.Parameter(value) for name, value in masters.items()}
+    groups = [{"params": [live[name] for name in group["names"]], "weight_decay": group["weight_decay"]}
+              for group in parameter_groups(model, config.optim)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=config.optim.betas, eps=config.optim.eps)
+    average = {name: value.detach().clone() for name, value in live.items()}
+    losses, norms = [], []
+    for step in range(job.steps):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(live[name])
+        images, targets = batch(step)
+        micro, total = GLOBAL_BATCH // RANKS // job.accumulation, 0.0
+        parts = range(0, GLOBAL_BATCH, micro)
+        for value in live.values():
+            value.grad = torch.zeros_like(value)
+        for start in parts:
+            torch.manual_seed(seed_of(step, start))
+            loss = training_loss(model(images[start:start + micro].to(dtype)), targets[start:start + micro],
+                                 config.train)
+            model.zero_grad()
+            (loss * (256 if job.precision == "fp16" else 1)).backward()
+            for name, p in model.named_parameters():
+                live[name].grad += p.grad.float() / len(parts) / (256 if job.precision == "fp16" else 1)
+            total += float(loss.detach()) / len(parts)
+        losses.append(total)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(live.values(), config.optim.clip_grad)))
+        optimizer.step()
+        decay = min(0.9, (2 + step) / (11 + step))
+        average = {name: decay * value + (1 - decay) * live[name].detach() for name, value in average.items()}
+    return losses, norms, {name: value.detach() for name, value in live.items()}, average
+
+
+def result(job: Job) -> dict:
+    return torch.load(Path(job.output) / "result.pt", weights_only=True)
+
+
+def partitions(job: Job) -> Partitions:
+    folder = newest(Path(job.output))
+    return Partitions(folder, read_info(folder))
+
+
+CASES = list(itertools.product(range(4), DTYPES, (1, 4), (False, True)))
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory) -> dict[tuple, Job]:
+    tmp = tmp_path_factory.mktemp("matrix")
+    jobs = {(stage, precision, accumulation, recompute): Job(
+        output=str(tmp / f"z{stage}_{precision}_{accumulation}_{recompute}"), stage=stage, precision=precision,
+        accumulation=accumulation, recompute=recompute) for stage, precision, accumulation, recompute in CASES}
+    launch(tmp, list(jobs.values()))
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[tuple, tuple]:
+    return {(precision, accumulation): plain_loop(Job(output="plain", precision=precision, accumulation=accumulation))
+            for precision in DTYPES for accumulation in (1, 4)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_losses_norms_and_average_are_those_of_a_plain_loop(case, matrix, plain):
+    _, precision, accumulation, _ = case
+    losses, norms, weights, average = plain[precision, accumulation]
+    events = result(matrix[case])["events"]
+    assert all(event["applied"] for event in events)
+    assert [event["loss"] for event in events] == pytest.approx(losses, rel=TOLERANCE[precision])
+    assert [event["norm"] for event in events] == pytest.approx(norms, rel=10 * TOLERANCE[precision])
+    found = partitions(matrix[case])
+    assert found.shapes == {name: value.shape for name, value in weights.items()}
+    if precision == "fp32":  # Adam divides by small numbers: rounding grows to a part of a step
+        for name in weights:
+            for key, expected in ((WEIGHT, weights[name]), ("ema", average[name])):
+                assert (found.whole(name, key) - expected).abs().max() < 1e-4, (name, key)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[3]], ids=str)
+def test_recomputation_changes_no_bit_and_runs_each_block_twice(case, matrix):
+    once, twice = (result(matrix[(*case[:3], recompute)]) for recompute in (False, True))
+    assert once["events"] == twice["events"]
+    evaluations = 2
+    assert twice["forwards"] - evaluations == 2 * (once["forwards"] - evaluations) > 0
+    left, right = partitions(matrix[(*case[:3], False)]), partitions(matrix[case])
+    assert all(torch.equal(left.whole(name, "ema"), right.whole(name, "ema")) for name in left.shapes)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_evaluation_takes_the_weights_or_the_average_and_gives_the_weights_back(case, matrix):
+    job, found = matrix[case], result(matrix[case])
+    model = job.build().eval()
+    for key, logits in ((WEIGHT, "logits"), ("ema", "averaged")):
+        parts = partitions(job)
+        model.load_state_dict({name: parts.whole(name, key) for name in parts.shapes})
+        model.to(DTYPES[job.precision]).to(torch.float32)
+        with torch.no_grad():
+            expected = model(batch(0)[0])
+        scale = expected.abs().max()
+        assert (found[logits] - expected).abs().max() < {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}[job.precision] * scale
+
+
+# ---- taken up by another stage and number of ranks
+
+WORLDS = (1, 2, 3)
+PLACES = list(itertools.product(range(4), WORLDS))
+
+
+@pytest.fixture(scope="module")
+def resharded(tmp_path_factory) -> dict[tuple, Job]:
+    """Three steps of every stage and world; the last of them again from a checkpoint of each other."""
+    tmp = tmp_path_factory.mktemp("resharded")
+    fixed = dict(drop_path_rate=0.0, precision="fp32")
+    begun = {(stage, ranks): Job(output=str(tmp / f"begun_z{stage}_w{ranks}"), stage=stage, steps=2, **fixed)
+             for stage, ranks in PLACES}
+    jobs = {(before, after): Job(output=str(tmp / f"{before}_{after}"), stage=after[0], first=2, steps=1,
+                                 save_first=True, restore=begun[before].output, **fixed)
+            for before in PLACES for after in PLACES}
+    for ranks in WORLDS:
+        launch(tmp, [job for (_, of), job in begun.items() if of == ranks], ranks)
+    for ranks in WORLDS:
+        (tmp / str(ranks)).mkdir()
+        launch(tmp / str(ranks), [job for (_, after), job in jobs.items() if after[1] == ranks], ranks)
+    return begun | jobs
+
+
+@pytest.mark.parametrize("before", PLACES, ids=str)
+def test_any_stage_and_world_takes_up_the_checkpoint_of_any_other(before, resharded):
+    """Weights, moments and average to the bit, and the next loss as in one process that never stopped."""
+    losses, norms, _, _ = plain_loop(Job(output="plain", drop_path_rate=0.0))
+    source = partitions(resharded[before])
+    for after in PLACES:
+        found, job = partitions(resharded[before, after]), resharded[before, after]
+        assert read_info(newest(Path(job.output))).world_size == after[1]
+        for name in source.shapes:
+            assert set(found.keys(name)) == {"exp_avg", "exp_avg_sq", "ema"}
+            for key in (WEIGHT, *found.keys(name)):
+                assert torch.equal(found.whole(name, key), source.whole(name, key)), (after, name, key)
+            assert int(found.scalars(name)["step"]) == 2
+        (event,) = result(job)["events"]
+        assert event["loss"] == pytest.approx(losses[2], rel=1e-5), after
+        assert event["norm"] == pytest.approx(norms[2], rel=1e-4), after
