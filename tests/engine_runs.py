@@ -38,6 +38,7 @@ class Job:
     save_first: bool = False
     optim: dict = field(default_factory=dict)
     zero: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
     model: str = "vir_tiny_patch16_224"
     drop_path_rate: float = 0.2
     args: dict = field(default_factory=lambda: dict(img_size=SIZE, patch_size=4, embed_dim=24, depth=2, num_heads=2))
@@ -58,7 +59,7 @@ class Job:
             found[self.precision] = {"enabled": True}
         if self.precision == "fp16":
             found["fp16"] |= {"initial_scale_power": self.scale_power, "hysteresis": 1, "loss_scale_window": 1000}
-        return found | ({"activation_checkpointing": {}} if self.recompute else {})
+        return found | self.settings | ({"activation_checkpointing": {}} if self.recompute else {})
 
     def build(self) -> torch.nn.Module:
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ from vir.training.metrics import FILE as METRICS
 from vir.training.metrics import read_metrics
 
 KILLS = 2
-pytestmark = pytest.mark.timeout(600)  # four launches: 80 s on two idle cores, twice that on busy ones
+pytestmark = pytest.mark.timeout(600)  # four launches: 160 s on two cores that others used too
 
 
 @pytest.fixture(scope="module")

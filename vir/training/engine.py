@@ -3,6 +3,7 @@
 Facts of DeepSpeed 0.19 that shape this room, each seen by running it:
 - backward() divides by the accumulation itself, so the loss is never divided here;
 - without ZeRO, bf16 creates the optimizer state by a step on zero gradients, which Adam counts;
+- without ZeRO, fp16 divides the gradient by the loss scale but never multiplies the loss by it;
 - without ZeRO, fp32 lets a non-finite gradient into the weights; every other mode skips the step;
 - its load_checkpoint wants the same world and stage, brings back old rates, and with some arguments loads nothing;
 - buffers keep their dtype and differ between ranks, inputs are not cast.
@@ -30,7 +31,7 @@ from vir.distributed import World
 from vir.errors import LossScaleError, SettingsError
 from vir.training import ds_config as ds
 from vir.training import ema
-from vir.training.buffers import Buffers
+from vir.training.batch_norm import RunningStatistics, batch_norms, compute_in_float32
 from vir.training.checkpoint_info import CheckpointInfo
 from vir.training.optimizer import build, parameter_groups, set_rates
 from vir.training.partitions import EMA_BUFFERS, WEIGHT, Partitions
@@ -67,6 +68,8 @@ class Engine:
                                 "bf16 or fp32 one, such as ds_configs/zero2_bf16.json")
         if "activation_checkpointing" in ds_config:
             _recompute(model)
+        if self.precision != "fp32":
+            compute_in_float32(model)
         self.groups = parameter_groups(model, config.optim)
         self._check_groups(model)
         offloads = ds.offloads(ds_config)
@@ -85,10 +88,11 @@ class Engine:
         self.dtype: torch.dtype = self.deepspeed.get_data_types()[0]
         self._optimizer = optimizer
         self._guards_itself = self.zero_stage > 0 or self.precision != "fp32"
+        self._forgets_scale = self.zero_stage == 0 and self.precision == "fp16"
         self._norm: float | None = None
         if self.zero_stage == 0 and self.precision != "fp32":
             optimizer.state.clear()
-        self._buffers = Buffers(self.module, averages=self.has_ema)
+        self._buffers = RunningStatistics(self.module, averages=self.has_ema)
         if self.has_ema:
             ema.attach(optimizer, self._decay)
         if self.precision == "fp16":
@@ -109,6 +113,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of the mean loss of one micro-batch."""
+        if self._forgets_scale:
+            loss = loss.float() * self.loss_scale()
         self.deepspeed.backward(loss)
 
     def step(self, lr: float, weight_decay: float) -> bool | None:
@@ -144,7 +150,9 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Norm of the last global batch's gradient before clipping."""
-        return float(self._norm if self._norm is not None else self.deepspeed.get_global_grad_norm())
+        if self._norm is not None:
+            return self._norm
+        return float(self.deepspeed.get_global_grad_norm()) / (self.loss_scale() if self._forgets_scale else 1)
 
     @property
     def _scaler(self) -> Any:
@@ -336,7 +344,7 @@ def _recompute(model: nn.Module) -> None:
         SettingsError: a model that cannot, or whose batch norms would count each batch twice.
     """
     kind = type(model).__name__
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if batch_norms(model):
         raise SettingsError(f"activation_checkpointing: {kind} has batch norms, whose running statistics recomputation "
                             "would update twice; take a --deepspeed_config without it")
     try:

@@ -1,31 +1,53 @@
-"""Buffers that training changes (batch norm's running statistics): neither DeepSpeed nor an optimizer keeps them."""
+"""Batch norm under DeepSpeed: float32 arithmetic, running statistics of all ranks, their average beside the EMA.
+
+DeepSpeed casts a model's parameters but not its buffers, reduces gradients but not buffers, and saves rank 0's.
+"""
+
+# Dimension key: B batch, C channels.
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def persistent(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a model's state_dict, by name."""
-    found = {}
-    for path, owner in module.named_modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            if name not in owner._non_persistent_buffers_set:
-                found[f"{path}.{name}" if path else name] = buffer
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Let batch norms take and give low precision [B, C, ...] but work in float32, like their running statistics."""
+    for norm in batch_norms(model):
+        norm.forward = partial(_forward, norm)
+
+
+def _forward(norm: _BatchNorm, x: Tensor) -> Tensor:
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum if norm.momentum is not None else 1.0 / max(1.0, float(norm.num_batches_tracked))
+    weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
+    found = batch_norm(x.float(), norm.running_mean, norm.running_var, weight, bias,
+                       norm.training or norm.running_mean is None, momentum, norm.eps).to(x.dtype)
+    for then in ("drop", "act"):  # timm's norms that contain their activation
+        if hasattr(norm, then):
+            found = getattr(norm, then)(found)
     return found
 
 
-class Buffers:
-    """Keeps a model's persistent buffers equal on all ranks, right over skipped steps, and averages them for the EMA.
+class RunningStatistics:
+    """Keeps a model's persistent buffers equal on all ranks and right over skipped steps, and averages them for the EMA.
 
     Each rank normalises by its own micro-batch (no synchronised batch norm); the running statistics are averaged over
     the ranks after each step, so that a checkpoint and an evaluation hold those of the whole global batch.
     """
 
     def __init__(self, module: nn.Module, averages: bool) -> None:
-        self._live = persistent(module)
+        self._live = _persistent_buffers(module)
         self._floats = [name for name, buffer in self._live.items() if buffer.is_floating_point()]
         self._kept = {name: buffer.clone() for name, buffer in self._live.items()} if self._floats else {}
         self.average = {name: self._live[name].clone() for name in self._floats} if averages else {}
@@ -64,3 +86,9 @@ class Buffers:
             live = self._live[name].clone()
             self._live[name].copy_(average)
             average.copy_(live)
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Those that belong to a model's state_dict, by name."""
+    return {f"{path}.{name}" if path else name: buffer for path, owner in module.named_modules()
+            for name, buffer in owner.named_buffers(recurse=False) if name not in owner._non_persistent_buffers_set}
