@@ -21,7 +21,7 @@ CLASSES, SIZE = 5, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One engine: trained `steps` steps from the start or from `restore`; its checkpoint and losses are left in `output`.
+    """One engine, trained from the start or from `restore`; its checkpoint and losses are left in `output`.
 
     With `save_first` the checkpoint is of before these steps.
     """

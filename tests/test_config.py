@@ -70,7 +70,7 @@ def test_model_args_and_null_are_read_as_yaml():
     (["--train.global_batch_size", "1.5"], "train.global_batch_size.*int.*1.5"),
     (["--train.epochs", "inf"], "train.epochs.*inf"),
     (["--augment.scale", "[0.5]"], "augment.scale.*2 elements"),
-    (["--resume", "maybe"], "resume.*'auto', 'none'.*maybe"),
+    (["--train.loss", "hinge"], "train.loss.*'cross_entropy', 'bce'.*hinge"),
     (["--data.workers", "0"], r"--data.workers is 0; it must be at least 1"),  # a range, through the whole parser
     (["--config", "/nowhere/r.yaml"], "/nowhere/r.yaml"),
 ])
@@ -102,6 +102,15 @@ OUT_OF_RANGE = [
     (AugmentConfig, "augment", "mixup_off_epoch", -1.0),
     (OptimConfig, "optim", "lr", 0.0), (OptimConfig, "optim", "eps", 0.0), (OptimConfig, "optim", "weight_decay", -1.0),
     (OptimConfig, "optim", "betas", (0.9, 1.0)), (OptimConfig, "optim", "clip_grad", -1.0),
+    (OptimConfig, "optim", "lr_base", 0.0), (OptimConfig, "optim", "lr_base_size", 0),
+    (OptimConfig, "optim", "weight_decay_end", -1.0), (OptimConfig, "optim", "momentum", 1.0),
+    (OptimConfig, "optim", "layer_decay", 1.5), (OptimConfig, "optim", "layer_decay", 0.0),
+    (ModelConfig, "model", "std", (0.5, 0.5, 0.0)), (ModelConfig, "model", "crop_pct", 1.5),
+    (ScheduleConfig, "schedule", "cooldown_epochs", -1.0), (ScheduleConfig, "schedule", "decay_epochs", 0.0),
+    (ScheduleConfig, "schedule", "decay_rate", 1.5),
+    (TrainConfig, "train", "profile", -1), (TrainConfig, "train", "peak_tflops", 0.0),
+    (TrainConfig, "train", "bce_target_thresh", 1.0),
+    (CheckpointConfig, "checkpoint", "keep_every_epochs", 0.0),
     (ScheduleConfig, "schedule", "warmup_epochs", -1.0), (ScheduleConfig, "schedule", "warmup_lr", -1.0),
     (ScheduleConfig, "schedule", "min_lr", float("nan")),
     (TrainConfig, "train", "epochs", 0.0), (TrainConfig, "train", "global_batch_size", 0),
@@ -191,7 +200,26 @@ def test_differences_name_what_changes_results_and_nothing_else():
     other = run_config(model=ModelConfig(args={"depth": 6, "num_heads": 3}), optim=OptimConfig(lr=0.5),
                        data=DataConfig(train="t", val="v", lanes=2))
     assert differences(before, to_dict(other)) == [
-        "data.lanes: 64 -> 2", "model.args.depth: 4 -> 6", "model.args.num_heads: None -> 3", "optim.lr: 0.001 -> 0.5"]
+        "data.lanes: 64 -> 2", "model.args.depth: 4 -> 6", "model.args.num_heads: None -> 3", "optim.lr: None -> 0.5"]
+
+
+@pytest.mark.parametrize("optim, batch, lr", [
+    (OptimConfig(), 512, 1e-3), (OptimConfig(lr=0.5), 512, 0.5),
+    (OptimConfig(lr_base=0.1), 1024, 0.4), (OptimConfig(lr_base=0.1, lr_base_scale="sqrt"), 1024, 0.2),
+    (OptimConfig(lr_base=0.1, lr_base_size=512), 1024, 0.2),
+])
+def test_the_peak_rate_follows_from_lr_base_by_timms_rule(optim, batch, lr):
+    assert optim.peak_lr(batch) == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: OptimConfig(lr=1e-3, lr_base=1e-4), "--optim.lr 0.001 and --optim.lr_base 0.0001 are both given"),
+    (lambda: TrainConfig(bce_target_thresh=0.2), "bce_target_thresh 0.2 acts on bce alone"),
+    (lambda: run_config(ema=EmaConfig(decay=0), checkpoint=CheckpointConfig(best="ema_top1")), "keeps no average"),
+])
+def test_settings_that_contradict_each_other_are_refused(make, said):
+    with pytest.raises(SettingsError, match=said):
+        make()
 
 
 RECIPES = sorted((Path(config_module.__file__).parent / "recipes").glob("*.yaml"))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vir.training.ema import KEY, attach, decay_at
+from vir.training import ema
+from vir.training.ema import KEY, decay_at
 
 torch.set_num_threads(1)
 
@@ -13,6 +14,14 @@ def optimizer_of_two_groups():
     first, second = torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))
     return torch.optim.AdamW([{"params": [first], "weight_decay": 0.1}, {"params": [second], "weight_decay": 0.0}],
                              lr=0.1), (first, second)
+
+
+def attach(optimizer, decay, warmup):
+    """With the decay of the updates that this optimizer has applied, as the engine counts them."""
+    def of_update():
+        return decay_at(max(int(state["step"]) for state in optimizer.state.values()), decay, warmup)
+
+    ema.attach(optimizer, of_update)
 
 
 def give_gradients(parameters, step):

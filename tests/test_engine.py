@@ -146,7 +146,7 @@ def resharded(tmp_path_factory) -> dict[tuple, Job]:
     """Three steps of every stage and world; the last of them again from a checkpoint of each other."""
     tmp = tmp_path_factory.mktemp("resharded")
     fixed = dict(drop_path_rate=0.0, precision="fp32")
-    begun = {(stage, ranks): Job(output=str(tmp / f"begun_z{stage}_w{ranks}"), stage=stage, steps=2, **fixed)
+    begun = {(stage, ranks): Job(output=str(tmp / f"z{stage}_w{ranks}"), stage=stage, steps=2, **fixed)
              for stage, ranks in PLACES}
     jobs = {(before, after): Job(output=str(tmp / f"{before}_{after}"), stage=after[0], first=2, steps=1,
                                  save_first=True, restore=begun[before].output, **fixed)

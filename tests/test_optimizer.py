@@ -1,11 +1,19 @@
 """Which parameter is decayed; that none is left out."""
 
+import pytest
 import timm
 import torch
 from torch import nn
 
 import vir.models  # noqa: F401  registers the models
-from vir.training.optimizer import parameter_groups
+from vir.config import OptimConfig
+from vir.errors import SettingsError
+from vir.training import optimizer as optimizers
+from vir.training.optimizer import ELEMENTWISE, build, check_name, set_rates, states_per_number
+
+
+def parameter_groups(model, weight_decay, **optim):
+    return optimizers.parameter_groups(model, OptimConfig(weight_decay=weight_decay, **optim))
 
 
 def vir_model():
@@ -64,3 +72,75 @@ def test_a_torch_optimizer_takes_the_groups_and_decays_by_them():
     (model(torch.zeros(1, 2)).sum() * 0).backward()  # zero gradients: only the decay acts
     optimizer.step()
     assert torch.allclose(model.weight, torch.tensor(0.95)) and torch.equal(model.bias, torch.ones(2))
+
+
+@pytest.mark.parametrize("make", [vir_model, lambda: timm.create_model("convnext_atto"),
+                                  lambda: timm.create_model("resnet18")], ids=["vir", "convnext", "resnet"])
+def test_layer_decay_gives_each_parameter_timms_rate_and_decay(make):
+    from timm.optim import param_groups_layer_decay
+
+    model = make()
+    excluded = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    expected = {id(parameter): (group["lr_scale"], group["weight_decay"])
+                for group in param_groups_layer_decay(model, 0.1, excluded, layer_decay=0.7)
+                for parameter in group["params"]}
+    found = {id(parameter): (group["lr_scale"], group["weight_decay"])
+             for group in parameter_groups(model, 0.1, layer_decay=0.7) for parameter in group["params"]}
+    assert found == expected and len({scale for scale, _ in found.values()}) > 2
+
+
+def test_layer_decay_of_a_model_without_layers_is_refused():
+    with pytest.raises(SettingsError, match="layer_decay 0.5: Linear does not say which parameters form a layer"):
+        parameter_groups(nn.Linear(2, 2), 0.1, layer_decay=0.5)
+
+
+def test_rates_of_a_step_keep_the_groups_scale_and_exemption():
+    groups = parameter_groups(vir_model(), 0.1, layer_decay=0.5)
+    set_rates(groups, lr=2.0, weight_decay=0.3)
+    assert {group["lr"] / group["lr_scale"] for group in groups} == {2.0}
+    assert {group["weight_decay"] for group in groups if group["decays"]} == {0.3}
+    assert {group["weight_decay"] for group in groups if not group["decays"]} == {0.0}
+
+
+@pytest.mark.parametrize("name", sorted(ELEMENTWISE))
+def test_an_elementwise_optimizer_does_not_see_how_its_numbers_are_cut(name):
+    """Whole tensors against two flat pieces that cut through them, as ZeRO hands them out."""
+    torch.manual_seed(0)
+    whole = [nn.Parameter(torch.randn(shape)) for shape in ((4, 6), (5,), (3, 2, 2, 2))]
+    flat = torch.cat([parameter.detach().flatten() for parameter in whole])
+    pieces = [nn.Parameter(piece.clone()) for piece in flat.split(27)]
+    makers = [build([{"params": parameters, "weight_decay": 0.1, "lr_scale": 1.0, "decays": True}],
+                    OptimConfig(name=name)) for parameters in (whole, pieces)]
+    for step in range(5):
+        gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+                     for i, p in enumerate(whole)]
+        for parameter, gradient in zip(whole, gradients):
+            parameter.grad = gradient
+        for piece, gradient in zip(pieces, torch.cat([gradient.flatten() for gradient in gradients]).split(27)):
+            piece.grad = gradient.clone()
+        for optimizer in makers:
+            set_rates(optimizer.param_groups, 0.01, 0.1)
+            optimizer.step()
+    found, expected = (torch.cat([p.detach().flatten() for p in parameters]) for parameters in (pieces, whole))
+    assert not torch.equal(expected, flat) and torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, stage, said", [
+    ("adamww", 0, "timm has no such optimizer; did you mean adamw"), ("qqq", 2, "known are .*adamw"),
+    ("lamb", 1, "needs whole tensors, and ZeRO stage 1 hands the optimizer flat pieces.*adamw"),
+    ("cadamw", 3, "needs whole tensors"), ("adahessian", 0, "needs gradients of gradients"),
+    ("adan", 2, "counts its steps per group"),
+])
+def test_an_optimizer_that_would_compute_something_else_is_refused(name, stage, said):
+    with pytest.raises(SettingsError, match=f"--optim.name {name}:? .*{said}"):
+        check_name(name, stage)
+
+
+def test_other_optimizers_of_timm_are_taken_without_zero():
+    for name in ("lamb", "cadamw", "adamw", "sgd"):
+        check_name(name, 0)
+
+
+@pytest.mark.parametrize("name, numbers", [("adamw", 2), ("sgd", 1), ("lion", 1), ("madgrad", 3)])
+def test_the_optimizers_memory_is_counted(name, numbers):
+    assert states_per_number(OptimConfig(name=name)) == numbers

@@ -4,15 +4,16 @@ import math
 
 import pytest
 
-from vir.config import ScheduleConfig
+from vir.config import OptimConfig, ScheduleConfig
 from vir.training.loop import steps_every
-from vir.training.schedule import learning_rate, total_steps
+from vir.training.schedule import learning_rate, total_steps, weight_decay
 
-SCHEDULE = ScheduleConfig(warmup_lr=0.1, min_lr=0.2)
+STEPS_PER_EPOCH = 2.5
 
 
-def rate(step, total=30, warmup=10, lr=1.0):
-    return learning_rate(step, total, warmup, lr, SCHEDULE)
+def rate(step, total=30, warmup=10, lr=1.0, **settings):
+    schedule = ScheduleConfig(warmup_lr=0.1, min_lr=0.2, warmup_epochs=warmup / STEPS_PER_EPOCH, **settings)
+    return learning_rate(step, total, STEPS_PER_EPOCH, lr, schedule)
 
 
 def test_warm_up_is_linear_from_warmup_lr_to_the_peak():
@@ -39,6 +40,45 @@ def test_without_warm_up_the_first_step_is_the_peak():
 def test_a_run_that_ends_inside_its_warm_up_only_rises():
     assert [rate(step, total=3, warmup=10) for step in range(3)] == pytest.approx([0.1, 0.19, 0.28])
     assert rate(10, total=10, warmup=10) == 1.0  # no step is left to fall in, and nothing is divided by zero
+
+
+def test_the_line_falls_evenly_and_the_constant_not_at_all():
+    assert [rate(step, name="linear") for step in (10, 15, 20, 30)] == pytest.approx([1.0, 0.8, 0.6, 0.2])
+    assert {rate(step, name="constant") for step in range(10, 30)} == {1.0}
+
+
+def test_steps_fall_by_the_rate_each_so_many_epochs_after_warm_up():
+    found = [rate(step, total=40, name="step", decay_epochs=4, decay_rate=0.5) for step in (10, 19, 20, 29, 30, 39)]
+    assert found == pytest.approx([1.0, 1.0, 0.5, 0.5, 0.25, 0.25])
+    assert rate(39, total=40, name="step", decay_epochs=1, decay_rate=0.1) == 0.2  # not below min_lr
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step", "constant"])
+def test_the_cool_down_is_spent_at_min_lr_and_the_decay_ends_there(name):
+    found = [rate(step, name=name, cooldown_epochs=2) for step in range(30)]
+    assert found[25:] == [0.2] * 5 and found[24] > 0.2
+    if name in ("cosine", "linear"):
+        assert found[:25] == [rate(step, total=25, name=name) for step in range(25)]
+
+
+def test_the_cosine_is_timms():
+    from timm.scheduler import CosineLRScheduler
+    from torch import zeros
+    from torch.nn import Parameter
+    from torch.optim import SGD
+
+    optimizer = SGD([Parameter(zeros(1))], lr=1.0)
+    theirs = CosineLRScheduler(optimizer, t_initial=30, lr_min=0.2, warmup_t=10, warmup_lr_init=0.1,
+                               warmup_prefix=True, t_in_epochs=False)
+    for step in range(40):
+        theirs.step_update(step)
+        assert rate(step, total=40) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_weight_decay_is_constant_or_goes_along_a_cosine():
+    assert {weight_decay(step, 10, OptimConfig(weight_decay=0.3)) for step in range(10)} == {0.3}
+    optim = OptimConfig(weight_decay=0.04, weight_decay_end=0.4)
+    assert [weight_decay(step, 10, optim) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
 
 
 @pytest.mark.parametrize("epochs, samples, batch, steps", [

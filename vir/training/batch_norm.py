@@ -40,7 +40,7 @@ def _forward(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 class RunningStatistics:
-    """Keeps a model's persistent buffers equal on all ranks and right over skipped steps, and averages them for the EMA.
+    """Keeps a model's persistent buffers equal on all ranks and right over skipped steps; averages them for the EMA.
 
     Each rank normalises by its own micro-batch (no synchronised batch norm); the running statistics are averaged over
     the ranks after each step, so that a checkpoint and an evaluation hold those of the whole global batch.

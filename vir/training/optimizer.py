@@ -52,8 +52,11 @@ def build(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
     """timm's optimizer over `groups`. Its lr is 0 until the first step's is written."""
     from timm.optim import create_optimizer_v2
 
-    return create_optimizer_v2(groups, opt=config.name, lr=0.0, weight_decay=config.weight_decay, betas=config.betas,
-                               momentum=config.momentum, eps=config.eps)
+    optimizer = create_optimizer_v2(groups, opt=config.name, lr=1.0, weight_decay=config.weight_decay,
+                                    betas=config.betas, momentum=config.momentum, eps=config.eps)
+    for group in optimizer.param_groups:  # not all are made with a rate of 0
+        group["lr"] = 0.0
+    return optimizer
 
 
 def states_per_number(config: OptimConfig) -> int:

@@ -316,10 +316,10 @@ class _Job:
 
 def _input_of(model: torch.nn.Module, config: RunConfig) -> InputConfig:
     """What the model's default_cfg says of images, with what the settings say instead."""
-    given = {name: getattr(config.model, name) for name in ("mean", "std", "interpolation", "crop_pct")}
-    found = model_input_of(model)
-    if config.model.img_size is not None:
-        given["size"] = (found.size[0], config.model.img_size, config.model.img_size)
+    found, said = model_input_of(model), config.model
+    side = said.img_size
+    given = {"mean": said.mean, "std": said.std, "interpolation": said.interpolation, "crop_pct": said.crop_pct,
+             "size": side and (found.size[0], side, side)}
     return replace(found, **{name: value for name, value in given.items() if value is not None})
 
 
