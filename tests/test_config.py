@@ -2,7 +2,9 @@
 
 import ast
 import dataclasses
+import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -264,8 +266,12 @@ def test_help_shows_the_sentence_of_every_field(capsys, monkeypatch):
 
 
 def test_every_setting_is_read_somewhere():
-    """A setting nobody reads does nothing. Looks for `section.field` (or `config.field`) outside vir/config.py."""
-    read = set()
+    """A setting nobody reads does nothing. Looks for `section.field` (or `config.field`) outside vir/config.py, and for
+    `self.field` in what a section works out itself."""
+    read = {(name, node.attr) for name, section in SECTIONS.items() for method in vars(section).values()
+            if callable(method) and method.__name__ == "peak_lr"
+            for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))
+            if isinstance(node, ast.Attribute)}
     for path in Path(config_module.__file__).parent.rglob("*.py"):
         if path == Path(config_module.__file__):
             continue

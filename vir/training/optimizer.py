@@ -48,22 +48,22 @@ def check_name(name: str, zero_stage: int) -> None:
                             f"--deepspeed_config, or one of {', '.join(sorted(ELEMENTWISE))}, {MUON}")
 
 
-def build(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def build(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimizer over `groups`. Its lr is 0 until the first step's is written."""
     from timm.optim import create_optimizer_v2
 
-    optimizer = create_optimizer_v2(groups, opt=config.name, lr=1.0, weight_decay=config.weight_decay,
-                                    betas=config.betas, momentum=config.momentum, eps=config.eps)
+    optimizer = create_optimizer_v2(groups, opt=optim.name, lr=1.0, weight_decay=optim.weight_decay,
+                                    betas=optim.betas, momentum=optim.momentum, eps=optim.eps)
     for group in optimizer.param_groups:  # not all are made with a rate of 0
         group["lr"] = 0.0
     return optimizer
 
 
-def states_per_number(config: OptimConfig) -> int:
+def states_per_number(optim: OptimConfig) -> int:
     """How many numbers the optimizer keeps for each number of a parameter, found by a step on one small matrix."""
     parameter = nn.Parameter(torch.zeros(2, 3))
     parameter.grad = torch.ones(2, 3)
-    optimizer = build([{"params": [parameter]}], config)
+    optimizer = build([{"params": [parameter]}], optim)
     optimizer.step()
     return sum(value.numel() == 6 for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor))
 

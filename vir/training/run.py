@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vir import distributed
 from vir import log as logs
-from vir.config import RunConfig, differences, dump_yaml, plan_accumulation, to_dict
+from vir.config import ModelConfig, differences, dump_yaml, plan_accumulation, to_dict
 from vir.data.loader import eval_batches, train_batches
 from vir.data.order import SampleOrder
 from vir.data.transforms import InputConfig, model_input_of
@@ -121,11 +121,13 @@ class _Job:
         self.prepared, self.world, self.folder, self.stop = prepared, world, folder, stop
         self.accumulation = plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size, world.size)
         self.model_args = {**config.model.args, "num_classes": len(prepared.train.classes)}
+        if config.model.img_size is not None and timm.get_pretrained_cfg(config.model.name).fixed_input_size:
+            self.model_args["img_size"] = config.model.img_size  # others take images of any size
         torch.manual_seed(config.train.seed)
-        model = self._build()
-        self.model_input = _input_of(model, config)
+        network = _build(config.model, self.model_args)
+        self.model_input = _input_of(network, config.model)
         self.order = SampleOrder(config.train.seed, prepared.train.shard_sizes, config.data.lanes, config.data.window)
-        self.engine = Engine(model, config, prepared.ds_config, self.accumulation, world)
+        self.engine = Engine(network.to(world.device), config, prepared.ds_config, self.accumulation, world)
         self.plan = self._plan()
         self.metrics: MetricsWriter | None = None
         self.best = float("-inf")
@@ -144,23 +146,6 @@ class _Job:
             checkpoint_steps=steps_every(config.checkpoint.every_epochs, num_samples, size, total),
             forward_flops=forward_flops(config.model.name, self.model_args, self.model_input.size),
             peak_flops=peak_flops(self.world.device, self.engine.precision, config.train.peak_tflops))
-
-    def _build(self) -> torch.nn.Module:
-        config = self.config.model
-        if config.img_size is not None and timm.get_pretrained_cfg(config.name).fixed_input_size:
-            self.model_args["img_size"] = config.img_size  # others take images of any size
-        try:
-            model = timm.create_model(config.name, drop_path_rate=config.drop_path_rate, **self.model_args)
-        except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
-            raise SettingsError(f"--model.name {config.name} cannot be built with {self.model_args}: "
-                                f"{error}") from error
-        if config.init_from:
-            initialize_from(model, config.init_from)
-        if hasattr(model, "set_retention_mode"):
-            model.set_retention_mode(config.retention_mode, config.chunk_size)
-        if config.compile:
-            compile_blocks(model)
-        return model.to(self.world.device)
 
     def train(self) -> bool:
         config = self.config
@@ -314,18 +299,31 @@ class _Job:
         self.engine.close()
 
 
-def _input_of(model: torch.nn.Module, config: RunConfig) -> InputConfig:
-    """What the model's default_cfg says of images, with what the settings say instead."""
-    found, said = model_input_of(model), config.model
-    side = said.img_size
-    given = {"mean": said.mean, "std": said.std, "interpolation": said.interpolation, "crop_pct": said.crop_pct,
+def _build(model: ModelConfig, args: dict[str, Any]) -> torch.nn.Module:
+    try:
+        network = timm.create_model(model.name, drop_path_rate=model.drop_path_rate, **args)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise SettingsError(f"--model.name {model.name} cannot be built with {args}: {error}") from error
+    if model.init_from:
+        initialize_from(network, model.init_from)
+    if hasattr(network, "set_retention_mode"):
+        network.set_retention_mode(model.retention_mode, model.chunk_size)
+    if model.compile:
+        compile_blocks(network)
+    return network
+
+
+def _input_of(network: torch.nn.Module, model: ModelConfig) -> InputConfig:
+    """What the network's default_cfg says of images, with what the settings say instead."""
+    found, side = model_input_of(network), model.img_size
+    given = {"mean": model.mean, "std": model.std, "interpolation": model.interpolation, "crop_pct": model.crop_pct,
              "size": side and (found.size[0], side, side)}
     return replace(found, **{name: value for name, value in given.items() if value is not None})
 
 
-def compile_blocks(model: torch.nn.Module) -> None:
+def compile_blocks(network: torch.nn.Module) -> None:
     """Compile each repeated block in place (regional compilation): one graph serves them all."""
-    for owner in model.modules():
+    for owner in network.modules():
         children = list(owner.children())
         if isinstance(owner, (torch.nn.Sequential, torch.nn.ModuleList)) and len({type(one) for one in children}) == 1:
             for block in children:
