@@ -1,0 +1,317 @@
+"""Runs that were stopped, moved to other ranks and stages, damaged, or refused: the real commands, on real shards."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, free_port
+from runs import BATCH, alone, command, epochs, launch, train_events, weights
+
+from vir.training.checkpoint_info import newest, read_info, verify
+from vir.training.metrics import read_metrics
+
+STEPS, FIRST = 24, 4
+FIXED = ["--model.drop_path_rate", "0", "--checkpoint.every_epochs", epochs(FIRST)]
+
+
+def stage(tmp: Path, number: int, **more) -> Path:
+    path = tmp / f"zero{number}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": number}, **more}))
+    return path
+
+
+def step(run: Path, number: int) -> Path:
+    return run / "checkpoints" / f"step-{number:08d}"
+
+
+def took_back(run: Path, to: Path, number: int) -> Path:
+    """A copy of a run as it was after step `number`."""
+    shutil.copytree(run, to)
+    for later in (to / "checkpoints").glob("step-*"):
+        if later.name > step(to, number).name:
+            shutil.rmtree(later)
+    (to / "checkpoints" / "best").unlink(missing_ok=True)
+    (to / "checkpoints" / "latest").write_text(step(to, number).name)
+    return to
+
+
+@pytest.fixture(scope="module")
+def base(shards, tmp_path_factory) -> Path:
+    """Two ranks, ZeRO 2, float32, without DropPath: 24 steps, a checkpoint each fourth."""
+    tmp = tmp_path_factory.mktemp("base")
+    codes, said = launch(tmp, [command(shards, tmp / "run", "zero2_fp32", *FIXED, steps=STEPS)])
+    assert codes == [0], said
+    return tmp / "run"
+
+
+@pytest.fixture(scope="module")
+def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
+    """What one rank makes of it, in one launch: the runs' folder, their exit codes, what they said."""
+    tmp = tmp_path_factory.mktemp("single")
+    took_back(base, tmp / "damaged", 12)
+    path = next(path for path in step(tmp / "damaged", 12).glob("*optim_states.pt"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    took_back(base, tmp / "missing", 12)
+    shutil.rmtree(step(tmp / "missing", 12))
+    took_back(base, tmp / "hopeless", 4)
+    next(path for path in step(tmp / "hopeless", 4).glob("*optim_states.pt")).unlink()
+
+    def of(name, config, *more, steps=STEPS):
+        return command(shards, tmp / name, config, *FIXED, *more, steps=steps)
+
+    fp16 = stage(tmp, 1, fp16={"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1})
+    jobs = {
+        "elsewhere": of("elsewhere", stage(tmp, 3), "--resume", str(step(base, FIRST))),
+        "damaged": of("damaged", "zero2_fp32"), "missing": of("missing", "zero2_fp32"),
+        "hopeless": of("hopeless", "zero2_fp32"),
+        "dry": of("dry", "zero3_bf16", "--dry_run", "true"),
+        "validate": of("validate", "zero2_fp32", "--validate_only", "true", "--resume", str(base)),
+        "nothing": of("nothing", "zero2_fp32", "--validate_only", "true"),
+        "floor": of("floor", fp16, "--optim.lr", "1e30", "--schedule.warmup_epochs", "0"),
+        "changed": of("changed", "zero2_fp32", "--resume", str(base), "--train.seed", "7"),
+        "no checkpoint": of("no checkpoint", "zero2_fp32", "--resume", str(shards)),
+        "bf16": of("bf16", "zero2_bf16", "--resume", str(base)),
+        "other optimizer": of("other", "zero2_fp32", "--resume", str(base), "--optim.name", "lion",
+                              "--accept_config_change", "true"),
+        "settings": of("settings", "zero1_bf16", "--optim.name", "lion", "--optim.lr", "null",
+                       "--optim.lr_base", "1e-3", "--optim.layer_decay", "0.7", "--optim.weight_decay_end", "0.2",
+                       "--schedule.name", "linear", "--schedule.cooldown_epochs", "0.24", "--train.loss", "bce", "--train.bce_target_thresh", "0.2",
+                       "--model.mean", "[0.1, 0.2, 0.3]", "--model.crop_pct", "0.9", "--train.profile", "2",
+                       "--train.peak_tflops", "0.1", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs",
+                       epochs(6), "--eval.every_epochs", epochs(4), "--ema.decay", "0", steps=14),
+    }
+    codes, said = launch(tmp, list(jobs.values()), ranks=1)
+    return tmp, dict(zip(jobs, codes)), said
+
+
+def same_losses(run: Path, base: Path, first: int, tolerance: float) -> None:
+    expected, found = ([(event["step"], event["lr"], event["samples_seen"], event["loss"]) for event in
+                        train_events(folder) if event["step"] > first] for folder in (base, run))
+    assert len(found) == STEPS - first
+    for old, new in zip(expected, found, strict=True):
+        assert old[:3] == new[:3] and new[3] == pytest.approx(old[3], rel=tolerance), (old, new)
+
+
+def test_another_stage_on_one_rank_goes_on_with_the_same_losses_for_twenty_steps(base, single):
+    tmp, codes, said = single
+    assert codes["elsewhere"] == 0, said
+    assert "is of 2 ranks and ZeRO 2: sharding it anew for 1 ranks and ZeRO 3" in said
+    same_losses(tmp / "elsewhere", base, FIRST, 1e-5)
+
+
+def test_three_ranks_without_zero_go_on_with_the_same_losses_for_twenty_steps(base, shards, tmp_path):
+    codes, said = launch(tmp_path, [command(
+        shards, tmp_path / "run", "zero0_fp32", *FIXED, "--train.micro_batch_size", "8", "--resume",
+        str(step(base, FIRST)), "--accept_config_change", "true", steps=STEPS)], ranks=3)
+    assert codes == [0], said
+    same_losses(tmp_path / "run", base, FIRST, 1e-5)
+    own, other = (weights(run, STEPS, tmp_path, ema=True) for run in (tmp_path / "run", base))
+    for name in own:  # differences of 1e-7 in a gradient grow through Adam, where it is small
+        assert (own[name] - other[name]).abs().max() < 1e-3, name
+
+
+@pytest.mark.parametrize("run, why", [("damaged", "has changed since it was written (sha256 differs)"),
+                                      ("missing", "holds no checkpoint.json")])
+def test_a_checkpoint_that_is_not_whole_is_passed_over_loudly(run, why, base, single):
+    tmp, codes, said = single
+    assert codes[run] == 0, said
+    lines = [line for line in said.splitlines() if f"/{run}/" in line]
+    assert any("DAMAGED CHECKPOINT PASSED OVER" in line and why in line for line in lines)
+    assert any(f"continuing from the one before: {step(tmp / run, 8)}" in line for line in lines)
+    same_losses(tmp / run, base, 0, 1e-5)  # each step stands once, those before the damage as they were
+
+
+def test_a_run_without_any_whole_checkpoint_is_refused_and_left_as_it_is(single):
+    tmp, codes, said = single
+    assert codes["hopeless"] == 3 and "no checkpoint of" in said and "is missing; restore one" in said
+    assert len(train_events(tmp / "hopeless")) == STEPS
+
+
+def test_a_dry_run_tells_the_plan_and_leaves_nothing(single):
+    tmp, codes, said = single
+    plan = said[:said.index("a dry run: nothing was trained")]
+    assert codes["dry"] == 0 and not (tmp / "dry").exists()
+    for part in ("24 steps of 48 = 4 x 12 x 1 ranks; 1 evaluations, 6 checkpoints", "ZeRO 3, bf16, 1 ranks on cpu",
+                 "400 training images in 7 shards, 130 validation images, 10 classes", "tensors per group: decay 10"):
+        assert part in plan
+    # 475,402 parameters: bf16 weights and gradients, float32 masters, two moments and the average
+    assert "memory per rank: 9.5 MB = 1.9 weights and gradients + 7.6 optimizer and EMA" in plan
+
+
+def test_validate_only_evaluates_and_leaves_nothing(base, single):
+    tmp, codes, said = single
+    assert codes["validate"] == 0 and not (tmp / "validate").exists()
+    seen = read_metrics(base)[-1]
+    assert f"step {STEPS}: top1 {seen['top1']:.3f}, top5 {seen['top5']:.3f}, loss {seen['loss']:.3f}, ema_top1 " in said
+    assert codes["nothing"] == 2 and "has no checkpoint to evaluate; name a run folder" in said
+
+
+def test_a_loss_scale_at_its_floor_ends_the_run_with_a_code_of_its_own(single):
+    tmp, codes, said = single
+    assert codes["floor"] == 6
+    assert "the gradient is not finite at loss scale 1, the floor (fp16.min_loss_scale): lower --optim.lr" in said
+    events = train_events(tmp / "floor")  # the steps before it were skipped and counted
+    assert events[-1]["skipped"] == 1 and events[-1]["updates"] < events[-1]["step"]
+
+
+@pytest.mark.parametrize("job, code, why", [
+    ("changed", 2, "was trained with other settings: train.seed: 42 -> 7; --accept_config_change true goes on"),
+    ("no checkpoint", 3, "is neither a run folder with a checkpoint nor a checkpoint folder"),
+    ("bf16", 2, "was trained in fp32, --deepspeed_config"),
+    ("other optimizer", 2, "holds the state of adamw, which --optim.name lion cannot continue"),
+])
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_difference(job, code, why, single):
+    _, codes, said = single
+    assert codes[job] == code and why in said
+
+
+def test_settings_act(single):
+    tmp, codes, said = single
+    run = tmp / "settings"
+    assert codes["settings"] == 0, said
+    events = train_events(run)
+    peak = 1e-3 * BATCH / 256
+    assert max(event["lr"] for event in events) == pytest.approx(peak)
+    assert [event["lr"] for event in events[-2:]] == [1e-5, 1e-5]  # the cool-down
+    assert events[0]["weight_decay"] == 0.05 and events[-1]["weight_decay"] > 0.19
+    assert 0.2 < events[0]["loss"] < 1  # binary cross-entropy of ten classes, not log 10
+    assert all(event["mfu"] == pytest.approx(
+        events[0]["mfu"] * event["images_per_second"] / events[0]["images_per_second"]) for event in events)
+    info = read_info(newest(run))
+    assert info.model_input["mean"] == [0.1, 0.2, 0.3] and info.model_input["crop_pct"] == 0.9
+    assert "layer_0_decay 1 lr x0." in said
+    traces = list((run / "profile").glob("rank*.json"))
+    assert len(traces) == 1 and json.loads(traces[0].read_text())["traceEvents"]
+    kept = {path.name for path in (run / "checkpoints").glob("step-*")}
+    best = (run / "checkpoints" / "best").read_text()
+    evals = [event for event in read_metrics(run) if event["kind"] == "eval"]
+    assert best == step(run, max(evals, key=lambda event: event["top1"])["step"]).name
+    # of 4, 8, 12, 14: the newest, the best, and the first at or after each six steps
+    assert kept == {step(run, number).name for number in (8, 12, 14)} | {best}
+
+
+def start(*words: str | Path) -> subprocess.Popen:
+    return subprocess.Popen([str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True)
+
+
+def wait_for(run: Path, kind: str, count: int, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 180
+    while sum(f'"kind": "{kind}"' in line for line in _lines(run / "metrics.jsonl")) < count:
+        assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=10)[0]
+        time.sleep(0.02)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def end(process: subprocess.Popen) -> str:
+    """What it said, once it and its children are gone."""
+    try:
+        return process.communicate(timeout=90)[0]
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+DEEPSPEED = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2"]
+TORCHRUN = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_launchers_sigterm_saves_once_on_all_ranks(launcher, shards, tmp_path):
+    """deepspeed signals the loader's processes first, then rank after rank; torchrun all ranks at once."""
+    words = DEEPSPEED + ["--module"] if launcher == "deepspeed" else TORCHRUN + ["-m"]
+    words[1:1] = ["--master_port", free_port()]
+    process = start(*words, "vir.train", *command(shards, tmp_path / "run", "zero2_fp32", steps=2000, every=2000))
+    try:
+        wait_for(tmp_path / "run", "train", 2, process)
+        target = process.pid
+        if launcher == "deepspeed":  # the program itself does not pass signals on; its launch.py does
+            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            (target,) = map(int, children)
+        os.kill(target, signal.SIGTERM)
+    finally:
+        said = end(process)
+    info = read_info(newest(tmp_path / "run"))
+    verify(newest(tmp_path / "run"), info)
+    assert info.step == len(train_events(tmp_path / "run")) >= 2
+    assert said.count("stopped by a signal; the same command continues") == 1, said[-3000:]
+
+
+def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(shards, tmp_path):
+    run = tmp_path / "run"
+    words = command(shards, run, "zero0_fp32", "--eval.every_epochs", epochs(1), "--eval.batch_size", "1", steps=3)
+    process = start(sys.executable, "-m", "vir.train", *words)
+    try:
+        wait_for(run, "train", 2, process)  # its evaluation of 260 passes comes right after
+        process.send_signal(signal.SIGUSR1)
+    finally:
+        said = end(process)
+    assert process.returncode == 75, said
+    assert read_info(newest(run)).step == 2
+    assert [event["step"] for event in read_metrics(run) if event["kind"] == "eval"] == [1]
+    done = alone(*words)
+    assert done.returncode == 0, done.stdout
+    assert [(event["kind"], event["step"]) for event in read_metrics(run)] == [
+        (kind, number) for number in (1, 2, 3) for kind in ("train", "eval")]
+
+
+def test_a_signal_during_start_up_is_not_lost(shards, tmp_path):
+    process = start(sys.executable, "-m", "vir.train", *command(shards, tmp_path / "run"))
+    try:
+        time.sleep(3)  # about 10 seconds of imports follow the first
+        process.send_signal(signal.SIGTERM)
+    finally:
+        said = end(process)
+    assert process.returncode == 75 and not train_events(tmp_path / "run"), said
+    assert newest(tmp_path / "run") is None
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(base, shards, tmp_path):
+    """A limit on the size of files stands for the disk: writes fail half way, as there."""
+    run = took_back(base, tmp_path / "run", 8)
+    words = command(shards, run, "zero2_fp32", *FIXED, steps=STEPS)
+    process = start("bash", "-c", 'ulimit -f 2000; exec "$@"', "bash", sys.executable, "-m", "vir.train", *words)
+    said = end(process)
+    assert process.returncode == 3, said
+    assert f"{step(run, 12)} could not be written: rank 0: " in said and "free some space" in said
+    assert newest(run) == step(run, 8) and not list((run / "checkpoints").glob("*.part"))
+    verify(step(run, 8), read_info(step(run, 8)))
+
+
+def test_weights_to_begin_from_are_taken_and_a_head_of_other_classes_is_new(base, tmp_path):
+    import timm
+
+    from vir.errors import DataError
+    from vir.models import initialize_from
+
+    saved = weights(base, STEPS, tmp_path)
+    args = dict(img_size=28, patch_size=14, embed_dim=128, depth=2, num_heads=2)
+    for classes in (10, 3):
+        model = timm.create_model("vir_tiny_patch16_224", num_classes=classes, **args)
+        head = model.head.weight.clone()
+        initialize_from(model, tmp_path / "w.safetensors")
+        found = model.state_dict()
+        assert all(torch.equal(found[name], saved[name]) for name in saved if not name.startswith("head."))
+        assert torch.equal(found["head.weight"], saved["head.weight"] if classes == 10 else head)
+    larger = timm.create_model("vir_tiny_patch16_224", num_classes=10, **args | {"img_size": 56})
+    initialize_from(larger, tmp_path / "w.safetensors")  # positions are resampled
+    assert torch.equal(larger.blocks[0].mlp.fc1.weight, saved["blocks.0.mlp.fc1.weight"])
+    with pytest.raises(DataError, match="does not fit VisionRetention as it is built here: .* tensors"):
+        initialize_from(timm.create_model("vir_tiny_patch16_224", **args | {"depth": 3}), tmp_path / "w.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    with pytest.raises(DataError, match="broken.safetensors cannot be read as weights"):
+        initialize_from(larger, tmp_path / "broken.safetensors")

@@ -1,0 +1,83 @@
+"""FLOPs, their utilisation and slow ranks against numbers worked out by hand or published."""
+
+import time
+
+import pytest
+import torch
+
+import vir.models  # noqa: F401  registers the models
+from vir.training.plan import model_state_bytes
+from vir.training.throughput import Stopwatch, forward_flops, peak_flops, peak_memory, stragglers, utilisation
+
+
+@pytest.mark.parametrize("name, gmacs", [("vit_small_patch16_224", 4.61), ("vit_base_patch16_224", 17.58),
+                                         ("resnet50", 4.11)])  # timm's results/benchmark-infer tables
+def test_flops_are_those_that_timm_publishes(name, gmacs):
+    assert forward_flops(name, {}, (3, 224, 224)) == pytest.approx(2e9 * gmacs, rel=0.01)
+
+
+def test_retention_is_counted_in_chunks():
+    """Of ViR-S with 197 tokens in four chunks: projections as in ViT-S, and less than its attention."""
+    linear = 12 * 197 * (4 * 384 * 384 + 2 * 4 * 384 * 384) + 196 * 768 * 384 + 384 * 1000
+    attention = 12 * 2 * 197 * 197 * 384
+    found = forward_flops("vir_small_patch16_224", {}, (3, 224, 224)) / 2
+    assert linear < found < linear + attention
+
+
+def test_mfu_is_three_forwards_over_the_peak():
+    assert utilisation(100, 10**9, 2, 312e12) == pytest.approx(3 * 1e9 * 100 / (2 * 312e12))
+    assert utilisation(100, 10**9, 2, None) is None
+
+
+def test_the_peak_is_as_given_and_unknown_on_a_cpu():
+    assert peak_flops(torch.device("cpu"), "bf16", None) is None
+    assert peak_flops(torch.device("cpu"), "fp32", 0.5) == 0.5e12
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(100_000_000)
+    assert peak_memory(torch.device("cpu")) >= max(before, held.numel() * 4)
+
+
+def test_the_watch_adds_up_blocks_and_starts_anew():
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch:
+            time.sleep(0.02)
+    assert 0.04 <= watch.total() < 0.5 and watch.total() == 0
+
+
+@pytest.mark.parametrize("waits, forwards, said", [
+    ([1, 1, 1, 4], [2, 2, 2, 2], ["rank 3 waits for data 40 % of the time, the median rank 10 %"]),
+    ([1, 1, 1, 1], [2, 6, 2, 2], ["rank 1 computes forward 60 % of the time, the median rank 20 %"]),
+    ([0.1, 0.3, 0.1], [2, 2.2, 2], []),  # a small share of the interval
+    ([5, 5, 5], [1, 1, 1], []),          # all alike: slow, but nobody is behind
+    ([3], [1], []),
+])
+def test_a_rank_that_holds_the_others_up_is_named(waits, forwards, said):
+    assert stragglers(waits, forwards, 10.0) == said
+
+
+def test_short_intervals_accuse_nobody():
+    assert stragglers([0.1, 0.1, 0.5], [0, 0, 0], 1.0) == []
+
+
+@pytest.mark.parametrize("stage, weights, rest", [(0, 4, 16), (1, 4, 4), (2, 2.5, 4), (3, 1, 4)])
+def test_model_states_are_those_of_the_zero_paper(stage, weights, rest):
+    """Bytes per parameter of bf16 with Adam and an average on four ranks: 2 + 2, and 4 + 4 x 3."""
+    assert model_state_bytes(1000, 4, stage, 2, 3) == (weights * 1000, rest * 1000)
+
+
+def test_float32_without_zero_is_its_own_master():
+    assert model_state_bytes(1000, 4, 0, 4, 2) == (8000, 8000)
+    assert model_state_bytes(1000, 4, 1, 4, 2) == (8000, 3000)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_found_in_the_table_and_its_memory_is_counted():
+    device = torch.device("cuda")
+    assert peak_flops(device, "bf16", None) is None or peak_flops(device, "bf16", None) > 5e13
+    before = peak_memory(device)
+    held = torch.ones(10_000_000, device=device)
+    assert peak_memory(device) >= before + held.numel() * 4 - 2**21
