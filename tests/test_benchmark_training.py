@@ -1,0 +1,111 @@
+"""tools/benchmark_training.py on a tiny network: every figure is there, and the tables follow from the raw numbers."""
+
+import importlib
+import json
+import statistics
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, call
+
+import vir.models  # noqa: F401, registers the models
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("benchmark_training")
+
+
+def rows_of(markdown):
+    """Of each table, in order: its one row or rows as lists of cells, without the head."""
+    tables = [part.splitlines() for part in markdown.split("\n\n") if part.startswith("|")]
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]] for table in tables]
+
+
+def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
+    config = ROOT / "ds_configs" / "zero2_fp32.json"
+    done = call(sys.executable, "tools/benchmark_training.py", "--data", shards, "--steps", 6, "--log_every", 2,
+                "--repeats", 1, "--adam", "torch", "--deepspeed_config", config, "--ema", config,
+                "--json", tmp_path / "x.json", "--", *TINY, "--train.global_batch_size", "16",
+                "--train.micro_batch_size", "4")
+    assert done.returncode == 0, done.stdout
+    found = json.loads((tmp_path / "x.json").read_text())
+    loops, saved, (average,) = found["loops"], found["checkpoints"], found["ema"]
+    turn, = loops["turns"]
+    assert (found["model"], found["ranks"], found["zero"]) == ("vir_tiny_patch16_224", 2, "zero2_fp32")
+    assert len(turn["bare_intervals_ms"]) == len(turn["ours_intervals_ms"]) == 2
+    assert loops["bare_ms"] == statistics.median(turn["bare_intervals_ms"]) > 0.1
+    assert loops["ours_ms"] == statistics.median(turn["ours_intervals_ms"]) > 0.1
+    assert loops["overhead"] == loops["ours_ms"] / loops["bare_ms"] - 1
+    assert 0 <= loops["data_wait"] < 1 and loops["overhead_without_wait"] <= loops["overhead"]
+    assert loops["peer_optimizer"] == "torch.optim.adamw.AdamW"
+
+    model = vir.models.vision_retention.VisionRetention(
+        img_size=28, patch_size=14, embed_dim=128, depth=2, num_heads=2, num_classes=10)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert loops["parameters"] == parameters
+    assert len(saved["seconds"]) == 5 and saved["ema"]
+    # float32 weights, masters, two moments and the average; the rest is names and numbers of DeepSpeed's
+    assert 20 * parameters < saved["bytes"] < 24 * parameters
+    assert saved["images_per_second"] == pytest.approx(16e3 / loops["ours_ms"])
+    assert saved["share"] == pytest.approx(
+        saved["median_seconds"] / (saved["median_seconds"] + 1_281_167 / saved["images_per_second"]))
+
+    assert average["stage"] == 2 and average["ideal_bytes"] == 4 * parameters / 2
+    assert len(average["bytes_of_rank"]) == 2 and 4 * parameters <= sum(average["bytes_of_rank"]) < 4.1 * parameters
+
+    (row,), (checkpoint,), (ema,) = rows_of(done.stdout)
+    assert row[:3] == ["2", "zero2_fp32", "16 of 4"]
+    assert float(row[3].split()[0]) == pytest.approx(loops["bare_ms"], rel=1e-3)
+    assert float(row[5].split()[0]) == pytest.approx(100 * loops["overhead"], rel=1e-3)
+    assert float(checkpoint[0]) == pytest.approx(saved["bytes"] / 1e6, abs=0.01)
+    assert [int(one.replace(",", "")) for one in ema[1].split(", ")] == average["bytes_of_rank"]
+
+
+def test_the_median_is_over_turns_and_the_loops_take_turns(tool):
+    class Sides:
+        parameters, adam, order = 7, "A", []
+
+        def bare(self):
+            self.order.append("bare")
+            return [0.1, 0.5, 0.1]
+
+        def ours(self):
+            self.order.append("ours")
+            return [[0.12, 0.2, 0.1], [0.2] * 3, [0.11] * 3][self.order.count("ours") - 1], 0.25
+
+    found = tool._loops(Sides(), 3)
+    assert Sides.order == ["bare", "ours", "ours", "bare", "bare", "ours"]
+    assert [turn["overhead"] for turn in found["turns"]] == pytest.approx([0.2, 1.0, 0.1])
+    assert found["overhead"] == pytest.approx(0.2)
+    assert found["overhead_without_wait"] == pytest.approx(0.75 * 1.2 - 1)
+    assert tool._spread(found, "overhead", 100) == "20 (10–100)"
+
+
+@pytest.mark.parametrize("stage, name, state", [
+    (0, "mp_rank_00_model_states.pt", lambda s: {"optimizer": {"state": {0: s, 1: s}}}),
+    (2, "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+     lambda s: {"optimizer_state_dict": {"base_optimizer_state": {"state": [s, s]}}})])
+def test_ema_bytes_are_those_of_the_ema_alone(stage, name, state, tool, tmp_path):
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").write_text(folder.name)
+    of_parameter = {"ema": torch.zeros(5), "exp_avg": torch.zeros(5), "step": torch.tensor(1.0)}
+    torch.save(state(of_parameter), folder / name)
+    config = tmp_path / "stage.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    found = tool.ema_bytes(tmp_path, str(config), 1, 10)
+    assert found == {"config": "stage", "stage": stage, "bytes_of_rank": [40], "ideal_bytes": 40.0, "ratio": 1.0}
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--steps", "10"], "--steps is 10; it must be at least 20"), (["--ranks", "0"], "--ranks is 0; it must be at"),
+    (["--", "--no.such", "1"], "no.such"), (["--", "--train.global_batch_size", "100"], "nearest: 128"),
+    (["--model", "vir_tiny_patch16_223"], "vir_tiny_patch16_223"), (["--ema", "no.json"], "no.json: no such file"),
+    (["--data", "nowhere"], "nowhere")])
+def test_what_cannot_be_measured_is_told_before_anything_runs(flags, said, tool, shards, capsys, monkeypatch):
+    monkeypatch.setattr(tool.subprocess, "run", None)
+    assert tool.main(["--data", str(shards), *flags]) in (2, 3)
+    assert said in capsys.readouterr().err
