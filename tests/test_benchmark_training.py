@@ -35,7 +35,7 @@ def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
     loops, saved, (average,) = found["loops"], found["checkpoints"], found["ema"]
     turn, = loops["turns"]
     assert (found["model"], found["ranks"], found["zero"]) == ("vir_tiny_patch16_224", 2, "zero2_fp32")
-    assert len(turn["bare_intervals_ms"]) == len(turn["ours_intervals_ms"]) == 2
+    assert len(turn["bare_intervals_ms"]) == 2 and len(turn["ours_intervals_ms"]) == 1  # a checkpoint is in the other
     assert loops["bare_ms"] == statistics.median(turn["bare_intervals_ms"]) > 0.1
     assert loops["ours_ms"] == statistics.median(turn["ours_intervals_ms"]) > 0.1
     assert loops["overhead"] == loops["ours_ms"] / loops["bare_ms"] - 1
@@ -46,7 +46,7 @@ def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
         img_size=28, patch_size=14, embed_dim=128, depth=2, num_heads=2, num_classes=10)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert loops["parameters"] == parameters
-    assert len(saved["seconds"]) == 5 and saved["ema"]
+    assert len(saved["seconds"]) == 1 and 0 < saved["median_seconds"] < 60
     # float32 weights, masters, two moments and the average; the rest is names and numbers of DeepSpeed's
     assert 20 * parameters < saved["bytes"] < 24 * parameters
     assert saved["images_per_second"] == pytest.approx(16e3 / loops["ours_ms"])
@@ -74,7 +74,9 @@ def test_the_median_is_over_turns_and_the_loops_take_turns(tool):
 
         def ours(self):
             self.order.append("ours")
-            return [[0.12, 0.2, 0.1], [0.2] * 3, [0.11] * 3][self.order.count("ours") - 1], 0.25
+            seconds = [[0.12, 0.2, 0.1], [0.2] * 3, [0.11] * 3][self.order.count("ours") - 1]
+            return tool.Ours(step_seconds=seconds, data_wait=0.25, checkpoint_seconds=[10 * seconds[0]],
+                             logging_seconds=0.0)
 
     found = tool._loops(Sides(), 3)
     assert Sides.order == ["bare", "ours", "ours", "bare", "bare", "ours"]
@@ -82,6 +84,25 @@ def test_the_median_is_over_turns_and_the_loops_take_turns(tool):
     assert found["overhead"] == pytest.approx(0.2)
     assert found["overhead_without_wait"] == pytest.approx(0.75 * 1.2 - 1)
     assert tool._spread(found, "overhead", 100) == "20 (10–100)"
+    saved = tool._checkpoints(found, global_batch_size=12, size=5)
+    assert saved["seconds"] == [1.2, 2.0, 1.1] and saved["median_seconds"] == 1.2
+    assert saved["images_per_second"] == pytest.approx(100) and saved["share"] == pytest.approx(1.2 / (1.2 + 12811.67))
+
+
+def test_intervals_with_a_checkpoint_are_not_timed_and_tell_its_cost(tool, shards, tmp_path, monkeypatch):
+    """Steps of 0.1 s, 0.02 s for a line of metrics, checkpoints of 3 s after steps 20 and 40."""
+    args = tool._parser().parse_args(["--data", str(shards), "--steps", "50"])
+    sides = tool.Sides(args, tmp_path)
+    monkeypatch.setattr(sides, "_launch", lambda words: None)
+    events = [{"kind": "train", "step": step, "time": 100 + step * 0.102 + 3 * (step > 20) + 3 * (step > 40),
+               "images_per_second": 1280.0, "data_wait": 0.25} for step in range(10, 51, 10)]
+    (tmp_path / "01").mkdir()
+    (tmp_path / "01" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    monkeypatch.setattr(sides, "_folder", lambda: tmp_path / "01")
+    found = sides.ours()
+    assert found.step_seconds == pytest.approx([0.102, 0.102])
+    assert found.checkpoint_seconds == pytest.approx([3, 3]) and found.logging_seconds == pytest.approx(0.02)
+    assert found.data_wait == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("stage, name, state", [
@@ -101,7 +122,7 @@ def test_ema_bytes_are_those_of_the_ema_alone(stage, name, state, tool, tmp_path
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--steps", "10"], "--steps is 10; it must be at least 20"), (["--ranks", "0"], "--ranks is 0; it must be at"),
+    (["--steps", "10"], "--steps is 10; it must be at least 30"), (["--ranks", "0"], "--ranks is 0; it must be at"),
     (["--", "--no.such", "1"], "no.such"), (["--", "--train.global_batch_size", "100"], "nearest: 128"),
     (["--model", "vir_tiny_patch16_223"], "vir_tiny_patch16_223"), (["--ema", "no.json"], "no.json: no such file"),
     (["--data", "nowhere"], "nowhere")])

@@ -82,12 +82,13 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
         "bf16": of("bf16", "zero2_bf16", "--resume", str(base)),
         "other optimizer": of("other", "zero2_fp32", "--resume", str(base), "--optim.name", "lion",
                               "--accept_config_change", "true"),
-        "settings": of("settings", "zero1_bf16", "--optim.name", "lion", "--optim.lr", "null",
-                       "--optim.lr_base", "1e-3", "--optim.layer_decay", "0.7", "--optim.weight_decay_end", "0.2",
-                       "--schedule.name", "linear", "--schedule.cooldown_epochs", "0.24", "--train.loss", "bce", "--train.bce_target_thresh", "0.2",
-                       "--model.mean", "[0.1, 0.2, 0.3]", "--model.crop_pct", "0.9", "--train.profile", "2",
-                       "--train.peak_tflops", "0.1", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs",
-                       epochs(6), "--eval.every_epochs", epochs(4), "--ema.decay", "0", steps=14),
+        "settings": of(
+            "settings", "zero1_bf16", "--optim.name", "lion", "--optim.lr", "null", "--optim.lr_base", "1e-3",
+            "--optim.layer_decay", "0.7", "--optim.weight_decay_end", "0.2", "--schedule.name", "linear",
+            "--schedule.cooldown_epochs", "0.24", "--train.loss", "bce", "--train.bce_target_thresh", "0.2",
+            "--model.mean", "[0.1, 0.2, 0.3]", "--model.crop_pct", "0.9", "--train.profile", "2",
+            "--train.peak_tflops", "0.1", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs", epochs(6),
+            "--eval.every_epochs", epochs(4), "--ema.decay", "0", steps=14),
     }
     codes, said = launch(tmp, list(jobs.values()), ranks=1)
     return tmp, dict(zip(jobs, codes)), said

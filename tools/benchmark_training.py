@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -28,7 +29,6 @@ RECIPE = ROOT / "vir" / "recipes" / "quickstart.yaml"
 STAGES = tuple(str(ROOT / "ds_configs" / f"{name}.json")
                for name in ("zero0_fp32", "zero1_bf16", "zero2_fp32", "zero3_bf16"))
 IMAGENET = 1_281_167
-CHECKPOINTS = 5
 
 # glibc would give freed tensors back to the system and fault them in again: noise, and up to half of the time on CPU.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
@@ -49,10 +49,11 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> str:
     from vir.training import ds_config
 
     for flag, value, least in (("ranks", args.ranks, 1), ("repeats", args.repeats, 1), ("log_every", args.log_every, 1),
-                               ("steps", args.steps, 2 * args.log_every)):
+                               ("steps", args.steps, 3 * args.log_every)):
         if value < least:
             raise SettingsError(f"--{flag} is {value}; it must be at least {least}" +
-                                (", one interval of --log_every to warm up and one to time" if flag == "steps" else ""))
+                                (", three intervals of --log_every: warm-up, timed, after a checkpoint"
+                                 if flag == "steps" else ""))
     for config in args.ema or ():
         ds_config.read(config)
     with tempfile.TemporaryDirectory(prefix="benchmark_training_") as scratch:
@@ -60,11 +61,11 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> str:
         result = {"command": f"python tools/benchmark_training.py {shlex.join(argv)}", "machine": _machine(),
                   "load": os.getloadavg()[0], **side.facts()}
         result["loops"] = _loops(side, args.repeats)
-        result["checkpoints"], folder = side.checkpoints(result["loops"])
+        result["checkpoints"] = _checkpoints(result["loops"], result["global_batch_size"],
+                                             folder_bytes(newest(side.run)))
         if args.ema is not None:
-            runs = {config: folder if _same(config, args.deepspeed_config) else side.short_run(config)
-                    for config in args.ema or STAGES}
-            result["ema"] = [ema_bytes(run, config, args.ranks, side.parameters) for config, run in runs.items()]
+            result["ema"] = [ema_bytes(side.short_run(config), config, args.ranks, side.parameters)
+                             for config in args.ema or STAGES]
     text = report(result)
     if args.json:
         try:
@@ -74,8 +75,17 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> str:
     return text
 
 
-def _same(one: str, other: str) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """One run of our loop, after its first interval."""
+
+    step_seconds: list[float]
+    """In each interval of `log_every` steps that no checkpoint interrupts."""
+    data_wait: float
+    """The share of them spent waiting for data, mean over the ranks."""
+    checkpoint_seconds: list[float]
+    logging_seconds: float
+    """Of writing one line of metrics, which is part of the steps."""
 
 
 class Sides:
@@ -87,7 +97,7 @@ class Sides:
         from vir.training import ds_config
 
         self._args, self._scratch, self._started = args, scratch, 0
-        self.parameters, self.adam = 0, ""
+        self.parameters, self.adam, self.run = 0, "", scratch
         network = ["--model.name", args.model, "--model.args", "{}", "--model.img_size", "null"] if args.model else []
         self._flags = ["--config", str(RECIPE), *network, "--augment.mixup", "0.8", "--augment.cutmix", "1.0",
                        "--schedule.warmup_epochs", "0", "--eval.every_epochs", "1e6", *args.options,
@@ -131,41 +141,35 @@ class Sides:
         self.parameters, self.adam = found["parameters"], found["optimizer"]
         return [(end - begin) / self._args.log_every for begin, end in zip(found["times"], found["times"][1:])]
 
-    def ours(self) -> tuple[list[float], float]:
-        """Seconds of a step in each interval after the first, and the share of them that waited for data."""
-        every = self._args.log_every
-        folder = self._train(self._args.deepspeed_config, self._args.steps, every)
+    def ours(self) -> "Ours":
+        """Our loop, with a checkpoint after every other interval."""
+        every, images = self._args.log_every, self._args.log_every * self._batch
+        folder = self.run = self._train(self._args.deepspeed_config, self._args.steps, every,
+                                        "--checkpoint.every_epochs", repr(2 * images / self._images))
+        timed, paused = [], []
         events = [event for event in train_events(folder) if event["step"] % every == 0]
-        seconds = [after["time"] - before["time"] for before, after in zip(events, events[1:])]
-        waited = sum(length * event["data_wait"] for length, event in zip(seconds, events[1:]))
-        return [length / every for length in seconds], waited / sum(seconds)
-
-    def checkpoints(self, loops: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-        """Seconds and bytes of checkpoints, one after every other step; and the run folder."""
-        folder = self._train(self._args.deepspeed_config, 2 * CHECKPOINTS + 2, 1,
-                             "--checkpoint.every_epochs", repr(2 * self._batch / self._images))
-        events = train_events(folder)
-        # images_per_second leaves the pause between two steps out, their distance in time does not.
-        pauses = [(before["step"], after["time"] - before["time"] - self._batch / after["images_per_second"])
-                  for before, after in zip(events, events[1:])]
-        logging = statistics.median(pause for step, pause in pauses if step % 2)
-        seconds = [pause - logging for step, pause in pauses if step % 2 == 0]
-        took, rate = statistics.median(seconds), self._batch * 1e3 / loops["ours_ms"]
-        return {"seconds": seconds, "median_seconds": took, "bytes": folder_bytes(newest(folder)),
-                "ema": self.config.ema.decay > 0, "images_per_second": rate, "epoch_seconds": IMAGENET / rate,
-                "share": took / (took + IMAGENET / rate)}, folder
+        for before, after in zip(events, events[1:]):
+            saved_between = before["step"] % (2 * every) == 0
+            (paused if saved_between else timed).append((after["time"] - before["time"], after))
+        # images_per_second leaves what happens between two intervals out, their distance in time does not.
+        logging = statistics.median(seconds - images / event["images_per_second"] for seconds, event in timed)
+        waited = sum(seconds * event["data_wait"] for seconds, event in timed)
+        return Ours(step_seconds=[seconds / every for seconds, _ in timed],
+                    data_wait=waited / sum(seconds for seconds, _ in timed), logging_seconds=logging,
+                    checkpoint_seconds=[seconds - images / event["images_per_second"] - logging
+                                        for seconds, event in paused])
 
     def short_run(self, config: str) -> Path:
         """The folder of two steps under another DeepSpeed config, with an average of the weights."""
-        return self._train(config, 2, 1)
+        if self.config.ema.decay and Path(config).resolve() == Path(self._args.deepspeed_config).resolve():
+            return self.run
+        return self._train(config, 2, 1, *([] if self.config.ema.decay else ["--ema.decay", "0.99"]))
 
     def _train(self, config: str, steps: int, log_every: int, *more: str) -> Path:
         folder = self._folder()
-        ema = [] if self.config.ema.decay or self._args.ema is None else ["--ema.decay", "0.99"]
         epochs = (steps - 0.5) * self._batch / self._images  # a run ends with the step that reaches them
-        self._launch(["--module", "vir.train", *self._flags, *ema, "--checkpoint.every_epochs", "1e6", *more,
-                      "--deepspeed_config", config, "--train.epochs", repr(epochs), "--train.log_every",
-                      str(log_every), "--output", str(folder)])
+        self._launch(["--module", "vir.train", *self._flags, "--deepspeed_config", config, "--train.epochs",
+                      repr(epochs), "--train.log_every", str(log_every), "--output", str(folder), *more])
         return folder
 
     def _folder(self) -> Path:
@@ -208,19 +212,29 @@ def _loops(side: Sides, repeats: int) -> dict[str, Any]:
     turns = []
     for repeat in range(repeats):
         if repeat % 2:
-            (ours, waited), bare = side.ours(), side.bare()
+            ours, bare = side.ours(), side.bare()
         else:
-            bare, (ours, waited) = side.bare(), side.ours()
-        bare_ms, ours_ms = 1e3 * statistics.median(bare), 1e3 * statistics.median(ours)
+            bare, ours = side.bare(), side.ours()
+        waited = ours.data_wait
+        bare_ms, ours_ms = 1e3 * statistics.median(bare), 1e3 * statistics.median(ours.step_seconds)
         turns.append({"bare_ms": bare_ms, "ours_ms": ours_ms, "data_wait": waited, "overhead": ours_ms / bare_ms - 1,
                       "overhead_without_wait": ours_ms * (1 - waited) / bare_ms - 1,
                       "bare_intervals_ms": [1e3 * one for one in bare],
-                      "ours_intervals_ms": [1e3 * one for one in ours]})
+                      "ours_intervals_ms": [1e3 * one for one in ours.step_seconds],
+                      "logging_seconds": ours.logging_seconds, "checkpoint_seconds": ours.checkpoint_seconds})
         print(f"turn {repeat + 1} of {repeats}: bare {bare_ms:.4g} ms, ours {ours_ms:.4g} ms, of which waiting for "
               f"data {100 * waited:.1f} %", file=sys.stderr, flush=True)
     medians = {name: statistics.median(turn[name] for turn in turns)
                for name in ("bare_ms", "ours_ms", "data_wait", "overhead", "overhead_without_wait")}
     return {**medians, "parameters": side.parameters, "peer_optimizer": side.adam, "turns": turns}
+
+
+def _checkpoints(loops: dict[str, Any], global_batch_size: int, size: int) -> dict[str, Any]:
+    """Seconds and bytes of a checkpoint, and its share of the time when saved after each epoch of ImageNet-1k."""
+    seconds = [one for turn in loops["turns"] for one in turn["checkpoint_seconds"]]
+    took, rate = statistics.median(seconds), global_batch_size * 1e3 / loops["ours_ms"]
+    return {"seconds": seconds, "median_seconds": took, "bytes": size, "images_per_second": rate,
+            "epoch_seconds": IMAGENET / rate, "share": took / (took + IMAGENET / rate)}
 
 
 def train_events(run: Path) -> list[dict[str, Any]]:
@@ -310,7 +324,7 @@ def report(result: dict[str, Any]) -> str:
         f"Median (least to most) of {len(loops['turns'])} turns, a turn's ratio being of medians over intervals of "
         f"{result['log_every']} steps. Ours has shards read and decoded by {result['loader_processes_per_rank']} "
         f"loader process(es) per rank, augmentation, mixup or cutmix, smoothing, schedule, "
-        f"{'EMA, ' if saved['ema'] else ''}checks and logging; the bare loop has one batch in memory and "
+        f"{'EMA, ' if result['ema_decay'] else ''}checks and logging; the bare loop has one batch in memory and "
         f"{loops['peer_optimizer']}."]
     if result["cores"] < result["ranks"] * (1 + result["loader_processes_per_rank"]):
         lines.append(f"{result['ranks']} trainers and their loader processes share {result['cores']} cores: what the "
@@ -320,8 +334,8 @@ def report(result: dict[str, Any]) -> str:
                             f"({min(saved['seconds']):.3f}–{max(saved['seconds']):.3f})",
                             f"{saved['images_per_second']:.4g}", f"{saved['epoch_seconds'] / 3600:.2f}",
                             f"{100 * saved['share']:.3g}")]), "",
-              f"One checkpoint {'with' if saved['ema'] else 'without'} EMA, median of {len(saved['seconds'])}; its "
-              f"share when saved after each {IMAGENET:,} images at this rate."]
+              f"One checkpoint {'with' if result['ema_decay'] else 'without'} EMA, median of "
+              f"{len(saved['seconds'])}; its share when saved after each {IMAGENET:,} images at this rate."]
     if "ema" in result:
         lines += ["", *_table(("ZeRO", "EMA bytes of each rank", "4 x parameters / ranks", "ratio"),
                               [(row["config"], ", ".join(f"{size:,}" for size in row["bytes_of_rank"]),

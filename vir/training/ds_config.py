@@ -16,15 +16,79 @@ OWNED = {
     "train_micro_batch_size_per_gpu": "--train.micro_batch_size",
     "gradient_accumulation_steps": "--train.global_batch_size and --train.micro_batch_size",
     "gradient_clipping": "--optim.clip_grad",
-    "optimizer": "--optim.lr, --optim.weight_decay, --optim.betas and --optim.eps",
-    "scheduler": "--schedule.warmup_epochs, --schedule.warmup_lr and --schedule.min_lr",
+    "optimizer": "--optim.name, --optim.lr, --optim.weight_decay, --optim.betas and --optim.eps",
+    "scheduler": "--schedule.name, --schedule.warmup_epochs, --schedule.warmup_lr and --schedule.min_lr",
 }
 
-# DeepSpeed 0.19 ignores a top-level key it does not know, so a typo would pass in silence.
-KNOWN = {
-    "zero_optimization", "bf16", "fp16", "activation_checkpointing", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "wall_clock_breakdown", "memory_breakdown", "flops_profiler", "comms_logger",
-    "tensorboard", "wandb", "csv_monitor", "comet", "steps_per_print", "dump_state", "disable_python_gc", "timers",
+_MONITOR = {"enabled", "output_path", "job_name"}
+
+# DeepSpeed 0.19 ignores a top-level key it does not know, so a typo would pass in silence; in most blocks it refuses
+# one, but does not say what was meant. None: a value, not a block.
+KNOWN: dict[str, set[str] | None] = {
+    "zero_optimization": {
+        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
+        "allgather_partitions", "allgather_bucket_size", "overlap_comm", "offload_param", "offload_optimizer",
+        "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save", "ignore_unused_parameters", "zero_hpz_partition_size",
+        "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+        "memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
+        "leaf_module"},
+    "offload_param": {"device", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"},
+    "offload_optimizer": {"device", "buffer_count", "pin_memory", "fast_init", "ratio"},
+    "leaf_module": {"classes", "names", "name_suffixes"},
+    "bf16": {"enabled", "check_grad_overflow", "immediate_grad_update"},
+    "fp16": {"enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+             "consecutive_hysteresis", "min_loss_scale"},
+    "data_types": {"grad_accum_dtype"},
+    "activation_checkpointing": set(),
+    "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed",
+                       "output_file"},
+    "comms_logger": {"enabled", "prof_all", "prof_ops", "verbose", "debug"},
+    "tensorboard": _MONITOR, "csv_monitor": _MONITOR,
+    "wandb": {"enabled", "group", "team", "project"},
+    "comet": {"enabled", "samples_log_interval", "project", "workspace", "api_key", "experiment_name",
+              "experiment_key", "online", "mode"},
+    "timers": {"throughput"}, "throughput": {"enabled", "synchronized"},
+    "communication_data_type": None, "prescale_gradients": None, "gradient_predivide_factor": None,
+    "wall_clock_breakdown": None, "memory_breakdown": None, "steps_per_print": None, "dump_state": None,
+    "disable_python_gc": None,
+}
+_NESTED = {"offload_param", "offload_optimizer", "leaf_module", "throughput"}
+
+# What DeepSpeed knows, but what would train otherwise than promised, or leave checkpoints that nothing here reads.
+REFUSED = {
+    "zero_optimization": {
+        "elastic_checkpoint": "its checkpoints have another layout; any number of ranks resumes without it",
+        "load_from_fp32_weights": "weights always resume from float32",
+        "round_robin_gradients": "it orders the weights in a checkpoint otherwise",
+        "parameter_alignment": "it orders the weights in a checkpoint otherwise",
+        "compute_grad_norm": "clipping and the log need the norm",
+        "zenflow": "it updates weights at other moments than the optimizer's step, which the average would miss",
+        "save_muon_momentum_buffer_in_memory": "muon is not run through DeepSpeed here",
+        "pipeline_loading_checkpoint": "checkpoints are not loaded by DeepSpeed here",
+        "legacy_stage1": "DeepSpeed has removed it", "cpu_offload": "write offload_optimizer: {device: cpu}",
+        "cpu_offload_param": "write offload_param: {device: cpu}",
+        "cpu_offload_use_pin_memory": "write pin_memory in offload_optimizer",
+        "stage3_gather_fp16_weights_on_model_save": "write stage3_gather_16bit_weights_on_model_save",
+    },
+    "offload_param": {"nvme_path": "only cpu is"},
+    "offload_optimizer": {
+        "super_offload": "it keeps the optimizer in a process of its own, where no average is kept",
+        "cpuadam_cores_perc": "it belongs to super_offload", "nvme_path": "only cpu is",
+        "pipeline_read": "only cpu is", "pipeline_write": "only cpu is"},
+    "bf16": {"bf16_master_weights_and_grads": "masters and the average are float32",
+             "bf16_optimizer_states": "masters and the average are float32"},
+    "fp16": {"fp16_master_weights_and_grads": "masters and the average are float32"},
+    "data_types": {"buffer_dtype": "retention's decay must stay float32",
+                   "keep_in_fp32_modules": "all parameters of a group must have one type"},
+    "": {"torch_autocast": "one way is supported: bf16.enabled or fp16.enabled, with float32 masters",
+         "zero_allow_untested_optimizer": "--optim.name is checked against the stage instead",
+         "zero_force_ds_cpu_optimizer": "--optim.name is checked against the stage instead",
+         "checkpoint": "checkpoints are written as the run config says",
+         "data_efficiency": "the order of samples is fixed",
+         "compile": "use --model.compile true"},
 }
 
 
@@ -32,9 +96,10 @@ def read(path: str | Path) -> dict[str, Any]:
     """The JSON at `path`, without the keys of the run config that it leaves at "auto".
 
     Raises:
-        SettingsError: no such file, not a JSON object, an unknown key, one that the run config owns, "auto" where
-            nothing fills it, a block that is no object, an activation_checkpointing key that has no effect, both
-            fp16 and bf16, a ZeRO stage beyond 3.
+        SettingsError: no such file, not a JSON object; anywhere in it an unknown key, one that the run config owns or
+            that would break what is promised, "auto" where nothing fills it; a block that is no object, an
+            activation_checkpointing key that has no effect, both fp16 and bf16, a ZeRO stage beyond 3, an offload or a
+            type of accumulated gradients that the stage does not have.
     """
     path = Path(path)
     try:
@@ -53,39 +118,37 @@ def read(path: str | Path) -> dict[str, Any]:
         raise SettingsError(f"{path} sets {', '.join(owned)}, which the run config owns; remove it there and use " +
                             "; ".join(f"{OWNED[key]} for {key}" for key in owned))
     config = {key: value for key, value in found.items() if key not in OWNED}
-    for key in config:
-        if key not in KNOWN:
-            near = difflib.get_close_matches(key, KNOWN | OWNED.keys(), n=1)
-            raise SettingsError(f"{path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else
-                                                                  f"; known are {', '.join(sorted(KNOWN))}"))
+    _check_keys(path, config, "", KNOWN.keys() - _NESTED, KNOWN.keys() - _NESTED | OWNED.keys())
     _refuse_auto(path, config, "")
-    _check_blocks(path, config)
-    extra = sorted(config.get("activation_checkpointing", {}))
-    if extra:
-        raise SettingsError(f"{path}: activation_checkpointing sets {', '.join(extra)}, which would have no effect; "
-                            "write an empty block {} to recompute every block in the backward pass")
-    if is_enabled(config, "fp16") and is_enabled(config, "bf16"):
-        raise SettingsError(f"{path} enables both fp16 and bf16; keep one")
-    if not config.get("bf16", {}).get("check_grad_overflow", True):
-        raise SettingsError(f"{path} switches bf16.check_grad_overflow off: steps that are not finite would be "
-                            "applied; leave it out")
-    offload = sorted(key for key in config.get("zero_optimization", {}) if "offload" in key)
-    if offload:
-        raise SettingsError(f"{path} sets zero_optimization.{offload[0]}; offload is not supported yet, leave it out")
+    _check_precision(path, config)
     stage = zero_stage(config)
     if type(stage) is not int or stage not in (0, 1, 2, 3):  # true is 1 in Python
         raise SettingsError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    _check_offload(path, config, stage)
+    _check_accumulation(path, config, stage)
     return config
 
 
-def _check_blocks(path: Path, config: dict[str, Any]) -> None:
-    for key in ("zero_optimization", "fp16", "bf16", "activation_checkpointing"):
-        block = config.get(key, {})
-        if not isinstance(block, dict):
-            raise SettingsError(f"{path}: {key} is {json.dumps(block)}; it must be an object {{...}}, or be left out")
-        enabled = block.get("enabled", False)
-        if key in ("fp16", "bf16") and not isinstance(enabled, bool):
-            raise SettingsError(f"{path}: {key}.enabled is {json.dumps(enabled)}; it must be true or false")
+def _check_keys(path: Path, block: dict[str, Any], prefix: str, known: set[str], guesses: set[str]) -> None:
+    """Refuse what is unknown or would break, here and in the blocks within."""
+    title = prefix.rstrip(".").split(".")[-1]
+    for key, value in block.items():
+        if reason := REFUSED.get(title, {}).get(key):
+            raise SettingsError(f"{path} sets {prefix}{key}, which is not supported: {reason}; leave it out")
+        if title == "activation_checkpointing":
+            raise SettingsError(f"{path}: activation_checkpointing sets {', '.join(sorted(block))}, which would have "
+                                "no effect; write an empty block {} to recompute every block in the backward pass")
+        if key not in known:
+            near = difflib.get_close_matches(key, guesses, n=1)
+            raise SettingsError(f"{path}: unknown key {prefix + key!r}; " + (
+                f"did you mean {prefix + near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"))
+        inner = KNOWN.get(key)
+        if inner is None:
+            continue
+        if not isinstance(value, dict):
+            raise SettingsError(f"{path}: {prefix}{key} is {json.dumps(value)}; it must be an object {{...}}, or be "
+                                "left out")
+        _check_keys(path, value, f"{prefix}{key}.", inner, inner)
 
 
 def _refuse_auto(path: Path, value: Any, key: str) -> None:
@@ -95,6 +158,44 @@ def _refuse_auto(path: Path, value: Any, key: str) -> None:
     named = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in named:
         _refuse_auto(path, item, f"{key}.{name}" if key else name)
+
+
+def _check_precision(path: Path, config: dict[str, Any]) -> None:
+    for key in ("fp16", "bf16"):
+        enabled = config.get(key, {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise SettingsError(f"{path}: {key}.enabled is {json.dumps(enabled)}; it must be true or false")
+    if is_enabled(config, "fp16") and is_enabled(config, "bf16"):
+        raise SettingsError(f"{path} enables both fp16 and bf16; keep one")
+    if not config.get("bf16", {}).get("check_grad_overflow", True):
+        raise SettingsError(f"{path} switches bf16.check_grad_overflow off: steps that are not finite would be "
+                            "applied; leave it out")
+
+
+def _check_offload(path: Path, config: dict[str, Any], stage: int) -> None:
+    for key, needs in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = config.get("zero_optimization", {}).get(key, {}).get("device", "none")
+        if device == "nvme":
+            raise SettingsError(f"{path}: zero_optimization.{key}.device is nvme, which is not supported: what lies "
+                                "there is in no checkpoint that could be consolidated or resumed elsewhere; take cpu")
+        if device not in ("cpu", "none"):
+            raise SettingsError(f"{path}: zero_optimization.{key}.device is {device!r}; it must be cpu or none")
+        if device == "cpu" and stage < needs:
+            raise SettingsError(f"{path}: zero_optimization.{key} needs ZeRO stage {needs} or higher, the stage is "
+                                f"{stage}")
+
+
+def _check_accumulation(path: Path, config: dict[str, Any], stage: int) -> None:
+    dtype = config.get("data_types", {}).get("grad_accum_dtype")
+    if dtype is None:
+        return
+    if dtype not in ("fp32", "bf16", "fp16"):
+        raise SettingsError(f"{path}: data_types.grad_accum_dtype is {dtype!r}; it must be fp32, bf16 or fp16")
+    if stage < 2 and dtype != precision(config):
+        why = ("DeepSpeed has it in stages 2 and 3 only" if stage == 0 else
+               "DeepSpeed would take another optimizer, whose checkpoints have another layout")
+        raise SettingsError(f"{path}: data_types.grad_accum_dtype {dtype} with ZeRO stage {stage}: {why}; take stage 2 "
+                            "or 3, or leave it out")
 
 
 def is_enabled(config: dict[str, Any], precision: str) -> bool:
@@ -110,6 +211,11 @@ def zero_stage(config: dict[str, Any]) -> Any:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
+def offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimizer works on the CPU, in its memory."""
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") == "cpu"
+
+
 def complete(config: dict[str, Any], run: RunConfig, accumulation: int) -> dict[str, Any]:
     """The dict handed to DeepSpeed: `config` with batch sizes, accumulation and clipping of the run."""
     return {
@@ -119,8 +225,3 @@ def complete(config: dict[str, Any], run: RunConfig, accumulation: int) -> dict[
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.optim.clip_grad,
     }
-
-
-def offloads(config: dict[str, Any]) -> bool:
-    """Whether the optimizer works in CPU memory."""
-    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
