@@ -26,8 +26,12 @@ def launch(tmp: Path, jobs: list[Job], ranks: int = RANKS) -> None:
     assert done.returncode == 0, done.stdout[-6000:]
 
 
-def plain_loop(job: Job) -> tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Losses, gradient norms, float32 weights and their average after the job's steps, by PyTorch alone."""
+def plain_loop(job: Job, applied: list[bool] | None = None) -> tuple[
+        list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses, gradient norms, float32 weights and their average after the job's steps, by PyTorch alone.
+
+    Steps that are not `applied` only tell their loss.
+    """
     dtype, config = DTYPES[job.precision], job.config()
     model = job.build()
     masters = {name: p.detach().to(dtype).float() for name, p in model.named_parameters()}
@@ -61,6 +65,8 @@ def plain_loop(job: Job) -> tuple[list[float], list[float], dict[str, torch.Tens
             total += float(loss.detach()) / len(parts)
         losses.append(total)
         norms.append(float(torch.nn.utils.clip_grad_norm_(live.values(), config.optim.clip_grad)))
+        if applied is not None and not applied[step]:
+            continue
         optimizer.step()
         decay = min(0.9, (2 + step) / (11 + step))
         average = {name: decay * value + (1 - decay) * live[name].detach() for name, value in average.items()}
@@ -78,6 +84,19 @@ def partitions(job: Job) -> Partitions:
 
 CASES = list(itertools.product(range(4), DTYPES, (1, 4), (False, True)))
 
+# What else a DeepSpeed JSON may ask for, with what it must equal: (stage, precision, accumulation, JSON, how close).
+OPTIONS = {
+    "offload z1": (1, "bf16", 1, {"offload_optimizer": {"device": "cpu"}}, {}),
+    "offload z2": (2, "fp32", 4, {"offload_optimizer": {"device": "cpu"}}, {}),
+    "offload z3": (3, "bf16", 1, {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, {}),
+    "gradients in float32 z2": (2, "bf16", 4, {}, {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "gradients in float32 z3": (3, "bf16", 4, {}, {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "hpZ": (3, "fp32", 1, {"zero_hpz_partition_size": 2}, {}),
+    "nothing stays gathered": (3, "fp32", 4, {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+                                              "stage3_param_persistence_threshold": 0}, {}),
+}
+OVERFLOWS = 12
+
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory) -> dict[tuple, Job]:
@@ -85,6 +104,13 @@ def matrix(tmp_path_factory) -> dict[tuple, Job]:
     jobs = {(stage, precision, accumulation, recompute): Job(
         output=str(tmp / f"z{stage}_{precision}_{accumulation}_{recompute}"), stage=stage, precision=precision,
         accumulation=accumulation, recompute=recompute) for stage, precision, accumulation, recompute in CASES}
+    for name, (stage, precision, accumulation, zero, settings) in OPTIONS.items():
+        jobs[name] = Job(output=str(tmp / name), stage=stage, precision=precision, accumulation=accumulation,
+                         zero=zero, settings=settings)
+    for stage in range(4):
+        jobs["overflow", stage] = Job(output=str(tmp / f"overflow{stage}"), stage=stage, precision="fp16",
+                                      scale_power=24, steps=OVERFLOWS)
+    jobs["no average"] = Job(output=str(tmp / "no average"), ema=0.0)
     launch(tmp, list(jobs.values()))
     return jobs
 
@@ -109,6 +135,42 @@ def test_losses_norms_and_average_are_those_of_a_plain_loop(case, matrix, plain)
         for name in weights:
             for key, expected in ((WEIGHT, weights[name]), ("ema", average[name])):
                 assert (found.whole(name, key) - expected).abs().max() < 1e-4, (name, key)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_json_train_to_what_a_plain_loop_does(name, matrix, plain):
+    job = matrix[name]
+    losses, _, weights, _ = plain[job.precision, job.accumulation]
+    assert [event["loss"] for event in result(job)["events"]] == pytest.approx(losses, rel=TOLERANCE[job.precision])
+    found, begun = partitions(job), dict(job.build().named_parameters())
+    for tensor in weights:  # every one has moved, and where the plain loop's went: by the cosine of the two ways
+        ours, theirs = ((moved - begun[tensor].detach()).flatten() for moved in (
+            found.whole(tensor, WEIGHT), weights[tensor]))
+        assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > (0.999 if job.precision == "fp32" else 0.8)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_overflow_is_skipped_and_halves_the_scale_until_it_fits(stage, matrix):
+    job = matrix["overflow", stage]
+    events = result(job)["events"]
+    for now, then in zip(events, events[1:]):
+        assert then["scale"] == (now["scale"] if now["applied"] else now["scale"] / 2)
+    skipped = sum(not event["applied"] for event in events)
+    assert events[0]["scale"] == 2**24 and 4 < skipped < OVERFLOWS - 2
+    assert all(event["norm"] < 5 for event in events if event["applied"])  # unscaled
+    info = read_info(newest(Path(job.output)))
+    assert (info.step, info.updates) == (OVERFLOWS, OVERFLOWS - skipped)
+    assert info.loss_scaler["cur_scale"] == events[-1]["scale"]
+    assert int(partitions(job).scalars("head.weight")["step"]) == OVERFLOWS - skipped  # Adam counts updates alone
+    losses, _, _, _ = plain_loop(job, applied=[event["applied"] for event in events])
+    assert [event["loss"] for event in events] == pytest.approx(losses, rel=1e-2)
+
+
+def test_without_an_average_the_training_is_the_same_and_none_is_saved(matrix):
+    with_it, without = matrix[0, "fp32", 1, False], matrix["no average"]
+    assert result(with_it)["events"] == result(without)["events"]
+    assert set(partitions(without).keys("head.weight")) == {"exp_avg", "exp_avg_sq"}
+    assert torch.equal(result(without)["averaged"], result(without)["logits"])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[3]], ids=str)
