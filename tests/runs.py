@@ -37,7 +37,7 @@ def launch(tmp: Path, commands: list[list[str]], ranks: int = 2) -> tuple[list[i
     """Run the commands one after another in one launch; their exit codes and what was said."""
     tmp.mkdir(exist_ok=True)
     (tmp / "commands.json").write_text(json.dumps(commands))
-    done = deepspeed(ROOT / "tests" / "several_runs.py", tmp / "commands.json", ranks=ranks)
+    done = deepspeed(ROOT / "tests" / "several_runs.py", tmp / "commands.json", ranks=ranks, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:]
     return json.loads((tmp / "codes.json").read_text()), done.stdout
 

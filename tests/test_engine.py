@@ -14,6 +14,8 @@ from vir.training.loss import training_loss
 from vir.training.optimizer import parameter_groups
 from vir.training.partitions import WEIGHT, Partitions
 
+pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
+
 torch.set_num_threads(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Losses, relative to the plain loop's. Low precisions keep 8 and 11 bits, and DeepSpeed sums gradients in them.

@@ -17,6 +17,8 @@ from runs import BATCH, alone, command, epochs, launch, train_events, weights
 from vir.training.checkpoint_info import newest, read_info, verify
 from vir.training.metrics import read_metrics
 
+pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
+
 STEPS, FIRST = 24, 4
 FIXED = ["--model.drop_path_rate", "0", "--checkpoint.every_epochs", epochs(FIRST)]
 

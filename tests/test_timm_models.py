@@ -12,6 +12,8 @@ from vir.training.checkpoint_info import newest
 from vir.training.consolidate import consolidate
 from vir.training.metrics import read_metrics
 
+pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
+
 MODELS = {"test_vit": "zero3_bf16_ckpt", "test_convnext": "zero2_fp32", "test_resnet": "zero2_bf16"}
 STEPS = 6
 
