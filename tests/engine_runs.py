@@ -12,7 +12,7 @@ import timm
 import torch
 
 import vir.models  # noqa: F401  registers the models
-from vir.config import AugmentConfig, DataConfig, EmaConfig, OptimConfig, RunConfig, TrainConfig
+from vir.config import AugmentConfig, DataConfig, EmaConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from vir.training.loss import training_loss
 
 GLOBAL_BATCH = 24  # divides by 1, 2 and 3 ranks, times 4 micro-batches
@@ -48,7 +48,7 @@ class Job:
     def config(self, ranks: int = 1) -> RunConfig:
         return RunConfig(
             deepspeed_config="matrix", output=self.output, data=DataConfig(train="t", val="v"),
-            augment=AugmentConfig(mixup=0, cutmix=0),
+            augment=AugmentConfig(mixup=0, cutmix=0), model=ModelConfig(compile=self.compile),
             train=TrainConfig(global_batch_size=GLOBAL_BATCH,
                               micro_batch_size=GLOBAL_BATCH // ranks // self.accumulation),
             optim=OptimConfig(lr=1e-2, **self.optim), ema=EmaConfig(decay=self.ema))
@@ -97,12 +97,7 @@ def run(job: Job) -> None:
     from vir.training.partitions import Partitions
 
     world = distributed.start()
-    model = job.build()
-    if job.compile:
-        from vir.training.run import compile_blocks
-
-        compile_blocks(model)
-    engine = Engine(model, job.config(world.size), job.ds_config(), job.accumulation, world)
+    engine = Engine(job.build(), job.config(world.size), job.ds_config(), job.accumulation, world)
     if job.restore:
         folder, info = checkpoint.find_named(Path(job.restore), world)
         engine.restore(Partitions(folder, info), info)

@@ -112,6 +112,9 @@ def matrix(tmp_path_factory) -> dict[tuple, Job]:
     for stage in range(4):
         jobs["overflow", stage] = Job(output=str(tmp / f"overflow{stage}"), stage=stage, precision="fp16",
                                       scale_power=24, steps=OVERFLOWS)
+    for stage in (1, 3):
+        jobs["compiled", stage] = Job(output=str(tmp / f"compiled{stage}"), stage=stage, recompute=True, compile=True,
+                                      drop_path_rate=0.0)  # compiled code draws other random numbers
     jobs["no average"] = Job(output=str(tmp / "no average"), ema=0.0)
     launch(tmp, list(jobs.values()))
     return jobs
@@ -166,6 +169,14 @@ def test_overflow_is_skipped_and_halves_the_scale_until_it_fits(stage, matrix):
     assert int(partitions(job).scalars("head.weight")["step"]) == OVERFLOWS - skipped  # Adam counts updates alone
     losses, _, _, _ = plain_loop(job, applied=[event["applied"] for event in events])
     assert [event["loss"] for event in events] == pytest.approx(losses, rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_compiled_blocks_train_to_the_same_losses(stage, matrix):
+    losses, norms, _, _ = plain_loop(Job(output="plain", drop_path_rate=0.0))
+    events = result(matrix["compiled", stage])["events"]
+    assert [event["loss"] for event in events] == pytest.approx(losses, rel=1e-5)
+    assert [event["norm"] for event in events] == pytest.approx(norms, rel=1e-4)
 
 
 def test_without_an_average_the_training_is_the_same_and_none_is_saved(matrix):

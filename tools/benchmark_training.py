@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -59,7 +60,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> str:
     with tempfile.TemporaryDirectory(prefix="benchmark_training_") as scratch:
         side = Sides(args, Path(scratch))
         result = {"command": f"python tools/benchmark_training.py {shlex.join(argv)}", "machine": _machine(),
-                  "load": os.getloadavg()[0], **side.facts()}
+                  **side.facts()}
         result["loops"] = _loops(side, args.repeats)
         result["checkpoints"] = _checkpoints(result["loops"], result["global_batch_size"],
                                              folder_bytes(newest(side.run)))
@@ -211,6 +212,7 @@ def _loops(side: Sides, repeats: int) -> dict[str, Any]:
     """Both loops in turns; a turn's ratio compares what the machine did within a minute or so."""
     turns = []
     for repeat in range(repeats):
+        others = _busy_cores()
         if repeat % 2:
             ours, bare = side.ours(), side.bare()
         else:
@@ -218,12 +220,13 @@ def _loops(side: Sides, repeats: int) -> dict[str, Any]:
         waited = ours.data_wait
         bare_ms, ours_ms = 1e3 * statistics.median(bare), 1e3 * statistics.median(ours.step_seconds)
         turns.append({"bare_ms": bare_ms, "ours_ms": ours_ms, "data_wait": waited, "overhead": ours_ms / bare_ms - 1,
+                      "others_cores": max(others, _busy_cores()),
                       "overhead_without_wait": ours_ms * (1 - waited) / bare_ms - 1,
                       "bare_intervals_ms": [1e3 * one for one in bare],
                       "ours_intervals_ms": [1e3 * one for one in ours.step_seconds],
                       "logging_seconds": ours.logging_seconds, "checkpoint_seconds": ours.checkpoint_seconds})
         print(f"turn {repeat + 1} of {repeats}: bare {bare_ms:.4g} ms, ours {ours_ms:.4g} ms, of which waiting for "
-              f"data {100 * waited:.1f} %", file=sys.stderr, flush=True)
+              f"data {100 * waited:.1f} %; others kept {turns[-1]['others_cores']:.1f} cores busy", file=sys.stderr, flush=True)
     medians = {name: statistics.median(turn[name] for turn in turns)
                for name in ("bare_ms", "ours_ms", "data_wait", "overhead", "overhead_without_wait")}
     return {**medians, "parameters": side.parameters, "peer_optimizer": side.adam, "turns": turns}
@@ -300,6 +303,17 @@ def _values_of(key: str, saved: Any) -> Iterator[Any]:
             yield from _values_of(key, value)
 
 
+def _busy_cores(seconds: float = 1.0) -> float:
+    """How many cores are at work now, when this tool is not: a turn beside other programs tells little."""
+    def ticks() -> list[int]:
+        return [int(word) for word in Path("/proc/stat").read_text().split()[1:9]]
+
+    before = ticks()
+    time.sleep(seconds)
+    user, nice, system, idle, waiting, *rest = (after - one for one, after in zip(before, ticks()))
+    return (user + nice + system + sum(rest)) / (seconds * os.sysconf("SC_CLK_TCK"))
+
+
 def _machine() -> str:
     import torch
 
@@ -314,7 +328,7 @@ def report(result: dict[str, Any]) -> str:
     loops, saved = result["loops"], result["checkpoints"]
     lines = [
         f"{result['model']} ({loops['parameters']:,} parameters), {result['ranks']} ranks on {result['machine']}, "
-        f"{result['cores']} cores; load average at the start {result['load']:.1f}.", "",
+        f"{result['cores']} cores.", "",
         f"```bash\n{result['command']}\n```", "",
         *_table(("ranks", "ZeRO", "batch", "bare ms", "ours ms", "overhead %", "waiting for data %",
                  "overhead without it %"),
@@ -325,7 +339,8 @@ def report(result: dict[str, Any]) -> str:
         f"{result['log_every']} steps. Ours has shards read and decoded by {result['loader_processes_per_rank']} "
         f"loader process(es) per rank, augmentation, mixup or cutmix, smoothing, schedule, "
         f"{'EMA, ' if result['ema_decay'] else ''}checks and logging; the bare loop has one batch in memory and "
-        f"{loops['peer_optimizer']}."]
+        f"{loops['peer_optimizer']}. Before and after a turn other programs kept "
+        f"{max(turn['others_cores'] for turn in loops['turns']):.1f} cores busy at most."]
     if result["cores"] < result["ranks"] * (1 + result["loader_processes_per_rank"]):
         lines.append(f"{result['ranks']} trainers and their loader processes share {result['cores']} cores: what the "
                      "loaders compute is taken from the steps, and only a part of that shows as waiting.")

@@ -22,7 +22,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state, set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -70,6 +70,8 @@ class Engine:
             _recompute(model)
         if self.precision != "fp32":
             compute_in_float32(model)
+        if config.model.compile:
+            _compile_blocks(model, self.zero_stage)
         self.groups = parameter_groups(model, config.optim)
         self._check_groups(model)
         offloads = ds.offloads(ds_config)
@@ -335,6 +337,21 @@ class Engine:
 
     def close(self) -> None:
         self.deepspeed.destroy()
+
+
+def _compile_blocks(model: nn.Module, zero_stage: int) -> None:
+    """Compile the forward of each repeated block (regional compilation): one graph serves all blocks of a kind.
+
+    Under ZeRO 3 a block's weights are then gathered at once, before its graph: hooks within would cut it to pieces.
+    """
+    for owner in model.modules():
+        blocks = list(owner.children())
+        kinds = {type(block) for block in blocks}
+        if isinstance(owner, (nn.Sequential, nn.ModuleList)) and len(kinds) == 1:
+            if zero_stage == 3:
+                set_z3_leaf_modules(model, list(kinds))
+            for block in blocks:
+                block.forward = torch.compile(block.forward)
 
 
 def _recompute(model: nn.Module) -> None:

@@ -308,8 +308,6 @@ def _build(model: ModelConfig, args: dict[str, Any]) -> torch.nn.Module:
         initialize_from(network, model.init_from)
     if hasattr(network, "set_retention_mode"):
         network.set_retention_mode(model.retention_mode, model.chunk_size)
-    if model.compile:
-        compile_blocks(network)
     return network
 
 
@@ -319,12 +317,3 @@ def _input_of(network: torch.nn.Module, model: ModelConfig) -> InputConfig:
     given = {"mean": model.mean, "std": model.std, "interpolation": model.interpolation, "crop_pct": model.crop_pct,
              "size": side and (found.size[0], side, side)}
     return replace(found, **{name: value for name, value in given.items() if value is not None})
-
-
-def compile_blocks(network: torch.nn.Module) -> None:
-    """Compile each repeated block in place (regional compilation): one graph serves them all."""
-    for owner in network.modules():
-        children = list(owner.children())
-        if isinstance(owner, (torch.nn.Sequential, torch.nn.ModuleList)) and len({type(one) for one in children}) == 1:
-            for block in children:
-                block.compile()
