@@ -205,6 +205,16 @@ def test_differences_name_what_changes_results_and_nothing_else():
         "data.lanes: 64 -> 2", "model.args.depth: 4 -> 6", "model.args.num_heads: None -> 3", "optim.lr: None -> 0.5"]
 
 
+@pytest.mark.parametrize("words, dry, validate", [
+    (["--dry_run"], True, False), (["--dry-run"], True, False), (["--dry-run", "true"], True, False),
+    (["--dry_run", "false"], False, False), (["--dry_run=true"], True, False), (["--validate-only"], False, True),
+    (["--dry-run", "--validate_only", "--train.seed", "1"], True, True),
+])
+def test_a_switch_needs_no_value_and_takes_one(words, dry, validate):
+    config = parse([*words, *REQUIRED])
+    assert (config.dry_run, config.validate_only) == (dry, validate)
+
+
 @pytest.mark.parametrize("optim, batch, lr", [
     (OptimConfig(), 512, 1e-3), (OptimConfig(lr=0.5), 512, 0.5),
     (OptimConfig(lr_base=0.1), 1024, 0.4), (OptimConfig(lr_base=0.1, lr_base_scale="sqrt"), 1024, 0.2),

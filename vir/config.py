@@ -354,10 +354,21 @@ def parse(argv: list[str]) -> RunConfig:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        return auto_cli(RunConfig, args=argv, prog="vir.train", exit_on_error=False, parser_class=ArgumentParser,
-                        description="Train a vision backbone under DeepSpeed.")
+        return auto_cli(RunConfig, args=_with_values(argv), prog="vir.train", exit_on_error=False,
+                        parser_class=ArgumentParser, description="Train a vision backbone under DeepSpeed.")
     except ArgumentError as error:
         raise SettingsError(f"{error}\nrun with --help for every flag, its unit and default") from error
+
+
+def _with_values(argv: list[str]) -> list[str]:
+    """`--dry_run`, also written `--dry-run`, alone means `--dry_run true`; so for the other switches of a run."""
+    switches = {"--" + item.name for item in dataclasses.fields(RunConfig) if item.type == "bool"}
+    found = []
+    for word, following in zip(argv, [*argv[1:], ""]):
+        flag = "--" + word[2:].replace("-", "_")
+        found += [flag] if flag in switches else [word]
+        found += ["true"] if flag in switches and following not in ("true", "false") else []
+    return found
 
 
 def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
