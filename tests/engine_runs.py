@@ -5,6 +5,7 @@ usage: deepspeed … tests/engine_runs.py JOBS.json   (a list of Job fields; see
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -78,6 +79,15 @@ def seed_of(step: int, first_sample: int) -> int:
     return 1000 * step + first_sample
 
 
+def counting(kept: list[int]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Adds the bytes of each tensor that autograd keeps for the backward pass; recomputed ones are not kept."""
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+
 def save(engine, job: Job, done: int, world) -> None:
     from vir.training import checkpoint
     from vir.training.checkpoint_info import CheckpointInfo
@@ -103,7 +113,7 @@ def run(job: Job) -> None:
         engine.restore(Partitions(folder, info), info)
     if job.save_first:
         save(engine, job, job.first, world)
-    forwards = []
+    forwards, kept = [], []
     block = next(module for name, module in engine.module.named_modules() if name in ("blocks.0", "stages.0", "layer1"))
     block.register_forward_pre_hook(lambda *_: forwards.append(1))  # recomputation stops before a block ends
     events, micro = [], GLOBAL_BATCH // world.size // job.accumulation
@@ -114,7 +124,9 @@ def run(job: Job) -> None:
         for index in range(job.accumulation):
             start = (world.rank * job.accumulation + index) * micro
             torch.manual_seed(seed_of(step, start))
-            loss = training_loss(engine(images[start:start + micro]), targets[start:start + micro], job.config().train)
+            with counting(kept) if not job.compile else nullcontext():
+                logits = engine(images[start:start + micro])
+            loss = training_loss(logits, targets[start:start + micro], job.config().train)
             engine.backward(loss)
             applied = engine.step(1e-2, job.config().optim.weight_decay)
             total += float(loss.detach())
@@ -127,8 +139,8 @@ def run(job: Job) -> None:
     if not job.save_first:
         save(engine, job, job.first + job.steps, world)
     if world.is_main:
-        torch.save({"events": events, "forwards": len(forwards), "logits": logits, "averaged": averaged},
-                   Path(job.output) / "result.pt")
+        torch.save({"events": events, "forwards": len(forwards), "kept": sum(kept), "logits": logits,
+                    "averaged": averaged}, Path(job.output) / "result.pt")
     distributed.barrier()
     engine.close()
 

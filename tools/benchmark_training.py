@@ -226,7 +226,8 @@ def _loops(side: Sides, repeats: int) -> dict[str, Any]:
                       "ours_intervals_ms": [1e3 * one for one in ours.step_seconds],
                       "logging_seconds": ours.logging_seconds, "checkpoint_seconds": ours.checkpoint_seconds})
         print(f"turn {repeat + 1} of {repeats}: bare {bare_ms:.4g} ms, ours {ours_ms:.4g} ms, of which waiting for "
-              f"data {100 * waited:.1f} %; others kept {turns[-1]['others_cores']:.1f} cores busy", file=sys.stderr, flush=True)
+              f"data {100 * waited:.1f} %; others kept {turns[-1]['others_cores']:.1f} cores busy",
+              file=sys.stderr, flush=True)
     medians = {name: statistics.median(turn[name] for turn in turns)
                for name in ("bare_ms", "ours_ms", "data_wait", "overhead", "overhead_without_wait")}
     return {**medians, "parameters": side.parameters, "peer_optimizer": side.adam, "turns": turns}
