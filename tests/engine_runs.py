@@ -115,7 +115,15 @@ def run(job: Job) -> None:
         save(engine, job, job.first, world)
     forwards, kept = [], []
     block = next(module for name, module in engine.module.named_modules() if name in ("blocks.0", "stages.0", "layer1"))
-    block.register_forward_pre_hook(lambda *_: forwards.append(1))  # recomputation stops before a block ends
+    # recomputation stops before a block ends
+    block.register_forward_pre_hook(lambda block, _: forwards.append(1) if block.training else None)
+    def evaluate() -> tuple[torch.Tensor, torch.Tensor]:
+        found = []
+        for average in (True, False):
+            with engine.evaluating(averaged=average) as forward:
+                found.append(forward(batch(0)[0]).float())
+        return found
+
     events, micro = [], GLOBAL_BATCH // world.size // job.accumulation
     for step in range(job.first, job.first + job.steps):
         images, targets = batch(step)
@@ -131,11 +139,10 @@ def run(job: Job) -> None:
             applied = engine.step(1e-2, job.config().optim.weight_decay)
             total += float(loss.detach())
         mean = sum(distributed.gather(total)) / world.size / job.accumulation
+        if job.recompute:  # whose losses are compared with those of a run that is not interrupted
+            evaluate()
         events.append({"loss": mean, "norm": engine.grad_norm(), "applied": applied, "scale": scale})
-    with engine.evaluating(averaged=True) as forward:
-        averaged = forward(batch(0)[0]).float()
-    with engine.evaluating(averaged=False) as forward:
-        logits = forward(batch(0)[0]).float()
+    averaged, logits = (None, None) if job.save_first else evaluate()
     if not job.save_first:
         save(engine, job, job.first + job.steps, world)
     if world.is_main:

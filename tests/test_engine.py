@@ -188,10 +188,10 @@ def test_without_an_average_the_training_is_the_same_and_none_is_saved(matrix):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[3]], ids=str)
 def test_recomputation_changes_no_bit_runs_each_block_twice_and_keeps_less(case, matrix):
+    """Nor does an evaluation of weights and average after each step, which the recomputing jobs have as well."""
     once, twice = (result(matrix[(*case[:3], recompute)]) for recompute in (False, True))
     assert once["events"] == twice["events"]
-    evaluations = 2
-    assert twice["forwards"] - evaluations == 2 * (once["forwards"] - evaluations) > 0
+    assert twice["forwards"] == 2 * once["forwards"] > 0
     assert 0 < twice["kept"] < once["kept"] / 2  # bytes that autograd holds between forward and backward
     left, right = partitions(matrix[(*case[:3], False)]), partitions(matrix[case])
     assert all(torch.equal(left.whole(name, "ema"), right.whole(name, "ema")) for name in left.shapes)
@@ -219,14 +219,18 @@ PLACES = list(itertools.product(range(4), WORLDS))
 
 @pytest.fixture(scope="module")
 def resharded(tmp_path_factory) -> dict[tuple, Job]:
-    """Three steps of every stage and world; the last of them again from a checkpoint of each other."""
+    """Two steps of every stage and world, the third after a checkpoint of another one.
+
+    Of each pair of stages three pairs of worlds, of each pair of worlds five or six of stages (a Latin square): all
+    144 pairs take three times as long.
+    """
     tmp = tmp_path_factory.mktemp("resharded")
     fixed = dict(drop_path_rate=0.0, precision="fp32")
     begun = {(stage, ranks): Job(output=str(tmp / f"z{stage}_w{ranks}"), stage=stage, steps=2, **fixed)
              for stage, ranks in PLACES}
     jobs = {(before, after): Job(output=str(tmp / f"{before}_{after}"), stage=after[0], first=2, steps=1,
                                  save_first=True, restore=begun[before].output, **fixed)
-            for before in PLACES for after in PLACES}
+            for before in PLACES for after in PLACES if sum(before + after) % 3 == 0}
     for ranks in WORLDS:
         launch(tmp, [job for (_, of), job in begun.items() if of == ranks], ranks)
     for ranks in WORLDS:
@@ -240,7 +244,7 @@ def test_any_stage_and_world_takes_up_the_checkpoint_of_any_other(before, reshar
     """Weights, moments and average to the bit, and the next loss as in one process that never stopped."""
     losses, norms, _, _ = plain_loop(Job(output="plain", drop_path_rate=0.0))
     source = partitions(resharded[before])
-    for after in PLACES:
+    for after in (after for after in PLACES if (before, after) in resharded):
         found, job = partitions(resharded[before, after]), resharded[before, after]
         assert read_info(newest(Path(job.output))).world_size == after[1]
         for name in source.shapes:

@@ -113,6 +113,7 @@ def _publish(root: Path, name: str, info: CheckpointInfo, files: dict[str, dict]
     replace_text(root / LATEST, name)
     if is_best:
         replace_text(root / BEST, name)
+    shutil.rmtree(root / (name + ".replaced.part"), ignore_errors=True)
 
 
 def _remove_old(root: Path, name: str, kept: Kept) -> None:

@@ -186,21 +186,20 @@ class Engine:
         """A function from images [B, C, H, W] to logits by the weights, or by their average, in evaluation mode.
 
         The average takes the weights' place, sharded as they are, so that no second model is held; after the block
-        the weights are back, bit for bit. Collective, and under ZeRO 3 so is each call of the function.
+        the weights are back, bit for bit. Collective, and under ZeRO 3 so is each call of the function. An error in the
+        block is the end of the engine: other ranks may not have met it, so nothing that needs them is done then.
         """
         averaged = averaged and self.updates > 0
         if averaged:
             self._show(ema.KEY)
             self._buffers.swap()
         self.deepspeed.eval()
-        try:
-            with torch.no_grad():
-                yield self.__call__
-        finally:
-            self.deepspeed.train()
-            if averaged:
-                self._buffers.swap()
-                self._show(WEIGHT)
+        with torch.no_grad():
+            yield self.__call__
+        self.deepspeed.train()
+        if averaged:
+            self._buffers.swap()
+            self._show(WEIGHT)
 
     @torch.no_grad()
     def _show(self, key: str) -> None:
@@ -225,13 +224,11 @@ class Engine:
                                  start_alignment_factor=wrapper.nccl_start_alignment_factor,
                                  allgather_bucket_size=wrapper.allgather_bucket_size)
         else:
+            wrapper.checkpoint_event_prologue()  # lets go of weights that are still gathered
             for parameter in self._trainable().values():
                 parameter.ds_tensor.copy_(safe_get_local_fp32_param(parameter) if key == WEIGHT
                                           else safe_get_local_optimizer_state(parameter, key))
-            wrapper.invalidate_secondary_tensor()
-            if wrapper.persistent_parameters:  # small ones, which stay gathered
-                wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
-                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+            wrapper.checkpoint_event_epilogue()  # gathers the small ones, which stay so
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}

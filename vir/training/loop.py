@@ -48,8 +48,8 @@ class Plan:
     steps_per_epoch: float
     eval_steps: frozenset[int]
     checkpoint_steps: frozenset[int]
-    forward_flops: int
-    """Of one image."""
+    forward_flops: int | None
+    """Of one image; None where they cannot be counted."""
     peak_flops: float | None
     """Of one device; None where unknown."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from vir.config import RunConfig
 from vir.data.transforms import InputConfig
 from vir.distributed import World
@@ -21,9 +23,9 @@ def describe(config: RunConfig, prepared: Prepared, plan: Plan, engine: Engine, 
               ("" if group["lr_scale"] == 1 else f" lr x{group['lr_scale']:.3g}") for group in engine.groups)
     train, val = prepared.train, prepared.val
     return [
-        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {plan.forward_flops / 1e9:.2f} GFLOP forward per "
-        f"image of {'x'.join(map(str, model_input.size))}; ZeRO {engine.zero_stage}, {engine.precision}, {world.size} "
-        f"ranks on {world.device.type}",
+        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {(plan.forward_flops or math.nan) / 1e9:.3g} GFLOP "
+        f"forward per image of {'x'.join(map(str, model_input.size))}; ZeRO {engine.zero_stage}, {engine.precision}, "
+        f"{world.size} ranks on {world.device.type}",
         f"{config.optim.name}, peak lr {config.optim.peak_lr(config.train.global_batch_size):.3g}, tensors per group: "
         + ", ".join(groups),
         f"{len(train)} training images in {len(train.shard_sizes)} shards, {len(val)} validation images, "

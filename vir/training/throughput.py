@@ -16,18 +16,22 @@ PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 83
                "L40S": 362.0, "L4": 121.0, "A40": 149.7, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0}
 
 
-def forward_flops(model_name: str, model_args: dict[str, Any], size: tuple[int, int, int]) -> int:
+def forward_flops(model_name: str, model_args: dict[str, Any], size: tuple[int, int, int]) -> int | None:
     """FLOPs (2 per multiply-add) of the matrix products and convolutions of one image's forward pass.
 
     Retention is counted in its chunkwise form of 64 tokens, the one with the fewest; masks, norms and softmax are not.
+    None for a model that cannot run without data.
     """
-    with torch.device("meta"):
-        model = timm.create_model(model_name, **model_args).eval()
-        if hasattr(model, "set_retention_mode"):
-            model.set_retention_mode("chunkwise", 64)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, *size))
-    return counter.get_total_flops()
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(model_name, **model_args).eval()
+            if hasattr(model, "set_retention_mode"):
+                model.set_retention_mode("chunkwise", 64)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(torch.empty(1, *size))
+        return counter.get_total_flops()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def peak_flops(device: torch.device, precision: str, given: float | None) -> float | None:
@@ -40,9 +44,9 @@ def peak_flops(device: torch.device, precision: str, given: float | None) -> flo
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def utilisation(images_per_second: float, flops: int, devices: int, peak: float | None) -> float | None:
+def utilisation(images_per_second: float, flops: int | None, devices: int, peak: float | None) -> float | None:
     """MFU: 3 x forward FLOPs (forward and twice that backward, PaLM arXiv:2204.02311) x images/s / (devices x peak)."""
-    return None if peak is None else 3 * flops * images_per_second / (devices * peak)
+    return None if peak is None or flops is None else 3 * flops * images_per_second / (devices * peak)
 
 
 def peak_memory(device: torch.device) -> int:
