@@ -117,6 +117,7 @@ def run(job: Job) -> None:
     block = next(module for name, module in engine.module.named_modules() if name in ("blocks.0", "stages.0", "layer1"))
     # recomputation stops before a block ends
     block.register_forward_pre_hook(lambda block, _: forwards.append(1) if block.training else None)
+
     def evaluate() -> tuple[torch.Tensor, torch.Tensor]:
         found = []
         for average in (True, False):
