@@ -43,7 +43,9 @@ class Job:
     model: str = "vir_tiny_patch16_224"
     drop_path_rate: float = 0.2
     args: dict = field(default_factory=lambda: dict(img_size=SIZE, patch_size=4, embed_dim=24, depth=2, num_heads=2))
+    classes: int = CLASSES
     scale_power: int = 8
+    scale_window: int = 1000
     compile: bool = False
 
     def config(self, ranks: int = 1) -> RunConfig:
@@ -59,19 +61,19 @@ class Job:
         if self.precision != "fp32":
             found[self.precision] = {"enabled": True}
         if self.precision == "fp16":
-            found["fp16"] |= {"initial_scale_power": self.scale_power, "hysteresis": 1, "loss_scale_window": 1000}
+            found["fp16"] |= {"initial_scale_power": self.scale_power, "hysteresis": 1, "loss_scale_window": self.scale_window}
         return found | self.settings | ({"activation_checkpointing": {}} if self.recompute else {})
 
     def build(self) -> torch.nn.Module:
         torch.manual_seed(0)
-        return timm.create_model(self.model, num_classes=CLASSES, drop_path_rate=self.drop_path_rate, **self.args)
+        return timm.create_model(self.model, num_classes=self.classes, drop_path_rate=self.drop_path_rate, **self.args)
 
 
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(step: int, classes: int = CLASSES) -> tuple[torch.Tensor, torch.Tensor]:
     """The images and soft targets of a global batch."""
     numbers = torch.Generator().manual_seed(step)
     images = torch.randn(GLOBAL_BATCH, 3, SIZE, SIZE, generator=numbers)
-    return images, torch.randn(GLOBAL_BATCH, CLASSES, generator=numbers).softmax(1)
+    return images, torch.randn(GLOBAL_BATCH, classes, generator=numbers).softmax(1)
 
 
 def seed_of(step: int, first_sample: int) -> int:
@@ -95,7 +97,7 @@ def save(engine, job: Job, done: int, world) -> None:
     info = CheckpointInfo(
         samples_seen=done * GLOBAL_BATCH, step=done, updates=engine.updates, world_size=world.size,
         zero_stage=job.stage, precision=job.precision, ema=engine.has_ema, loss_scaler=engine.loss_scaler_state(),
-        metrics={}, config={}, model_name=job.model, model_args={**job.args, "num_classes": CLASSES}, model_input={},
+        metrics={}, config={}, model_name=job.model, model_args={**job.args, "num_classes": job.classes}, model_input={},
         classes=[], data_fingerprint="")
     checkpoint.save(engine, Path(job.output), info, world, checkpoint.Kept(1, None), False)
 
@@ -127,7 +129,7 @@ def run(job: Job) -> None:
 
     events, micro = [], GLOBAL_BATCH // world.size // job.accumulation
     for step in range(job.first, job.first + job.steps):
-        images, targets = batch(step)
+        images, targets = batch(step, job.classes)
         total = 0.0
         scale = engine.loss_scale()
         for index in range(job.accumulation):

@@ -207,7 +207,8 @@ def test_differences_name_what_changes_results_and_nothing_else():
 
 @pytest.mark.parametrize("words, dry, validate", [
     (["--dry_run"], True, False), (["--dry-run"], True, False), (["--dry-run", "true"], True, False),
-    (["--dry_run", "false"], False, False), (["--dry_run=true"], True, False), (["--validate-only"], False, True),
+    (["--dry_run", "false"], False, False), (["--dry-run=true"], True, False), (["--dry_run", "True"], True, False),
+    (["--validate-only"], False, True),
     (["--dry-run", "--validate_only", "--train.seed", "1"], True, True),
 ])
 def test_a_switch_needs_no_value_and_takes_one(words, dry, validate):

@@ -81,7 +81,8 @@ def stage_1_2(ranks):
     for rank in range(ranks):
         files[f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = {"optimizer_state_dict": {
             "single_partition_of_fp32_groups": [parts[rank] for parts in weights],
-            "base_optimizer_state": {"state": {i: {"ema": parts[rank]} for i, parts in enumerate(average)}},
+            "base_optimizer_state": {"param_groups": [{}, {}],
+                                     "state": {i: {"ema": parts[rank]} for i, parts in enumerate(average)}},
             "param_alignment_paddings": paddings}}
     return files
 
@@ -164,7 +165,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, vict
     folder = write(tmp_path / "c", files, info(zero_stage=2))
     torch.save({**files[victim], "extra": Payload(marker)}, folder / victim, _use_new_zipfile_serialization=zipped)
     description = json.loads((folder / "checkpoint.json").read_text())
-    description["files"][victim]["bytes"] = (folder / victim).stat().st_size
+    description["files"][victim] = {"bytes": (folder / victim).stat().st_size, "sha256": sha256(folder / victim)}
     (folder / "checkpoint.json").write_text(json.dumps(description))
 
     with pytest.raises(DataError, match=victim):
@@ -203,7 +204,7 @@ def test_a_file_of_the_right_size_that_is_damaged_is_named(tmp_path):
     run = in_run(tmp_path / "run")
     path = run / "checkpoints" / "step-00000010" / MODEL_FILE[0]
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(DataError, match=f"{MODEL_FILE[0]} cannot be read"):
+    with pytest.raises(DataError, match=f"{MODEL_FILE[0]} has changed since it was written"):
         consolidate(run, tmp_path / "w.safetensors")
 
 

@@ -112,6 +112,8 @@ def matrix(tmp_path_factory) -> dict[tuple, Job]:
     for stage in range(4):
         jobs["overflow", stage] = Job(output=str(tmp / f"overflow{stage}"), stage=stage, precision="fp16",
                                       scale_power=24, steps=OVERFLOWS)
+    for stage in range(4):
+        jobs["growth", stage] = Job(output=str(tmp / f"growth{stage}"), stage=stage, precision="fp16", scale_window=2)
     for stage in (1, 3):
         jobs["compiled", stage] = Job(output=str(tmp / f"compiled{stage}"), stage=stage, recompute=True, compile=True,
                                       drop_path_rate=0.0)  # compiled code draws other random numbers
@@ -171,6 +173,17 @@ def test_overflow_is_skipped_and_halves_the_scale_until_it_fits(stage, matrix):
     assert [event["loss"] for event in events] == pytest.approx(losses, rel=1e-2)
 
 
+@pytest.mark.parametrize("stage", range(4))
+def test_the_scale_grows_after_its_window_and_the_losses_stay(stage, matrix, plain):
+    job = matrix["growth", stage]
+    events = result(job)["events"]
+    assert [event["scale"] for event in events] == [2**8, 2**8, 2**9] or stage  # DeepSpeed's ZeRO counts from one later
+    assert events[-1]["scale"] <= 2**9 and result(job)["events"][0]["applied"]
+    losses, norms, _, _ = plain["fp16", 1]
+    assert [event["loss"] for event in events] == pytest.approx(losses, rel=TOLERANCE["fp16"])
+    assert [event["norm"] for event in events] == pytest.approx(norms, rel=10 * TOLERANCE["fp16"])
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_compiled_blocks_train_to_the_same_losses(stage, matrix):
     losses, norms, _, _ = plain_loop(Job(output="plain", drop_path_rate=0.0))
@@ -215,6 +228,7 @@ def test_evaluation_takes_the_weights_or_the_average_and_gives_the_weights_back(
 
 WORLDS = (1, 2, 3)
 PLACES = list(itertools.product(range(4), WORLDS))
+WHOLE = ("lamb", "adafactor", "sgd")  # optimizers that keep something per group, of another shape, or no step
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +245,23 @@ def resharded(tmp_path_factory) -> dict[tuple, Job]:
     jobs = {(before, after): Job(output=str(tmp / f"{before}_{after}"), stage=after[0], first=2, steps=1,
                                  save_first=True, restore=begun[before].output, **fixed)
             for before in PLACES for after in PLACES if sum(before + after) % 3 == 0}
+    padding = dict(stage=2, classes=2, optim={"layer_decay": 0.8}, **fixed)
+    others = {"padding": Job(output=str(tmp / "padding"), steps=2, **padding)}
+    others["padding, resumed"] = Job(output=str(tmp / "padding, resumed"), first=2, steps=0,
+                                     restore=others["padding"].output, **padding)
+    for name in WHOLE:
+        with_it = dict(optim={"name": name}, **fixed)
+        others[name] = Job(output=str(tmp / name), steps=4, **with_it)
+        others[name, "begun"] = Job(output=str(tmp / f"{name} begun"), steps=2, **with_it)
+        others[name, "resumed"] = Job(output=str(tmp / f"{name} resumed"), first=2, steps=2,
+                                      restore=others[name, "begun"].output, **with_it)
     for ranks in WORLDS:
-        launch(tmp, [job for (_, of), job in begun.items() if of == ranks], ranks)
+        mine = [job for (_, of), job in begun.items() if of == ranks]
+        launch(tmp, mine + [job for name, job in others.items() if ranks == (3 if "padding" in name else 2)], ranks)
     for ranks in WORLDS:
         (tmp / str(ranks)).mkdir()
         launch(tmp / str(ranks), [job for (_, after), job in jobs.items() if after[1] == ranks], ranks)
-    return begun | jobs
+    return begun | jobs | others
 
 
 @pytest.mark.parametrize("before", PLACES, ids=str)
@@ -255,3 +280,19 @@ def test_any_stage_and_world_takes_up_the_checkpoint_of_any_other(before, reshar
         (event,) = result(job)["events"]
         assert event["loss"] == pytest.approx(losses[2], rel=1e-5), after
         assert event["norm"] == pytest.approx(norms[2], rel=1e-4), after
+
+
+def test_a_rank_that_holds_only_the_padding_of_a_group_takes_it_up_evaluates_and_saves(resharded):
+    """The bias of two classes is a group of its own, on three ranks two of them hold none of it."""
+    before, after = resharded["padding"], resharded["padding, resumed"]
+    old, new = partitions(before), partitions(after)
+    for name in old.shapes:
+        for key in (WEIGHT, "exp_avg", "exp_avg_sq", "ema"):
+            assert torch.equal(old.whole(name, key), new.whole(name, key)), (name, key)
+    assert torch.equal(result(before)["averaged"], result(after)["averaged"])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_without_zero_whatever_an_optimizer_keeps_is_resumed(name, resharded):
+    whole, resumed = (result(resharded[job])["events"] for job in (name, (name, "resumed")))
+    assert whole[2:] == resumed

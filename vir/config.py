@@ -140,7 +140,7 @@ class OptimConfig:
     """The optimizer, its learning rate and weight decay."""
 
     name: str = "adamw"
-    """timm's name of an optimizer; under ZeRO 1 to 3 one that treats each number alone, or muon (DeepSpeed's)."""
+    """timm's name of an optimizer; under ZeRO 1 to 3 one that treats each number alone."""
     lr: Optional[float] = None
     """Peak learning rate for the whole global batch; 1e-3 when neither lr nor lr_base is given."""
     lr_base: Optional[float] = None
@@ -156,7 +156,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Averaging coefficients of Adam and its relatives."""
     momentum: float = 0.9
-    """Momentum of SGD and its relatives, and of muon."""
+    """Momentum of SGD and its relatives."""
     eps: float = 1e-8
     """Epsilon of Adam and its relatives."""
     clip_grad: float = 1.0
@@ -365,9 +365,13 @@ def _with_values(argv: list[str]) -> list[str]:
     switches = {"--" + item.name for item in dataclasses.fields(RunConfig) if item.type == "bool"}
     found = []
     for word, following in zip(argv, [*argv[1:], ""]):
-        flag = "--" + word[2:].replace("-", "_")
-        found += [flag] if flag in switches else [word]
-        found += ["true"] if flag in switches and following not in ("true", "false") else []
+        name, equals, value = word[2:].partition("=")
+        flag = "--" + name.replace("-", "_")
+        if flag in switches and word.startswith("--"):
+            found.append(flag + equals + value)
+            found += ["true"] if not equals and following.lower() not in ("true", "false") else []
+        else:
+            found.append(word)
     return found
 
 

@@ -55,11 +55,16 @@ def save(engine: Engine, run: Path, info: CheckpointInfo, world: World, kept: Ke
     began = time.monotonic()
     root, name = run / FOLDER, name_of(info.step)
     part = name + ".part"
+    wrong: list[str] = []
     if world.is_main:
-        root.mkdir(exist_ok=True)
-        for stale in root.glob("*.part"):  # of a run that was killed while it wrote
-            shutil.rmtree(stale)
-    distributed.barrier()
+        try:
+            root.mkdir(exist_ok=True)
+            for stale in root.glob("*.part"):  # of a run that was killed while it wrote
+                shutil.rmtree(stale)
+        except OSError as error:
+            wrong = [f"rank 0: {error}"]
+    if wrong := distributed.broadcast(wrong):
+        _give_up(root / part, wrong, world)
     wrong = engine.save(root, part)
     written: dict[str, dict] = {}
     try:
@@ -110,15 +115,13 @@ def _publish(root: Path, name: str, info: CheckpointInfo, files: dict[str, dict]
         (root / name).rename(root / (name + ".replaced.part"))
     part.rename(root / name)
     flush(root)
-    replace_text(root / LATEST, name)
     if is_best:
         replace_text(root / BEST, name)
+    replace_text(root / LATEST, name)
     shutil.rmtree(root / (name + ".replaced.part"), ignore_errors=True)
 
 
 def _remove_old(root: Path, name: str, kept: Kept) -> None:
-    for script in root.glob("zero_to_*.py"):  # DeepSpeed puts its converters there: data should hold no programs
-        script.unlink()
     best = (root / BEST).read_text().strip() if (root / BEST).is_file() else None
     every = _firsts(root, kept.every_samples) if kept.every_samples else set()
     for old in sorted(root.glob("step-????????"), key=lambda path: path.stat().st_mtime)[:-kept.newest]:
@@ -128,14 +131,16 @@ def _remove_old(root: Path, name: str, kept: Kept) -> None:
 
 def _firsts(root: Path, every_samples: float) -> set[str]:
     """The checkpoints that are the first after each multiple of so many samples."""
-    found, reached = set(), 0
-    for path in sorted(root.glob("step-????????")):
+    seen = []
+    for path in root.glob("step-????????"):
         try:
-            interval = int(read_info(path).samples_seen / every_samples)
+            seen.append((read_info(path).samples_seen, path.name))
         except DataError:  # damaged: not worth keeping
             continue
-        if interval > reached:
-            found.add(path.name)
+    found, reached = set(), 0
+    for samples, name in sorted(seen):
+        if (interval := int(samples / every_samples + 1e-9)) > reached:
+            found.add(name)
             reached = interval
     return found
 

@@ -71,13 +71,15 @@ def newest(run: Path) -> Path | None:
 
 
 def candidates(run: Path) -> list[Path]:
-    """The checkpoints to continue from, in the order of trying: what `latest` names, then the others, newest first."""
+    """The checkpoints to continue from, in the order of trying: what `latest` names, then the others, newest first.
+
+    One that a kill caught between its renaming and the moving of `latest`, or while it was replaced, is among them.
+    """
     latest = run / FOLDER / LATEST
-    if not latest.is_file():
-        return []
-    named = run / FOLDER / Path(latest.read_text().strip()).name
-    others = [path for path in sorted((run / FOLDER).glob("step-????????"), reverse=True) if path != named]
-    return [named, *others]
+    named = [run / FOLDER / Path(latest.read_text().strip()).name] if latest.is_file() else []
+    whole = [*(run / FOLDER).glob("step-????????"), *(run / FOLDER).glob("step-????????.replaced.part")]
+    return named + sorted((path for path in whole if path not in named), reverse=True,
+                          key=lambda path: (path.stat().st_mtime, path.name))
 
 
 def read_info(folder: Path) -> CheckpointInfo:
@@ -96,7 +98,7 @@ def read_info(folder: Path) -> CheckpointInfo:
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {DESCRIPTION}: it is not a complete checkpoint; name a run folder or one "
                         f"of its {FOLDER}/step-… folders") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{folder / DESCRIPTION} cannot be read: {error!r}") from error
     for name, size in sizes.items():
         path = folder / name

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vir.errors import DataError, SettingsError
 from vir.models.weights import WeightsMetadata, save_weights
-from vir.training.checkpoint_info import FOLDER, CheckpointInfo, newest, read_info
+from vir.training.checkpoint_info import FOLDER, CheckpointInfo, newest, read_info, verify
 from vir.training.ema import KEY as EMA
 from vir.training.metrics import FILE as METRICS
 from vir.training.partitions import WEIGHT, Partitions
@@ -42,6 +42,7 @@ def consolidate(source: Path, output: Path, *, ema: bool = False, dtype: str = "
     info = read_info(folder)
     if ema and not info.ema:
         raise SettingsError(f"{folder} was trained without an average of weights (--ema.decay 0); leave --ema out")
+    verify(folder, info)
     metadata = WeightsMetadata(
         model_name=info.model_name, model_args=info.model_args, classes=tuple(info.classes),
         input_size=tuple(info.model_input["size"]), mean=tuple(info.model_input["mean"]),

@@ -99,11 +99,18 @@ class Engine:
             ema.attach(optimizer, self._decay)
         if self.precision == "fp16":
             self._scaler.raise_error_at_min_scale = False  # step() says it in an error of ours, in every stage
+        if self._forgets_scale and self.has_dynamic_scale:
+            # DeepSpeed would raise the scale before it divides by it; _step() does so after.
+            self._scale_window, self._scaler.scale_window = self._scaler.scale_window, math.inf
+        self.deepspeed._copy_recovery_script = lambda folder: None  # data should hold no programs
 
     def _check_groups(self, model: nn.Module) -> None:
         grouped = [name for group in self.groups for name in group["names"]]
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert sorted(grouped) == sorted(trainable), "a parameter outside the groups would never train"
+        if scalars := [name for name, parameter in model.named_parameters() if not parameter.ndim]:
+            raise SettingsError(f"{type(model).__name__} has parameters without a dimension ({scalars[0]}), which "
+                                "DeepSpeed cannot shard; take another --model.name")
 
     def _decay(self) -> float:
         """Of the average, at the update that follows."""
@@ -148,13 +155,18 @@ class Engine:
                 self.deepspeed.micro_steps += 1
                 return False
         self.deepspeed.step()
-        return bool(self.deepspeed.was_step_applied())
+        applied = bool(self.deepspeed.was_step_applied())
+        if self._forgets_scale:
+            self._norm = float(self.deepspeed.get_global_grad_norm()) / self.loss_scale() if applied else math.inf
+            scaler = self._scaler
+            if applied and self.has_dynamic_scale and (
+                    (scaler.cur_iter - scaler.last_overflow_iter - 1) % self._scale_window == 0):
+                scaler.cur_scale *= scaler.scale_factor
+        return applied
 
     def grad_norm(self) -> float:
         """Norm of the last global batch's gradient before clipping."""
-        if self._norm is not None:
-            return self._norm
-        return float(self.deepspeed.get_global_grad_norm()) / (self.loss_scale() if self._forgets_scale else 1)
+        return float(self._norm if self._norm is not None else self.deepspeed.get_global_grad_norm())
 
     @property
     def _scaler(self) -> Any:
@@ -297,25 +309,20 @@ class Engine:
             raise SettingsError(f"the checkpoint and the model differ in {len(wrong)} parameters: "
                                 f"{', '.join(wrong[:3])}{', …' if len(wrong) > 3 else ''}; resume with the model that "
                                 "it was saved from")
+        if self.zero_stage in (1, 2):  # a rank may hold nothing but the padding of a group, and steps it all the same
+            for flat, group in zip(self.deepspeed.optimizer.single_partition_of_fp32_groups, self.groups):
+                self._begin_state(flat, group["names"][0], found)
         for name, flat, place, start, stop in self._pieces():
-            def into(tensor: Tensor) -> Tensor:
-                return tensor.view(-1)[place:place + stop - start]
-
-            into(flat.data).copy_(found.read(name, WEIGHT, start, stop))
-            keys = [key for key in found.keys(name) if key != ema.KEY or self.has_ema]
-            if self.has_ema and info.updates > 0 and ema.KEY not in keys:
-                keys.append(ema.KEY)  # it begins at the weights
-            state = self._optimizer.state[flat] if keys or found.scalars(name) else {}
-            for key in keys:
-                if key not in state:
-                    state[key] = torch.zeros_like(flat, dtype=torch.float32)
-                into(state[key]).copy_(found.read(name, key, start, stop))
-            for key, value in found.scalars(name).items():
-                state[key] = self._scalar(value)
+            here = slice(place, place + stop - start)
+            flat.data.view(-1)[here].copy_(found.read(name, WEIGHT, start, stop))
+            for key in self._begin_state(flat, name, found):
+                self._optimizer.state[flat][key].view(-1)[here].copy_(found.read(name, key, start, stop))
+        for group in self._optimizer.param_groups:
+            group.update(found.counters(group["names"][0]))
         if not (self.zero_stage == 0 and self.precision == "fp32"):
             self._show(WEIGHT)
         self._buffers.restore(found.buffers, found.ema_buffers)
-        if self.precision == "fp16":
+        if self.has_dynamic_scale:
             for name, value in info.loss_scaler.items():
                 setattr(self._scaler, name, value)
         self.updates = info.updates
@@ -323,6 +330,19 @@ class Engine:
         self.deepspeed.skipped_steps = info.step - info.updates
         self.deepspeed.global_samples = info.samples_seen
         self.deepspeed.micro_steps = info.step * self._accumulation
+
+    def _begin_state(self, flat: Tensor, name: str, found: Partitions) -> list[str]:
+        """Make room for the optimizer's state of a master, as `found` has it of a parameter; the keys to be read."""
+        keys = [key for key in found.keys(name) if key != ema.KEY]
+        if not keys and not found.scalars(name):
+            return []  # never stepped: an optimizer fills only a state that is empty
+        keys += [ema.KEY] if self.has_ema else []  # which reads as the weights where there was none
+        state = self._optimizer.state[flat]
+        for key in keys:
+            if key not in state:
+                state[key] = torch.zeros_like(flat, dtype=torch.float32)
+        state.update({key: self._scalar(value) for key, value in found.scalars(name).items()})
+        return keys
 
     def _scalar(self, value: Any) -> Any:
         """A number of the optimizer's state; the step is an int in DeepSpeed's Adam and a tensor in torch's."""

@@ -127,8 +127,14 @@ class Trainer:
         self._began_at = first
         interval, saved_at, profiler = _Interval(), first, None
         try:
-            if self.stop.agreed() or (evaluate_first and self._evaluate(first) is None):
-                return first == self.plan.total_steps
+            if self.stop.agreed():
+                return first == self.plan.total_steps and not evaluate_first
+            if evaluate_first:
+                wants_save = self._evaluate(first)
+                if wants_save is None:
+                    return False
+                if wants_save:
+                    self._save(first)
             interval = _Interval()
             for step in range(first, self.plan.total_steps):
                 done = step + 1

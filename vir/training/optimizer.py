@@ -11,9 +11,6 @@ from torch import nn
 from vir.config import OptimConfig
 from vir.errors import SettingsError
 
-MUON = "muon"
-"""DeepSpeed's own, which sees whole matrices in every ZeRO stage."""
-
 # Under ZeRO 1 to 3 an optimizer sees one flat vector per group: only those of timm's that treat each number alone are
 # right there. The cautious ones take a mean over a tensor, LAMB, LARS and NovoGrad a norm, Adafactor rows and columns.
 ELEMENTWISE = {
@@ -24,7 +21,8 @@ ELEMENTWISE = {
 _NEVER = {"adagrad": "DeepSpeed builds it anew without its parameter groups",
           "adahessian": "it needs gradients of gradients",
           "adan": "it counts its steps per group, and ZeRO steps parts of a group apart",
-          "adanw": "it counts its steps per group, and ZeRO steps parts of a group apart"}
+          "adanw": "it counts its steps per group, and ZeRO steps parts of a group apart",
+          "cadan": "it fails after its second step", "cadanw": "it fails after its second step"}
 
 
 def check_name(name: str, zero_stage: int) -> None:
@@ -42,10 +40,10 @@ def check_name(name: str, zero_stage: int) -> None:
             f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"))
     if name in _NEVER:
         raise SettingsError(f"--optim.name {name} is not supported: {_NEVER[name]}; take adamw")
-    if zero_stage > 0 and name not in ELEMENTWISE | {MUON}:
+    if zero_stage > 0 and name not in ELEMENTWISE:
         raise SettingsError(f"--optim.name {name} needs whole tensors, and ZeRO stage {zero_stage} hands the optimizer "
                             f"flat pieces of them, so it would compute something else; take a stage 0 "
-                            f"--deepspeed_config, or one of {', '.join(sorted(ELEMENTWISE))}, {MUON}")
+                            f"--deepspeed_config, or one of {', '.join(sorted(ELEMENTWISE))}")
 
 
 def build(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:

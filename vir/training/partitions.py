@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vir.errors import DataError
 from vir.training.checkpoint_info import CheckpointInfo
+from vir.training.ema import KEY as EMA
 
 WEIGHT = "weight"
 """The key of the float32 master weights; the others are those of the optimizer's state."""
@@ -37,11 +38,13 @@ _ALLOWED = [(_Inert, name) for name in (
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter lies: `state` in order of the ranks holds its pieces, one or more optimizer states."""
+    """Where a parameter lies and what the optimizer keeps for it."""
 
     shape: torch.Size
     read: Callable[[str, int, int], Tensor]
-    state: dict[str, Any]
+    keys: list[str]
+    scalars: dict[str, Any]
+    counters: dict[str, Any]
 
 
 class Partitions:
@@ -72,18 +75,21 @@ class Partitions:
 
     def keys(self, name: str) -> list[str]:
         """Of the state that the optimizer keeps for each number of a parameter, e.g. exp_avg, exp_avg_sq, ema."""
-        return [key for key, value in self._places[name].state.items() if isinstance(value, Tensor) and value.ndim]
+        return self._places[name].keys
 
     def scalars(self, name: str) -> dict[str, Any]:
-        """What the optimizer keeps once for a parameter or for its group, e.g. step."""
-        return {key: value for key, value in self._places[name].state.items()
-                if not isinstance(value, Tensor) or not value.ndim}
+        """What it keeps once for a parameter, e.g. step; without ZeRO also tensors of another shape (Adafactor)."""
+        return self._places[name].scalars
+
+    def counters(self, name: str) -> dict[str, Any]:
+        """What it keeps once for the group of a parameter, e.g. the step of LAMB."""
+        return self._places[name].counters
 
     def read(self, name: str, key: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Numbers [start, stop) of a parameter's weight or state, flat. An average not yet begun is the weight."""
         place = self._places[name]
         stop = place.shape.numel() if stop is None else stop
-        if key == "ema" and key not in place.state:
+        if key == EMA and key not in place.keys:
             key = WEIGHT
         return place.read(key, start, stop)
 
@@ -125,15 +131,28 @@ def _unsharded(model: dict[str, Any], info: CheckpointInfo) -> dict[str, _Place]
             def read(key: str, start: int, stop: int, weight: Tensor = weight, state: dict = state) -> Tensor:
                 return (weight if key == WEIGHT else state[key]).reshape(-1)[start:stop]
 
-            places[name] = _Place(weight.shape, read, state)
+            keys = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == weight.shape]
+            places[name] = _Place(weight.shape, read, keys, {key: state[key] for key in state.keys() - set(keys)},
+                                  _counters(group))
     return places
+
+
+def _counters(group: dict[str, Any]) -> dict[str, Any]:
+    return {"step": group["step"]} if "step" in group else {}
+
+
+def _flat(state: dict[str, Any], group: dict[str, Any]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """keys, scalars and counters of a flat group: what has as many numbers as the group is kept for each of them."""
+    keys = [key for key, value in state.items() if isinstance(value, Tensor) and value.ndim]
+    return keys, {key: state[key] for key in state.keys() - set(keys)}, _counters(group)
 
 
 def _stage1_2(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place]:
     """Each group of parameters is one flat vector, cut into one partition per rank."""
     places = {}
     for index, group in enumerate(shapes):
-        states = [rank["base_optimizer_state"]["state"].get(index, {}) for rank in ranks]
+        saved = [rank["base_optimizer_state"] for rank in ranks]
+        states = [one["state"].get(index, {}) for one in saved]
         weights = [rank["single_partition_of_fp32_groups"][index] for rank in ranks]
         offset = 0
         for (name, shape), padding in zip(group.items(), ranks[0]["param_alignment_paddings"][index]):
@@ -143,7 +162,7 @@ def _stage1_2(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place
                 parts = weights if key == WEIGHT else [state[key] for state in states]
                 return _slice(parts, offset + start, stop - start)
 
-            places[name] = _Place(shape, read, states[0])
+            places[name] = _Place(shape, read, *_flat(states[0], saved[0]["param_groups"][index]))
             offset += shape.numel() + padding
     return places
 
@@ -165,7 +184,7 @@ def _stage3(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place]:
                     found.append(_slice(parts, offset + first, last - first))
             return torch.cat(found) if found else torch.empty(0)
 
-        places[name] = _Place(shape, read, states[0][0] if states[0] else {})
+        places[name] = _Place(shape, read, *_flat(states[0][0] if states[0] else {}, {}))
         offset += piece
     return places
 

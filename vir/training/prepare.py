@@ -20,6 +20,8 @@ from vir.models.weights import FORBIDDEN_ARGS  # and vir.models registers our mo
 from vir.training import ds_config, optimizer
 from vir.training.checkpoint_info import FOLDER as CHECKPOINTS
 from vir.training.checkpoint_info import LATEST
+from vir.training.metrics import FILE as METRICS
+from vir.training.metrics import read_metrics
 
 CONFIG_FILE = "config.yaml"
 
@@ -71,6 +73,10 @@ def _check_model(config: RunConfig) -> None:
         near = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
         raise SettingsError(f"--model.name {config.model.name}: no such model" + (
             f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() tells all, vir_* are ours"))
+    try:
+        timm.get_pretrained_cfg(config.model.name)
+    except RuntimeError as error:
+        raise SettingsError(f"--model.name {config.model.name}: {error}; leave the part after the dot out") from error
 
 
 def _check_folder(config: RunConfig) -> None:
@@ -83,6 +89,8 @@ def _check_folder(config: RunConfig) -> None:
     if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
         raise SettingsError(f"--resume {config.resume}: no such folder; give auto, none, or the path of a run or of "
                             f"one of its {CHECKPOINTS}/step-… folders")
+    if (Path(config.output) / METRICS).is_file():
+        read_metrics(Path(config.output))  # damage is told here by every rank, later it would be rank 0 alone
     if not saved.is_file() or config.validate_only:
         return
     try:

@@ -21,7 +21,7 @@ from vir.config import ModelConfig, differences, dump_yaml, plan_accumulation, t
 from vir.data.loader import eval_batches, train_batches
 from vir.data.order import SampleOrder
 from vir.data.transforms import InputConfig, model_input_of
-from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError
+from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError, VirError
 from vir.evaluation.classify import Accuracy, classify
 from vir.files import replace_text
 from vir.log import log
@@ -52,11 +52,11 @@ def run(prepared: Prepared, stop: StopRequest) -> int:
         logs.start(world.rank)
         job = _Job(prepared, world, folder, stop)
         try:
-            job.show_plan() if config.dry_run else job.validate()
+            done = job.show_plan() if config.dry_run else job.validate()
         finally:
             job.close()
         distributed.barrier()
-        return 0
+        return 0 if done else EXIT_STOPPED_BY_SIGNAL
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,7 +74,10 @@ def run(prepared: Prepared, stop: StopRequest) -> int:
         if lock is not None:
             os.close(lock)
     if world.is_main:
-        plot_runs([folder], folder / "curves.png")
+        try:
+            plot_runs([folder], folder / "curves.png")
+        except (OSError, VirError, RuntimeError) as error:  # the run is done, with or without its picture
+            log.warning("curves.png was not drawn: %s", error)
         log.info("done: %s" if done else "stopped by a signal; the same command continues: %s", folder)
     distributed.barrier()
     return 0 if done else EXIT_STOPPED_BY_SIGNAL
@@ -82,11 +85,15 @@ def run(prepared: Prepared, stop: StopRequest) -> int:
 
 def _check_shared(folder: Path, world: distributed.World) -> None:
     """Rank 0 writes a token that every rank must be able to read: checkpoints need one folder for all nodes."""
-    token = distributed.broadcast(secrets.token_hex(8))
+    token, wrong = distributed.broadcast(secrets.token_hex(8)), None
     path = folder / f".shared-{token}"
     if world.is_main:
-        path.write_text(token)
-    distributed.barrier()
+        try:
+            path.write_text(token)
+        except OSError as error:
+            wrong = error.strerror
+    if wrong := distributed.broadcast(wrong):
+        raise SettingsError(f"--output {folder} cannot be written to: {wrong}; give another folder")
     blind = [rank for rank, sees in enumerate(distributed.gather(path.is_file())) if not sees]
     distributed.barrier()
     if world.is_main:
@@ -121,7 +128,8 @@ class _Job:
         self.prepared, self.world, self.folder, self.stop = prepared, world, folder, stop
         self.accumulation = plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size, world.size)
         self.model_args = {**config.model.args, "num_classes": len(prepared.train.classes)}
-        if config.model.img_size is not None and timm.get_pretrained_cfg(config.model.name).fixed_input_size:
+        if config.model.img_size is not None and getattr(
+                timm.get_pretrained_cfg(config.model.name), "fixed_input_size", False):
             self.model_args["img_size"] = config.model.img_size  # others take images of any size
         torch.manual_seed(config.train.seed)
         network = _build(config.model, self.model_args)
@@ -153,7 +161,7 @@ class _Job:
         size = config.train.global_batch_size
         seen = info.samples_seen if info else 0
         first = seen // size
-        self.best = checkpoint.best_so_far(self.folder, config.checkpoint.best)
+        self.best = distributed.broadcast(checkpoint.best_so_far(self.folder, config.checkpoint.best))
         if self.world.is_main:
             replace_text(self.folder / CONFIG_FILE, dump_yaml(config))
             replace_text(self.folder / DEEPSPEED_FILE, Path(config.deepspeed_config).read_text())
@@ -190,17 +198,18 @@ class _Job:
                  self.engine.updates, did.bad,
                  "".join(f"; {name} {value:.2f}" for name, value in self.results.items() if "top1" in name))
 
-    def show_plan(self) -> None:
+    def show_plan(self) -> bool:
         for line in self._describe():
             log.info(line)
         log.info("a dry run: nothing was trained and nothing written")
+        return True
 
-    def validate(self) -> None:
+    def validate(self) -> bool:
         info = self._resume()
         if info is None and not self.config.model.init_from:
             raise SettingsError(f"--validate_only: --output {self.folder} has no checkpoint to evaluate; name a run "
                                 "folder, or weights by --model.init_from")
-        self._evaluate(info.step if info else 0)
+        return self._evaluate(info.step if info else 0)
 
     def _resume(self) -> CheckpointInfo | None:
         """Load the newest whole checkpoint of the run folder, or of --resume; every rank takes the same."""
@@ -236,6 +245,8 @@ class _Job:
         if (info.world_size, info.zero_stage) != (self.world.size, self.engine.zero_stage):
             log.info("%s is of %d ranks and ZeRO %d: sharding it anew for %d ranks and ZeRO %d", folder,
                      info.world_size, info.zero_stage, self.world.size, self.engine.zero_stage)
+        log.info("taking up %s%s", folder, "" if folder.is_relative_to(self.folder) or not self.world.is_main else
+                 ", as --output has no checkpoint of its own yet")
         self.engine.restore(Partitions(folder, info), info)
         return info
 

@@ -24,7 +24,7 @@ def forward_flops(model_name: str, model_args: dict[str, Any], size: tuple[int, 
     """
     try:
         with torch.device("meta"):
-            model = timm.create_model(model_name, **model_args).eval()
+            model = timm.create_model(model_name, **model_args).eval().requires_grad_(False)
             if hasattr(model, "set_retention_mode"):
                 model.set_retention_mode("chunkwise", 64)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
