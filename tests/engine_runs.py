@@ -61,7 +61,8 @@ class Job:
         if self.precision != "fp32":
             found[self.precision] = {"enabled": True}
         if self.precision == "fp16":
-            found["fp16"] |= {"initial_scale_power": self.scale_power, "hysteresis": 1, "loss_scale_window": self.scale_window}
+            found["fp16"] |= {"initial_scale_power": self.scale_power, "hysteresis": 1,
+                              "loss_scale_window": self.scale_window}
         return found | self.settings | ({"activation_checkpointing": {}} if self.recompute else {})
 
     def build(self) -> torch.nn.Module:
@@ -97,8 +98,8 @@ def save(engine, job: Job, done: int, world) -> None:
     info = CheckpointInfo(
         samples_seen=done * GLOBAL_BATCH, step=done, updates=engine.updates, world_size=world.size,
         zero_stage=job.stage, precision=job.precision, ema=engine.has_ema, loss_scaler=engine.loss_scaler_state(),
-        metrics={}, config={}, model_name=job.model, model_args={**job.args, "num_classes": job.classes}, model_input={},
-        classes=[], data_fingerprint="")
+        metrics={}, config={}, model_name=job.model, model_args={**job.args, "num_classes": job.classes},
+        model_input={}, classes=[], data_fingerprint="")
     checkpoint.save(engine, Path(job.output), info, world, checkpoint.Kept(1, None), False)
 
 

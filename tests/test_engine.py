@@ -84,7 +84,8 @@ def partitions(job: Job) -> Partitions:
     return Partitions(folder, read_info(folder))
 
 
-CASES = [case for case in itertools.product(range(4), DTYPES, (1, 4), (False, True)) if case[2:] != (1, True)]
+CASES = [case for case in itertools.product(range(4), DTYPES, (1, 4), (False, True)) if case[2:] != (1, True)
+         and (case[1] != "fp16" or not case[3])]
 
 # What else a DeepSpeed JSON may ask for, with what it must equal: (stage, precision, accumulation, JSON, how close).
 OPTIONS = {
@@ -177,8 +178,7 @@ def test_overflow_is_skipped_and_halves_the_scale_until_it_fits(stage, matrix):
 def test_the_scale_grows_after_its_window_and_the_losses_stay(stage, matrix, plain):
     job = matrix["growth", stage]
     events = result(job)["events"]
-    assert [event["scale"] for event in events] == [2**8, 2**8, 2**9] or stage  # DeepSpeed's ZeRO counts from one later
-    assert events[-1]["scale"] <= 2**9 and result(job)["events"][0]["applied"]
+    assert [event["scale"] for event in events] == [2**8, 2**8, 2**9]
     losses, norms, _, _ = plain["fp16", 1]
     assert [event["loss"] for event in events] == pytest.approx(losses, rel=TOLERANCE["fp16"])
     assert [event["norm"] for event in events] == pytest.approx(norms, rel=10 * TOLERANCE["fp16"])

@@ -4,6 +4,7 @@ Facts of DeepSpeed 0.19 that shape this room, each seen by running it:
 - backward() divides by the accumulation itself, so the loss is never divided here;
 - without ZeRO, bf16 creates the optimizer state by a step on zero gradients, which Adam counts;
 - without ZeRO, fp16 divides the gradient by the loss scale but never multiplies the loss by it;
+- fp16 raises the loss scale before it divides the gradient by it;
 - without ZeRO, fp32 lets a non-finite gradient into the weights; every other mode skips the step;
 - its load_checkpoint wants the same world and stage, brings back old rates, and with some arguments loads nothing;
 - buffers keep their dtype and differ between ranks, inputs are not cast.
@@ -97,10 +98,9 @@ class Engine:
         self._buffers = RunningStatistics(self.module, averages=self.has_ema)
         if self.has_ema:
             ema.attach(optimizer, self._decay)
-        if self.precision == "fp16":
+        if self.has_dynamic_scale:
             self._scaler.raise_error_at_min_scale = False  # step() says it in an error of ours, in every stage
-        if self._forgets_scale and self.has_dynamic_scale:
-            # DeepSpeed would raise the scale before it divides by it; _step() does so after.
+            # DeepSpeed would raise the scale before it divides by it, which halves a gradient; we do so after the step.
             self._scale_window, self._scaler.scale_window = self._scaler.scale_window, math.inf
         self.deepspeed._copy_recovery_script = lambda folder: None  # data should hold no programs
 
@@ -158,11 +158,17 @@ class Engine:
         applied = bool(self.deepspeed.was_step_applied())
         if self._forgets_scale:
             self._norm = float(self.deepspeed.get_global_grad_norm()) / self.loss_scale() if applied else math.inf
-            scaler = self._scaler
-            if applied and self.has_dynamic_scale and (
-                    (scaler.cur_iter - scaler.last_overflow_iter - 1) % self._scale_window == 0):
-                scaler.cur_scale *= scaler.scale_factor
+        if applied and self.has_dynamic_scale:
+            self._raise_scale()
         return applied
+
+    def _raise_scale(self) -> None:
+        """After each `loss_scale_window` steps without an overflow."""
+        scaler = self._scaler
+        if (scaler.cur_iter - scaler.last_overflow_iter - 1) % self._scale_window == 0:
+            scaler.cur_scale *= scaler.scale_factor
+            if hasattr(scaler, "cur_hysteresis"):
+                scaler.cur_hysteresis = scaler.delayed_shift
 
     def grad_norm(self) -> float:
         """Norm of the last global batch's gradient before clipping."""
