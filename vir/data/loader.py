@@ -47,6 +47,16 @@ class Batch:
         return Batch(**{name: function(value) if isinstance(value, Tensor) else value
                         for name, value in values.items()})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A tensor leaves a loader process as shared memory, with a socket connection of its own (0.5 ms on each side);
+        # what is small is quicker by value.
+        return {name: value.numpy() if isinstance(value, Tensor) and name != "images" else value
+                for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update((name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+                          for name, value in state.items())
+
     def pin_memory(self) -> Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
