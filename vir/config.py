@@ -235,7 +235,7 @@ class TrainConfig:
     wandb: str = ""
     """Project of Weights & Biases to log to as well; needs wandb installed."""
     profile: int = 0
-    """Steps, after the first ten, of which each rank writes a torch profiler trace to RUN/profile; 0: none."""
+    """Steps of which each rank writes a torch profiler trace to RUN/profile, if it can after the first ten; 0: none."""
     peak_tflops: Optional[float] = None
     """Dense peak of one device in the training precision, in 1e12 FLOP/s, for MFU; known for common GPUs."""
 

@@ -41,11 +41,11 @@ def classify(forward: Callable[[Tensor], Tensor], batches: Generator[Batch, None
         for batch in batches:
             if stop is not None and stop():
                 return None
-            logits = forward(normalize(batch.images, model_input)).float()[batch.valid]
-            labels = batch.labels[batch.valid]
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.view(-1, 1)
-            counts += torch.stack([best[:, 0].sum(), best.sum(), best.new_tensor(len(labels), dtype=torch.int64)])
-            loss += nn.functional.cross_entropy(logits, labels, reduction="none").double().sum()
+            logits, labels, valid = forward(normalize(batch.images, model_input)).float(), batch.labels, batch.valid
+            best = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.view(-1, 1)) & valid.view(-1, 1)
+            counts += torch.stack([best[:, 0].sum(), best.sum(), valid.sum()])
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none").double()
+            loss += losses.where(valid, 0).sum()  # a mask, not an index: the host does not wait for the device
             progress.update(len(labels))
     finally:
         batches.close()

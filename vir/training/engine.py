@@ -347,15 +347,15 @@ class Engine:
         for key in keys:
             if key not in state:
                 state[key] = torch.zeros_like(flat, dtype=torch.float32)
-        state.update({key: self._scalar(value) for key, value in found.scalars(name).items()})
+        state.update({key: self._scalar(value, flat) for key, value in found.scalars(name).items()})
         return keys
 
-    def _scalar(self, value: Any) -> Any:
+    def _scalar(self, value: Any, flat: Tensor) -> Any:
         """A number of the optimizer's state; the step is an int in DeepSpeed's Adam and a tensor in torch's."""
         if isinstance(self._optimizer, DeepSpeedCPUAdam):
             return int(value)
         if isinstance(self._optimizer, torch.optim.Adam):
-            return torch.tensor(float(value))
+            return torch.tensor(float(value), device=flat.device)  # where the fused kernel wants it
         return value.clone() if isinstance(value, Tensor) else value
 
     def close(self) -> None:

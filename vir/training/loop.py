@@ -126,6 +126,7 @@ class Trainer:
                    disable=not (self.world.is_main and terminal))
         self._began_at = first
         interval, saved_at, profiler = _Interval(), first, None
+        traced = self._traced(first)
         try:
             if self.stop.agreed():
                 return first == self.plan.total_steps and not evaluate_first
@@ -138,10 +139,10 @@ class Trainer:
             interval = _Interval()
             for step in range(first, self.plan.total_steps):
                 done = step + 1
-                if self.config.train.profile and step == first + _PROFILE_AFTER:
+                if step in traced and profiler is None:
                     profiler = _start_profiler(self.world)
                 self._step(batches, step, interval)
-                if profiler is not None and done == first + _PROFILE_AFTER + self.config.train.profile:
+                if profiler is not None and done not in traced:
                     profiler = self._end_profiler(profiler)
                 bar.update()
                 stopping, ending = self.stop.agreed(), done == self.plan.total_steps
@@ -167,6 +168,12 @@ class Trainer:
             batches.close()
             bar.close()
         return True
+
+    def _traced(self, first: int) -> range:
+        """The steps that --train.profile records: not the first ones, unless no others are left."""
+        steps = self.config.train.profile
+        begin = max(first, min(first + _PROFILE_AFTER, self.plan.total_steps - steps))
+        return range(begin, begin + steps)
 
     def _end_profiler(self, profiler: torch.profiler.profile) -> None:
         profiler.stop()
