@@ -88,7 +88,7 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
             "settings", "zero1_bf16", "--optim.name", "lion", "--optim.lr", "null", "--optim.lr_base", "1e-3",
             "--optim.layer_decay", "0.7", "--optim.weight_decay_end", "0.2", "--schedule.name", "linear",
             "--schedule.cooldown_epochs", "0.24", "--train.loss", "bce", "--train.bce_target_thresh", "0.2",
-            "--model.mean", "[0.1, 0.2, 0.3]", "--model.crop_pct", "0.9", "--train.profile", "2",
+            "--model.mean", "[0.1, 0.2, 0.3]", "--model.crop_pct", "0.9", "--train.profile", "6",
             "--train.peak_tflops", "0.1", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs", epochs(6),
             "--eval.every_epochs", epochs(4), "--ema.decay", "0", steps=14),
     }
@@ -193,7 +193,9 @@ def test_settings_act(single):
     assert info.model_input["mean"] == [0.1, 0.2, 0.3] and info.model_input["crop_pct"] == 0.9
     assert "layer_0_decay 1 lr x0." in said
     traces = list((run / "profile").glob("rank*.json"))
-    assert len(traces) == 1 and json.loads(traces[0].read_text())["traceEvents"]
+    names = [event.get("name", "") for event in json.loads(traces[0].read_text())["traceEvents"]]
+    backwards = sum(name.startswith("autograd::engine::evaluate_function: BinaryCrossEntropy") for name in names)
+    assert len(traces) == 1 and backwards == 6 * 4  # micro-batches of the last ones
     kept = {path.name for path in (run / "checkpoints").glob("step-*")}
     best = (run / "checkpoints" / "best").read_text()
     evals = [event for event in read_metrics(run) if event["kind"] == "eval"]

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 log = logging.getLogger("vir")
+
+
+def shows_bars() -> bool:
+    """Whether standard error is a terminal with a width; that of a container may have none, and show no bar."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # no terminal
+        return False
 
 
 class _PastTheBar(logging.Handler):

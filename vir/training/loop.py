@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -23,7 +22,7 @@ from vir.data.reader import ShardReader
 from vir.data.transforms import InputConfig
 from vir.distributed import World
 from vir.errors import DataError, LossScaleError, NotFiniteError
-from vir.log import log
+from vir.log import log, shows_bars
 from vir.training.engine import Engine
 from vir.training.loss import training_loss
 from vir.training.metrics import MetricsWriter
@@ -121,7 +120,7 @@ class Trainer:
             LossScaleError: a gradient that is not finite at the floor of the loss scale.
             DataError: too many samples that cannot be decoded, or one that cannot be read.
         """
-        terminal = sys.stderr.isatty()
+        terminal = shows_bars()
         bar = tqdm(total=self.plan.total_steps, initial=first, unit="step", dynamic_ncols=True,
                    disable=not (self.world.is_main and terminal))
         self._began_at = first

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-import sys
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -301,7 +300,7 @@ class _Job:
             self.prepared.val, self.model_input, batch_size=self.config.eval.batch_size, rank=self.world.rank,
             world_size=self.world.size, workers=self.config.data.workers, device=self.world.device)
         with tqdm(total=len(self.prepared.val), desc=title, leave=False, unit="image",
-                  disable=not (self.world.is_main and sys.stderr.isatty())) as bar:
+                  disable=not (self.world.is_main and logs.shows_bars())) as bar:
             return classify(forward, batches, self.model_input, self.world.device, bar, self.stop.agreed)
 
     def close(self) -> None:
