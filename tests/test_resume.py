@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, free_port
-from runs import BATCH, alone, command, epochs, launch, train_events, weights
+from tiny_runs import BATCH, alone, command, epochs, launch, train_events, weights
 
 from vir.training.checkpoint_info import newest, read_info, verify
 from vir.training.metrics import read_metrics

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from runs import command, launch, train_events, weights
+from tiny_runs import command, launch, train_events, weights
 
 import vir.models
 from vir.evaluate import main as evaluate

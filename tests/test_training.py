@@ -16,7 +16,7 @@ import timm
 import torch
 import yaml
 from conftest import ROOT, call, deepspeed, free_port
-from runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
+from tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
 
 import vir.models
 from vir.data.shards import read_index
