@@ -126,9 +126,9 @@ class Start:
                 raise Trouble(f"waiting for {what}: {how}. The end of its output:\n{self._tail()}")
             time.sleep(0.003)
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, unless: Callable[[], bool] = lambda: False) -> None:
         until = time.monotonic() + seconds
-        self.wait_until(lambda: time.monotonic() >= until, f"{seconds:.1f} s to pass")
+        self.wait_until(lambda: time.monotonic() >= until or unless(), f"{seconds:.1f} s to pass")
 
     def finish(self) -> None:
         """Let the run go to its end.
@@ -149,11 +149,11 @@ class Start:
         return self.log.read_text(errors="replace")[-3000:]
 
 
-def steps_since(run: Path, moment: float) -> list[int]:
-    """Steps whose lines of metrics were written after a moment in seconds since 1970."""
+def events_since(run: Path, moment: float) -> list[dict[str, Any]]:
+    """The steps' lines of metrics that were written after a moment in seconds since 1970."""
     if not (run / METRICS).is_file():
         return []
-    return [event["step"] for event in read_metrics(run) if event["kind"] == "train" and event["time"] > moment]
+    return [event for event in read_metrics(run) if event["kind"] == "train" and event["time"] > moment]
 
 
 def parts_since(run: Path, moment: float) -> list[Path]:
@@ -188,7 +188,7 @@ def phase_of(run: Path, began: float) -> tuple[str, str]:
     named = max((path.name for path in (run / FOLDER).glob("step-????????")), default="")
     if named > (folder.name if (folder := newest(run)) else ""):
         return IN_SAVE, f"in the save of {named}, whole but not yet named by latest"
-    return (BETWEEN_SAVES, BETWEEN_SAVES) if steps_since(run, began) else (START_UP, START_UP)
+    return (BETWEEN_SAVES, BETWEEN_SAVES) if events_since(run, began) else (START_UP, START_UP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +225,16 @@ def draw_steps(remaining: int, kills: int, draw: random.Random) -> int:
 
 
 def kill_once(start: Start, run: Path, phase: str, steps: int, start_up_seconds: float, draw: random.Random) -> None:
-    """Wait for a moment of that phase, `steps` after the step that this start continues from, and kill."""
+    """Wait for a moment of that phase, `steps` after the step that this start continues from, and kill.
+
+    A start-up that is over sooner than those before it, as where they compiled, is killed at its first step.
+    """
     if phase == START_UP:
-        start.sleep(draw.uniform(0, start_up_seconds))
+        start.sleep(draw.uniform(0, start_up_seconds), unless=lambda: bool(events_since(run, start.began)))
     else:
         until = saved_step(run) + steps
-        start.wait_until(lambda: max(steps_since(run, start.began), default=0) >= until, f"step {until}")
+        start.wait_until(lambda: any(event["step"] >= until for event in events_since(run, start.began)),
+                         f"step {until}")
         if phase == IN_SAVE:
             start.wait_until(lambda: bool(parts_since(run, start.began)), "a checkpoint being written")
         start.sleep(draw.uniform(0, SAVE_SECONDS))
@@ -255,8 +259,10 @@ def interrupted_run(command: list[str], run: Path, total: int, kills: int, start
                 kill_once(start, run, phases[number - 1], steps, start_up_seconds, draw)
             else:
                 start.finish()
-        made = steps_since(run, start.began)
-        continued = made[0] - 1 if made else None
+        made = events_since(run, start.began)
+        continued = made[0]["step"] - 1 if made else None
+        if made:
+            start_up_seconds = min(start_up_seconds, made[0]["time"] - start.began)
         if met:
             print(met[-1].line(kills, continued), flush=True)
         if continued is not None and continued != saved:
