@@ -136,6 +136,12 @@ def test_an_optimizer_that_would_compute_something_else_is_refused(name, stage, 
         check_name(name, stage)
 
 
+def test_what_an_optimizer_refuses_is_told():
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(SettingsError, match="--optim.name sgd does not take .*Nesterov momentum requires a momentum"):
+        build([{"params": [parameter]}], OptimConfig(name="sgd", momentum=0))
+
+
 def test_other_optimizers_of_timm_are_taken_without_zero():
     for name in ("lamb", "cadamw", "adamw", "sgd"):
         check_name(name, 0)

@@ -339,10 +339,11 @@ class Engine:
 
     def _begin_state(self, flat: Tensor, name: str, found: Partitions) -> list[str]:
         """Make room for the optimizer's state of a master, as `found` has it of a parameter; the keys to be read."""
-        keys = [key for key in found.keys(name) if key != ema.KEY]
+        keys = found.keys(name)
         if not keys and not found.scalars(name):
             return []  # never stepped: an optimizer fills only a state that is empty
-        keys += [ema.KEY] if self.has_ema else []  # which reads as the weights where there was none
+        # An average that was not kept before reads as the weights.
+        keys = [key for key in keys if key != ema.KEY] + ([ema.KEY] if self.has_ema else [])
         state = self._optimizer.state[flat]
         for key in keys:
             if key not in state:

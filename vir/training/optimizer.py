@@ -49,12 +49,19 @@ def check_name(name: str, zero_stage: int) -> None:
 
 
 def build(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimizer over `groups`. Its lr is 0 until the first step's is written."""
+    """timm's optimizer over `groups`. Its lr is 0 until the first step's is written.
+
+    Raises:
+        SettingsError: the optimizer refuses its settings.
+    """
     from timm.optim import create_optimizer_v2
 
-    optimizer = create_optimizer_v2(groups, opt=optim.name, lr=1.0, weight_decay=optim.weight_decay,
-                                    betas=optim.betas, momentum=optim.momentum, eps=optim.eps,
-                                    **({"fused": True} if optim.name in _FUSED else {}))
+    try:
+        optimizer = create_optimizer_v2(groups, opt=optim.name, lr=1.0, weight_decay=optim.weight_decay,
+                                        betas=optim.betas, momentum=optim.momentum, eps=optim.eps,
+                                        **({"fused": True} if optim.name in _FUSED else {}))
+    except ValueError as error:
+        raise SettingsError(f"--optim.name {optim.name} does not take these settings of --optim: {error}") from error
     for group in optimizer.param_groups:  # not all are made with a rate of 0
         group["lr"] = 0.0
     return optimizer
