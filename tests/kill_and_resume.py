@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from conftest import ROOT, TINY, free_port
 from safetensors.torch import load_file
+from support.launchers import ROOT, TINY, free_port
 from torch import Tensor
 
+from vir.checkpoints.consolidate import consolidate
+from vir.checkpoints.info import FOLDER, newest, read_info
 from vir.data.shards import read_index
 from vir.errors import VirError
-from vir.training.checkpoint_info import FOLDER, newest, read_info
-from vir.training.consolidate import consolidate
-from vir.training.metrics import FILE as METRICS
-from vir.training.metrics import read_metrics
+from vir.reports.metrics import FILE as METRICS
+from vir.reports.metrics import read_metrics
 
 RANKS, BATCH, MICRO = 2, 16, 4  # two micro-batches per rank and step
 CHECKPOINT_EVERY = 6

@@ -61,7 +61,7 @@ def test_the_reader_of_imports_sees_all_kinds(tmp_path):
     path = tmp_path / "x.py"
     path.write_text("import a.b, c\nfrom vir import config\nfrom vir.errors import VirError\n"
                     "def f():\n    from vir.training import engine\n")
-    assert sorted(imports(path)) == ["a.b", "c", "vir.config", "vir.errors", "vir.training.engine"]
+    assert sorted(imports(path)) == ["a.b", "c", "vir.config", "vir.errors", "vir.engine.engine"]
     assert [level(name) for name in ("vir", "vir.errors", "vir.models.block", "vir.train", "tools.x")] == [
         -1, 0, 2, 6, 6]
 
@@ -109,5 +109,5 @@ def test_a_wrong_flag_is_told_before_torch_is_imported():
 
 
 def test_consolidation_evaluation_and_data_need_no_deepspeed():
-    statement = "import vir.training.consolidate, vir.evaluation.classify, vir.data.loader"
+    statement = "import vir.checkpoints.consolidate, vir.evaluation.classify, vir.data.loader"
     assert loaded(statement, "torch", "deepspeed", "webdataset", "accelerate") == ["torch"]

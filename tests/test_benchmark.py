@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, call
 from PIL import Image
+from support.launchers import ROOT, call
 
 import vir.models  # noqa: F401, registers the models
-from vir.evaluation.benchmark import free_mixer
+from vir.benchmarks.model import free_mixer
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, call
+from support.launchers import ROOT, TINY, call
 
 import vir.models  # noqa: F401, registers the models
 

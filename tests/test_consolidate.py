@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vir.checkpoints.consolidate import consolidate
+from vir.checkpoints.info import CheckpointInfo, sha256
 from vir.errors import DataError, SettingsError
 from vir.models import read_metadata
-from vir.training.checkpoint_info import CheckpointInfo, sha256
-from vir.training.consolidate import consolidate
 
 torch.set_num_threads(1)
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "a.bias": (1,)}  # none divides by 2 or 3 ranks

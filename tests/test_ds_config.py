@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from vir.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from vir.engine import ds_config
 from vir.errors import SettingsError
-from vir.training import ds_config
 
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "ds_configs").glob("*.json"))
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vir.training import ema
-from vir.training.ema import KEY, decay_at
+from vir.engine import ema
+from vir.engine.ema import KEY, decay_at
 
 torch.set_num_threads(1)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, deepspeed
-from engine_runs import GLOBAL_BATCH, Job, batch, seed_of, write
+from support.engine_runs import GLOBAL_BATCH, Job, batch, seed_of, write
+from support.launchers import ROOT, deepspeed
 
-from vir.training.checkpoint_info import newest, read_info
+from vir.checkpoints.info import newest, read_info
+from vir.checkpoints.partitions import WEIGHT, Partitions
+from vir.engine.optimizer import parameter_groups
 from vir.training.loss import training_loss
-from vir.training.optimizer import parameter_groups
-from vir.training.partitions import WEIGHT, Partitions
 
 pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
 
@@ -24,7 +24,7 @@ RANKS = 2
 
 
 def launch(tmp: Path, jobs: list[Job], ranks: int = RANKS) -> None:
-    done = deepspeed(ROOT / "tests" / "engine_runs.py", write(tmp / f"jobs{ranks}.json", jobs), ranks=ranks)
+    done = deepspeed(ROOT / "tests" / "support" / "engine_runs.py", write(tmp / f"jobs{ranks}.json", jobs), ranks=ranks)
     assert done.returncode == 0, done.stdout[-6000:]
 
 

@@ -10,8 +10,8 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from conftest import call
-from exactness import assert_close, value_and_gradients
+from support.exactness import assert_close, value_and_gradients
+from support.launchers import call
 
 from vir.models import kernels
 from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports

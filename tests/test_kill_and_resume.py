@@ -10,9 +10,9 @@ import kill_and_resume
 import pytest
 import torch
 
-from vir.training.checkpoint_info import FOLDER, LATEST
-from vir.training.metrics import FILE as METRICS
-from vir.training.metrics import read_metrics
+from vir.checkpoints.info import FOLDER, LATEST
+from vir.reports.metrics import FILE as METRICS
+from vir.reports.metrics import read_metrics
 
 KILLS = 2
 pytestmark = pytest.mark.timeout(600)  # four launches: 160 s on two cores that others used too

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from vir.errors import DataError
-from vir.training.curves import plot_runs
-from vir.training.metrics import FILE, MetricsWriter, read_metrics
+from vir.reports.curves import plot_runs
+from vir.reports.metrics import FILE, MetricsWriter, read_metrics
 
 
 def steps(run):

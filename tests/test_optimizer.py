@@ -7,9 +7,9 @@ from torch import nn
 
 import vir.models  # noqa: F401  registers the models
 from vir.config import OptimConfig
+from vir.engine import optimizer as optimizers
+from vir.engine.optimizer import ELEMENTWISE, build, check_name, set_rates, states_per_number
 from vir.errors import SettingsError
-from vir.training import optimizer as optimizers
-from vir.training.optimizer import ELEMENTWISE, build, check_name, set_rates, states_per_number
 
 
 def parameter_groups(model, weight_decay, **optim):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port
-from tiny_runs import BATCH, alone, command, epochs, launch, train_events, weights
+from support.launchers import ROOT, free_port
+from support.tiny_runs import BATCH, alone, command, epochs, launch, train_events, weights
 
-from vir.training.checkpoint_info import newest, read_info, verify
-from vir.training.metrics import read_metrics
+from vir.checkpoints.info import newest, read_info, verify
+from vir.reports.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
 

@@ -4,7 +4,7 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from exactness import TOLERANCE, assert_close, value_and_gradients
+from support.exactness import TOLERANCE, assert_close, value_and_gradients
 
 from vir.models.retention import (
     _compute_dtype,

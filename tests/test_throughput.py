@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vir.models  # noqa: F401  registers the models
+from vir.reports.throughput import Stopwatch, forward_flops, peak_flops, peak_memory, stragglers, utilisation
 from vir.training.plan import model_state_bytes
-from vir.training.throughput import Stopwatch, forward_flops, peak_flops, peak_memory, stragglers, utilisation
 
 
 @pytest.mark.parametrize("name, gmacs", [("vit_small_patch16_224", 4.61), ("vit_base_patch16_224", 17.58),

@@ -3,14 +3,14 @@
 import pytest
 import timm
 import torch
-from tiny_runs import command, launch, train_events, weights
+from support.tiny_runs import command, launch, train_events, weights
 
 import vir.models
+from vir.checkpoints.consolidate import consolidate
+from vir.checkpoints.info import newest
+from vir.engine.batch_norm import batch_norms
 from vir.evaluate import main as evaluate
-from vir.training.batch_norm import batch_norms
-from vir.training.checkpoint_info import newest
-from vir.training.consolidate import consolidate
-from vir.training.metrics import read_metrics
+from vir.reports.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
 

@@ -15,15 +15,15 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, call, deepspeed, free_port
-from tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
+from support.launchers import ROOT, call, deepspeed, free_port
+from support.tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
 
 import vir.models
+from vir.checkpoints.consolidate import consolidate
+from vir.checkpoints.info import newest, read_info
 from vir.data.shards import read_index
+from vir.reports.metrics import read_metrics
 from vir.train import main
-from vir.training.checkpoint_info import newest, read_info
-from vir.training.consolidate import consolidate
-from vir.training.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
 

@@ -32,7 +32,7 @@ def benchmark(args: argparse.Namespace, argv: list[str]) -> str:
     """Measure as the command line says; returns the table."""
     import torch
 
-    from vir.evaluation import benchmark as b
+    from vir.benchmarks import model as b
 
     known = b.OPERATOR_ROWS if args.kind == "operator" else b.MODEL_ROWS
     rows = args.rows or [row for row in known if not row.endswith("recurrent")]

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def benchmark(args: argparse.Namespace, argv: list[str]) -> str:
     """Measure as the command line says; returns the tables."""
-    from vir.training import ds_config
+    from vir.engine import ds_config
 
     for flag, value, least in (("ranks", args.ranks, 1), ("repeats", args.repeats, 1), ("log_every", args.log_every, 1),
                                ("steps", args.steps, 3 * args.log_every)):
@@ -95,7 +95,7 @@ class Sides:
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         from vir.config import parse, plan_accumulation
         from vir.data.reader import ShardReader
-        from vir.training import ds_config
+        from vir.engine import ds_config
 
         self._args, self._scratch, self._started = args, scratch, 0
         self.parameters, self.adam, self.run = 0, "", scratch
@@ -242,15 +242,15 @@ def _checkpoints(loops: dict[str, Any], global_batch_size: int, size: int) -> di
 
 
 def train_events(run: Path) -> list[dict[str, Any]]:
-    from vir.training.metrics import read_metrics
+    from vir.reports.metrics import read_metrics
 
     return [event for event in read_metrics(run) if event["kind"] == "train"]
 
 
 def newest(run: Path) -> Path:
-    from vir.training import checkpoint_info
+    from vir.checkpoints import info
 
-    found = checkpoint_info.newest(run)
+    found = info.newest(run)
     assert found is not None, "a run that ended well has a checkpoint"
     return found
 
@@ -264,7 +264,7 @@ def ema_bytes(run: Path, config: str, ranks: int, parameters: int) -> dict[str, 
 
     Without ZeRO every rank holds the same and rank 0 alone writes it.
     """
-    from vir.training import ds_config
+    from vir.engine import ds_config
 
     folder, stage = newest(run), ds_config.zero_stage(ds_config.read(config))
     found = []
@@ -318,7 +318,7 @@ def _busy_cores(seconds: float = 1.0) -> float:
 def _machine() -> str:
     import torch
 
-    from vir.evaluation.benchmark import machine
+    from vir.benchmarks.model import machine
 
     torch.set_num_threads(1)  # as each rank has
     return machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
 
-    from vir.training.consolidate import consolidate
+    from vir.checkpoints.consolidate import consolidate
 
     try:
         found = consolidate(args.source, args.output, ema=args.ema, dtype=args.dtype, force=args.force)

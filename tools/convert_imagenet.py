@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from vir.data.convert import CHECKS, ON_ERROR, Stopped, convert
-from vir.data.sources import read_class_list
+from vir.data.folder import read_class_list
 from vir.errors import VirError
 
 

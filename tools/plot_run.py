@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="default: curves.png in the first run folder")
     args = parser.parse_args(argv)
 
-    from vir.training.curves import plot_runs
+    from vir.reports.curves import plot_runs
 
     output = args.output or args.runs[0] / "curves.png"
     try:

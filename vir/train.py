@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 import sys
 
+from vir.cluster.signals import StopRequest
 from vir.config import parse
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
-from vir.training.signals import StopRequest
 
 
 def local_rank() -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vir.data.decode import BadSampleError, decode_image, inspect_image
+from vir.data.folder import Sample, class_folders, read_folder
 from vir.data.shards import (
     MANIFEST,
     PARTIAL,
@@ -31,7 +32,6 @@ from vir.data.shards import (
     write_shard,
     write_split,
 )
-from vir.data.sources import Sample, class_folders, read_folder
 from vir.errors import DataError, SettingsError, VirError
 from vir.files import flush
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vir import distributed
+from vir.cluster.signals import StopRequest
 from vir.config import RunConfig
 from vir.data import transforms
 from vir.data.loader import Batch
@@ -21,14 +22,13 @@ from vir.data.order import SampleOrder, generator
 from vir.data.reader import ShardReader
 from vir.data.transforms import InputConfig
 from vir.distributed import World
+from vir.engine.engine import Engine
 from vir.errors import DataError, LossScaleError, NotFiniteError
 from vir.log import log, shows_bars
-from vir.training.engine import Engine
+from vir.reports.metrics import MetricsWriter
+from vir.reports.throughput import Stopwatch, peak_memory, stragglers, utilisation
 from vir.training.loss import training_loss
-from vir.training.metrics import MetricsWriter
 from vir.training.schedule import learning_rate, weight_decay
-from vir.training.signals import StopRequest
-from vir.training.throughput import Stopwatch, peak_memory, stragglers, utilisation
 
 _NOT_FINITE_LIMIT = 3
 _BAD_TOO_FEW_TO_JUDGE = 10

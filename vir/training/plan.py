@@ -7,8 +7,8 @@ import math
 from vir.config import RunConfig
 from vir.data.transforms import InputConfig
 from vir.distributed import World
-from vir.training import optimizer
-from vir.training.engine import Engine
+from vir.engine import optimizer
+from vir.engine.engine import Engine
 from vir.training.loop import Plan
 from vir.training.prepare import Prepared
 

@@ -12,16 +12,16 @@ from typing import Any
 import timm
 import yaml
 
+from vir.checkpoints.info import FOLDER as CHECKPOINTS
+from vir.checkpoints.info import LATEST
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
 from vir.data.transforms import check_augmentation
+from vir.engine import ds_config, optimizer
 from vir.errors import SettingsError
 from vir.models.weights import FORBIDDEN_ARGS  # and vir.models registers our models with timm
-from vir.training import ds_config, optimizer
-from vir.training.checkpoint_info import FOLDER as CHECKPOINTS
-from vir.training.checkpoint_info import LATEST
-from vir.training.metrics import FILE as METRICS
-from vir.training.metrics import read_metrics
+from vir.reports.metrics import FILE as METRICS
+from vir.reports.metrics import read_metrics
 
 CONFIG_FILE = "config.yaml"
 

@@ -16,27 +16,27 @@ from tqdm import tqdm
 
 from vir import distributed
 from vir import log as logs
+from vir.checkpoints import store
+from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.partitions import Partitions
+from vir.cluster.signals import StopRequest
 from vir.config import ModelConfig, differences, dump_yaml, plan_accumulation, to_dict
 from vir.data.loader import eval_batches, train_batches
 from vir.data.order import SampleOrder
 from vir.data.transforms import InputConfig, model_input_of
+from vir.engine.engine import Engine
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError, VirError
 from vir.evaluation.classify import Accuracy, classify
 from vir.files import replace_text
 from vir.log import log
 from vir.models import initialize_from
-from vir.training import checkpoint
-from vir.training.checkpoint_info import CheckpointInfo
-from vir.training.curves import plot_runs
-from vir.training.engine import Engine
+from vir.reports.curves import plot_runs
+from vir.reports.metrics import MetricsWriter, read_metrics
+from vir.reports.throughput import forward_flops, peak_flops
 from vir.training.loop import Plan, Trainer, steps_every
-from vir.training.metrics import MetricsWriter, read_metrics
-from vir.training.partitions import Partitions
 from vir.training.plan import describe
 from vir.training.prepare import CONFIG_FILE, Prepared
 from vir.training.schedule import total_steps
-from vir.training.signals import StopRequest
-from vir.training.throughput import forward_flops, peak_flops
 
 DEEPSPEED_FILE = "ds_config.json"
 
@@ -160,7 +160,7 @@ class _Job:
         size = config.train.global_batch_size
         seen = info.samples_seen if info else 0
         first = seen // size
-        self.best = distributed.broadcast(checkpoint.best_so_far(self.folder, config.checkpoint.best))
+        self.best = distributed.broadcast(store.best_so_far(self.folder, config.checkpoint.best))
         if self.world.is_main:
             replace_text(self.folder / CONFIG_FILE, dump_yaml(config))
             replace_text(self.folder / DEEPSPEED_FILE, Path(config.deepspeed_config).read_text())
@@ -212,9 +212,9 @@ class _Job:
 
     def _resume(self) -> CheckpointInfo | None:
         """Load the newest whole checkpoint of the run folder, or of --resume; every rank takes the same."""
-        config, found = self.config, checkpoint.find(self.folder, self.world)
+        config, found = self.config, store.find(self.folder, self.world)
         if found is None and config.resume not in ("auto", "none"):
-            found = checkpoint.find_named(Path(config.resume), self.world)
+            found = store.find_named(Path(config.resume), self.world)
             changed = differences(found[1].config, to_dict(config))
             if changed and not config.accept_config_change:
                 raise SettingsError(f"--resume {config.resume} was trained with other settings: {'; '.join(changed)}; "
@@ -263,8 +263,8 @@ class _Job:
             model_input=asdict(self.model_input), classes=list(self.prepared.train.classes),
             data_fingerprint=self.prepared.train.fingerprint)
         every = config.checkpoint.keep_every_epochs
-        kept = checkpoint.Kept(config.checkpoint.keep, every and every * self.plan.num_samples)
-        self.saving.append(checkpoint.save(self.engine, self.folder, info, self.world, kept, is_best))
+        kept = store.Kept(config.checkpoint.keep, every and every * self.plan.num_samples)
+        self.saving.append(store.save(self.engine, self.folder, info, self.world, kept, is_best))
 
     def _evaluation_is_due(self, step: int) -> bool:
         """Whether the run stopped between a step and its evaluation."""

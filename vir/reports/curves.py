@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Sequence
 
-from vir.training.metrics import read_metrics
+from vir.reports.metrics import read_metrics
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:

@@ -1,6 +1,6 @@
 """Many engines one after another in the ranks of one launch, because imports cost more than the steps.
 
-usage: deepspeed … tests/engine_runs.py JOBS.json   (a list of Job fields; see below)
+usage: deepspeed … tests/support/engine_runs.py JOBS.json   (a list of Job fields; see below)
 """
 
 import json
@@ -92,27 +92,27 @@ def counting(kept: list[int]) -> torch.autograd.graph.saved_tensors_hooks:
 
 
 def save(engine, job: Job, done: int, world) -> None:
-    from vir.training import checkpoint
-    from vir.training.checkpoint_info import CheckpointInfo
+    from vir.checkpoints import store
+    from vir.checkpoints.info import CheckpointInfo
 
     info = CheckpointInfo(
         samples_seen=done * GLOBAL_BATCH, step=done, updates=engine.updates, world_size=world.size,
         zero_stage=job.stage, precision=job.precision, ema=engine.has_ema, loss_scaler=engine.loss_scaler_state(),
         metrics={}, config={}, model_name=job.model, model_args={**job.args, "num_classes": job.classes},
         model_input={}, classes=[], data_fingerprint="")
-    checkpoint.save(engine, Path(job.output), info, world, checkpoint.Kept(1, None), False)
+    store.save(engine, Path(job.output), info, world, store.Kept(1, None), False)
 
 
 def run(job: Job) -> None:
     from vir import distributed
-    from vir.training import checkpoint
-    from vir.training.engine import Engine
-    from vir.training.partitions import Partitions
+    from vir.checkpoints import store
+    from vir.checkpoints.partitions import Partitions
+    from vir.engine.engine import Engine
 
     world = distributed.start()
     engine = Engine(job.build(), job.config(world.size), job.ds_config(), job.accumulation, world)
     if job.restore:
-        folder, info = checkpoint.find_named(Path(job.restore), world)
+        folder, info = store.find_named(Path(job.restore), world)
         engine.restore(Partitions(folder, info), info)
     if job.save_first:
         save(engine, job, job.first, world)

@@ -15,9 +15,9 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
+from vir.checkpoints.info import CheckpointInfo
+from vir.engine.ema import KEY as EMA
 from vir.errors import DataError
-from vir.training.checkpoint_info import CheckpointInfo
-from vir.training.ema import KEY as EMA
 
 WEIGHT = "weight"
 """The key of the float32 master weights; the others are those of the optimizer's state."""

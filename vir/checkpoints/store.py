@@ -14,11 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vir import distributed
-from vir.distributed import World
-from vir.errors import DataError
-from vir.files import flush, replace_text
-from vir.log import log
-from vir.training.checkpoint_info import (
+from vir.checkpoints.info import (
     BEST,
     DESCRIPTION,
     FOLDER,
@@ -31,7 +27,11 @@ from vir.training.checkpoint_info import (
     sha256,
     verify,
 )
-from vir.training.engine import Engine
+from vir.distributed import World
+from vir.engine.engine import Engine
+from vir.errors import DataError
+from vir.files import flush, replace_text
+from vir.log import log
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,15 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.partitions import EMA_BUFFERS, WEIGHT, Partitions
 from vir.config import RunConfig
 from vir.distributed import World
+from vir.engine import ds_config as ds
+from vir.engine import ema
+from vir.engine.batch_norm import RunningStatistics, batch_norms, compute_in_float32
+from vir.engine.optimizer import build, parameter_groups, set_rates
 from vir.errors import LossScaleError, SettingsError
-from vir.training import ds_config as ds
-from vir.training import ema
-from vir.training.batch_norm import RunningStatistics, batch_norms, compute_in_float32
-from vir.training.checkpoint_info import CheckpointInfo
-from vir.training.optimizer import build, parameter_groups, set_rates
-from vir.training.partitions import EMA_BUFFERS, WEIGHT, Partitions
 
 deepspeed.utils.logger.setLevel("WARNING")
 

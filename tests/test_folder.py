@@ -2,7 +2,7 @@
 
 import pytest
 
-from vir.data.sources import make_key, read_class_list, read_folder
+from vir.data.folder import make_key, read_class_list, read_folder
 from vir.errors import DataError
 
 

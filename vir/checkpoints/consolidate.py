@@ -8,12 +8,12 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
+from vir.checkpoints.info import FOLDER, CheckpointInfo, newest, read_info, verify
+from vir.checkpoints.partitions import WEIGHT, Partitions
+from vir.engine.ema import KEY as EMA
 from vir.errors import DataError, SettingsError
 from vir.models.weights import WeightsMetadata, save_weights
-from vir.training.checkpoint_info import FOLDER, CheckpointInfo, newest, read_info, verify
-from vir.training.ema import KEY as EMA
-from vir.training.metrics import FILE as METRICS
-from vir.training.partitions import WEIGHT, Partitions
+from vir.reports.metrics import FILE as METRICS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

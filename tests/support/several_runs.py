@@ -1,6 +1,6 @@
 """Several vir.train commands one after another in the ranks of one launch, because imports cost more than the steps.
 
-usage: deepspeed … tests/several_runs.py COMMANDS.json   (a list of argument lists; codes.json gets their exit codes)
+usage: deepspeed … several_runs.py COMMANDS.json   (a list of argument lists; codes.json gets their exit codes)
 """
 
 import json

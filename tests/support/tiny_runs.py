@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import ROOT, TINY, call, deepspeed
 from safetensors.torch import load_file
+from support.launchers import ROOT, TINY, call, deepspeed
 
-from vir.training.consolidate import consolidate
-from vir.training.metrics import read_metrics
+from vir.checkpoints.consolidate import consolidate
+from vir.reports.metrics import read_metrics
 
 EMA_DECAY = 0.9
 BATCH, IMAGES = 48, 400
@@ -37,7 +37,7 @@ def launch(tmp: Path, commands: list[list[str]], ranks: int = 2) -> tuple[list[i
     """Run the commands one after another in one launch; their exit codes and what was said."""
     tmp.mkdir(exist_ok=True)
     (tmp / "commands.json").write_text(json.dumps(commands))
-    done = deepspeed(ROOT / "tests" / "several_runs.py", tmp / "commands.json", ranks=ranks, timeout=600)
+    done = deepspeed(ROOT / "tests" / "support" / "several_runs.py", tmp / "commands.json", ranks=ranks, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:]
     return json.loads((tmp / "codes.json").read_text()), done.stdout
 
