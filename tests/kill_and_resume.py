@@ -27,9 +27,9 @@ from typing import Any, Callable
 
 import torch
 from safetensors.torch import load_file
-from support.launchers import ROOT, TINY, free_port
 from torch import Tensor
 
+from support.launchers import ROOT, TINY, free_port
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import FOLDER, newest, read_info
 from vir.data.shards import read_index

@@ -10,9 +10,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support.launchers import ROOT, call
 
 import vir.models  # noqa: F401, registers the models
+from support.launchers import ROOT, call
 from vir.benchmarks.model import free_mixer
 
 torch.set_num_threads(1)
@@ -69,9 +69,9 @@ def test_the_model_beside_vit_and_a_free_mixer(tmp_path):
 def test_the_operator_beside_attention(tmp_path):
     printed = run("operator", "--sizes", 17, 33, "--batch-size", 1, "--heads", 2, "--width", 8, "--rounds", 1,
                   "--passes", "training", "--rows", "sdpa", "auto", "recurrent", "2-D parallel", "--output", tmp_path)
-    found = [(row["size"], row["dtype"], row["row"]) for row in rows_of(printed)]
+    order = [(row["size"], row["dtype"], row["row"]) for row in rows_of(printed)]
     square, other = ("sdpa", "auto", "recurrent", "2-D parallel"), ("sdpa", "auto", "recurrent")
-    assert found == [(size, dtype, row) for dtype in ("fp32", "bf16")
+    assert order == [(size, dtype, row) for dtype in ("fp32", "bf16")
                      for size, rows in (("17", square), ("33", other)) for row in rows]
     assert_picture(tmp_path / "operator.png")
 

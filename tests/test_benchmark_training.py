@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
-from support.launchers import ROOT, TINY, call
 
-import vir.models  # noqa: F401, registers the models
+import vir.models
+from support.launchers import ROOT, TINY, call
+from vir.benchmarks import training
+from vir.benchmarks.checkpoint_size import ema_bytes
+from vir.benchmarks.tables import spread
 
 
 @pytest.fixture
@@ -31,10 +34,10 @@ def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
                 "--json", tmp_path / "x.json", "--", *TINY, "--train.global_batch_size", "16",
                 "--train.micro_batch_size", "4")
     assert done.returncode == 0, done.stdout
-    found = json.loads((tmp_path / "x.json").read_text())
-    loops, saved, (average,) = found["loops"], found["checkpoints"], found["ema"]
+    result = json.loads((tmp_path / "x.json").read_text())
+    loops, saved, (average,) = result["loops"], result["checkpoints"], result["ema"]
     turn, = loops["turns"]
-    assert (found["model"], found["ranks"], found["zero"]) == ("vir_tiny_patch16_224", 2, "zero2_fp32")
+    assert (result["model"], result["ranks"], result["zero"]) == ("vir_tiny_patch16_224", 2, "zero2_fp32")
     assert len(turn["bare_intervals_ms"]) == 2 and len(turn["ours_intervals_ms"]) == 1  # a checkpoint is in the other
     assert loops["bare_ms"] == statistics.median(turn["bare_intervals_ms"]) > 0.1
     assert loops["ours_ms"] == statistics.median(turn["ours_intervals_ms"]) > 0.1
@@ -64,7 +67,7 @@ def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
     assert [int(one.replace(",", "")) for one in ema[1].split(", ")] == average["bytes_of_rank"]
 
 
-def test_the_median_is_over_turns_and_the_loops_take_turns(tool, monkeypatch):
+def test_the_median_is_over_turns_and_the_loops_take_turns(monkeypatch):
     class Sides:
         parameters, adam, order = 7, "A", []
 
@@ -75,17 +78,17 @@ def test_the_median_is_over_turns_and_the_loops_take_turns(tool, monkeypatch):
         def ours(self):
             self.order.append("ours")
             seconds = [[0.12, 0.2, 0.1], [0.2] * 3, [0.11] * 3][self.order.count("ours") - 1]
-            return tool.Ours(step_seconds=seconds, data_wait=0.25, checkpoint_seconds=[10 * seconds[0]],
-                             logging_seconds=0.0)
+            return training.Ours(step_seconds=seconds, data_wait=0.25, checkpoint_seconds=[10 * seconds[0]],
+                                 logging_seconds=0.0)
 
-    monkeypatch.setattr(tool, "_busy_cores", lambda: 0.0)
-    found = tool._loops(Sides(), 3)
+    monkeypatch.setattr(training, "_busy_cores", lambda: 0.0)
+    loops = training.compare(Sides(), 3)
     assert Sides.order == ["bare", "ours", "ours", "bare", "bare", "ours"]
-    assert [turn["overhead"] for turn in found["turns"]] == pytest.approx([0.2, 1.0, 0.1])
-    assert found["overhead"] == pytest.approx(0.2)
-    assert found["overhead_without_wait"] == pytest.approx(0.75 * 1.2 - 1)
-    assert tool._spread(found, "overhead", 100) == "20 (10–100)"
-    saved = tool._checkpoints(found, global_batch_size=12, size=5)
+    assert [turn["overhead"] for turn in loops["turns"]] == pytest.approx([0.2, 1.0, 0.1])
+    assert loops["overhead"] == pytest.approx(0.2)
+    assert loops["overhead_without_wait"] == pytest.approx(0.75 * 1.2 - 1)
+    assert spread(loops, "overhead", 100) == "20 (10–100)"
+    saved = training.checkpoint_cost(loops, global_batch_size=12, size=5)
     assert saved["seconds"] == [1.2, 2.0, 1.1] and saved["median_seconds"] == 1.2
     assert saved["images_per_second"] == pytest.approx(100) and saved["share"] == pytest.approx(1.2 / (1.2 + 12811.67))
 
@@ -93,24 +96,24 @@ def test_the_median_is_over_turns_and_the_loops_take_turns(tool, monkeypatch):
 def test_intervals_with_a_checkpoint_are_not_timed_and_tell_its_cost(tool, shards, tmp_path, monkeypatch):
     """Steps of 0.1 s, 0.02 s for a line of metrics, checkpoints of 3 s after steps 20 and 40."""
     args = tool._parser().parse_args(["--data", str(shards), "--steps", "50"])
-    sides = tool.Sides(args, tmp_path)
+    sides = training.Sides(training.Settings(**vars(args)), tmp_path)
     monkeypatch.setattr(sides, "_launch", lambda words: None)
     events = [{"kind": "train", "step": step, "time": 100 + step * 0.102 + 3 * (step > 20) + 3 * (step > 40),
                "images_per_second": 1280.0, "data_wait": 0.25} for step in range(10, 51, 10)]
     (tmp_path / "01").mkdir()
     (tmp_path / "01" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     monkeypatch.setattr(sides, "_folder", lambda: tmp_path / "01")
-    found = sides.ours()
-    assert found.step_seconds == pytest.approx([0.102, 0.102])
-    assert found.checkpoint_seconds == pytest.approx([3, 3]) and found.logging_seconds == pytest.approx(0.02)
-    assert found.data_wait == pytest.approx(0.25)
+    ours = sides.ours()
+    assert ours.step_seconds == pytest.approx([0.102, 0.102])
+    assert ours.checkpoint_seconds == pytest.approx([3, 3]) and ours.logging_seconds == pytest.approx(0.02)
+    assert ours.data_wait == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("stage, name, state", [
     (0, "mp_rank_00_model_states.pt", lambda s: {"optimizer": {"state": {0: s, 1: s}}}),
     (2, "zero_pp_rank_0_mp_rank_00_optim_states.pt",
      lambda s: {"optimizer_state_dict": {"base_optimizer_state": {"state": [s, s]}}})])
-def test_ema_bytes_are_those_of_the_ema_alone(stage, name, state, tool, tmp_path):
+def test_ema_bytes_are_those_of_the_ema_alone(stage, name, state, tmp_path):
     folder = tmp_path / "checkpoints" / "step-00000002"
     folder.mkdir(parents=True)
     (folder.parent / "latest").write_text(folder.name)
@@ -118,8 +121,8 @@ def test_ema_bytes_are_those_of_the_ema_alone(stage, name, state, tool, tmp_path
     torch.save(state(of_parameter), folder / name)
     config = tmp_path / "stage.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    found = tool.ema_bytes(tmp_path, str(config), 1, 10)
-    assert found == {"config": "stage", "stage": stage, "bytes_of_rank": [40], "ideal_bytes": 40.0, "ratio": 1.0}
+    assert ema_bytes(tmp_path, str(config), 1, 10) == {
+        "config": "stage", "stage": stage, "bytes_of_rank": [40], "ideal_bytes": 40.0, "ratio": 1.0}
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -128,6 +131,6 @@ def test_ema_bytes_are_those_of_the_ema_alone(stage, name, state, tool, tmp_path
     (["--model", "vir_tiny_patch16_223"], "vir_tiny_patch16_223"), (["--ema", "no.json"], "no.json: no such file"),
     (["--data", "nowhere"], "nowhere")])
 def test_what_cannot_be_measured_is_told_before_anything_runs(flags, said, tool, shards, capsys, monkeypatch):
-    monkeypatch.setattr(tool.subprocess, "run", None)
+    monkeypatch.setattr(training.subprocess, "run", None)
     assert tool.main(["--data", str(shards), *flags]) in (2, 3)
     assert said in capsys.readouterr().err

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.engine_runs import GLOBAL_BATCH, Job, batch, seed_of, write
 from support.launchers import ROOT, deepspeed
-
 from vir.checkpoints.info import newest, read_info
 from vir.checkpoints.partitions import WEIGHT, Partitions
 from vir.engine.optimizer import parameter_groups

@@ -10,18 +10,13 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
+
 from support.exactness import assert_close, value_and_gradients
 from support.launchers import call
-
 from vir.models import kernels
 from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
-from vir.models.retention import (
-    chunkwise_retention,
-    parallel_retention,
-    parallel_retention_2d,
-    recurrent_retention,
-    retention_decay,
-)
+from vir.models.retention import chunkwise_retention, parallel_retention, recurrent_retention, retention_decay
+from vir.models.retention_2d import parallel_retention_2d
 
 torch.set_num_threads(1)
 

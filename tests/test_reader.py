@@ -15,6 +15,7 @@ from vir.data.decode import BadSampleError, decode_image, inspect_image
 from vir.data.reader import ShardReader
 from vir.data.shards import ShardSample, read_index, write_shard, write_split
 from vir.errors import DataError
+from vir.files import sha256
 
 LABELS = [0, 0, 0, 2, 1, 0, 0, 1]  # three shards of 4, 3 and 1
 
@@ -117,10 +118,10 @@ def edit_index(edit):
     def damage(folder):
         index = edit(read_index(folder).copy())
         manifest = (folder / "manifest.json").read_text()
-        old = reader_module.file_sha256(folder / "index.npy")
+        old = sha256(folder / "index.npy")
         np.save(folder / "index.npy", index)
         (folder / "manifest.json").write_text(
-            manifest.replace(old, reader_module.file_sha256(folder / "index.npy")))
+            manifest.replace(old, sha256(folder / "index.npy")))
     return damage
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.launchers import ROOT, free_port
 from support.tiny_runs import BATCH, alone, command, epochs, launch, train_events, weights
-
 from vir.checkpoints.info import newest, read_info, verify
 from vir.reports.metrics import read_metrics
 

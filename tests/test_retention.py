@@ -4,8 +4,8 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from support.exactness import TOLERANCE, assert_close, value_and_gradients
 
+from support.exactness import TOLERANCE, assert_close, value_and_gradients
 from vir.models.retention import (
     _compute_dtype,
     chunkwise_retention,

@@ -4,15 +4,10 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from support.exactness import TOLERANCE, assert_close, value_and_gradients
 
-from vir.models.retention import (
-    _compute_dtype,
-    chunkwise_retention_2d,
-    parallel_retention_2d,
-    recurrent_retention_2d,
-    retention_decay,
-)
+from support.exactness import TOLERANCE, assert_close, value_and_gradients
+from vir.models.retention import _compute_dtype, retention_decay
+from vir.models.retention_2d import chunkwise_retention_2d, parallel_retention_2d, recurrent_retention_2d
 
 torch.set_num_threads(1)
 

@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from support.tiny_runs import command, launch, train_events, weights
 
 import vir.models
+from support.tiny_runs import command, launch, train_events, weights
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest
 from vir.engine.batch_norm import batch_norms

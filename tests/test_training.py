@@ -15,10 +15,10 @@ import pytest
 import timm
 import torch
 import yaml
-from support.launchers import ROOT, call, deepspeed, free_port
-from support.tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
 
 import vir.models
+from support.launchers import ROOT, call, deepspeed, free_port
+from support.tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
 from vir.data.shards import read_index

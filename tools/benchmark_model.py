@@ -9,72 +9,26 @@ Prints a table; with --output also writes KIND.md, KIND.json (the raw numbers) a
 """
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
 from pathlib import Path
 
-from vir.errors import DataError, SettingsError, VirError
+from vir import cli
+from vir.errors import VirError
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+
+    from vir.benchmarks import model
+
+    command = f"python tools/benchmark_model.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
     try:
-        print(benchmark(args, sys.argv[1:] if argv is None else argv), end="")
+        print(model.benchmark(model.Settings(**vars(args)), command), end="")
     except VirError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return cli.tell(error, "error")
     return 0
-
-
-def benchmark(args: argparse.Namespace, argv: list[str]) -> str:
-    """Measure as the command line says; returns the table."""
-    import torch
-
-    from vir.benchmarks import model as b
-
-    known = b.OPERATOR_ROWS if args.kind == "operator" else b.MODEL_ROWS
-    rows = args.rows or [row for row in known if not row.endswith("recurrent")]
-    if unknown := [row for row in rows if row not in known]:
-        raise SettingsError(f"--rows has {unknown[0]!r}; choose from {', '.join(known)}")
-    if bad := [size for size in args.sizes or [] if size < 1]:
-        raise SettingsError(f"--sizes has {bad[0]}; a size is at least 1")
-    device = b.check_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    limits = b.Limits(rounds=args.rounds, seconds=args.seconds, row_seconds=args.row_seconds,
-                      memory_gib=args.memory_gib)
-    results = []
-    for dtype in args.dtypes:
-        for direction in args.passes:
-            common = (rows, dtype, direction, args.batch_size)
-            if args.kind == "operator":
-                sizes = args.sizes or [197, 577, 1025, 4097]
-                found = b.operator(sizes, *common, args.heads, args.width, device, limits)
-            else:
-                sizes = args.sizes or [224, 512, 1024]
-                found = b.model(args.model, sizes, *common, args.model_args, device, limits)
-            for result in found:
-                results.append(result)
-                print(f"{result.size} {dtype} {direction} {result.row}: "
-                      f"{result.failed or f'{result.ms:.4g} ms'}", file=sys.stderr, flush=True)
-
-    title = f"{args.model if args.kind == 'model' else f'{args.heads} heads of {args.width}'} on {b.machine(device)}"
-    command = f"python tools/benchmark_model.py {shlex.join(argv)}"
-    text = f"{title}\n\n`{command}`\n\n" + b.table(results, "vit" if args.kind == "model" else "sdpa")
-    if args.output:
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-            (args.output / f"{args.kind}.md").write_text(text)
-            raw = dict(title=title, command=command, results=[dataclasses.asdict(r) for r in results])
-            (args.output / f"{args.kind}.json").write_text(json.dumps(raw, indent=1))
-            unit = "pixels of an image side" if args.kind == "model" else "tokens"
-            b.plot(results, args.output / f"{args.kind}.png", unit, title)
-        except OSError as error:
-            raise DataError(f"cannot write to --output {args.output}: {error.strerror}; choose another "
-                            f"folder") from error
-    return text
 
 
 def _model_args(text: str) -> dict:

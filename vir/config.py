@@ -18,6 +18,11 @@ from vir.errors import SettingsError
 RetentionMode = Literal["auto", "parallel", "chunkwise", "recurrent"]
 
 
+def _free(default: Any) -> Any:
+    """A field that changes where a run lives or how fast it goes, never what it computes: free to change on resume."""
+    return field(default=default, metadata={"free": True})
+
+
 def _check(holds: bool, flag: str, value: object, limit: str) -> None:
     if not holds:
         raise SettingsError(f"--{flag} is {value!r}; it must be {limit}")
@@ -49,7 +54,7 @@ class ModelConfig:
     """Form of retention used in training; weights and results are the same in each."""
     chunk_size: int = 64
     """Tokens per chunk of the chunkwise form; auto has its own."""
-    compile: bool = False
+    compile: bool = _free(False)
     """Compile each block with torch.compile: faster steps after a slow first one."""
 
     def __post_init__(self) -> None:
@@ -69,13 +74,13 @@ class ModelConfig:
 class DataConfig:
     """Where the shards are, and how they are read."""
 
-    train: str = ""
+    train: str = _free("")
     """Folder of training shards with index and manifest, as tools/convert_imagenet.py writes it."""
-    val: str = ""
+    val: str = _free("")
     """Folder of validation shards; its class list must equal the training one."""
-    workers: int = 4
+    workers: int = _free(4)
     """Loader processes per rank; changes speed only, never the data."""
-    prefetch: int = 4
+    prefetch: int = _free(4)
     """Micro-batches each worker prepares ahead."""
     lanes: int = 64
     """Shards read side by side; part of the definition of the sample order."""
@@ -123,6 +128,11 @@ class AugmentConfig:
     """Probability of CutMix instead of mixup where both are on."""
     mixup_off_epoch: float = 0.0
     """Epoch from which samples are no longer mixed; 0: never."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of samples are mixed at all."""
+        return self.mixup > 0 or self.cutmix > 0
 
     def __post_init__(self) -> None:
         _check(0 < self.scale[0] <= self.scale[1] <= 1, "augment.scale", self.scale, "a range within (0, 1]")
@@ -230,13 +240,13 @@ class TrainConfig:
     """Label smoothing."""
     seed: int = 42
     """Seed of initialisation, order, augmentation and dropout."""
-    log_every: int = 50
+    log_every: int = _free(50)
     """Steps between lines in metrics.jsonl."""
-    wandb: str = ""
+    wandb: str = _free("")
     """Project of Weights & Biases to log to as well; needs wandb installed."""
-    profile: int = 0
+    profile: int = _free(0)
     """Steps of which each rank writes a torch profiler trace to RUN/profile, if it can after the first ten; 0: none."""
-    peak_tflops: Optional[float] = None
+    peak_tflops: Optional[float] = _free(None)
     """Dense peak of one device in the training precision, in 1e12 FLOP/s, for MFU; known for common GPUs."""
 
     def __post_init__(self) -> None:
@@ -271,9 +281,9 @@ class EmaConfig:
 class EvalConfig:
     """Validation during the run."""
 
-    every_epochs: float = 1.0
+    every_epochs: float = _free(1.0)
     """Epochs between evaluations on data.val; the end of the run is always evaluated."""
-    batch_size: int = 128
+    batch_size: int = _free(128)
     """Images per forward pass on one rank."""
 
     def __post_init__(self) -> None:
@@ -285,13 +295,13 @@ class EvalConfig:
 class CheckpointConfig:
     """What is kept to continue from."""
 
-    every_epochs: float = 1.0
+    every_epochs: float = _free(1.0)
     """Epochs between checkpoints; the end of the run and a stop by signal are always saved."""
-    keep: int = 3
+    keep: int = _free(3)
     """Newest checkpoints to keep."""
-    keep_every_epochs: Optional[float] = None
+    keep_every_epochs: Optional[float] = _free(None)
     """Also keep, for good, the first checkpoint after each so many epochs."""
-    best: Optional[Literal["top1", "ema_top1"]] = "top1"
+    best: Optional[Literal["top1", "ema_top1"]] = _free("top1")
     """Also keep the checkpoint with the best validation accuracy, saved right after its evaluation; null: do not."""
 
     def __post_init__(self) -> None:
@@ -305,18 +315,18 @@ class CheckpointConfig:
 class RunConfig:
     """All settings of a run."""
 
-    deepspeed_config: str = ""
+    deepspeed_config: str = _free("")
     """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing; see ds_configs/."""
-    output: str = ""
+    output: str = _free("")
     """Run folder; the same command on it continues the run."""
-    resume: str = "auto"
+    resume: str = _free("auto")
     """auto continues the run in output, where there is one; none refuses a folder that has one; the path of another
     run or checkpoint folder begins from there, on any number of ranks and any ZeRO stage, until output has its own."""
-    dry_run: bool = False
+    dry_run: bool = _free(False)
     """Build everything, print the plan with the memory it needs, and stop before the first step."""
-    validate_only: bool = False
+    validate_only: bool = _free(False)
     """Evaluate the newest checkpoint, or model.init_from, and stop."""
-    accept_config_change: bool = False
+    accept_config_change: bool = _free(False)
     """Continue a run folder although settings that change its results differ from those it began with."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -334,8 +344,7 @@ class RunConfig:
         if missing:
             raise SettingsError("not given: " + ", ".join(f"--{flag}" for flag in missing) +
                                 "; see --help, or start from a recipe: --config vir/recipes/vir_small_in1k.yaml")
-        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
-        if mixes and self.train.micro_batch_size % 2:
+        if self.augment.mixes and self.train.micro_batch_size % 2:
             raise SettingsError(f"--train.micro_batch_size is {self.train.micro_batch_size}; mixup and cutmix pair "
                                 "samples inside a micro-batch, so it must be even (or set --augment.mixup 0 "
                                 "--augment.cutmix 0)")
@@ -363,16 +372,16 @@ def parse(argv: list[str]) -> RunConfig:
 def _with_values(argv: list[str]) -> list[str]:
     """`--dry_run`, also written `--dry-run`, alone means `--dry_run true`; so for the other switches of a run."""
     switches = {"--" + item.name for item in dataclasses.fields(RunConfig) if item.type == "bool"}
-    found = []
+    words = []
     for word, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = word[2:].partition("=")
         flag = "--" + name.replace("-", "_")
         if flag in switches and word.startswith("--"):
-            found.append(flag + equals + value)
-            found += ["true"] if not equals and following.lower() not in ("true", "false") else []
+            words.append(flag + equals + value)
+            words += ["true"] if not equals and following.lower() not in ("true", "false") else []
         else:
-            found.append(word)
-    return found
+            words.append(word)
+    return words
 
 
 def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -405,22 +414,28 @@ def dump_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-# Fields that change where a run lives or how fast it goes, never what it computes.
-_FREE = {"output", "resume", "accept_config_change", "dry_run", "validate_only", "deepspeed_config", "data.train",
-         "data.val", "data.workers", "data.prefetch", "model.compile", "train.log_every", "train.wandb",
-         "train.profile", "train.peak_tflops", "eval.every_epochs", "eval.batch_size", "checkpoint.every_epochs",
-         "checkpoint.keep", "checkpoint.keep_every_epochs", "checkpoint.best"}
+def _free_flags(kind: Any, prefix: str = "") -> set[str]:
+    """Names of the settings under a dataclass that _free() marks, e.g. data.workers."""
+    flags = {prefix + item.name for item in dataclasses.fields(kind) if item.metadata.get("free")}
+    for item in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(item.default_factory):
+            flags |= _free_flags(item.default_factory, f"{prefix}{item.name}.")
+    return flags
+
+
+FREE = frozenset(_free_flags(RunConfig))
+"""The settings with which a run folder may be continued although they differ from those it began with."""
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
     """`flag: before -> after` for each setting that changes the results of a run."""
-    found = []
+    changed = []
     for key in sorted(before.keys() | after.keys()):
         flag, old, new = prefix + key, before.get(key), after.get(key)
-        if flag in _FREE or old == new:
+        if flag in FREE or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, flag + ".")
+            changed += differences(old, new, flag + ".")
         else:
-            found.append(f"{flag}: {old} -> {new}")
-    return found
+            changed.append(f"{flag}: {old} -> {new}")
+    return changed

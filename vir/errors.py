@@ -19,6 +19,10 @@ class DataError(VirError):
     exit_code = 3
 
 
+class CheckpointError(DataError):
+    """A checkpoint that is missing, incomplete or damaged, or that could not be written."""
+
+
 class NotFiniteError(VirError):
     """Loss or gradients were not finite for too many steps in a row."""
 

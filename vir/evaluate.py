@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from vir import cli
 from vir.config import RetentionMode
 from vir.errors import SettingsError, VirError
 from vir.files import replace_text
+
+if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is imported
+    from accelerate import PartialState
+    from torch import nn
+
+    from vir.data.loader import Batch
+    from vir.data.reader import ShardReader
+    from vir.models.spec import InputSpec
+    from vir.models.weights import WeightsMetadata
 
 MODES = get_args(RetentionMode)
 
@@ -50,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except VirError as error:  # every process meets it at the door; later, maybe one alone
         from torch import distributed
 
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0 or distributed.is_initialized():
-            print(f"vir.evaluate: {error}", file=sys.stderr)
-        return error.exit_code
+        return cli.tell(error, "vir.evaluate", every_rank=distributed.is_initialized())
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -63,63 +70,73 @@ def _evaluate(args: argparse.Namespace) -> int:
     from vir import distributed
     from vir.data.loader import eval_batches
     from vir.data.reader import ShardReader
-    from vir.data.transforms import model_input_of
     from vir.evaluation.classify import classify
     from vir.models import load
+    from vir.models.spec import input_of
 
     reader = ShardReader(args.data)
     model = load(args.weights)
-    metadata = model.weights_metadata
-    if list(metadata.classes) != list(reader.classes):
-        raise SettingsError(f"{args.weights} knows {len(metadata.classes)} classes, {args.data} has "
-                            f"{len(reader.classes)}, and their lists differ; evaluate on the classes it was trained on")
-    if hasattr(model, "set_retention_mode"):
-        model.set_retention_mode(args.mode)
-    elif args.mode != "auto" or args.compare_modes:
-        raise SettingsError(f"{metadata.model_name} has no retention; leave out --mode and --compare-modes")
-
+    metadata: WeightsMetadata = getattr(model, "weights_metadata")
+    _check(args, model, metadata, reader)
+    if args.mode != "auto":
+        getattr(model, "set_retention_mode")(args.mode)
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     distributed.share_cores(state.device)
     model.to(state.device)
-    model_input = model_input_of(model)
-    batches = dict(batch_size=args.batch_size, rank=state.process_index, world_size=state.num_processes,
-                   workers=args.workers, device=state.device)
-    result = {"weights": str(args.weights), "data": str(args.data), "model": metadata.model_name,
-              "step": metadata.step, "ema": metadata.ema, "dtype": metadata.dtype, "mode": args.mode,
-              "processes": state.num_processes}
+    model_input = input_of(model)
+    batches: dict[str, Any] = dict(batch_size=args.batch_size, rank=state.process_index,
+                                   world_size=state.num_processes, workers=args.workers, device=state.device)
+    result: dict[str, Any] = {
+        "weights": str(args.weights), "data": str(args.data), "model": metadata.model.name, "step": metadata.step,
+        "ema": metadata.ema, "dtype": metadata.dtype, "mode": args.mode, "processes": state.num_processes}
     if args.compare_modes:
         result["mode_differences"] = _compare(model, next(iter(eval_batches(reader, model_input, **batches))),
                                               model_input, args.mode)
     with tqdm(total=len(reader), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:
-        found = classify(model, eval_batches(reader, model_input, **batches), model_input, state.device, bar)
-    result |= {"images": found.images, "top1": found.top1, "top5": found.top5, "loss": found.loss}
-    if state.is_main_process:
-        print(f"{metadata.model_name}{' EMA' if metadata.ema else ''}, step {metadata.step}, {found.images} images, "
-              f"{state.num_processes} processes: top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, "
-              f"loss {found.loss:.4f}")
-        for mode, difference in result.get("mode_differences", {}).items():
-            print(f"largest logit difference, {mode} against parallel: {difference:.2e}")
-        print(json.dumps(result))
-        if args.json:
-            replace_text(args.json, json.dumps(result, indent=1) + "\n")
+        accuracy = classify(model, eval_batches(reader, model_input, **batches), model_input, state.device, bar)
+    assert accuracy is not None, "only a stop cuts it short, and none was given"
+    result |= {"images": accuracy.images, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
+    _tell(args, result, state)
     state.destroy_process_group()
     return 0
 
 
-def _compare(model, batch, model_input, mode: str) -> dict[str, float]:
+def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata, reader: ShardReader) -> None:
+    classes = metadata.model.classes
+    if list(classes) != list(reader.classes):
+        raise SettingsError(f"{args.weights} knows {len(classes)} classes, {args.data} has {len(reader.classes)}, and "
+                            "their lists differ; evaluate on the classes it was trained on")
+    if not hasattr(model, "set_retention_mode") and (args.mode != "auto" or args.compare_modes):
+        raise SettingsError(f"{metadata.model.name} has no retention; leave out --mode and --compare-modes")
+
+
+def _tell(args: argparse.Namespace, result: dict[str, Any], state: PartialState) -> None:
+    if not state.is_main_process:
+        return
+    print(f"{result['model']}{' EMA' if result['ema'] else ''}, step {result['step']}, {result['images']} images, "
+          f"{result['processes']} processes: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+          f"loss {result['loss']:.4f}")
+    for mode, difference in result.get("mode_differences", {}).items():
+        print(f"largest logit difference, {mode} against parallel: {difference:.2e}")
+    print(json.dumps(result))
+    if args.json:
+        replace_text(args.json, json.dumps(result, indent=1) + "\n")
+
+
+def _compare(model: nn.Module, batch: Batch, model_input: InputSpec, mode: str) -> dict[str, float]:
     """Largest absolute logit difference of each form against the parallel one, on one batch."""
     import torch
 
-    from vir.data.transforms import normalize
+    from vir.data.device import normalize
 
-    images = normalize(batch.images, model_input)
+    images, set_mode = normalize(batch.images, model_input), getattr(model, "set_retention_mode")
     logits = {}
     with torch.no_grad():
         for name in MODES[1:]:
-            model.set_retention_mode(name)
+            set_mode(name)
             logits[name] = model(images)
-    model.set_retention_mode(mode)
+    set_mode(mode)
     return {name: float((logits[name] - logits["parallel"]).abs().max()) for name in MODES[2:]}
 
 

@@ -1,4 +1,4 @@
-"""One logger for a run: rank 0 writes to the terminal and to log.txt, other ranks only warn."""
+"""One logger for a run: rank 0 writes to the terminal and to a file, other ranks only warn."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class _PastTheBar(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def start(rank: int, folder: Path | None = None) -> None:
-    """Send `log` to the terminal and, on rank 0, to `folder`/log.txt as well."""
+def start(rank: int, file: Path | None = None) -> None:
+    """Send `log` to the terminal and, on rank 0, to `file` as well."""
     layout = logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",
                                datefmt="%H:%M:%S")
     handlers: list[logging.Handler] = [_PastTheBar()]
-    if folder is not None and rank == 0:
-        handlers.append(logging.FileHandler(folder / "log.txt"))
+    if file is not None and rank == 0:
+        handlers.append(logging.FileHandler(file))
     for handler in handlers:
         handler.setFormatter(layout)
     log.handlers[:] = handlers

@@ -10,16 +10,12 @@ continues a run that was stopped. Exit codes: 0 done, 2 settings, 3 data, 4 not 
 
 from __future__ import annotations
 
-import os
 import sys
 
+from vir import cli
 from vir.cluster.signals import StopRequest
 from vir.config import parse
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,24 +33,25 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         from vir.training.prepare import prepare
 
         prepared = prepare(config)
-    except VirError as error:  # every rank meets it; one of each node says it
-        if local_rank() == 0:
-            print(f"vir.train: {error}", file=sys.stderr)
-        return error.exit_code
+    except VirError as error:  # every rank meets it
+        return cli.tell(error, "vir.train")
     from vir.training.run import run
 
     try:
         return run(prepared, stop)
     except VirError as error:  # damaged data may have been met by one rank alone, the rest by all of them
-        if local_rank() == 0 or isinstance(error, DataError):
-            print(f"vir.train: {error}", file=sys.stderr)
-        return error.exit_code
+        return cli.tell(error, "vir.train", every_rank=isinstance(error, DataError))
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """main() as a program of its own: the process group ends with it."""
     code = main()
     if code in (0, EXIT_STOPPED_BY_SIGNAL):  # all ranks are here; after an error the others may be waiting elsewhere
         from vir import distributed
 
         distributed.stop()
-    sys.exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from support.launchers import ROOT, TINY, call, deepspeed
 
+from support.launchers import ROOT, TINY, call, deepspeed
 from vir.checkpoints.consolidate import consolidate
 from vir.reports.metrics import read_metrics
 

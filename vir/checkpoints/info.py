@@ -1,16 +1,21 @@
-"""What a checkpoint says of itself, and whether it is whole. Imports no deepspeed: consolidation reads it as well."""
+"""What a checkpoint says of itself, and whether it is whole.
+
+RUN/checkpoints/step-00001000/ holds DeepSpeed's files and checkpoint.json, which lists them with their checksums.
+RUN/checkpoints/latest names the newest one, best the one with the best validation accuracy.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vir.errors import DataError
+from vir import files
+from vir.errors import CheckpointError
+from vir.models.spec import InputSpec, ModelSpec
+from vir.run_folder import CHECKPOINTS
 
-FOLDER = "checkpoints"
 DESCRIPTION = "checkpoint.json"
 LATEST = "latest"
 BEST = "best"
@@ -37,16 +42,30 @@ class CheckpointInfo:
     """Of the evaluation at this step, e.g. top1; empty where there was none."""
     config: dict[str, Any]
     """The settings of the run."""
-    model_name: str
-    model_args: dict[str, Any]
-    """For timm.create_model, the class count included."""
-    model_input: dict[str, Any]
-    """size, mean, std, interpolation, crop_pct."""
-    classes: list[str]
+    model: ModelSpec
     data_fingerprint: str
     """Of the training shards and their class list."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """bytes and sha256 of every file."""
+
+    def to_json(self) -> str:
+        """The text of checkpoint.json."""
+        last = ("model", "data_fingerprint", "files")
+        fields = {name: value for name, value in vars(self).items() if name not in last}
+        return json.dumps({
+            "format": FORMAT, **fields, "model_name": self.model.name, "model_args": self.model.args,
+            "model_input": asdict(self.model.input), "classes": self.model.classes,
+            "data_fingerprint": self.data_fingerprint, "files": dict(sorted(self.files.items()))}, indent=1)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> CheckpointInfo:
+        """From the object that to_json writes, without its format. Raises KeyError, TypeError or ValueError."""
+        image = fields.pop("model_input")
+        model_input = InputSpec(size=tuple(image["size"]), mean=tuple(image["mean"]), std=tuple(image["std"]),
+                                interpolation=image["interpolation"], crop_pct=image["crop_pct"])
+        model = ModelSpec(name=fields.pop("model_name"), args=fields.pop("model_args"), input=model_input,
+                          classes=tuple(fields.pop("classes")))
+        return cls(model=model, **fields)
 
 
 def name_of(step: int) -> str:
@@ -54,58 +73,48 @@ def name_of(step: int) -> str:
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint that `latest` names; None where no checkpoint was ever completed.
-
-    Raises:
-        DataError: `latest` names a folder that is not there.
-    """
-    latest = run / FOLDER / LATEST
-    if not latest.is_file():
-        return None
-    folder = run / FOLDER / Path(latest.read_text().strip()).name
-    if not folder.is_dir():
-        others = sorted(path.name for path in (run / FOLDER).glob("step-????????"))
-        raise DataError(f"{latest} names {folder.name!r}, which is not there; " + (
-            f"write one of {', '.join(others)} into it" if others else "remove it to start anew"))
-    return folder
+    """The checkpoint that `latest` names, whole or not; None where no checkpoint was ever completed."""
+    latest = run / CHECKPOINTS / LATEST
+    return run / CHECKPOINTS / Path(latest.read_text().strip()).name if latest.is_file() else None
 
 
 def candidates(run: Path) -> list[Path]:
-    """The checkpoints to continue from, in the order of trying: what `latest` names, then the others, newest first.
+    """The checkpoints to take, in the order of trying: what `latest` names, then the others, newest first.
 
-    One that a kill caught between its renaming and the moving of `latest`, or while it was replaced, is among them.
+    Among them is one that a kill caught after its renaming and before `latest` moved, or while it was replaced.
     """
-    latest = run / FOLDER / LATEST
-    named = [run / FOLDER / Path(latest.read_text().strip()).name] if latest.is_file() else []
-    whole = [*(run / FOLDER).glob("step-????????"), *(run / FOLDER).glob("step-????????.replaced.part")]
-    return named + sorted((path for path in whole if path not in named), reverse=True,
-                          key=lambda path: (path.stat().st_mtime, path.name))
+    named = newest(run)
+    others = [*(run / CHECKPOINTS).glob("step-????????"), *(run / CHECKPOINTS).glob("step-????????.replaced.part")]
+    return ([named] if named else []) + sorted((path for path in others if path != named), reverse=True,
+                                               key=lambda path: (path.stat().st_mtime, path.name))
 
 
 def read_info(folder: Path) -> CheckpointInfo:
     """The description of a checkpoint, after checking that every file it lists is there at its full size.
 
     Raises:
-        DataError: no checkpoint, an incomplete one, or one of another format.
+        CheckpointError: no checkpoint, an incomplete one, or one of another format.
     """
     try:
-        found = json.loads((folder / DESCRIPTION).read_text())
-        version = found.pop("format")
+        fields = json.loads((folder / DESCRIPTION).read_text())
+        version = fields.pop("format")
         if version != FORMAT:
-            raise DataError(f"{folder}: format {version} is not known here ({FORMAT}); use the version that wrote it")
-        info = CheckpointInfo(**found)
+            raise CheckpointError(f"{folder}: format {version} is not known here ({FORMAT}); use the version that "
+                                  "wrote it")
+        info = CheckpointInfo.from_json(fields)
         sizes = {name: int(entry["bytes"]) for name, entry in info.files.items()}
     except FileNotFoundError:
-        raise DataError(f"{folder} holds no {DESCRIPTION}: it is not a complete checkpoint; name a run folder or one "
-                        f"of its {FOLDER}/step-… folders") from None
+        raise CheckpointError(f"{folder} holds no {DESCRIPTION}: it is not a complete checkpoint; name a run folder or "
+                              f"one of its {CHECKPOINTS}/step-… folders") from None
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{folder / DESCRIPTION} cannot be read: {error!r}") from error
+        raise CheckpointError(f"{folder / DESCRIPTION} cannot be read: {error!r}") from error
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
-            raise DataError(f"{folder} is incomplete: {name} is missing")
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing")
         if path.stat().st_size != size:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, {size} were written; take another checkpoint")
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {size} were written; take another "
+                                  "checkpoint")
     return info
 
 
@@ -113,20 +122,17 @@ def verify(folder: Path, info: CheckpointInfo, share: int = 0, of: int = 1) -> N
     """Compare the checksums of every `of`-th file from number `share` on with those that were written.
 
     Raises:
-        DataError: a file that has changed since, or cannot be read.
+        CheckpointError: a file that has changed since, or cannot be read.
     """
     for name in sorted(info.files)[share::of]:
         if sha256(folder / name) != info.files[name]["sha256"]:
-            raise DataError(f"{folder / name} has changed since it was written (sha256 differs); take another "
-                            "checkpoint")
+            raise CheckpointError(f"{folder / name} has changed since it was written (sha256 differs); take another "
+                                  "checkpoint")
 
 
 def sha256(path: Path) -> str:
+    """The checksum of a checkpoint's file. Raises CheckpointError where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 22):
-                digest.update(block)
-            return digest.hexdigest()
+        return files.sha256(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

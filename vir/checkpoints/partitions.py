@@ -1,8 +1,8 @@
 """The files of a ZeRO checkpoint as whole, named tensors of which any range can be read; without deepspeed.
 
-Every rank of another world, and consolidation, read just the numbers that they need: the files are memory-mapped. They
-are torch archives that name a handful of DeepSpeed's classes. They are read with an allow-list that puts inert
-stand-ins in their place, so nothing in them can run code.
+The files are memory-mapped: a rank of another world, or consolidation, reads only the numbers that it needs. They are
+torch archives that name a few of DeepSpeed's classes. An allow-list puts inert stand-ins in the place of these, so
+nothing in the files can run code.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from vir.checkpoints.info import CheckpointInfo
-from vir.engine.ema import KEY as EMA
-from vir.errors import DataError
+from vir.errors import CheckpointError
 
 WEIGHT = "weight"
 """The key of the float32 master weights; the others are those of the optimizer's state."""
+EMA = "ema"
+"""The key of the average of the weights in the optimizer's state."""
 EMA_BUFFERS = "ema_buffers"
 
 
@@ -31,7 +32,7 @@ class _Inert:
         pass
 
 
-_ALLOWED = [(_Inert, name) for name in (
+_ALLOWED: list[Callable | tuple[Callable, str]] = [(_Inert, name) for name in (
     "deepspeed.utils.tensor_fragment.fragment_address", "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")]
 
@@ -54,7 +55,7 @@ class Partitions:
         folder: a checkpoint whose files are known to be whole.
 
     Raises:
-        DataError: a file that cannot be read, refers to code, or does not hold what the others say.
+        CheckpointError: a file that cannot be read, refers to code, or does not hold what the others say.
     """
 
     def __init__(self, folder: Path, info: CheckpointInfo) -> None:
@@ -103,18 +104,18 @@ def _read(path: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("GLOBAL ")[-1].split(" ")[0]
-        raise DataError(f"{path} refers to {reason}, which no checkpoint of ours does; it was not loaded, because "
-                        "loading it could run code") from error
+        raise CheckpointError(f"{path} refers to {reason}, which no checkpoint of ours does; it was not loaded, "
+                              "because loading it could run code") from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}; take another checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read: {error}; take another checkpoint") from error
 
 
 def _optimizer_file(folder: Path, rank: int) -> Path:
-    found = [path for path in folder.glob("*_optim_states.pt") if f"zero_pp_rank_{rank}_mp_rank_00_" in path.name]
-    if len(found) != 1:
-        raise DataError(f"{folder} has {len(found)} optimizer files of rank {rank}, it must have one; take another "
-                        "checkpoint")
-    return found[0]
+    paths = [path for path in folder.glob("*_optim_states.pt") if f"zero_pp_rank_{rank}_mp_rank_00_" in path.name]
+    if len(paths) != 1:
+        raise CheckpointError(f"{folder} has {len(paths)} optimizer files of rank {rank}, it must have one; take "
+                              "another checkpoint")
+    return paths[0]
 
 
 def _unsharded(model: dict[str, Any], info: CheckpointInfo) -> dict[str, _Place]:
@@ -176,13 +177,13 @@ def _stage3(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place]:
         piece = -(-shape.numel() // len(ranks))
 
         def read(key: str, start: int, stop: int, offset: int = offset, piece: int = piece) -> Tensor:
-            found = []
+            slices = []
             for rank, flat in enumerate(ranks):
                 first, last = max(start - rank * piece, 0), min(stop - rank * piece, piece)
                 if first < last:
                     parts = flat["fp32_flat_groups"] if key == WEIGHT else [part[key] for part in states[rank]]
-                    found.append(_slice(parts, offset + first, last - first))
-            return torch.cat(found) if found else torch.empty(0)
+                    slices.append(_slice(parts, offset + first, last - first))
+            return torch.cat(slices) if slices else torch.empty(0)
 
         places[name] = _Place(shape, read, *_flat(states[0][0] if states[0] else {}, {}))
         offset += piece
@@ -191,13 +192,14 @@ def _stage3(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place]:
 
 def _slice(parts: Sequence[Tensor], start: int, length: int) -> Tensor:
     """[start, start + length) of the concatenation of flat tensors, copying no more than that."""
-    found, before = [], 0
+    overlaps, before = [], 0
     for part in parts:
         first, last = max(start - before, 0), min(start + length - before, part.numel())
         if first < last:
-            found.append(part.detach()[first:last])
+            overlaps.append(part.detach()[first:last])
         before += part.numel()
-    whole = found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+    whole = overlaps[0] if len(overlaps) == 1 else torch.cat(overlaps) if overlaps else torch.empty(0)
     if whole.numel() != length:
-        raise DataError(f"a checkpoint's partitions hold {before} numbers, {start + length} are needed; take another")
+        raise CheckpointError(f"a checkpoint's partitions hold {before} numbers, {start + length} are needed; take "
+                              "another")
     return whole

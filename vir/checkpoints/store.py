@@ -1,24 +1,20 @@
 """Checkpoints that a kill cannot break: written under a temporary name, complete on every rank, flushed, renamed.
 
-RUN/checkpoints/step-00001000/ holds DeepSpeed's files (weights, optimizer state with the EMA, one part per rank) and
-checkpoint.json with their checksums; RUN/checkpoints/latest names the newest, best the one with the best validation
-accuracy. A folder without checkpoint.json, or whose files are not those that it lists, is not a checkpoint.
+A folder without checkpoint.json, or whose files are not those that it lists, is not a checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Callable
 
 from vir import distributed
 from vir.checkpoints.info import (
     BEST,
     DESCRIPTION,
-    FOLDER,
-    FORMAT,
     LATEST,
     CheckpointInfo,
     candidates,
@@ -28,10 +24,13 @@ from vir.checkpoints.info import (
     verify,
 )
 from vir.distributed import World
-from vir.engine.engine import Engine
-from vir.errors import DataError
+from vir.errors import CheckpointError
 from vir.files import flush, replace_text
 from vir.log import log
+from vir.run_folder import CHECKPOINTS
+
+Files = dict[str, dict[str, Any]]
+"""bytes and sha256 of each file, by name."""
 
 
 @dataclass(frozen=True)
@@ -43,54 +42,64 @@ class Kept:
     """Also the first after each so many samples, for good."""
 
 
-def save(engine: Engine, run: Path, info: CheckpointInfo, world: World, kept: Kept, is_best: bool) -> float:
+def save(write: Callable[[Path], list[str]], run: Path, info: CheckpointInfo, world: World, kept: Kept,
+         is_best: bool) -> float:
     """Write a checkpoint at the end of a step, move `latest` to it, remove what is not kept. Collective.
+
+    Args:
+        write: writes the files of all ranks into a folder and returns the problems that this rank had. Collective.
+        info: the description, without the files.
 
     Returns:
         The seconds it took.
 
     Raises:
-        DataError: it could not be written; the checkpoints before it are as they were.
+        CheckpointError: it could not be written; the checkpoints before it are as they were.
     """
     began = time.monotonic()
-    root, name = run / FOLDER, name_of(info.step)
-    part = name + ".part"
-    wrong: list[str] = []
+    root, name = run / CHECKPOINTS, name_of(info.step)
+    part = root / (name + ".part")
+    _on_main(lambda: _make_room(root), part, world)
+    info = replace(info, files=_written(write, part, world))
+    _on_main(lambda: _publish(part, root / name, info, is_best, kept), part, world)
+    seconds = time.monotonic() - began
+    log.info("checkpoint %s: %.1f MB in %.1f s%s", root / name,
+             sum(file["bytes"] for file in info.files.values()) / 1e6, seconds, ", the best so far" if is_best else "")
+    return seconds
+
+
+def _on_main(work: Callable[[], None], part: Path, world: World) -> None:
+    """Do this on rank 0; give the checkpoint up on every rank where it fails. Collective."""
+    problems = []
     if world.is_main:
         try:
-            root.mkdir(exist_ok=True)
-            for stale in root.glob("*.part"):  # of a run that was killed while it wrote
-                shutil.rmtree(stale)
+            work()
         except OSError as error:
-            wrong = [f"rank 0: {error}"]
-    if wrong := distributed.broadcast(wrong):
-        _give_up(root / part, wrong, world)
-    wrong = engine.save(root, part)
-    written: dict[str, dict] = {}
+            problems = [f"rank 0: {error}"]
+    if problems := distributed.broadcast(problems):
+        _give_up(part, problems, world)
+
+
+def _make_room(root: Path) -> None:
+    root.mkdir(exist_ok=True)
+    for stale in root.glob("*.part"):  # of a run that was killed while it wrote
+        shutil.rmtree(stale)
+
+
+def _written(write: Callable[[Path], list[str]], part: Path, world: World) -> Files:
+    """Write, flush and measure the files of all ranks. Collective."""
+    problems = write(part)
+    mine: Files = {}
     try:
-        for path in _files_of(root / part, world):
+        for path in _files_of(part, world):
             flush(path)
-            written[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    except (OSError, DataError) as error:
-        wrong.append(str(error))
-    files: dict[str, dict] = {}
-    found = distributed.gather((wrong, written))
-    for _, of_rank in found:
-        files |= of_rank
-    if wrong := [f"rank {rank}: {said[0]}" for rank, (said, _) in enumerate(found) if said]:
-        _give_up(root / part, wrong, world)
-    try:
-        if world.is_main:
-            _publish(root, name, info, files, is_best)
-            _remove_old(root, name, kept)
-    except OSError as error:
-        wrong = [f"rank 0: {error}"]
-    if wrong := distributed.broadcast(wrong):
-        _give_up(root / part, wrong, world)
-    seconds = time.monotonic() - began
-    log.info("checkpoint %s: %.1f MB in %.1f s%s", root / name, sum(file["bytes"] for file in files.values()) / 1e6,
-             seconds, ", the best so far" if is_best else "")
-    return seconds
+            mine[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    except (OSError, CheckpointError) as error:
+        problems.append(str(error))
+    everyone = distributed.gather((problems, mine))
+    if said := [f"rank {rank}: {of_rank[0]}" for rank, (of_rank, _) in enumerate(everyone) if of_rank]:
+        _give_up(part, said, world)
+    return {name: file for _, of_rank in everyone for name, file in of_rank.items()}
 
 
 def _files_of(folder: Path, world: World) -> list[Path]:
@@ -99,26 +108,26 @@ def _files_of(folder: Path, world: World) -> list[Path]:
     return [path for path in folder.iterdir() if own in path.name or (world.is_main and "_pp_rank_" not in path.name)]
 
 
-def _give_up(part: Path, wrong: list[str], world: World) -> None:
+def _give_up(part: Path, problems: list[str], world: World) -> None:
     distributed.barrier()
     if world.is_main:
         shutil.rmtree(part, ignore_errors=True)
-    raise DataError(f"the checkpoint {part.with_suffix('')} could not be written: {wrong[0]}; those before it are "
-                    "whole: free some space and run the same command again")
+    raise CheckpointError(f"the checkpoint {part.with_suffix('')} could not be written: {problems[0]}; those before it "
+                          "are whole: free some space and run the same command again")
 
 
-def _publish(root: Path, name: str, info: CheckpointInfo, files: dict[str, dict], is_best: bool) -> None:
-    part = root / (name + ".part")
-    description = {"format": FORMAT, **asdict(info), "files": dict(sorted(files.items()))}
-    replace_text(part / DESCRIPTION, json.dumps(description, indent=1))
-    if (root / name).exists():
-        (root / name).rename(root / (name + ".replaced.part"))
-    part.rename(root / name)
+def _publish(part: Path, folder: Path, info: CheckpointInfo, is_best: bool, kept: Kept) -> None:
+    root, replaced = folder.parent, folder.with_name(folder.name + ".replaced.part")
+    replace_text(part / DESCRIPTION, info.to_json())
+    if folder.exists():
+        folder.rename(replaced)
+    part.rename(folder)
     flush(root)
     if is_best:
-        replace_text(root / BEST, name)
-    replace_text(root / LATEST, name)
-    shutil.rmtree(root / (name + ".replaced.part"), ignore_errors=True)
+        replace_text(root / BEST, folder.name)
+    replace_text(root / LATEST, folder.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _remove_old(root, folder.name, kept)
 
 
 def _remove_old(root: Path, name: str, kept: Kept) -> None:
@@ -135,68 +144,67 @@ def _firsts(root: Path, every_samples: float) -> set[str]:
     for path in root.glob("step-????????"):
         try:
             seen.append((read_info(path).samples_seen, path.name))
-        except DataError:  # damaged: not worth keeping
+        except CheckpointError:  # damaged: not worth keeping
             continue
-    found, reached = set(), 0
+    firsts, reached = set(), 0
     for samples, name in sorted(seen):
         if (interval := int(samples / every_samples + 1e-9)) > reached:
-            found.add(name)
+            firsts.add(name)
             reached = interval
-    return found
+    return firsts
 
 
-def find(run: Path, world: World) -> tuple[Path, CheckpointInfo] | None:
-    """The newest whole checkpoint of a run, the same on every rank; None where it has none. Collective."""
-    return _first_whole(candidates(run) if world.is_main else [], run, world)
+def select(source: Path, world: World) -> tuple[Path, CheckpointInfo] | None:
+    """The checkpoint that a folder means, the same on every rank, for every use. Collective.
 
+    Args:
+        source: a checkpoint folder, which means itself, or a run folder: its newest checkpoint whose files are as
+            written. Damaged ones are passed over, with a warning.
 
-def find_named(path: Path, world: World) -> tuple[Path, CheckpointInfo]:
-    """The newest whole checkpoint of a run folder, or a checkpoint folder itself. Collective.
-
-    Raises:
-        DataError: there is none.
-    """
-    is_one = (path / DESCRIPTION).is_file()
-    found = _first_whole(([path] if is_one else candidates(path)) if world.is_main else [], path, world)
-    if found is None:
-        raise DataError(f"--resume {path} is neither a run folder with a checkpoint nor a checkpoint folder; give "
-                        f"auto, none, or a path such as runs/a or runs/a/{FOLDER}/{name_of(1000)}")
-    return found
-
-
-def _first_whole(folders: list[Path], run: Path, world: World) -> tuple[Path, CheckpointInfo] | None:
-    """The first whose files are as written. The ranks share the work; damaged ones are passed over, with a warning.
+    Returns:
+        None where `source` is no checkpoint and holds none.
 
     Raises:
-        DataError: there are some, but all are damaged.
+        CheckpointError: there are some, but all are damaged.
     """
-    said: list[str] = []
-    for folder in distributed.broadcast(folders):
-        try:
-            info = read_info(folder)
-            verify(folder, info, world.rank, world.size)
-            wrong = None
-        except DataError as error:
-            wrong = str(error)
-        wrong = next((one for one in distributed.gather(wrong) if one), None)
-        if wrong is None:
-            for damaged in said:
-                log.warning("DAMAGED CHECKPOINT PASSED OVER: %s", damaged)
-            if said:
+    damaged: list[str] = []
+    for folder in distributed.broadcast(_meant(source) if world.is_main else []):
+        info, problem = _read_whole(folder, world)
+        if info is not None:
+            for said in damaged:
+                log.warning("DAMAGED CHECKPOINT PASSED OVER: %s", said)
+            if damaged:
                 log.warning("continuing from the one before: %s", folder)
             return folder, info
-        said.append(wrong)
-    if said:
-        raise DataError(f"no checkpoint of {run} is whole: {'; '.join(said)}; restore one, or give another --output")
+        damaged.append(problem)
+    if damaged:
+        raise CheckpointError(f"no checkpoint of {source} is whole: {'; '.join(damaged)}; restore one, or give another "
+                              "folder")
     return None
+
+
+def _meant(source: Path) -> list[Path]:
+    return [source] if (source / DESCRIPTION).is_file() else candidates(source)
+
+
+def _read_whole(folder: Path, world: World) -> tuple[CheckpointInfo | None, str]:
+    """Its description, or None and what is wrong with it. The ranks share the work of reading its files. Collective."""
+    try:
+        info = read_info(folder)
+        verify(folder, info, world.rank, world.size)
+        problem = ""
+    except CheckpointError as error:
+        problem = str(error)
+    problem = next((one for one in distributed.gather(problem) if one), "")
+    return (None, problem) if problem else (info, "")
 
 
 def best_so_far(run: Path, metric: str | None) -> float:
     """The best value of a metric among the checkpoints that were kept for it; -inf where there is none."""
-    pointer = run / FOLDER / BEST
+    pointer = run / CHECKPOINTS / BEST
     if metric is None or not pointer.is_file():
         return float("-inf")
     try:
-        return read_info(run / FOLDER / pointer.read_text().strip()).metrics.get(metric, float("-inf"))
-    except DataError:
+        return read_info(run / CHECKPOINTS / pointer.read_text().strip()).metrics.get(metric, float("-inf"))
+    except CheckpointError:
         return float("-inf")

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class StopRequest:
-    """Remembers a signal on this rank from its making on; `agreed` tells whether any rank has got one.
+    """Remembers a signal on this rank from its making on; `agree` asks all ranks whether any has got one.
 
     Made before torch is imported, so that a signal during start-up is not lost.
     """
@@ -27,7 +27,7 @@ class StopRequest:
         # A group of its own on CPU: under NCCL the flag would cost a synchronisation of the device.
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
 
-    def agreed(self) -> bool:
+    def agree(self) -> bool:
         """Whether to stop: the same answer on every rank. Collective, once a step."""
         if self._group is None:
             return self._asked

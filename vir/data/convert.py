@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
 
@@ -41,8 +42,12 @@ CHECKS = ("header", "decode")
 _Shard = tuple[ShardInfo, np.ndarray]
 
 
+_stop: Event | None = None
+"""In a worker process: set when the conversion is to end."""
+
+
 class Stopped(Exception):
-    """The conversion was asked to stop, and has tidied up."""
+    """The conversion was asked to stop; it has removed what it wrote."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class ConversionSummary:
     seconds: float
     skipped: tuple[SkippedFile, ...]
     ignored: int
-    """Files of the source that do not look like images by name."""
+    """Files of the source whose names are not those of images."""
 
     def __str__(self) -> str:
         lines = [f"{self.images:,} images of {self.classes:,} classes in {self.shards:,} "
@@ -74,25 +79,26 @@ def convert(source: Path, split: str, output: Path, *, name: str = "imagenet1k",
             samples_per_shard: int = 1000, seed: int = 0, on_error: str = "fail", check: str = "header",
             classes: Sequence[str] | None = None,
             stopping: Callable[[], bool] = lambda: False) -> ConversionSummary:
-    """Converts `source/split/<class>/<image>` into `output/split`, which appears when everything in it is whole.
+    """Converts `source/split/<class>/<image>` into `output/split`, which appears when everything in it is complete.
 
-    The images are shuffled over the whole split, so that a shard read alone is a fair sample. Image files go into the
-    shards as they are, byte for byte. Worker processes start by forkserver: a script that calls this needs the
+    The images are shuffled over the whole split, so that each shard alone is a random sample of it. Image files go into
+    the shards unchanged, byte for byte. Worker processes start by forkserver: a script that calls this needs the
     `if __name__ == "__main__"` guard.
 
     Args:
-        samples_per_shard: at most so many; the samples are spread evenly, no last shard is tiny.
-        on_error: "fail" stops at a file that is no whole image, "skip" leaves it out and lists it in the manifest.
-            A file that cannot be read at all always stops.
-        check: "header" parses every header and decodes what does not end as its format ends; "decode" decodes all.
+        samples_per_shard: the most samples in a shard; they are spread evenly, so that no last shard is tiny.
+        on_error: "fail" stops at a file that is not a complete image, "skip" leaves it out and lists it in the
+            manifest. A file that cannot be read at all always stops the conversion.
+        check: "header" parses every header, and decodes the files that do not end as their format requires; "decode"
+            decodes all files.
         classes: class list in label order. If None: that of the splits already in `output`, else the class folders of
             `source/train`, else those of the split; so a validation split with fewer classes keeps its labels.
-        stopping: asked several times a second; True ends the conversion. For signal handlers: an exception raised out
-            of one may hit the process pool while it starts a worker, and leave it waiting for ever.
+        stopping: called several times a second; True ends the conversion. Signal handlers should use it: an exception
+            raised in a handler can reach the process pool while it starts a worker, which may then wait for ever.
 
     Raises:
-        DataError, SettingsError: each names the value and the way out.
-        Stopped: `stopping` said so. On any exception what was written is removed and the workers have ended.
+        DataError, SettingsError: each names the value and what to do.
+        Stopped: `stopping` returned True. After any exception, what was written is removed and the workers have ended.
     """
     source, output = Path(source).absolute(), Path(output).absolute()
     _check_settings(source, split, output, name, workers, samples_per_shard, seed, on_error, check)
@@ -121,13 +127,14 @@ def convert(source: Path, split: str, output: Path, *, name: str = "imagenet1k",
                              ignored=listing.ignored)
 
 
-def _check_settings(source, split, output, name, workers, samples_per_shard, seed, on_error, check) -> None:
+def _check_settings(source: Path, split: str, output: Path, name: str, workers: int, samples_per_shard: int, seed: int,
+                    on_error: str, check: str) -> None:
     for flag, value in (("--split", split), ("--name", name)):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value) or value.endswith(PARTIAL):
             raise SettingsError(f"{flag} {value!r} cannot be part of a file name; use letters, digits, '_', '-', '.'")
-    for flag, value in (("--workers", workers), ("--samples-per-shard", samples_per_shard)):
-        if value < 1:
-            raise SettingsError(f"{flag} must be at least 1, got {value}")
+    for flag, number in (("--workers", workers), ("--samples-per-shard", samples_per_shard)):
+        if number < 1:
+            raise SettingsError(f"{flag} must be at least 1, got {number}")
     if not 0 <= seed < 2 ** 64:
         raise SettingsError(f"--seed must be from 0 to 2^64 - 1, got {seed}")
     for flag, value, choices in (("--on-error", on_error, ON_ERROR), ("--check", check, CHECKS)):
@@ -149,15 +156,17 @@ def _refuse_existing(folder: Path) -> None:
 
 
 def _class_list(source: Path, split: str, output: Path, classes: Sequence[str] | None) -> Sequence[str] | None:
-    """The class list to label with, None for the split's own folders. All splits of one output share one list."""
+    """The class list that gives the labels; None for the split's own folders. All splits of one output share one list.
+    """
     for manifest in sorted(output.glob(f"*/{MANIFEST}")):
         if manifest.parent.name.endswith(PARTIAL):
             continue
-        there = read_manifest(manifest.parent).classes
-        if classes is not None and tuple(classes) != there:
-            raise DataError(f"{manifest.parent} was converted with another class list ({len(there)} classes) than the "
-                            f"one given ({len(classes)} classes): the labels would not agree; choose another --output")
-        return there
+        existing = read_manifest(manifest.parent).classes
+        if classes is not None and tuple(classes) != existing:
+            raise DataError(f"{manifest.parent} was converted with another class list ({len(existing)} classes) than "
+                            f"the one given ({len(classes)} classes): the labels would not agree; choose another "
+                            "--output")
+        return existing
     train = source / "train"
     if classes is None and split != "train" and train.is_dir():
         return class_folders(train) or None
@@ -165,8 +174,9 @@ def _class_list(source: Path, split: str, output: Path, classes: Sequence[str] |
 
 
 def _deal(samples: list[Sample], samples_per_shard: int, seed: int) -> Iterator[list[Sample]]:
-    """Shuffled and cut into shards whose lengths differ by one at most."""
-    # Sorting Philox's raw output: numpy promises that stream for all its versions, but not that of Generator methods.
+    """Shuffles the samples and cuts them into shards whose lengths differ by one at most."""
+    # Sorts Philox's raw output, because numpy promises the same raw output in all versions, but not the same results of
+    # Generator methods.
     order = np.argsort(np.random.Philox(key=seed).random_raw(len(samples)), kind="stable")
     count = -(-len(samples) // samples_per_shard)
     for number in range(count):
@@ -176,7 +186,7 @@ def _deal(samples: list[Sample], samples_per_shard: int, seed: int) -> Iterator[
 
 @contextmanager
 def _partial_folder(folder: Path) -> Iterator[Path]:
-    """A new folder under a temporary name: takes its own at the end, disappears on any exception."""
+    """A new folder under a temporary name; renamed to `folder` at the end, removed after any exception."""
     partial = folder.with_name(folder.name + PARTIAL)
     made_output = not folder.parent.exists()
     try:
@@ -203,7 +213,7 @@ def _partial_folder(folder: Path) -> Iterator[Path]:
 
 
 def _number_shards(folder: Path, shards: Sequence[_Shard]) -> list[_Shard]:
-    """Removes the shards of which every sample was skipped and closes the gaps in the numbers."""
+    """Removes the shards without samples (all were skipped) and closes the gaps in the shard numbers."""
     full = [(info, rows) for info, rows in shards if info.num_samples]
     for info, _ in shards:
         if not info.num_samples:
@@ -234,13 +244,13 @@ _Result = tuple[ShardInfo, np.ndarray, list[SkippedFile]]
 
 def _run(tasks: Sequence[_Task], workers: int, stopping: Callable[[], bool]) -> list[_Result]:
     """The results in task order, with a progress bar in images. At most two tasks per worker wait in the queue."""
-    # forkserver: workers start from a process without threads, which has imported the slow modules once for all.
+    # forkserver: workers start from a process without threads, which has imported the slow modules once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, __name__])
     stop = context.Event()
-    results: list = [None] * len(tasks)
+    results: dict[int, _Result] = {}
     waiting = iter(enumerate(tasks))
-    running: dict[Future, int] = {}
+    running: dict[Future[_Result], int] = {}
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(stop,))
     bar = tqdm(total=sum(len(task.samples) for task in tasks), unit="img",
                mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -249,7 +259,7 @@ def _run(tasks: Sequence[_Task], workers: int, stopping: Callable[[], bool]) -> 
             while len(running) < 2 * workers and (item := next(waiting, None)):
                 running[pool.submit(_convert_shard, item[1])] = item[0]
             if not running:
-                return results
+                return [results[number] for number in range(len(tasks))]
             if stopping():
                 raise Stopped
             for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
@@ -264,7 +274,7 @@ def _run(tasks: Sequence[_Task], workers: int, stopping: Callable[[], bool]) -> 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker(stop) -> None:
+def _start_worker(stop: Event) -> None:
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
@@ -272,8 +282,10 @@ def _start_worker(stop) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed main process leaves no workers behind."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    """Ends this worker when the main process ends, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
@@ -287,6 +299,7 @@ def _convert_shard(task: _Task) -> _Result:
 
 
 def _checked_samples(task: _Task, skipped: list[SkippedFile]) -> Iterator[ShardSample]:
+    assert _stop is not None  # set by _start_worker
     for sample in task.samples:
         if _stop.is_set():
             raise Stopped

@@ -1,4 +1,4 @@
-"""Image bytes: what they are, and their pixels."""
+"""The format, size and pixels of an image file, from its bytes."""
 
 from io import BytesIO
 
@@ -8,41 +8,41 @@ from PIL import Image
 from vir.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""Pillow's names of what shards may hold; no other parser of Pillow ever sees the bytes."""
+"""The formats that shards may hold, by Pillow's names; Pillow tries no other parser on the bytes."""
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 class BadSampleError(DataError):
-    """Bytes that were read well and are not the image they should be; a loader may take a substitute."""
+    """The bytes were read without error but are not a valid image; a loader may use another sample instead."""
 
 
 def inspect_image(data: bytes) -> tuple[str, int, int]:
-    """What the bytes are, whatever the file was called: extension (jpg, png or webp), width and height in pixels.
+    """Extension (jpg, png or webp), width and height in pixels, from the bytes alone, not from the file's name.
 
-    Parses the header only, and decodes the pixels where the file does not end as its format ends: that finds truncated
-    files, zero-filled ones too (but for WebP with metadata), and lets a harmless tail pass.
+    Parses only the header. If the file does not end as its format requires, also decodes the pixels: this finds
+    truncated and zero-filled files (except WebP with metadata), and accepts extra bytes after a complete image.
 
     Raises:
-        BadSampleError: empty, of another kind, broken header, too many pixels (Pillow's limit, 179 million), truncated.
+        BadSampleError: empty, another format, broken header, too many pixels (Pillow's limit, 179 million), truncated.
     """
     extension = _kind(data)
     with _open(data) as image:
         width, height = image.size
     if not _ends_well(extension, data):
-        decode_image(data.rstrip(b"\x00"))  # libjpeg would take the zeros of a half-written file for pixels
+        decode_image(data.rstrip(b"\x00"))  # libjpeg would decode the zeros of a half-written file as pixels
     return extension, width, height
 
 
 def decode_image(data: bytes) -> Image.Image:
     """All pixels as RGB.
 
-    As in torchvision and timm, alpha is dropped and EXIF orientation is not applied. Unlike there, 16-bit grey keeps
+    As in torchvision and timm, alpha is dropped and EXIF orientation is not applied. Unlike in those, 16-bit grey keeps
     its high byte (Pillow's own conversion clips it to white).
 
     Raises:
-        BadSampleError: the bytes are no complete JPEG, PNG or WebP image.
+        BadSampleError: the bytes are not a complete JPEG, PNG or WebP image.
     """
     _kind(data)
     with _open(data) as image:
@@ -82,7 +82,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _ends_well(extension: str, data: bytes) -> bool:
-    if extension == "webp":  # libwebp takes a zero-filled half for pixels; extended files (VP8X) may end in zeros
+    if extension == "webp":  # libwebp decodes zeros as pixels; extended files (VP8X) may end in zeros
         whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
         return whole and (data[12:16] == b"VP8X" or not data.endswith(bytes(16)))
     return data.rstrip(b"\x00").endswith(b"\xff\xd9" if extension == "jpg" else _PNG_END)
@@ -92,5 +92,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's modes "I;16", "I;16B" and, in older versions, "I"
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif "transparency" in image.info and image.mode == "P":
-        image = image.convert("RGBA")  # the way around a warning of Pillow's; same colours
+        image = image.convert("RGBA")  # avoids a warning of Pillow's; same colours
     return image.convert("RGB")

@@ -1,18 +1,19 @@
-"""Folders of labelled images: SOURCE/SPLIT/CLASS/IMAGE, ImageNet's layout -> a list of samples."""
+"""A folder of labelled images in ImageNet's layout, SOURCE/SPLIT/CLASS/IMAGE -> a list of samples."""
 
 import os
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 from vir.errors import DataError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-"""File names that are taken for images, in any case (ImageNet writes .JPEG). What a file is, its bytes decide."""
+"""Endings of image file names, in upper or lower case (ImageNet writes .JPEG). The format follows from the bytes."""
 
 MAX_KEY_BYTES = 100
-"""Of a key in UTF-8: the name field of a tar header."""
+"""The longest key, in UTF-8: the size of the name field in a tar header."""
 
 _UNSAFE_IN_KEYS = {ord(character): "_" for character in "./\\\x7f"} | {code: "_" for code in range(32)}
 
@@ -24,19 +25,19 @@ class Sample(NamedTuple):
     """CLASS/IMAGE, relative to the split folder."""
     label: int
     key: str
-    """Name in the shard, without extension: unique in the split and without a dot (there WebDataset cuts)."""
+    """Name in the shard, without extension: unique in the split, without a dot (WebDataset cuts names at dots)."""
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A split folder as it was found; `samples` are sorted by class name, then file name."""
+    """What a split folder holds; `samples` are sorted by class name, then file name."""
 
     root: Path
     classes: tuple[str, ...]
-    """Class names; the position is the label. May hold classes that this split has no images of."""
+    """Class names; the position is the label. The split may have no images of some classes."""
     samples: list[Sample]
     ignored: int
-    """Files in class folders that do not look like images by name, and folders there; hidden ones are not counted."""
+    """The number of folders and of files without an image's name in class folders; hidden ones are not counted."""
 
 
 def read_folder(source: Path, split: str, classes: Sequence[str] | None = None) -> FolderSource:
@@ -47,20 +48,23 @@ def read_folder(source: Path, split: str, classes: Sequence[str] | None = None) 
 
     Raises:
         DataError: no such folder, no class folders, a class folder without images, a class folder that `classes` lacks,
-            a file name that makes no key.
+            a file name from which no key can be made.
     """
     root = _split_folder(Path(source), split)
-    found = class_folders(root)
-    if not found:
+    folders = class_folders(root)
+    if not folders:
         raise DataError(f"{root} has no class folders; expected {root}/<class>/<image>, found {_some(_names(root))}")
-    classes = tuple(found if classes is None else classes)
+    classes = tuple(folders if classes is None else classes)
     label_of = {name: label for label, name in enumerate(classes)}
-    if unknown := [name for name in found if name not in label_of]:
+    if unknown := [name for name in folders if name not in label_of]:
         raise DataError(f"{root} has class folders that the class list of {len(classes)} classes lacks: "
                         f"{_some(unknown)}; move them away, or choose another --output and give the right "
                         "list with --classes")
-    samples, taken, empty, ignored = [], set(), [], 0
-    for name in found:
+    samples: list[Sample] = []
+    taken: set[str] = set()
+    empty: list[str] = []
+    ignored = 0
+    for name in folders:
         images, others = _images(root / name)
         ignored += others
         if not images:
@@ -76,7 +80,7 @@ def read_folder(source: Path, split: str, classes: Sequence[str] | None = None) 
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in `folder`, hidden ones left out: the class list, where nobody gives another."""
+    """Sorted names of the folders in `folder`, without hidden ones: the class list, unless another one is given."""
     with _scan(folder) as entries:
         return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
 
@@ -96,14 +100,14 @@ def read_class_list(path: Path) -> tuple[str, ...]:
 
 
 def make_key(class_name: str, filename: str) -> str:
-    """CLASS_STEM, or STEM where it begins so already, as ImageNet's training images do; dots become underscores."""
+    """CLASS_STEM; only STEM if it begins with CLASS_, as in ImageNet's training images. Dots become underscores."""
     stem = os.path.splitext(filename)[0]
     key = stem if stem.startswith(f"{class_name}_") else f"{class_name}_{stem}"
     return key.translate(_UNSAFE_IN_KEYS)
 
 
 def _unique_key(class_name: str, filename: str, taken: set[str]) -> str:
-    """The first of key, key-1, key-2, ... that is free. Files come in sorted order, so names do not move."""
+    """The first of key, key-1, key-2, ... that is free. Files come in sorted order, so each gets the same key again."""
     key = base = make_key(class_name, filename)
     number = 0
     while key in taken:
@@ -130,13 +134,15 @@ def _split_folder(source: Path, split: str) -> Path:
 
 
 def _images(folder: Path) -> tuple[list[str], int]:
-    """Sorted names of the image files in a class folder, and how many other things lie there."""
-    images, others = [], 0
+    """Sorted names of the image files in a class folder, and the number of other entries."""
+    images: list[str] = []
+    others = 0
     with _scan(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            # No stat: a dangling link with an image's name is listed, so that reading it fails and nobody misses it.
+            # No check that the file exists: a broken link with an image's name is listed too. Reading it fails later,
+            # so that the user learns of it.
             if entry.name.lower().endswith(IMAGE_EXTENSIONS) and not _is_folder(entry):
                 images.append(entry.name)
             else:
@@ -144,14 +150,14 @@ def _images(folder: Path) -> tuple[list[str], int]:
     return sorted(images), others
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a loop of links: listed as a file, whose reading fails and says so
+    except OSError:  # a loop of links: it is listed as a file, and reading it fails with an error
         return False
 
 
-def _scan(folder: Path):
+def _scan(folder: Path) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
     try:
         return os.scandir(folder)
     except OSError as error:
@@ -164,7 +170,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names and how many more there are, for messages."""
+    """The first few names and the number of the others, for messages."""
     shown = ", ".join(repr(name) for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (shown + more) or "nothing"

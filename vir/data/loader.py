@@ -9,7 +9,7 @@ import atexit
 import multiprocessing
 import random
 import signal
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, Generator, Iterator
 
@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from vir.config import AugmentConfig
 from vir.data import transforms
 from vir.data.decode import BadSampleError, decode_image
-from vir.data.order import SampleOrder, generator
+from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.errors import DataError, VirError
+from vir.models.spec import InputSpec
+from vir.streams import SAMPLE, generator
 
 _SUBSTITUTE_TRIES = 100
 
@@ -43,9 +45,9 @@ class Batch:
     bad: list[str]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Batch(**{name: function(value) if isinstance(value, Tensor) else value
-                        for name, value in values.items()})
+        tensors: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor leaves a loader process as shared memory, with a socket connection of its own (0.5 ms on each side);
@@ -67,7 +69,7 @@ class Batch:
 
 def seed_worker_globals(seed: int, position: int) -> None:
     """Set `random`, `numpy` and torch for one sample; only ever called in a loader process."""
-    numbers = generator(seed, position, transforms.SAMPLE_STREAM).integers(2**63, size=2)
+    numbers = generator(seed, position, SAMPLE).integers(2**63, size=2)
     random.seed(int(numbers[0]))
     np.random.seed(int(numbers[1]) & 0xFFFFFFFF)
     torch.default_generator.manual_seed(int(numbers[1]))
@@ -195,7 +197,7 @@ def _arrived(batch: Any, copied: torch.cuda.Event) -> Any:
 
 
 def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfig,
-                  model_input: transforms.InputConfig, *, seed: int, first_step: int, last_step: int,
+                  model_input: InputSpec, *, seed: int, first_step: int, last_step: int,
                   global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int,
                   prefetch: int, device: torch.device) -> Generator[Batch, None, None]:
     """This rank's micro-batches of steps [first_step, last_step), `accumulation` of them per step.
@@ -218,7 +220,7 @@ def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfi
     return _serve(make, requests, workers, prefetch, device)
 
 
-def eval_batches(reader: ShardReader, model_input: transforms.InputConfig, *, batch_size: int, rank: int,
+def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int, rank: int,
                  world_size: int, workers: int, device: torch.device) -> Generator[Batch, None, None]:
     """Every sample once over all ranks, the same number of batches on each; padding is marked not `valid`."""
     total = len(reader)

@@ -1,9 +1,10 @@
-"""Which sample comes when: a pure function of (seed, epoch, shard sizes, lanes, window).
+"""The order of the samples: a pure function of (seed, epoch, shard sizes, lanes, window).
 
-Training is one endless sequence of positions 0, 1, 2, ...; position P is place P mod N of epoch P div N. An epoch
-re-deals the shards, cuts their concatenation into lanes at exact sample boundaries, shuffles each lane within a window
-and interleaves the lanes. A reader at any moment touches only a few shards per lane, every sample comes exactly once
-per epoch, and nothing depends on the number of ranks or workers, so resuming is one integer.
+Training is one endless sequence of positions 0, 1, 2, ... With N samples, position P is place P mod N of epoch P div N.
+Each epoch puts the shards in a new random order and joins them end to end. It cuts this sequence of samples into lanes,
+shuffles each lane within a window, and interleaves the lanes. At any moment a reader uses only a few shards per lane.
+Every sample comes exactly once per epoch. Nothing depends on the number of ranks or workers, so one integer, the
+position, is enough to resume.
 """
 
 from __future__ import annotations
@@ -14,23 +15,18 @@ from typing import Sequence
 import numpy as np
 
 
-def generator(*key: int) -> np.random.Generator:
-    """A counter-based generator that depends on `key` alone."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-
-
 def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], lanes: int, window: int) -> np.ndarray:
-    """The samples of one epoch in the order they are trained on.
+    """The samples of one epoch in training order.
 
     Args:
-        shard_sizes: samples per shard; sample i is counted through the shards in their own order.
-        lanes: shards read side by side.
-        window: samples over which a lane is shuffled.
+        shard_sizes: samples per shard; samples are numbered through the shards in the given order.
+        lanes: the number of shards that are read side by side.
+        window: the number of samples among which a lane is shuffled.
 
     Returns:
         [N] int64, a permutation of 0 .. N-1.
     """
-    # Raw bits: numpy promises their stream across its versions, but not what its distributions make of it.
+    # Raw bits, because numpy promises the same bits in all versions, but not the same results of its distributions.
     bits = np.random.Philox(np.random.SeedSequence((seed, epoch)))
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
@@ -51,7 +47,7 @@ def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], lanes: int, w
 
 
 class SampleOrder:
-    """Positions to samples, with the orders of the epochs in use kept at hand."""
+    """The samples at given positions; the orders of the last two epochs are kept in memory."""
 
     def __init__(self, seed: int, shard_sizes: Sequence[int], lanes: int, window: int) -> None:
         self.num_samples = int(sum(shard_sizes))
@@ -62,7 +58,7 @@ class SampleOrder:
     def global_batch(self, first: int, size: int) -> np.ndarray:
         """Positions [first, first + size), sorted by lane.
 
-        Ranks take consecutive slices, so that each reads few shards; every world size cuts the same sequence.
+        Ranks take consecutive slices, so each reads few shards. The sequence is the same for every number of ranks.
         """
         positions = np.arange(first, first + size, dtype=np.int64)
         return positions[np.argsort(positions % self.num_samples % self.lanes, kind="stable")]
@@ -70,8 +66,8 @@ class SampleOrder:
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """Sample index at each position."""
         epochs, places = np.divmod(positions, self.num_samples)
-        found = np.empty(len(positions), dtype=np.int64)
+        indices = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            found[here] = self._epoch(int(epoch))[places[here]]
-        return found
+            indices[here] = self._epoch(int(epoch))[places[here]]
+        return indices

@@ -1,36 +1,42 @@
-"""Samples of a converted split by number: one pread each, checked against the index."""
+"""Reads the samples of a converted split by number: one pread per sample, with the checksum of the index."""
 
 import functools
 import os
 import time
 import zlib
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator, TypedDict
 
 import numpy as np
 
 from vir.data.decode import BadSampleError
-from vir.data.shards import INDEX, file_sha256, read_index, read_manifest
+from vir.data.shards import INDEX, SplitManifest, read_index, read_manifest
 from vir.errors import DataError
+from vir.files import sha256
 
 MAX_OPEN_SHARDS = 128
-"""File descriptors per reader and process."""
+"""The most open files per reader and process."""
 
 RETRY_WAITS_S = (0.1, 0.4, 1.6)
-"""Pauses before a failed read is tried again; after the last it is an error."""
+"""Pauses before a failed read is tried again; a failure after the last pause is an error."""
+
+
+class _ReaderState(TypedDict):
+    folder: Path
+    _manifest: SplitManifest
 
 
 class ShardReader:
-    """A split folder, opened and checked: shards there and of the right size, index whole and in agreement.
+    """A split folder, opened and checked: all shards exist with the right size; the index fits the manifest.
 
-    `len(reader)` samples, numbered in shard order. Threads may share a reader, a forked process may go on using it, and
-    it can be pickled: the copy opens its own files and does not repeat the checks.
+    It has `len(reader)` samples, numbered in shard order. Threads may share a reader, a forked process may continue to
+    use it, and it can be pickled: the copy opens its own files and does not repeat the checks.
 
     Raises:
-        DataError: what read_manifest raises; a shard is missing or has another size; the index is damaged.
+        DataError: as read_manifest; also if a shard is missing or has another size, or the index is damaged.
     """
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).absolute()
         self._manifest = read_manifest(self.folder)
         self._open()
@@ -41,14 +47,14 @@ class ShardReader:
         self._index = read_index(self.folder)
         self._starts = np.cumsum([0, *self.shard_sizes])
         paths = [self.folder / shard.name for shard in self._manifest.shards]
-        # Evicted descriptors close when the last thread that reads from them lets go. No `self` in the cached function:
-        # the cycle would keep all of them open until the garbage collector comes by.
+        # A descriptor that leaves the cache is closed when the last thread has read from it. The cached function does
+        # not refer to `self`: such a cycle would keep all files open until the garbage collector runs.
         self._descriptor = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda shard: _Descriptor(paths[shard]))
 
-    def __getstate__(self):
+    def __getstate__(self) -> _ReaderState:
         return {"folder": self.folder, "_manifest": self._manifest}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: _ReaderState) -> None:
         self.__dict__.update(state)
         self._open()
 
@@ -89,8 +95,8 @@ class ShardReader:
         """The image file of sample i.
 
         Raises:
-            DataError: it cannot be read, tried 1 + len(RETRY_WAITS_S) times.
-            BadSampleError: it was read, twice, and its checksum is wrong.
+            DataError: it could not be read in 1 + len(RETRY_WAITS_S) attempts.
+            BadSampleError: it was read twice, and both times its checksum differed from the index.
         """
         row = self._index[i]
         data = self._read_with_retries(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
@@ -103,7 +109,10 @@ class ShardReader:
         return data
 
     def substitutes(self, i: int) -> Iterator[int]:
-        """Every other sample once, best first: same class in the same shard from i on, then all from i on (cyclic)."""
+        """Every other sample once, the best substitutes first.
+
+        First the samples of the same class in the same shard, then all others; both in cyclic order after i.
+        """
         shard = self._index["shard"][i]
         start, stop = self._starts[shard], self._starts[shard + 1]
         same = start + np.flatnonzero(self.labels[start:stop] == self.labels[i])
@@ -116,16 +125,19 @@ class ShardReader:
                 yield j
 
     def _read_with_retries(self, i: int, shard: int, offset: int, size: int) -> bytes:
-        for wait in (*RETRY_WAITS_S, None):
+        waits = iter(RETRY_WAITS_S)
+        while True:
             try:
-                descriptor = self._descriptor(shard)  # held while reading: another thread's open may evict and close it
+                # Kept in a variable while reading: another thread may remove it from the cache, which would close it.
+                descriptor = self._descriptor(shard)
                 return _pread(descriptor.number, size, offset)
             except OSError as error:
+                wait = next(waits, None)
                 if wait is None:
                     raise DataError(f"cannot read {self.where(i)} in {self.folder}: {error.strerror or error}, after "
                                     f"{1 + len(RETRY_WAITS_S)} attempts; check the disk or copy the shard again") \
                         from error
-                self._descriptor.cache_clear()  # on network disks a new descriptor mends a stale one
+                self._descriptor.cache_clear()  # on network disks, a new descriptor may work where a stale one fails
                 time.sleep(wait)
 
     def _check_shards(self) -> None:
@@ -148,7 +160,7 @@ class ShardReader:
             raise DataError(f"{path} has {len(index)} samples, the manifest says {self._manifest.num_samples}; {again}")
         if not len(index):
             raise DataError(f"{self.folder} holds no samples; {again}")
-        if file_sha256(path) != self._manifest.index_sha256:
+        if sha256(path) != self._manifest.index_sha256:
             raise DataError(f"{path} is not the index that the manifest names (its sha256 differs); {again}")
         if not np.array_equal(index["shard"], np.repeat(np.arange(len(shards)), self.shard_sizes)):
             raise DataError(f"{path} and the manifest disagree on the shards' sample counts; {again}")
@@ -163,22 +175,22 @@ class ShardReader:
 
 
 class _Descriptor:
-    """An open file, closed when nobody refers to it any more."""
+    """An open file; it is closed when there is no reference to this object any more."""
 
-    number = None
+    number: int
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self, close=os.close):
-        if self.number is not None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "number"):  # not if os.open failed
             close(self.number)
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Exactly `size` bytes; a file that ends before them is an OSError."""
+    """Exactly `size` bytes; OSError if the file ends before that."""
     data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # a signal, or more than the kernel's 2 GiB a call
+    while len(data) < size:  # after a signal, or because one call reads at most 2 GiB
         more = os.pread(descriptor, size - len(data), offset + len(data))
         if not more:
             raise OSError(f"the shard ends after {len(data)} of the sample's {size} bytes")

@@ -1,10 +1,10 @@
-"""A split on disk: WebDataset tars, the index of their samples, the manifest. Writes them, and reads the manifest.
+"""A split on disk: WebDataset tars, an index of their samples, and a manifest. Writes all; reads manifest and index.
 
     OUTPUT/SPLIT/NAME-SPLIT-000000.tar   members key.jpg (or .png, .webp), key.cls (decimal text), key.json
     OUTPUT/SPLIT/index.npy               one row per sample in shard order, INDEX_FIELDS; read by memory map
     OUTPUT/SPLIT/manifest.json           SplitManifest
 
-Every byte is a function of the samples and their order: no time, no user name, no host.
+Every byte depends only on the samples and their order, not on time, user or host.
 """
 
 import hashlib
@@ -13,18 +13,18 @@ import os
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterable, NamedTuple, Sequence
+from typing import BinaryIO, Iterable, NamedTuple, Sequence
 
 import numpy as np
 
 from vir.errors import DataError
-from vir.files import replace_text, replacing
+from vir.files import replace_text, replacing, sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 PARTIAL = ".partial"
-"""Ends the name of a split's folder while it is being written."""
+"""The end of the folder name of a split while it is being written."""
 
 INDEX_FIELDS = [
     ("shard", "<i4"),   # position in the manifest's list
@@ -35,10 +35,10 @@ INDEX_FIELDS = [
     ("width", "<i4"),   # pixels
     ("height", "<i4"),
 ]
-"""Field "key" follows: S{n}, UTF-8, n the longest of the split."""
+"""A last field, "key", follows: its type is S{n}, UTF-8, where n is the length of the longest key in the split."""
 
 PRELOAD = ("webdataset",)
-"""What write_shard imports late, and pays for with seconds (it brings torch): a fork server can load it once."""
+"""What write_shard imports when called. The import takes seconds (it brings torch); a fork server can do it once."""
 
 
 class ShardSample(NamedTuple):
@@ -78,11 +78,11 @@ class SplitManifest:
     shards: tuple[ShardInfo, ...]
     index_sha256: str
     seed: int
-    """Of the shuffle at conversion."""
+    """The seed of the shuffle at conversion."""
     samples_per_shard: int
-    """As asked for; the shards hold at most so many."""
+    """The setting of the conversion: the most samples that a shard may hold."""
     skipped: tuple[SkippedFile, ...] = ()
-    """Source files that were left out because they are no whole images."""
+    """Source files that were left out because they are not complete images."""
 
     @property
     def num_samples(self) -> int:
@@ -90,7 +90,7 @@ class SplitManifest:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the shards' hashes and sample counts and the class list: what a checkpoint remembers of its data.
+        """sha256 of the shards' hashes, their sample counts and the class list; checkpoints keep it to know their data.
         """
         content = [[[shard.sha256, shard.num_samples] for shard in self.shards], list(self.classes)]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
@@ -100,7 +100,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> tuple[ShardInfo, 
     """Writes one tar at `path`, which must not exist, and forces it to disk.
 
     Returns:
-        What the manifest says of it, and its index rows (field "shard" 0: write_split numbers them).
+        Its entry in the manifest, and its rows of the index (field "shard" is 0; write_split sets it).
     """
     import webdataset
 
@@ -110,7 +110,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> tuple[ShardInfo, 
         # Fixed owner and time: the bytes depend on the content alone.
         with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
             for sample in samples:
-                # Member by member, so that the image's offset is known whatever headers tarfile puts before it.
+                # One member at a time: then the image's offset is known, whatever headers tarfile writes before it.
                 tar.write({"__key__": sample.key, sample.extension: sample.data})
                 size = len(sample.data)
                 offset = tar.tarstream.offset - (size + 511) // 512 * 512
@@ -128,7 +128,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> tuple[ShardInfo, 
 def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *, name: str, split: str,
                 classes: Sequence[str], seed: int, samples_per_shard: int,
                 skipped: Sequence[SkippedFile]) -> SplitManifest:
-    """Writes index and manifest beside the shards of `folder`; `shards` as write_shard returned them, in order."""
+    """Writes index and manifest beside the shards in `folder`; `shards` are the results of write_shard, in order."""
     longest = max((rows.dtype["key"].itemsize for _, rows in shards), default=1)
     index = np.empty(sum(len(rows) for _, rows in shards), dtype=_index_dtype(longest))
     start = 0
@@ -140,7 +140,7 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
     with replacing(folder / INDEX) as path, open(path, "wb") as file:
         np.save(file, index, allow_pickle=False)
     manifest = SplitManifest(name=name, split=split, classes=tuple(classes), shards=tuple(info for info, _ in shards),
-                             index_sha256=file_sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
+                             index_sha256=sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
                              skipped=tuple(skipped))
     content = {"format_version": FORMAT_VERSION, **asdict(manifest), "num_samples": manifest.num_samples,
                "fingerprint": manifest.fingerprint}
@@ -149,7 +149,7 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
 
 
 def read_manifest(folder: Path) -> SplitManifest:
-    """The manifest of a split folder; the shards themselves are not looked at.
+    """The manifest of a split folder; the shards themselves are not read.
 
     Raises:
         DataError: no such folder, not converted, broken, or written by a newer version.
@@ -203,18 +203,10 @@ def read_index(folder: Path) -> np.ndarray:
     return index.view(np.ndarray)  # rows of a plain array cost half of a memmap's
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class _HashingWriter:
-    """A file to write to that knows size and sha256 of what passed through."""
+    """A file to write to, with the size and the sha256 of what was written."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.size = 0
         self.sha256 = hashlib.sha256()

@@ -23,20 +23,20 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
 def compute_in_float32(model: nn.Module) -> None:
     """Let batch norms take and give low precision [B, C, ...] but work in float32, like their running statistics."""
     for norm in batch_norms(model):
-        norm.forward = partial(_forward, norm)
+        setattr(norm, "forward", partial(_forward, norm))
 
 
 def _forward(norm: _BatchNorm, x: Tensor) -> Tensor:
     if norm.training and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum if norm.momentum is not None else 1.0 / max(1.0, float(norm.num_batches_tracked))
+    momentum = norm.momentum if norm.momentum is not None else 1.0 / max(1.0, float(norm.num_batches_tracked or 0))
     weight, bias = (None if p is None else p.float() for p in (norm.weight, norm.bias))
-    found = batch_norm(x.float(), norm.running_mean, norm.running_var, weight, bias,
-                       norm.training or norm.running_mean is None, momentum, norm.eps).to(x.dtype)
+    out = batch_norm(x.float(), norm.running_mean, norm.running_var, weight, bias,
+                     norm.training or norm.running_mean is None, momentum, norm.eps).to(x.dtype)
     for then in ("drop", "act"):  # timm's norms that contain their activation
         if hasattr(norm, then):
-            found = getattr(norm, then)(found)
-    return found
+            out = getattr(norm, then)(out)
+    return out
 
 
 class RunningStatistics:
@@ -51,6 +51,7 @@ class RunningStatistics:
         self._floats = [name for name, buffer in self._live.items() if buffer.is_floating_point()]
         self._kept = {name: buffer.clone() for name, buffer in self._live.items()} if self._floats else {}
         self.average = {name: self._live[name].clone() for name in self._floats} if averages else {}
+        self._exchanged = False  # whether statistics and average have changed places
 
     @torch.no_grad()
     def after_step(self, applied: bool, decay: float) -> None:
@@ -75,13 +76,19 @@ class RunningStatistics:
 
     @torch.no_grad()
     def restore(self, live: dict[str, Tensor], average: dict[str, Tensor]) -> None:
-        for into, found in ((self._live, live), (self._kept, live), (self.average, average)):
-            for name in into.keys() & found.keys():
-                into[name].copy_(found[name])
+        for into, saved in ((self._live, live), (self._kept, live), (self.average, average)):
+            for name in into.keys() & saved.keys():
+                into[name].copy_(saved[name])
 
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the running statistics and their average."""
+    def show(self, averaged: bool) -> None:
+        """Let the module compute with the average of the running statistics, or with themselves.
+
+        Calling it again with the same argument changes nothing.
+        """
+        if averaged == self._exchanged:
+            return
+        self._exchanged = averaged
         for name, average in self.average.items():
             live = self._live[name].clone()
             self._live[name].copy_(average)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
+import vir
 from vir.config import RunConfig
 from vir.errors import SettingsError
 
@@ -93,8 +94,28 @@ REFUSED = {
 }
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The JSON at `path`, without the keys of the run config that it leaves at "auto".
+SHIPPED = Path(vir.__file__).parent / "ds_configs"
+"""The folder of the JSON files that come with this package."""
+
+
+def locate(given: str | Path) -> Path:
+    """The file that --deepspeed_config means: a path, or the name of a shipped one, e.g. zero2_bf16.
+
+    Raises:
+        SettingsError: neither is there.
+    """
+    path = Path(given)
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
+    if not path.exists() and str(given) in shipped:
+        return shipped[str(given)]
+    if not path.exists():
+        raise SettingsError(f"--deepspeed_config {path}: no such file; give the path of a JSON, or the name of a "
+                            f"shipped one: {', '.join(shipped)}")
+    return path
+
+
+def read(given: str | Path) -> dict[str, Any]:
+    """The JSON that `given` means (see locate), without the keys of the run config that it leaves at "auto".
 
     Raises:
         SettingsError: no such file, not a JSON object; anywhere in it an unknown key, one that the run config owns or
@@ -102,23 +123,18 @@ def read(path: str | Path) -> dict[str, Any]:
             activation_checkpointing key that has no effect, both fp16 and bf16, a ZeRO stage beyond 3, an offload or a
             type of accumulated gradients that the stage does not have.
     """
-    path = Path(path)
+    path = locate(given)
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        shipped = sorted(str(file) for file in Path("ds_configs").glob("*.json"))
-        raise SettingsError(f"--deepspeed_config {path}: no such file" +
-                            (f"; here are {', '.join(shipped)}" if shipped else "")) from None
+        content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SettingsError(f"--deepspeed_config {path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise SettingsError(f"--deepspeed_config {path} holds a JSON {type(found).__name__}; it must be an object")
-
-    owned = [key for key in OWNED if found.get(key, "auto") != "auto"]
+    if not isinstance(content, dict):
+        raise SettingsError(f"--deepspeed_config {path} holds a JSON {type(content).__name__}; it must be an object")
+    owned = [key for key in OWNED if content.get(key, "auto") != "auto"]
     if owned:
         raise SettingsError(f"{path} sets {', '.join(owned)}, which the run config owns; remove it there and use " +
                             "; ".join(f"{OWNED[key]} for {key}" for key in owned))
-    config = {key: value for key, value in found.items() if key not in OWNED}
+    config = {key: value for key, value in content.items() if key not in OWNED}
     _check_keys(path, config, "", KNOWN.keys() - _NESTED, KNOWN.keys() - _NESTED | OWNED.keys())
     _refuse_auto(path, config, "")
     _check_precision(path, config)
@@ -156,7 +172,8 @@ def _refuse_auto(path: Path, value: Any, key: str) -> None:
     if value == "auto":
         raise SettingsError(f'{path}: {key} is "auto", which DeepSpeed would replace by its default in silence; '
                             "write the value")
-    named = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    named: Iterable[tuple[Any, Any]] = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     for name, item in named:
         _refuse_auto(path, item, f"{key}.{name}" if key else name)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-KEY = "ema"
+from vir.checkpoints.partitions import EMA
 
 
 def decay_at(update: int, decay: float, warmup: bool) -> float:
@@ -30,7 +30,7 @@ def attach(optimizer: Optimizer, decay: Callable[[], float]) -> None:
 
     def remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for parameter in _stepped(optimizer):
-            if KEY not in optimizer.state[parameter]:  # Adam fills only an empty state, so nothing may be put in yet
+            if EMA not in optimizer.state[parameter]:  # Adam fills only an empty state, so nothing may be put in yet
                 initial[parameter] = parameter.detach().float().clone()
 
     @torch.no_grad()
@@ -38,9 +38,9 @@ def attach(optimizer: Optimizer, decay: Callable[[], float]) -> None:
         share = 1 - decay()
         for parameter in _stepped(optimizer):
             state = optimizer.state[parameter]
-            if KEY not in state:
-                state[KEY] = initial.pop(parameter)
-            state[KEY].lerp_(parameter.detach().float(), share)
+            if EMA not in state:
+                state[EMA] = initial.pop(parameter)
+            state[EMA].lerp_(parameter.detach().float(), share)
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(average)

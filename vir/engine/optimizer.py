@@ -35,7 +35,7 @@ def check_name(name: str, zero_stage: int) -> None:
     """
     from timm.optim import list_optimizers
 
-    known = set(list_optimizers(exclude_filters=["bnb*", "fused*"]))
+    known = {str(known) for known in list_optimizers(exclude_filters=["bnb*", "fused*"])}
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         raise SettingsError(f"--optim.name {name}: timm has no such optimizer; " + (
@@ -49,17 +49,18 @@ def check_name(name: str, zero_stage: int) -> None:
 
 
 def build(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """timm's optimizer over `groups`. Its lr is 0 until the first step's is written.
+    """timm's optimizer over `groups`, with an lr of 0 until the rates of the first step are written.
 
     Raises:
         SettingsError: the optimizer refuses its settings.
     """
     from timm.optim import create_optimizer_v2
 
+    fused: dict[str, Any] = {"fused": True} if optim.name in _FUSED else {}
     try:
         optimizer = create_optimizer_v2(groups, opt=optim.name, lr=1.0, weight_decay=optim.weight_decay,
                                         betas=optim.betas, momentum=optim.momentum, eps=optim.eps,
-                                        **({"fused": True} if optim.name in _FUSED else {}))
+                                        **fused)
     except ValueError as error:
         raise SettingsError(f"--optim.name {optim.name} does not take these settings of --optim: {error}") from error
     for group in optimizer.param_groups:  # not all are made with a rate of 0
@@ -89,7 +90,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     Raises:
         SettingsError: layer_decay for a model whose layers timm does not know.
     """
-    excluded = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    excluded = set(getattr(model, "no_weight_decay", set)())
     layers = _layers(model, optim)
     top = max(layers.values(), default=0)
     groups: dict[str, dict[str, Any]] = {}
@@ -117,7 +118,7 @@ def _layers(model: nn.Module, optim: OptimConfig) -> dict[str, int]:
                             "parameters form a layer (no group_matcher); leave it out")
     from timm.models import group_parameters
 
-    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    return group_parameters(model, getattr(model, "group_matcher")(coarse=False), reverse=True)
 
 
 def set_rates(groups: list[dict[str, Any]], lr: float, weight_decay: float) -> None:

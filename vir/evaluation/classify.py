@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vir import distributed
+from vir.data.device import normalize
 from vir.data.loader import Batch
-from vir.data.transforms import InputConfig, normalize
+from vir.models.spec import InputSpec
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Accuracy:
 
 
 @torch.no_grad()
-def classify(forward: Callable[[Tensor], Tensor], batches: Generator[Batch, None, None], model_input: InputConfig,
+def classify(forward: Callable[[Tensor], Tensor], batches: Generator[Batch, None, None], model_input: InputSpec,
              device: torch.device, progress: tqdm, stop: Callable[[], bool] | None = None) -> Accuracy | None:
     """Evaluate this rank's batches and sum over all ranks. Collective; every rank must have the same number of batches.
 

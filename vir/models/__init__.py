@@ -1,18 +1,17 @@
 """ViR models. Importing this package registers them with timm: timm.create_model("vir_small_patch16_224")."""
 
+from vir.models.build import initialize_from
 from vir.models.forms import RETENTION_MODES, retain
 from vir.models.retention import (
     chunkwise_retention,
-    chunkwise_retention_2d,
     parallel_retention,
-    parallel_retention_2d,
     recurrent_retention,
-    recurrent_retention_2d,
     retention_decay,
     retention_step,
 )
+from vir.models.retention_2d import chunkwise_retention_2d, parallel_retention_2d, recurrent_retention_2d
 from vir.models.vision_retention import VisionRetention
-from vir.models.weights import WeightsMetadata, initialize_from, load, read_metadata, save_weights
+from vir.models.weights import WeightsMetadata, load, read_metadata, save_weights
 
 __all__ = [
     "RETENTION_MODES", "VisionRetention", "WeightsMetadata", "chunkwise_retention", "chunkwise_retention_2d",

@@ -3,13 +3,16 @@
 Dimension key: B batch, N tokens, D width, H heads, K = D / H key and value width.
 """
 
+from collections.abc import Callable
+
 import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from vir.errors import SettingsError
 from vir.models.forms import RETENTION_MODES, choose, chunk_rows, retain
-from vir.models.retention import chunkwise_retention, chunkwise_retention_2d, retention_decay
+from vir.models.retention import chunkwise_retention, retention_decay
+from vir.models.retention_2d import chunkwise_retention_2d
 
 RETENTION_NORMS = ("none", "layernorm", "layernorm_gelu")
 
@@ -17,7 +20,7 @@ NORM_EPS = 1e-6
 
 
 class Retention(nn.Module):
-    """Multi-head retention [B, N, D] -> [B, N, D]. The mode chooses how the result is computed, not which.
+    """Multi-head retention [B, N, D] -> [B, N, D]. The mode chooses how the result is computed, not what it is.
 
     Args:
         dims: 1 for decay along the sequence, 2 for decay over the rows and columns of patches.
@@ -47,8 +50,8 @@ class Retention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.register_buffer("decay", retention_decay(num_heads), persistent=False)
 
-    def _apply(self, fn, recurse=True):
-        # .bfloat16() and .half() would round 511/512 to 1, and to_empty() leaves noise: put the exact values back.
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Retention":
+        # .bfloat16() and .half() would round 511/512 to 1, and to_empty() leaves random values: restore the exact ones.
         super()._apply(fn, recurse)
         self.decay = retention_decay(self.num_heads).to(self.decay.device)
         return self
@@ -58,9 +61,9 @@ class Retention(nn.Module):
 
         Args:
             x: [B, N, D]: patches in raster order, then the class token where there is one.
-            grid: Rows and columns of patches; where decay is along the sequence, nobody asks for it.
-            kept: [B, patches in x], ascending places in the grid of the patches that patch dropout has left; None for
-                all. With 2-D decay they keep their places; along a sequence they move up.
+            grid: Rows and columns of patches; not used where decay is along the sequence.
+            kept: [B, patches in x], the positions in the grid, ascending, of the patches that patch dropout kept; None
+                for all. With 2-D decay the patches keep their positions; along a sequence they move together.
         """
         q, k, v = self._heads(x)
         return self._merge(self._retain(q, k, v, grid, kept))
@@ -70,7 +73,7 @@ class Retention(nn.Module):
 
         Args:
             x: [B, N, D].
-            state: What the call before returned; None for the first.
+            state: The state that the previous call returned; None in the first call.
 
         Returns:
             [B, N, D], and the state: [B, H, K, K], or [B, H, columns, K, K] with 2-D decay.
@@ -92,18 +95,18 @@ class Retention(nn.Module):
         """[B, H, N, K] -> [B, N, D]."""
         return self.proj_drop(self.out_proj(self.act(self.norm(out.transpose(1, 2).flatten(2)))))
 
-    @torch.jit.ignore  # TorchScript calls back into Python here: it knows neither the modes nor autocast contexts
+    @torch.jit.ignore  # TorchScript cannot compile the modes and autocast contexts: it calls Python here
     def _retain(
         self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int] | None, kept: Tensor | None
     ) -> Tensor:
-        decay = self.decay.to(q.device)  # a model made under torch.device("meta") or "cuda" keeps its table on CPU
+        decay = self.decay.to(q.device)  # a model made under torch.device("meta") or "cuda" keeps decay on the CPU
         if self.dims == 1:
             return retain(q, k, v, decay, None, self.mode, self.chunk_size)
         if grid is None:
             raise ValueError("2-D retention needs the grid, (rows, columns) of patches")
         if kept is None:
             return retain(q, k, v, decay, grid, self.mode, self.chunk_size)
-        # A dropped patch is one whose key and value are zero.
+        # A patch with zeros for key and value adds nothing: this is how dropped patches are left out.
         num_patches = grid[0] * grid[1]
         num_tokens = num_patches + q.shape[2] - kept.shape[1]
         class_token = torch.arange(num_patches, num_tokens, device=q.device).expand(q.shape[0], -1)
@@ -112,7 +115,7 @@ class Retention(nn.Module):
         return retain(q, k, v, decay, grid, self.mode, self.chunk_size).gather(2, places)
 
     def set_mode(self, mode: str, chunk_size: int | None = None) -> None:
-        """Choose one of RETENTION_MODES, and the chunk size of `chunkwise`, unchanged when None; `auto` has its own."""
+        """Choose one of RETENTION_MODES and the chunk size of `chunkwise`, None: unchanged; `auto` chooses its own."""
         if mode not in RETENTION_MODES:
             raise SettingsError(f"unknown retention mode {mode!r}; choose one of {', '.join(RETENTION_MODES)}")
         if chunk_size is not None and chunk_size < 1:
@@ -127,7 +130,7 @@ class Retention(nn.Module):
 class Block(nn.Module):
     """x + retention(norm(x)), then x + mlp(norm(x)), [B, N, D]; each branch with layer scale and stochastic depth.
 
-    init_values is where the layer scale starts; None leaves it out.
+    init_values is the initial value of the layer scale; None leaves the layer scale out.
     """
 
     def __init__(

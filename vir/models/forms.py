@@ -1,6 +1,6 @@
 """Which form of retention computes a result: parallel, chunkwise, recurrent, or the fastest one (auto).
 
-On CUDA, auto takes the kernels of vir.models.kernels for the tensors that they are made for.
+On CUDA, auto uses the kernels of vir.models.kernels for the tensors that they support.
 
 Dimension key: B batch, H heads, N tokens, K key and value width.
 """
@@ -12,23 +12,17 @@ from torch import Tensor
 
 from vir.config import RetentionMode
 from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
-from vir.models.retention import (
-    chunkwise_retention,
-    chunkwise_retention_2d,
-    parallel_retention,
-    parallel_retention_2d,
-    recurrent_retention,
-    recurrent_retention_2d,
-)
+from vir.models.retention import chunkwise_retention, parallel_retention, recurrent_retention
+from vir.models.retention_2d import chunkwise_retention_2d, parallel_retention_2d, recurrent_retention_2d
 
 RETENTION_MODES: tuple[str, ...] = get_args(RetentionMode)
 
 # Where `auto` changes form, measured with tools/benchmark_model.py (docs/benchmarks.md has the tables).
 AUTO_PARALLEL_TOKENS = 144
 AUTO_CHUNK_SIZE, AUTO_LONG_CHUNK_SIZE, AUTO_LONG_TOKENS = 64, 128, 12_000
-AUTO_PARALLEL_TOKENS_2D = 600  # a state for each column costs more than one for all
+AUTO_PARALLEL_TOKENS_2D = 600  # more than in 1-D: a state for each column costs more than one state for all tokens
 AUTO_CHUNK_SIZE_2D = 256
-AUTO_FUSED_TOKENS = 2048  # on CUDA, not measured yet: fla's tables have it lose to fused attention up to about 1,000
+AUTO_FUSED_TOKENS = 2048  # on CUDA, not measured yet; fla's tables have it behind fused attention up to about 1,000
 
 
 def retain(
@@ -47,7 +41,7 @@ def retain(
         decay: [H], see retention_decay.
         grid: (rows, columns) of patches for 2-D decay; None for decay along the sequence.
         mode: One of RETENTION_MODES.
-        chunk_size: Tokens in a chunk of the chunkwise form; `auto` has its own.
+        chunk_size: Tokens in a chunk of the chunkwise form; `auto` chooses its own.
 
     Returns:
         [B, H, N, K].
@@ -73,7 +67,7 @@ def retain(
 
 
 def choose(num_tokens: int, two_dimensional: bool) -> tuple[str, int]:
-    """The mode and chunk size that `auto` stands for where no kernel takes over."""
+    """The mode and chunk size that `auto` uses where no kernel of vir.models.kernels is used."""
     if num_tokens <= (AUTO_PARALLEL_TOKENS_2D if two_dimensional else AUTO_PARALLEL_TOKENS):
         return "parallel", num_tokens
     if two_dimensional:
@@ -82,5 +76,5 @@ def choose(num_tokens: int, two_dimensional: bool) -> tuple[str, int]:
 
 
 def chunk_rows(chunk_size: int, grid: tuple[int, int]) -> int:
-    """As many whole rows of patches as chunk_size tokens hold, at least one."""
+    """The number of whole rows of patches in chunk_size tokens, at least one."""
     return max(chunk_size // grid[1], 1)

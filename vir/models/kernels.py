@@ -2,34 +2,31 @@
 
 Dimension key: B batch, H heads, N tokens, K key width, V value width; R rows and C columns of patches.
 
-Both give what the functions in vir.models.retention give, which stay the definition, and take over where a kernel does
-not compile. fused_supports and fla_supports say for which tensors they are made.
+Both give the same results as the functions in vir.models.retention and retention_2d. Those are the definition and are
+used where a kernel does not compile. fused_supports and fla_supports say which tensors each kernel supports.
 
-The fused kernel needs no second one for its gradient. With D the matrix of decays and w the scale, retention is
+The fused kernel also computes its own gradient. With D the matrix of decays and w the scale, retention is
 out = ((q k^T) * D w) v: linear in each of q, k and v, and
 
     d_q = ((d_out v^T) * D w) k,    d_k = ((v d_out^T) * D^T w) q,    d_v = ((k q^T) * D^T w) d_out
 
-are retentions themselves, the last two backwards in time. So the operator is its own derivative, of any order, and
-each sum is made by one program in a fixed order: no atomics, no scores in memory, forwards or backwards.
+are retentions themselves, the last two backwards in time. So the same operator gives derivatives of any order. One
+program computes each sum in a fixed order: no atomics and no scores in memory, in the forward and the backward pass.
 """
 
 from __future__ import annotations  # the kernels' signatures name triton, which may be missing
 
 import importlib.util
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from vir.models.retention import (
-    _check_grid,
-    _check_shapes,
-    _check_state,
-    _own_precision,
-    chunkwise_retention,
-    parallel_retention_2d,
-)
+from vir.models.retention import _check_shapes, _check_state, _own_precision, chunkwise_retention
+from vir.models.retention_2d import _check_grid, parallel_retention_2d
 
 try:
     import triton
@@ -38,27 +35,29 @@ except ImportError:  # PyTorch for CPUs or for macOS
     triton = None
 
 FUSED_WIDTHS = range(16, 129, 8)
-"""Key and value widths of the fused kernel: beyond them the tiles and sums of a program outgrow its registers."""
+"""Key and value widths of the fused kernel: with larger ones, the tiles and sums of a program exceed its registers."""
 
 FLA_WIDTHS = range(16, 257, 8)
-"""Key and value widths of fla_retention; odd ones it refuses, but only in the gradient."""
+"""Key and value widths of fla_retention. It refuses odd widths, but only when it computes the gradient."""
 
 _HAS_FLA = triton is not None and importlib.util.find_spec("fla") is not None
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 _broken: set[str] = set()
 """The kernels that have failed in this process and are not tried again."""
 
 
 def fused_supports(q: Tensor, v: Tensor) -> bool:
-    """Whether fused_retention is made for q (and a k like it) [B, H, N, K] and v [B, H, N, V]."""
+    """Whether fused_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V]."""
     return triton is not None and "fused" not in _broken and _fits(q, q, v) and q.is_cuda
 
 
 def fla_supports(q: Tensor, v: Tensor) -> bool:
-    """Whether fla_retention is made for q (and a k like it) [B, H, N, K] and v [B, H, N, V].
+    """Whether fla_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V].
 
-    torch.compile cannot trace it. It multiplies float32 as TF32, keeps states in the inputs' precision, which float16
-    would outgrow, and counts elements in 32 bits.
+    torch.compile cannot trace it. It multiplies float32 as TF32. It keeps states in the inputs' precision, so those of
+    float16 could exceed the largest number. It counts elements in 32 bits.
     """
     if torch.compiler.is_compiling() or not _HAS_FLA or "fla" in _broken:
         return False
@@ -70,7 +69,7 @@ def fla_supports(q: Tensor, v: Tensor) -> bool:
 def fused_retention(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float | None = None, grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """All tokens at once in tiles, as parallel_retention or parallel_retention_2d; no matrix of N x N in memory.
+    """parallel_retention or parallel_retention_2d computed in tiles, without an N x N matrix in memory.
 
     Args:
         q, k: [B, H, N, K], with any strides; with a grid, R * C patches in raster order and perhaps the class token.
@@ -82,7 +81,7 @@ def fused_retention(
     Returns:
         [B, H, N, V] in v's dtype, summed in float32. In memory the heads of a token lie together, [B, N, H, V].
 
-    float32 is multiplied as torch.backends.cuda.matmul.fp32_precision says (allow_tf32 sets it).
+    torch.backends.cuda.matmul.fp32_precision sets how float32 is multiplied (allow_tf32 sets it).
     """
     _check_shapes(q, k, v, decay)
     if not _fits(q, k, v):
@@ -135,13 +134,13 @@ def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies float32 numbers. TF32 holds float16 exactly, and products that outgrow it."""
+    """How tl.dot multiplies float32 numbers. TF32 holds float16 exactly, and products too large for float16."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed or dtype == torch.float16 else "ieee"
 
 
 def _give_up(name: str, error: Exception) -> None:
-    """Warn once. A GPU in an error state stays in it, so what PyTorch computes there is never taken for right."""
+    """Warn once. A GPU in an error state stays in it, so PyTorch fails there too and returns no false result."""
     if isinstance(error, torch.OutOfMemoryError):
         raise error
     _broken.add(name)
@@ -153,7 +152,7 @@ def _give_up(name: str, error: Exception) -> None:
 def _retention(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
 ) -> Tensor:
-    """Retention on a grid of patches; with reverse, a token sees those that would see it."""
+    """Retention on a grid of patches. With reverse, a token sees exactly those tokens that see it without reverse."""
     out = _empty_output(q, k, v, decay, scale, rows, columns, reverse)
     if out.numel() and "fused" not in _broken:
         try:
@@ -165,17 +164,31 @@ def _retention(
 
 
 @_retention.register_fake
-def _empty_output(q, k, v, decay, scale, rows, columns, reverse):
+def _empty_output(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
+) -> Tensor:
     batch, num_heads, num_tokens, width = v.shape
-    return v.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)  # so that merging the heads is free
+    return v.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)  # so that merging the heads copies nothing
 
 
-def _save_inputs(ctx, inputs, output):
-    q, k, v, decay, *ctx.options, ctx.reverse = inputs
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the gradient."""
+
+    options: tuple[float, int, int]
+    """scale, rows and columns."""
+    reverse: bool
+    saved_tensors: tuple[Tensor, ...]
+
+
+def _save_inputs(
+    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float, int, int, bool], output: Tensor
+) -> None:
+    q, k, v, decay, scale, rows, columns, ctx.reverse = inputs
+    ctx.options = scale, rows, columns
     ctx.save_for_backward(q, k, v, decay)
 
 
-def _gradient(ctx, d_out):
+def _gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, decay = ctx.saved_tensors
     d_q = _retention(d_out, v, k, decay, *ctx.options, ctx.reverse)
     d_k = _retention(v, d_out, q, decay, *ctx.options, not ctx.reverse)
@@ -186,8 +199,10 @@ def _gradient(ctx, d_out):
 _retention.register_autograd(_gradient, setup_context=_save_inputs)
 
 
-def _retention_by_pytorch(q, k, v, decay, scale, rows, columns, reverse):
-    """What the kernel computes, in float32."""
+def _retention_by_pytorch(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
+) -> Tensor:
+    """The same result as the kernel, by PyTorch's operators and in float32."""
     one = q.new_ones(1, q.shape[1], q.shape[2], 1, dtype=torch.float32)
     every_token = torch.eye(q.shape[2], dtype=torch.float32, device=q.device).expand(1, q.shape[1], -1, -1)
     weights = parallel_retention_2d(one, one, every_token, decay, (rows, columns), scale)  # [1, H, N, N]
@@ -195,15 +210,18 @@ def _retention_by_pytorch(q, k, v, decay, scale, rows, columns, reverse):
         return ((q.float() @ k.float().mT) * (weights.mT if reverse else weights)) @ v.float()
 
 
-def _launch(q, k, v, out, decay, scale, rows, columns, reverse):
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
+) -> None:
+    """Run the kernel; it writes to out."""
     batch, num_heads, num_tokens, width = v.shape
     if triton is None:
         raise ImportError("triton is not installed")
 
-    def programs(meta):
+    def programs(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(num_tokens, meta["TILE"]) * num_heads * batch,)
 
-    rates = decay.float().log2()  # here, because the approximate log2 of kernels is too coarse so close to 1
+    rates = decay.float().log2()  # not in the kernel: its log2 is too inexact so close to 1
     with torch.cuda.device_of(q):
         _retention_kernel[programs](
             q, k, v, out, rates, q.stride(), k.stride(), v.stride(), out.stride(), num_heads, num_tokens,
@@ -212,18 +230,19 @@ def _launch(q, k, v, out, decay, scale, rows, columns, reverse):
 
 
 def _constants(key: int, value: int, dtype: torch.dtype, precision: str) -> dict[str, int | str]:
-    """What is compiled into the kernel. Products of float32 without tensor cores need registers, so smaller tiles."""
+    """The constants that are compiled into the kernel. Products of exact float32 need more registers: smaller tiles."""
     tile = 32 if dtype == torch.float32 and precision == "ieee" else 64
     padded = {"KEY_BLOCK": triton.next_power_of_2(key), "VALUE_BLOCK": triton.next_power_of_2(value)}
     return {"KEY": key, "VALUE": value, "PRECISION": precision, "TILE": tile, **padded}
 
 
-def _jit(function):
+def _jit(function: _Function) -> _Function:
     return function if triton is None else triton.jit(function)
 
 
-def _tuned(kernel):
-    """Try a few schedules for each shape. They share their tiles, so that no choice changes the order of a sum."""
+def _tuned(kernel: Callable[..., None]) -> triton.runtime.KernelInterface:
+    """Time a few schedules for each shape. All use the same tiles, so the order of a sum does not depend on the choice.
+    """
     if triton is None:
         return kernel
     schedules = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 2), (4, 3), (8, 2))]
@@ -233,14 +252,16 @@ def _tuned(kernel):
 @_tuned
 @_jit
 def _retention_kernel(
-    q, k, v, out, rates, q_strides, k_strides, v_strides, out_strides, num_heads, num_tokens, num_patches, columns,
-    scale, KEY: tl.constexpr, VALUE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, rates: tl.tensor,
+    q_strides: tl.tuple, k_strides: tl.tuple, v_strides: tl.tuple, out_strides: tl.tuple,
+    num_heads: tl.tensor, num_tokens: tl.tensor, num_patches: tl.tensor, columns: tl.tensor, scale: tl.tensor,
+    KEY: tl.constexpr, VALUE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
-):
+) -> None:
     """A tile of out [TILE, V] of one head of one sample, from all tiles of k and v that it sees.
 
-    rates [H]: log2 of the decays. In raster order every token sees only tokens before it, so tiles behind the diagonal
-    are skipped, in 2-D too.
+    rates [H]: log2 of the decays. In raster order a token sees only itself and tokens before it, in 2-D too: tiles
+    after the diagonal are skipped.
     """
     num_tiles = tl.cdiv(num_tokens, TILE)
     program = tl.program_id(0).to(tl.int64)
@@ -283,13 +304,20 @@ def _retention_kernel(
 
 
 @_jit
-def _place(token, num_patches, columns):
+def _place(token: tl.tensor, num_patches: tl.tensor, columns: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Row and column of tokens in raster order; the class token stands below the last column."""
     return token // columns, tl.where(token < num_patches, token % columns, columns - 1)
 
 
 @_jit
-def _load(x, strides, token, num_tokens, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _load(
+    x: tl.tensor,
+    strides: tl.tuple,
+    token: tl.tensor,
+    num_tokens: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
     """[tokens, BLOCK] of x, zero outside of it."""
     channel = tl.arange(0, BLOCK)
     places = x + token[:, None].to(tl.int64) * strides[2] + channel[None, :] * strides[3]

@@ -1,28 +1,24 @@
 """Retention of a token sequence in its three forms, as pure functions that give the same numbers.
 
-Dimension key: B batch, H heads, N tokens, K key width, V value width, M chunks, C tokens of a chunk; in 2-D, R rows and
-C columns of patches.
+Dimension key: B batch, H heads, N tokens, K key width, V value width, M chunks, C tokens of a chunk.
 
 out[n] = sum over m <= n of decay^(n - m) * scale * (q[n] . k[m]) v[m], for each head with its own decay in (0, 1).
 There is no softmax: with one, no state of fixed size could give the same result (RetNet, arXiv:2307.08621).
+vir.models.retention_2d has the same forms for decay over rows and columns.
 
-In 2-D, patch (r, c) sees the patches (r', c') with r' <= r and c' <= c, with weight decay^((r - r') + (c - c')). That
-depends on distances alone, so a shifted image gives shifted outputs. A class token stands at (R, C - 1) and sees every
-patch and itself; no patch sees it. The sum over the rectangle is a scan along each row, then down each column
-(ViR, arXiv:2310.19731): H[r, c] = decay H[r, c-1] + k^T v, S[r, c] = decay S[r-1, c] + H[r, c], out = q S.
-
-All forms sum with powers of decay taken in float32 (float64 for float64 inputs), carry states in that precision, and
-ignore an autocast around them: the precision of a result follows from the tensors alone. float16 is computed in
-float32, because sums over tokens outgrow its largest number, and so is bfloat16 on CPUs without instructions for it.
+All forms compute the powers of decay in float32 (float64 for float64 inputs) and keep states in that precision. They
+ignore an autocast around them: the dtypes of the tensors alone decide the precision of a result. float16 is computed in
+float32, because sums over tokens exceed its largest number. bfloat16 is computed in float32 on CPUs that have no
+instructions for it.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 _CPU_MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -34,8 +30,8 @@ def retention_decay(num_heads: int) -> Tensor:
     Returns:
         [H], float32 on the CPU. These float32 values are the definition, also for models in other precisions.
     """
-    # In numpy and float64: bit-equal on every machine, and out of reach of torch's default dtype and of the patched
-    # tensor constructors under deepspeed.zero.Init.
+    # numpy's float64 gives the same bits on every machine. It does not depend on torch's default dtype or on the tensor
+    # constructors that deepspeed.zero.Init patches.
     gap = np.exp(np.linspace(math.log(1 / 32), math.log(1 / 512), num_heads))
     return torch.from_numpy((1 - gap).astype(np.float32))
 
@@ -66,7 +62,7 @@ def recurrent_retention(
     initial_state: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One token after the other; in inference, memory beside inputs and outputs does not depend on N.
+    """One token after the other. In inference, the memory it needs besides inputs and outputs does not grow with N.
 
     Args:
         q, k: [B, H, N, K].
@@ -143,15 +139,33 @@ def chunkwise_retention(
     return _Chunkwise.apply(q, k, v, decay, initial_state, chunk_size, _scale(q, scale))
 
 
-class _Chunkwise(torch.autograd.Function):
-    """chunkwise_retention with its gradient written out, which passes over memory half as often as a recorded one.
+class _ChunkwiseContext(FunctionCtx):
+    """What the forward pass of _Chunkwise leaves for its backward pass."""
 
-    In a chunk, with P = q k^T * mask and S the state before it, out = P v + (q * q_age) S. Its own tokens add up to
-    (k * k_age)^T v. S is what carry makes of the sums of all chunks before, and start_age * initial_state.
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]
+    """Of q, k, v and the initial state."""
+    num_tokens: int
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _Chunkwise(torch.autograd.Function):
+    """chunkwise_retention with its gradient written by hand: it reads memory half as often as autograd's would.
+
+    For one chunk, let P = q k^T * mask and let S be the state before the chunk. Then out = P v + (q * q_age) S, and the
+    chunk adds (k * k_age)^T v to the state. S is carry @ (what each earlier chunk added) + start_age * initial_state.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, decay, initial_state, chunk_size, scale):
+    def forward(
+        ctx: _ChunkwiseContext,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        initial_state: Tensor | None,
+        chunk_size: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
         num_tokens, dtype, state_dtype = q.shape[2], _compute_dtype(v), _state_dtype(v)
         num_chunks = math.ceil(num_tokens / chunk_size)
         chunk_size = math.ceil(num_tokens / num_chunks)  # even chunks: 197 tokens are 4 x 50, not 4 x 64
@@ -174,7 +188,7 @@ class _Chunkwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out, d_state):
+    def backward(ctx: _ChunkwiseContext, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, scores, states, mask, q_age, k_age, carry, start_age, last_fade = ctx.saved_tensors
         dtype, num_chunks, chunk_size = q.dtype, q.shape[2], q.shape[3]
         with _own_precision(q):
@@ -189,15 +203,18 @@ class _Chunkwise(torch.autograd.Function):
             d_q = _add_product(((d_out @ states.mT) * q_age).to(dtype), d_scores, k)
             d_k = _add_product(((v @ d_sums.mT) * k_age).to(dtype), d_scores.mT, q)
             d_v = _add_product((k * k_age).to(dtype) @ d_sums, scores.mT, d_out)
-        d_q, d_k, d_v = (_join(x, ctx.num_tokens, dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes))
+        d_q, d_k, d_v = (_join(x, ctx.num_tokens, dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes[:3]))
         return d_q, d_k, d_v, None, d_initial, None, None
 
 
 def _chunk_tables(
     decay: Tensor, num_tokens: int, num_chunks: int, chunk_size: int, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """mask [H, 1, C, C], q_age [H, 1, C, 1], k_age [H, M, C, 1], carry [H, M, M], start_age [H, M, 1, 1] and last_fade
-    [H, 1, 1] of _Chunkwise; mask and q_age have the scale in them. The padding of a short last chunk ages no state.
+    """The powers of decay that _Chunkwise needs; mask and q_age are multiplied by the scale.
+
+    Returns:
+        mask [H, 1, C, C], q_age [H, 1, C, 1], k_age [H, M, C, 1], carry [H, M, M], start_age [H, M, 1, 1] and last_fade
+        [H, 1, 1]. In a short last chunk only its tokens count, not its padding.
     """
     last_length = num_tokens - (num_chunks - 1) * chunk_size
     powers = _powers(decay, chunk_size + 1, dtype)
@@ -228,169 +245,33 @@ def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2)).view_as(x)
 
 
-def parallel_retention_2d(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, grid: tuple[int, int], scale: float | None = None
-) -> Tensor:
-    """All tokens at once, in 2-D; memory grows with N^2.
-
-    Args:
-        q, k: [B, H, N, K], N = R * C patches in raster order, or R * C + 1 with the class token last.
-        v: [B, H, N, V].
-        decay: [H], see retention_decay.
-        grid: (R, C).
-        scale: Factor on q . k; K^-0.5 when None.
-
-    Returns:
-        [B, H, N, V] in v's dtype.
-    """
-    _check_shapes(q, k, v, decay)
-    _check_grid(q, grid)
-    with _own_precision(q):
-        mask = _decay_matrix_2d(decay, grid, q.shape[2], _state_dtype(v)) * _scale(q, scale)
-        return _masked_product(q, k, v, mask).to(v.dtype)
-
-
-def recurrent_retention_2d(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    grid: tuple[int, int],
-    initial_state: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One row of patches after the other, token by token; in inference its memory is a row of states.
-
-    Args:
-        q, k: [B, H, N, K], N = R * C patches in raster order, or R * C + 1 with the class token last.
-        v: [B, H, N, V].
-        decay: [H], see retention_decay.
-        grid: (R, C). An image can come in strips of rows; after the last, (0, C) and the class token alone.
-        initial_state: [B, H, C, K, V], the states of the row above; zero when None.
-        scale: Factor on q . k; K^-0.5 when None.
-
-    Returns:
-        out [B, H, N, V] in v's dtype, and the states [B, H, C, K, V] of the last row of patches.
-    """
-    _check_shapes(q, k, v, decay)
-    _check_grid(q, grid)
-    states = list(_first_state(k, v, initial_state, columns=grid[1]).unbind(2))
-    dtype, outputs, along_row = _state_dtype(v), [], 0
-    with _own_precision(q):
-        factor = decay.to(dtype)[:, None, None]
-        for n in range(grid[0] * grid[1]):
-            column = n % grid[1]
-            update = k[:, :, n, :, None].to(dtype) * v[:, :, n, None, :].to(dtype)
-            along_row = update + (factor * along_row if column else 0)
-            states[column] = factor * states[column] + along_row
-            outputs.append(((q[:, :, n, None].to(dtype) * _scale(q, scale)) @ states[column]).to(v.dtype))
-        return _with_class_token(q, k, v, decay, outputs, torch.stack(states, dim=2), scale)
-
-
-def chunkwise_retention_2d(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    grid: tuple[int, int],
-    chunk_rows: int = 4,
-    initial_state: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Parallel inside blocks of chunk_rows rows, recurrent between them; any chunk_rows >= 1 gives the same result.
-
-    Args:
-        q, k: [B, H, N, K], N = R * C patches in raster order, or R * C + 1 with the class token last.
-        v: [B, H, N, V].
-        decay: [H], see retention_decay.
-        grid: (R, C). An image can come in strips of rows; after the last, (0, C) and the class token alone.
-        chunk_rows: Rows of patches in a block; memory grows with (chunk_rows * C)^2.
-        initial_state: [B, H, C, K, V], the states of the row above; zero when None.
-        scale: Factor on q . k; K^-0.5 when None.
-
-    Returns:
-        out [B, H, N, V] in v's dtype, and the states [B, H, C, K, V] of the last row of patches.
-    """
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1 row of patches")
-    _check_shapes(q, k, v, decay)
-    _check_grid(q, grid)
-    (rows, columns), dtype, state_dtype = grid, _compute_dtype(v), _state_dtype(v)
-    num_blocks = math.ceil(rows / chunk_rows)
-    chunk_rows = math.ceil(rows / num_blocks) if num_blocks else 1  # even blocks, as in chunkwise_retention
-    states, outputs = _first_state(k, v, initial_state, columns), []
-    with _own_precision(q):
-        mask = _decay_matrix_2d(decay, (chunk_rows, columns), chunk_rows * columns, state_dtype) * _scale(q, scale)
-        powers = _powers(decay, chunk_rows + 1, state_dtype)[:, None, :, None]  # [H, 1, chunk_rows + 1, 1]
-        along_row = _decay_matrix(decay, columns, state_dtype)  # [H, C, C]
-        for top in range(0, rows, chunk_rows):
-            height = min(chunk_rows, rows - top)
-            block = [x[:, :, top * columns:(top + height) * columns].to(dtype) for x in (q, k, v)]
-            out = _masked_product(*block, mask[:, :height * columns, :height * columns])
-            q_block, k_block, v_block = (x.unflatten(2, (height, columns)).transpose(2, 3) for x in block)
-            if top or initial_state is not None:
-                aged_q = q_block * (powers[:, :, 1:height + 1] * _scale(q, scale))  # [B, H, C, height, K]
-                from_above = aged_q.to(dtype) @ states.to(dtype)
-                out = out + from_above.transpose(2, 3).flatten(2, 3)
-            outputs.append(out.to(v.dtype))
-            aged_k = k_block * powers[:, :, :height].flip(2)
-            sums = (aged_k.to(dtype).mT @ v_block).to(state_dtype)  # [B, H, C, K, V], of each column
-            sums = (along_row @ sums.flatten(3)).view_as(sums)
-            states = torch.addcmul(sums, powers[:, :, height:height + 1], states)
-        return _with_class_token(q, k, v, decay, outputs, states, scale)
-
-
-def _with_class_token(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, outputs: list[Tensor], states: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Join the outputs of patches [B, H, some, V] with that of the class token, where q has one token more."""
-    if sum(out.shape[2] for out in outputs) < q.shape[2]:
-        out, _ = retention_step(q[:, :, -1], k[:, :, -1], v[:, :, -1], decay, states[:, :, -1], scale)
-        outputs = [*outputs, out[:, :, None]]
-    return torch.cat(outputs, dim=2), states
-
-
 def _powers(decay: Tensor, count: int, dtype: torch.dtype, step: int = 1) -> Tensor:
     """decay^0, decay^step, ..., decay^(step * (count - 1)): [H, count]."""
-    # Exponents are integers: in bfloat16, 257 would already be 256.
+    # Exponents are integers, because bfloat16 would round 257 to 256.
     return decay.to(dtype)[:, None] ** (step * torch.arange(count, device=decay.device))
 
 
 def _decay_matrix(decay: Tensor, size: int, dtype: torch.dtype, step: int = 1) -> Tensor:
     """decay^(step * (i - j)) for i >= j, else 0: [H, size, size]."""
-    # Row i is a window on decay^(step * (size - 1)), ..., decay^step, 1, 0, ..., 0. One pow or one look-up for each
-    # pair of tokens would take about as long as their products.
+    # Row i is a window on decay^(step * (size - 1)), ..., decay^step, 1, 0, ..., 0. Computing or looking up a power for
+    # each pair of tokens would take about as long as multiplying the pairs.
     powers = F.pad(_powers(decay, size, dtype, step).flip(1), (0, size - 1))
     return powers.unfold(1, size, 1).flip(1)
 
 
-def _decay_matrix_2d(decay: Tensor, grid: tuple[int, int], num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """decay^(distance in rows + in columns) where a token sees another, else 0: [H, N, N].
-
-    Of the patches this is the Kronecker product of the matrices of rows and of columns.
-    """
-    (rows, columns), num_patches = grid, grid[0] * grid[1]
-    down, right = _decay_matrix(decay, rows + 1, dtype), _decay_matrix(decay, columns, dtype)
-    mask = (down[:, :rows, None, :rows, None] * right[:, None, :, None, :]).flatten(3).flatten(1, 2)
-    if num_tokens == num_patches:
-        return mask
-    class_row = (down[:, -1, :-1, None] * right[:, -1, None, :]).flatten(1)  # [H, R * C]
-    return torch.cat([F.pad(mask, (0, 1)), F.pad(class_row, (0, 1), value=1.0)[:, None]], dim=1)
-
-
 def _masked_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """((q k^T) * mask) v, [B, H, N, V] in the precision of products; the mask [H, N, N] is 0 above its diagonal.
+    """((q k^T) * mask) v, [B, H, N, V] in _compute_dtype; the mask [H, N, N] is 0 above its diagonal.
 
-    Four blocks of queries, each with the keys up to its own end, leave out three eighths of the products.
+    Each of four blocks of queries is multiplied with the keys up to its own end, which saves 3/8 of the products.
     """
     dtype = _compute_dtype(v)
     q, k, v = (x.to(dtype, memory_format=torch.contiguous_format) for x in (q, k, v))
     outputs, end = [], 0
     for block in q.split(max(math.ceil(q.shape[2] / 4), 80), dim=2):  # below 80 tokens, smaller products cost more
         start, end = end, end + block.shape[2]
-        scores = (block @ k[:, :, :end].mT).mul_(mask[:, start:end, :end])  # in place: they are written once
+        scores = (block @ k[:, :, :end].mT).mul_(mask[:, start:end, :end])  # in place: saves a copy of them
         outputs.append((scores @ v[:, :, :end]).transpose(1, 2))
-    return torch.cat(outputs, dim=1).transpose(1, 2)  # in memory [B, N, H, V]: what follows merges the heads
+    return torch.cat(outputs, dim=1).transpose(1, 2)  # in memory [B, N, H, V]: the next layer merges the heads
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -402,7 +283,7 @@ def _state_dtype(v: Tensor) -> torch.dtype:
 
 
 def _compute_dtype(v: Tensor) -> torch.dtype:
-    """In which tokens are multiplied."""
+    """The dtype in which tokens are multiplied."""
     slow = v.dtype == torch.bfloat16 and v.device.type == "cpu" and not _CPU_MULTIPLIES_BFLOAT16
     return torch.float32 if slow or v.dtype == torch.float16 else v.dtype
 
@@ -419,8 +300,8 @@ def _state_shape(k: Tensor, v: Tensor, columns: int | None) -> tuple[int, ...]:
     return (*k.shape[:2], *([] if columns is None else [columns]), k.shape[-1], v.shape[-1])
 
 
-def _own_precision(x: Tensor):
-    """A context without autocast on x's device."""
+def _own_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A context that switches autocast off on x's device."""
     if torch.amp.is_autocast_available(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
@@ -435,14 +316,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> None:
     if decay.shape != q.shape[1:2]:
         raise ValueError(f"decay has shape {list(decay.shape)} but q has {q.shape[1]} heads; one decay per head: "
                          f"retention_decay({q.shape[1]})")
-
-
-def _check_grid(q: Tensor, grid: tuple[int, int]) -> None:
-    rows, columns = grid
-    num_patches = rows * columns
-    if rows < 0 or columns < 1 or q.shape[2] not in (num_patches, num_patches + 1):
-        raise ValueError(f"{q.shape[2]} tokens do not fit a grid of {rows} rows and {columns} columns; it takes "
-                         f"{num_patches} patches, or {num_patches + 1} tokens with a class token")
 
 
 def _check_state(state: Tensor, k: Tensor, v: Tensor, columns: int | None = None) -> None:

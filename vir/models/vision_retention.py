@@ -6,7 +6,8 @@ The class token comes last: retention is causal, so only the last token sees eve
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from timm.layers import (
@@ -26,13 +27,17 @@ from torch.nn import functional as F
 
 from vir.errors import SettingsError
 from vir.models.block import NORM_EPS, Block, Retention
+from vir.models.strips import cut_strips
 
 __all__ = ["VisionRetention"]
 
 GLOBAL_POOLS = ("", "token", "avg", "max", "avgmax")
 INIT_STD = 0.02
 STREAM_TOKENS = 1024
-"""Patches that forward_stream takes through the network at a time, or one row of them where that is more."""
+"""The number of patches that forward_stream computes at a time; at least one row of them."""
+
+Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
+"""The patches after each chosen block, or pairs of patches and class token."""
 
 register_notrace_module(Retention)  # its form depends on sizes, which torch.fx does not know
 
@@ -40,23 +45,24 @@ register_notrace_module(Retention)  # its form depends on sizes, which torch.fx 
 class VisionRetention(nn.Module):
     """Images [B, in_chans, height, width] -> logits [B, num_classes].
 
-    Args, where they say more than in timm:
-        img_size: One side, or (height, width); each divisible by patch_size. Other sizes: set_input_size, or:
+    Args, where they mean more than in timm:
+        img_size: One side, or (height, width); each divisible by patch_size. set_input_size changes it later.
         dynamic_img_size: Take images of any size; the position embedding is resampled in each call.
         dynamic_img_pad: Pad such images with zeros at the bottom and right to whole patches.
         global_pool: `token` reads the class token; `avg`, `max` and `avgmax` (their mean) pool the patches; '' keeps
-            all tokens. A model built to pool patches has no class token: nothing would read it.
+            all tokens. A model built to pool patches has no class token, because nothing would read it.
         retention_dims: 1 for decay along the sequence; 2 for decay over rows and columns, where a patch sees the
             patches that are not below and not right of it.
-        retention_norm: Between retention and its output layer: `none` as in the authors' code, `layernorm`, or
-            `layernorm_gelu` as in the first version of the paper. docs/benchmarks.md compares them.
-        init_values, class_token_std: Where the layer scales start, None for none, and the spread of the class token.
-            The defaults trained better than the authors' 1e-5 and 1e-6 (docs/benchmarks.md): without a softmax or a
-            norm, tiny queries leave the class token with almost no signal.
+        retention_norm: The layers between retention and its output layer: `none` as in the authors' code, `layernorm`,
+            or `layernorm_gelu` as in the first version of the paper. docs/benchmarks.md compares them.
+        init_values: The initial value of the layer scales; None for no layer scale.
+        class_token_std: The standard deviation of the class token at the start. These two defaults trained better than
+            the authors' 1e-5 and 1e-6 (docs/benchmarks.md): without a softmax or a norm, a class token with tiny
+            queries gets almost no signal.
         drop_rate, pos_drop_rate, proj_drop_rate: Dropout before the head, after the position embedding, and after
             the linear layers of each block.
-        patch_drop_rate: Share of the patches that training leaves out, other ones for each image and step.
-        drop_path_rate: Stochastic depth of the last block; the first has none, in between it grows linearly.
+        patch_drop_rate: The share of patches that training leaves out, drawn anew for each image and step.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 in the first block.
         retention_mode, chunk_size: See set_retention_mode.
     """
 
@@ -87,8 +93,9 @@ class VisionRetention(nn.Module):
     ) -> None:
         super().__init__()
         _check_pool(global_pool)
-        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        check_patches(img_size, patch_size)
+        size: tuple[int, int] = to_2tuple(img_size)
+        patch: tuple[int, int] = to_2tuple(patch_size)
+        check_patches(size, patch)
         if dynamic_img_pad and not dynamic_img_size:
             raise SettingsError("dynamic_img_pad pads images of any size; it needs dynamic_img_size=True")
         self.in_chans = in_chans
@@ -97,10 +104,9 @@ class VisionRetention(nn.Module):
         self.embed_dim = self.num_features = self.head_hidden_size = embed_dim
         self.class_token_std = class_token_std
         self.grad_checkpointing = False
-
         self.dynamic_img_size = dynamic_img_size
         self.patch_embed = PatchEmbed(
-            img_size, patch_size, in_chans, embed_dim,
+            size, patch, in_chans, embed_dim,  # type: ignore[arg-type]  # takes pairs too
             strict_img_size=not dynamic_img_size, dynamic_img_pad=dynamic_img_pad)
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if global_pool in ("", "token") else None
@@ -112,9 +118,9 @@ class VisionRetention(nn.Module):
                   drop_path=drop_path_rate * i / max(depth - 1, 1))
             for i in range(depth)
         ])
-        self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=max(patch_size))
+        self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=max(patch))
                              for i in range(depth)]
-        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = _classifier(embed_dim, num_classes)
 
@@ -123,11 +129,12 @@ class VisionRetention(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """1 with a class token, else 0: timm's name for tokens that are no patch. Here it is the last token."""
+        """1 with a class token, else 0. timm gives this name to tokens that are not patches; here it is the last token.
+        """
         return 0 if self.cls_token is None else 1
 
     def init_weights(self) -> None:
-        """Draw all weights anew."""
+        """Give all weights new random values."""
         trunc_normal_(self.pos_embed, std=INIT_STD)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=self.class_token_std)
@@ -136,7 +143,8 @@ class VisionRetention(nn.Module):
                 _init_linear(module)
             elif isinstance(module, nn.Conv2d):
                 module.reset_parameters()  # scaled by fan-in: patches may be 4x4x1 or 16x16x3
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, LayerScale):
@@ -149,39 +157,41 @@ class VisionRetention(nn.Module):
             mode: `parallel` (memory grows with N^2), `chunkwise` (with N * chunk_size), `recurrent` (token by token:
                 a check and a reference, slow here) or `auto` (parallel for short sequences, else chunkwise).
             chunk_size: Tokens in a chunk of the chunkwise form, with 2-D decay as whole rows of patches; unchanged
-                when None. `auto` has its own.
+                when None. `auto` chooses its own.
         """
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             block.retention.set_mode(mode, chunk_size)
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Take images of this size from now on; the position embedding is resampled, bicubic."""
-        img_size = to_2tuple(img_size)
-        check_patches(img_size, self.patch_embed.patch_size)
+        size: tuple[int, int] = to_2tuple(img_size)
+        check_patches(size, self.patch_embed.patch_size)
         old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size=img_size)
+        self.patch_embed.set_input_size(img_size=size)
         if self.patch_embed.grid_size != old_grid:
             resampled = resample_abs_pos_embed(
                 self.pos_embed.detach(), self.patch_embed.grid_size, old_grid, num_prefix_tokens=0)
             self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of blocks for the backward pass and compute the rest again; same result, bit by bit."""
+        """Keep only the inputs of blocks for the backward pass and compute the rest again, with bit-equal results."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token"}
 
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Patterns of parameter names from input to output, for timm's layer-wise lr decay; coarse: one of blocks."""
+    def group_matcher(self, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int] | None]]]:
+        """Patterns of parameter names from input to output, for timm's layer-wise lr decay; coarse: one for all blocks.
+        """
+        blocks: str | list[tuple[str, tuple[int] | None]]
         blocks = r"^blocks" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return dict(stem=r"^(?:cls_token|pos_embed|patch_embed)", blocks=blocks)
+        return {"stem": r"^(?:cls_token|pos_embed|patch_embed)", "blocks": blocks}
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new head in place (none for 0 classes). A pool of patches drops the class token."""
+        """Replace the head (no head for 0 classes). A global_pool of patches also removes the class token."""
         if global_pool is not None:
             _check_pool(global_pool)
             if global_pool == "token" and self.cls_token is None:
@@ -198,7 +208,7 @@ class VisionRetention(nn.Module):
     ) -> list[int]:
         """Remove what forward_intermediates does not need for these blocks; returns their indices.
 
-        Without a head nothing reads the class token, which no patch can see: prune_head removes both.
+        prune_head removes the head and the class token: no patch sees that token, so only the head reads it.
         """
         take_indices, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[:last + 1]
@@ -236,7 +246,7 @@ class VisionRetention(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, D] -> logits [B, num_classes], or with pre_logits what the head would read, [B, D]."""
+        """Tokens [B, N, D] -> logits [B, num_classes], or with pre_logits the head's input, [B, D]."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
@@ -253,15 +263,15 @@ class VisionRetention(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-    ):
-        """The patches after chosen blocks, as timm's ViT returns them; same arguments and results.
+    ) -> Intermediates | tuple[Tensor, Intermediates] | dict[str, Tensor | list[Tensor]]:
+        """The patches after chosen blocks, with the same arguments and results as in timm's ViT.
 
         Args:
             indices: The last n blocks, these blocks, or all when None.
-            return_prefix_tokens: Also the class tokens, [B, 1, D]: in pairs (patches, class token).
+            return_prefix_tokens: Return pairs (patches, class token); a class token is [B, 1, D].
             norm: Apply the final norm to each.
-            stop_early: Run no block beyond the last chosen.
-            output_fmt: `NCHW` for maps [B, D, rows, columns], `NLC` for [B, P, D]. Where patch dropout acts, only
+            stop_early: Run no block after the last chosen one.
+            output_fmt: `NCHW` for maps [B, D, rows, columns], `NLC` for [B, P, D]. While patch dropout is active, only
                 `NLC` is possible.
             intermediates_only: Leave out the final tokens.
             output_dict: A dict of image_features, image_intermediates and image_intermediates_prefix.
@@ -287,13 +297,13 @@ class VisionRetention(nn.Module):
         class_tokens = [y[:, -1:] for y in taken] if return_prefix_tokens and self.num_prefix_tokens else None
 
         if output_dict:
-            result = {"image_intermediates": patches}
+            result: dict[str, Tensor | list[Tensor]] = {"image_intermediates": patches}
             if class_tokens is not None:
                 result["image_intermediates_prefix"] = class_tokens
             if not intermediates_only:
                 result["image_features"] = self.norm(x)
             return result
-        intermediates = patches if class_tokens is None else list(zip(patches, class_tokens))
+        intermediates: Intermediates = patches if class_tokens is None else list(zip(patches, class_tokens))
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
     def get_intermediate_layers(
@@ -303,25 +313,25 @@ class VisionRetention(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-    ):
-        """DINO's name for forward_intermediates: the last n or these blocks, [B, P, D] or with reshape as maps."""
-        return self.forward_intermediates(
-            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True)
+    ) -> Intermediates:
+        """DINO's name for forward_intermediates: the last n blocks or these, as [B, P, D], with reshape as maps."""
+        return cast(Intermediates, self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True))
 
     @torch.no_grad()
     def forward_stream(self, x: Tensor | Iterable[Tensor], img_size: int | tuple[int, int] | None = None) -> Tensor:
-        """Images in strips -> logits [B, num_classes], as `forward` in eval mode gives them, in the memory of a strip.
+        """Images in strips -> the logits [B, num_classes] of `forward` in eval mode, with the memory of one strip.
 
-        Retention is causal: a strip goes through all layers before the next is read, and between strips each layer
-        keeps a state of [B, H, K, K], or of one row of them with 2-D decay. Without gradients.
+        Retention is causal: a strip goes through all layers before the next is read. Between strips each layer keeps a
+        state of [B, H, K, K], or one row of such states with 2-D decay. There are no gradients.
 
         Args:
             x: Images [B, in_chans, height, width], or strips of them from top to bottom, [B, in_chans, any height,
                 width], as they come from files larger than memory. Strips are moved to the model's device.
-            img_size: Of the images that the strips are cut from; not given, the size that the model was built for.
+            img_size: The size of the whole images; None for the size that the model was built for.
 
         Raises:
-            SettingsError: The model pools nothing, or is in training mode, where dropping and stochastic depth act.
+            SettingsError: The model has no pool, or is in training mode, where dropout and stochastic depth act.
             ValueError: The strips do not make up the image.
         """
         if self.training:
@@ -329,15 +339,16 @@ class VisionRetention(nn.Module):
         if self.global_pool == "":
             raise SettingsError("forward_stream keeps no patches, so global_pool cannot be ''; choose token or avg")
         if isinstance(x, Tensor):
-            img_size, x = x.shape[-2:], [x]
-        img_size = self.patch_embed.img_size if img_size is None else to_2tuple(img_size)
-        rows, columns = self._grid(img_size)
+            img_size, x = (x.shape[-2], x.shape[-1]), [x]
+        size: tuple[int, int] = self.patch_embed.img_size if img_size is None else to_2tuple(img_size)
+        rows, columns = self._grid(size)
         strip_rows = max(STREAM_TOKENS // columns, 1)
-        strips = self._cut(x, img_size, strip_rows * self.patch_embed.patch_size[0])
+        height = strip_rows * self.patch_embed.patch_size[0]
+        strips = map(self._to_whole_patches, cut_strips(x, height, self.in_chans, size))
         states: list[Tensor | None] = [None] * len(self.blocks)
 
         def extend(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-            for i, block in enumerate(self.blocks):
+            for i, block in enumerate(cast(Iterable[Block], self.blocks)):
                 tokens, states[i] = block.extend(tokens, states[i], grid)
             return self.norm(tokens)
 
@@ -356,27 +367,8 @@ class VisionRetention(nn.Module):
         pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (mean + largest)}[self.global_pool]
         return self.head(pooled.to(patches.dtype))
 
-    def _cut(self, strips: Iterable[Tensor], img_size: tuple[int, int], height: int) -> Iterator[Tensor]:
-        """Strips of any height -> strips of this height (the last may be lower) on the model's device, padded."""
-        expected, waiting, seen = None, None, 0
-        for strip in strips:
-            expected = expected or [strip.shape[0], self.in_chans, img_size[1]]
-            seen += strip.shape[-2]
-            if [*strip.shape[:-2], strip.shape[-1]] != expected or seen > img_size[0]:
-                raise ValueError(f"a strip of shape {list(strip.shape)} ends at row {seen}; strips must be "
-                                 f"[{expected[0]}, {expected[1]}, any height, {expected[2]}] and {img_size[0]} rows "
-                                 f"in all")
-            waiting = strip if waiting is None else torch.cat([waiting, strip], dim=2)
-            while waiting.shape[2] >= height:
-                yield self._to_whole_patches(waiting[:, :, :height])
-                waiting = waiting[:, :, height:]
-        if seen < img_size[0]:
-            raise ValueError(f"the strips end at row {seen} of an image of {img_size[0]} rows; give img_size=(height, "
-                             f"width) of the whole image and all of its strips")
-        if waiting.shape[2]:
-            yield self._to_whole_patches(waiting)
-
     def _to_whole_patches(self, strip: Tensor) -> Tensor:
+        """The strip on the model's device, padded to whole patches where the model pads."""
         strip = strip.to(self.pos_embed.device)
         if not self.patch_embed.dynamic_img_pad:
             return strip
@@ -384,7 +376,7 @@ class VisionRetention(nn.Module):
         return F.pad(strip, (0, -width % patch_width, 0, -height % patch_height))
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-        """Images -> tokens [B, N, D] for the first block, the grid of patches, and which of them patch dropout left."""
+        """Images -> tokens [B, N, D] for the first block, the grid of patches, and which of them patch dropout kept."""
         grid = self._grid((x.shape[2], x.shape[3]))
         x = self.patch_embed(x) + self._position_embedding(grid)
         x, kept = (x, None) if self.patch_drop is None else self.patch_drop(x)
@@ -393,7 +385,7 @@ class VisionRetention(nn.Module):
         return self.pos_drop(x), grid, kept
 
     def _grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches of such images; SettingsError where the model does not take them."""
+        """Rows and columns of patches of images of this size; SettingsError if the model does not take them."""
         if self.dynamic_img_size:
             if not self.patch_embed.dynamic_img_pad:
                 check_patches(img_size, self.patch_embed.patch_size)
@@ -418,7 +410,7 @@ def _check_pool(global_pool: str) -> None:
         raise SettingsError(f"unknown global_pool {global_pool!r}; choose one of {', '.join(map(repr, GLOBAL_POOLS))}")
 
 
-# Sizes are proxies while torch.fx traces: checks are called, not traced.
+# While torch.fx traces, sizes are proxies, which these checks cannot compare: they are called, not traced.
 @register_notrace_function
 @torch.jit.ignore
 def check_size(img_size: tuple[int, int], expected: tuple[int, int]) -> None:
@@ -453,7 +445,7 @@ def _init_linear(module: nn.Linear) -> nn.Linear:
     return module
 
 
-_CFG = dict(
+_CFG: dict[str, Any] = dict(
     num_classes=1000, input_size=(3, 224, 224), pool_size=None, fixed_input_size=True, crop_pct=0.875,
     interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
     first_conv="patch_embed.proj", classifier="head",
@@ -472,10 +464,11 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def checkpoint_filter_fn(state_dict: dict, model: VisionRetention) -> dict[str, Tensor]:
-    """A state dict, also one inside `model` or `state_dict`, with patches and positions resampled to the model's sizes.
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: VisionRetention) -> dict[str, Tensor]:
+    """The state dict, with patches and positions resampled to the model's sizes.
 
-    The authors' release has the same names and shapes as a model with retention_norm="none".
+    It may also be the value of a key `model` or `state_dict`. The authors' release has the same names and shapes as a
+    model with retention_norm="none".
     """
     state_dict = state_dict.get("model", state_dict)
     state_dict = dict(state_dict.get("state_dict", state_dict))
@@ -491,7 +484,7 @@ def checkpoint_filter_fn(state_dict: dict, model: VisionRetention) -> dict[str, 
     return state_dict
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> VisionRetention:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionRetention:
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if not (cfg.has_weights or cfg.state_dict):
@@ -504,61 +497,61 @@ def _create(variant: str, pretrained: bool, **kwargs) -> VisionRetention:
                                 pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
-_TINY = dict(embed_dim=192, depth=12, num_heads=3)
-_SMALL = dict(embed_dim=384, depth=12, num_heads=6)
-_BASE = dict(embed_dim=768, depth=12, num_heads=12)
-_LARGE = dict(embed_dim=1024, depth=24, num_heads=16)
+_TINY: dict[str, Any] = dict(embed_dim=192, depth=12, num_heads=3)
+_SMALL: dict[str, Any] = dict(embed_dim=384, depth=12, num_heads=6)
+_BASE: dict[str, Any] = dict(embed_dim=768, depth=12, num_heads=12)
+_LARGE: dict[str, Any] = dict(embed_dim=1024, depth=24, num_heads=16)
 
 
 @register_model
-def vir_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-Ti/16, 5.7 M parameters."""
     return _create("vir_tiny_patch16_224", pretrained, **_TINY | kwargs)
 
 
 @register_model
-def vir_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-S/16, 22.1 M parameters."""
     return _create("vir_small_patch16_224", pretrained, **_SMALL | kwargs)
 
 
 @register_model
-def vir_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-B/16, 86.6 M parameters."""
     return _create("vir_base_patch16_224", pretrained, **_BASE | kwargs)
 
 
 @register_model
-def vir_large_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-L/16, 304.4 M parameters."""
     return _create("vir_large_patch16_224", pretrained, **_LARGE | kwargs)
 
 
 @register_model
-def vir_large_patch14_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir_large_patch14_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-L/14, 304.3 M parameters."""
     return _create("vir_large_patch14_224", pretrained, **_LARGE | dict(patch_size=14) | kwargs)
 
 
 @register_model
-def vir2d_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir2d_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-2D-Ti/16, 5.7 M parameters; decay over rows and columns."""
     return _create("vir2d_tiny_patch16_224", pretrained, **_TINY | dict(retention_dims=2) | kwargs)
 
 
 @register_model
-def vir2d_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir2d_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-2D-S/16, 22.1 M parameters; decay over rows and columns."""
     return _create("vir2d_small_patch16_224", pretrained, **_SMALL | dict(retention_dims=2) | kwargs)
 
 
 @register_model
-def vir2d_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir2d_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-2D-B/16, 86.6 M parameters; decay over rows and columns."""
     return _create("vir2d_base_patch16_224", pretrained, **_BASE | dict(retention_dims=2) | kwargs)
 
 
 @register_model
-def vir2d_large_patch16_224(pretrained: bool = False, **kwargs) -> VisionRetention:
+def vir2d_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionRetention:
     """ViR-2D-L/16, 304.4 M parameters; decay over rows and columns."""
     return _create("vir2d_large_patch16_224", pretrained, **_LARGE | dict(retention_dims=2) | kwargs)

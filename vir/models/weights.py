@@ -4,13 +4,14 @@ The tensors carry the model's own state_dict names: timm, Hugging Face and safet
 Nothing here executes what it reads: no pickle, and a file cannot name other weights to fetch.
 """
 
-import dataclasses
+from __future__ import annotations
+
 import json
 import os
-import pickle
-import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -20,38 +21,19 @@ from torch import Tensor, nn
 
 from vir.errors import DataError
 from vir.files import replacing
+from vir.models.build import FORBIDDEN_ARGS, NotBuiltError, create, mismatches
+from vir.models.spec import InputSpec, ModelSpec
 
 FORMAT_VERSION = 1
 METADATA_KEY = "vir"
 
-FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-"""Arguments of timm.create_model with which a file could make its reader fetch or open other weights."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightsMetadata:
-    model_name: str
-    """As timm knows it."""
+    """What a weights file says of itself."""
 
-    model_args: dict
-    """Keyword arguments for timm.create_model beside the name. JSON: tuples come back as lists."""
-
-    classes: tuple[str, ...]
-    """The class of each logit, in order; empty where unknown."""
-
-    input_size: tuple[int, int, int]
-    """Channels, height and width of the images that the model takes."""
-
-    mean: tuple[float, ...]
-    """Of each channel, for pixels in [0, 1]."""
-
-    std: tuple[float, ...]
-
-    interpolation: str
-    """For resizing: bilinear, bicubic, …"""
-
-    crop_pct: float
-    """Side of the centre crop / shorter side of the resized image."""
+    model: ModelSpec
+    """JSON: tuples among its arguments come back as lists."""
 
     step: int
     """Global batches that trained these weights."""
@@ -66,11 +48,30 @@ class WeightsMetadata:
 
     format_version: int = FORMAT_VERSION
 
+    def to_json(self) -> str:
+        """The header, flat."""
+        image = asdict(self.model.input)
+        return json.dumps({
+            "model_name": self.model.name, "model_args": self.model.args, "classes": self.model.classes,
+            "input_size": image.pop("size"), **image, "step": self.step, "samples_seen": self.samples_seen,
+            "ema": self.ema, "dtype": self.dtype, "format_version": self.format_version}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> WeightsMetadata:
+        """Raises ValueError, TypeError or KeyError where the text is not what to_json writes."""
+        fields = json.loads(text)
+        image = InputSpec(
+            size=tuple(fields.pop("input_size")), mean=tuple(fields.pop("mean")), std=tuple(fields.pop("std")),
+            interpolation=fields.pop("interpolation"), crop_pct=fields.pop("crop_pct"))
+        model = ModelSpec(name=fields.pop("model_name"), args=dict(fields.pop("model_args")), input=image,
+                          classes=tuple(fields.pop("classes")))
+        return cls(model=model, **fields)
+
 
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write the file so that `path` is either as before or complete and on disk; folders are made as needed."""
     path = Path(path)
-    header = {"format": "pt", METADATA_KEY: json.dumps(dataclasses.asdict(metadata), ensure_ascii=False)}
+    header = {"format": "pt", METADATA_KEY: metadata.to_json()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -91,53 +92,26 @@ def read_metadata(path: str | os.PathLike) -> WeightsMetadata:
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
     """The model in the file, float32, in eval mode, on `device`; any model that timm knows, not only ViR.
 
-    Its preprocessing, classes and history are at `model.weights_metadata` (a WeightsMetadata); the preprocessing is
+    What it is and how it was trained is at `model.weights_metadata` (a WeightsMetadata); the preprocessing is
     also in `model.pretrained_cfg`, where timm.data.resolve_model_data_config finds it.
     """
     with _open(path) as file:
         metadata = _parse(path, file.metadata())
-        model = _create(path, metadata)
+        model = _create(path, metadata.model)
         state_dict = {name: file.get_tensor(name) for name in file.keys()}
-    _check_tensors(path, metadata, state_dict, model.state_dict())
+    if problems := mismatches(state_dict, model.state_dict()):
+        raise DataError(f"{path} does not fit {metadata.model.name} with model_args {metadata.model.args}: {problems}; "
+                        f"correct the model_args where the file is made")
     num_classes = getattr(model, "num_classes", None)
-    if metadata.classes and len(metadata.classes) != num_classes:
-        raise DataError(f"{path} names {len(metadata.classes)} classes but its model has {num_classes} logits; save it "
-                        f"with the classes that it was trained on, or with none")
+    if metadata.model.classes and len(metadata.model.classes) != num_classes:
+        raise DataError(f"{path} names {len(metadata.model.classes)} classes but its model has {num_classes} logits; "
+                        f"save it with the classes that it was trained on, or with none")
     model.load_state_dict(state_dict)
-    model.weights_metadata = metadata
+    setattr(model, "weights_metadata", metadata)  # nn.Module's own attributes are tensors and modules, for mypy
     return model.to(device).eval()
 
 
-def initialize_from(model: nn.Module, path: str | os.PathLike) -> None:
-    """Begin training from weights in a file: one of ours, or any that timm reads (weights only, no code is run).
-
-    Position tables and patches are resampled where the model's family knows how. A classifier of another class count
-    keeps its random start; everything else must be there.
-
-    Raises:
-        DataError: a file that cannot be read, or that holds weights of another architecture.
-    """
-    try:
-        state_dict = timm.models.load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
-        resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        state_dict = resample(state_dict, model) if resample else state_dict
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError,
-            SafetensorError) as error:
-        raise DataError(f"{path} cannot be read as weights: {error}") from error
-    own = model.state_dict()
-    heads = (getattr(model, "default_cfg", None) or {}).get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    for name in [name for name in state_dict if name.rsplit(".", 1)[0] in heads]:
-        if name in own and own[name].shape != state_dict[name].shape:
-            state_dict[name] = own[name]
-    problems = _problems(state_dict, own)
-    if problems:
-        raise DataError(f"{path} does not fit {type(model).__name__} as it is built here: {problems}; give weights of "
-                        "the same architecture")
-    model.load_state_dict(state_dict)
-
-
-def _open(path: str | os.PathLike):
+def _open(path: str | os.PathLike) -> Any:
     if not Path(path).is_file():
         raise DataError(f"no weights file at {path}; tools/consolidate_checkpoint.py makes one from a run folder")
     try:
@@ -153,60 +127,34 @@ def _parse(path: str | os.PathLike, header: dict[str, str] | None) -> WeightsMet
         raise DataError(f"{path} is a safetensors file but does not say which model it holds; files made by tools/"
                         f"consolidate_checkpoint.py do, others load with timm.create_model(name, checkpoint_path=…)")
     try:
-        fields = json.loads(text)
-        version = int(fields["format_version"])
+        version = int(json.loads(text)["format_version"])
         if version > FORMAT_VERSION:
             raise DataError(f"{path} has format_version {version}, this vir reads up to {FORMAT_VERSION}; update vir")
-        for name in ("classes", "input_size", "mean", "std"):
-            fields[name] = tuple(fields[name])
-        fields["model_args"] = dict(fields["model_args"])
-        return WeightsMetadata(**fields)
+        return WeightsMetadata.from_json(text)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} has damaged metadata ({type(error).__name__}: {error}); make it anew with "
                         f"tools/consolidate_checkpoint.py") from error
 
 
-def _create(path: str | os.PathLike, metadata: WeightsMetadata) -> nn.Module:
-    name, args = metadata.model_name, metadata.model_args
-    if not timm.is_model(name):
-        raise DataError(f"{path} holds a {name!r}, which timm {timm.__version__} does not know; install the timm that "
-                        f"wrote it, or import the package that registers this model first")
-    if forbidden := sorted(FORBIDDEN_ARGS & args.keys()):
+def _create(path: str | os.PathLike, model: ModelSpec) -> nn.Module:
+    if not timm.is_model(model.name):
+        raise DataError(f"{path} holds a {model.name!r}, which timm {timm.__version__} does not know; install the timm "
+                        f"that wrote it, or import the package that registers this model first")
+    if forbidden := sorted(FORBIDDEN_ARGS & model.args.keys()):
         raise DataError(f"{path} has model_args {forbidden}, which would fetch other weights; remove them where the "
                         f"file is made")
-    overlay = {key: getattr(metadata, key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    image = asdict(model.input)
     try:
-        return timm.create_model(name, pretrained_cfg_overlay=overlay, **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise DataError(f"{path}: timm {timm.__version__} cannot create {name!r} with model_args {args} ({error}); "
-                        f"install the versions of vir and timm that wrote it") from error
-
-
-def _check_tensors(
-    path: str | os.PathLike, metadata: WeightsMetadata, found: dict[str, Tensor], expected: dict[str, Tensor]
-) -> None:
-    if told := _problems(found, expected):
-        raise DataError(f"{path} does not fit {metadata.model_name} with model_args {metadata.model_args}: {told}; "
-                        f"correct the model_args where the file is made")
-
-
-def _problems(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What keeps tensors from being a model's state_dict; empty where nothing does."""
-    shapes = [f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"
-              for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape]
-    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    return "; ".join(f"{len(names)} tensors {kind} ({_some(names)})" for kind, names in problems.items() if names)
-
-
-def _some(names) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        return create(model.name, model.args, pretrained_cfg_overlay={"input_size": image.pop("size"), **image})
+    except NotBuiltError as error:
+        raise DataError(f"{path}: timm {timm.__version__} cannot create {model.name!r} with model_args {model.args} "
+                        f"({error}); install the versions of vir and timm that wrote it") from error
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU, none sharing memory (safetensors refuses tied weights and views of one buffer)."""
-    tensors, storages = {}, set()
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in state_dict.items():
         tensor = tensor.detach().cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in storages:

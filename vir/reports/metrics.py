@@ -11,8 +11,7 @@ from typing import Any
 
 from vir.errors import DataError
 from vir.files import replace_text
-
-FILE = "metrics.jsonl"
+from vir.run_folder import METRICS, TENSORBOARD, WANDB_ID
 
 
 class MetricsWriter:
@@ -27,11 +26,11 @@ class MetricsWriter:
                  config: dict[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run / FILE
+        path = run / METRICS
         kept = [event for event in read_metrics(run) if event["epoch"] <= from_epoch + 1e-9] if path.exists() else []
         replace_text(path, "".join(json.dumps(event) + "\n" for event in kept))
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(run / "tensorboard", purge_step=from_step + 1)
+        self._board = SummaryWriter(run / TENSORBOARD, purge_step=from_step + 1)
         self._wandb = None
         if wandb:
             import wandb as service
@@ -60,7 +59,7 @@ class MetricsWriter:
 
 def _wandb_id(run: Path) -> str:
     """The same for every start of a run folder, so that a continued run is one run there too."""
-    path = run / "wandb-id.txt"
+    path = run / WANDB_ID
     if not path.exists():
         replace_text(path, secrets.token_hex(6))
     return path.read_text()
@@ -72,9 +71,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: no metrics.jsonl, or a broken line within it.
     """
-    path = run / FILE
+    path = run / METRICS
     if not path.is_file():
-        raise DataError(f"{run} has no {FILE}: it is not a run folder, or the run has not begun")
+        raise DataError(f"{run} has no {METRICS}: it is not a run folder, or the run has not begun")
     lines = path.read_text().split("\n")
     events = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is not a whole line

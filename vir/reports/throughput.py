@@ -7,16 +7,18 @@ import statistics
 import time
 from typing import Any, Sequence
 
-import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from vir.models.build import NotBuiltError, create
+from vir.models.spec import ModelSpec
 
 # Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, from the vendors' data sheets.
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,
                "L40S": 362.0, "L4": 121.0, "A40": 149.7, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0}
 
 
-def forward_flops(model_name: str, model_args: dict[str, Any], size: tuple[int, int, int]) -> int | None:
+def forward_flops(spec: ModelSpec) -> int | None:
     """FLOPs (2 per multiply-add) of the matrix products and convolutions of one image's forward pass.
 
     Retention is counted in its chunkwise form of 64 tokens, the one with the fewest; masks, norms and softmax are not.
@@ -24,13 +26,13 @@ def forward_flops(model_name: str, model_args: dict[str, Any], size: tuple[int, 
     """
     try:
         with torch.device("meta"):
-            model = timm.create_model(model_name, **model_args).eval().requires_grad_(False)
+            model = create(spec.name, spec.args).eval().requires_grad_(False)
             if hasattr(model, "set_retention_mode"):
-                model.set_retention_mode("chunkwise", 64)
+                getattr(model, "set_retention_mode")("chunkwise", 64)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(torch.empty(1, *size))
+                model(torch.empty(1, *spec.input.size))
         return counter.get_total_flops()
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotBuiltError):
         return None
 
 

@@ -1,41 +1,104 @@
-"""What a run is going to do, in a few lines, before its first step."""
+"""What a run is going to do: the numbers that follow from its settings, and a few lines about them for people."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Iterator
 
-from vir.config import RunConfig
-from vir.data.transforms import InputConfig
+from vir.config import OptimConfig, RunConfig, ScheduleConfig, plan_accumulation
+from vir.data.reader import ShardReader
 from vir.distributed import World
 from vir.engine import optimizer
 from vir.engine.engine import Engine
-from vir.training.loop import Plan
-from vir.training.prepare import Prepared
+from vir.models.spec import ModelSpec
+from vir.reports.throughput import forward_flops, peak_flops
+from vir.training.schedule import learning_rate, total_steps, weight_decay
 
 
-def describe(config: RunConfig, prepared: Prepared, plan: Plan, engine: Engine, world: World,
-             model_input: InputConfig) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Numbers of a run that follow from its settings, the data and the world."""
+
+    num_samples: int
+    num_classes: int
+    global_batch_size: int
+    accumulation: int
+    total_steps: int
+    eval_steps: frozenset[int]
+    """Numbers of steps done after which the run is evaluated."""
+    checkpoint_steps: frozenset[int]
+    """Numbers of steps done after which a checkpoint is due."""
+    forward_flops: int | None
+    """Of one image; None where they cannot be counted."""
+    peak_flops: float | None
+    """Of one device; None where unknown."""
+    optim: OptimConfig
+    schedule: ScheduleConfig
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_samples / self.global_batch_size
+
+    def samples(self, done: int) -> int:
+        """Positions consumed after so many steps."""
+        return done * self.global_batch_size
+
+    def epoch(self, done: int) -> float:
+        """Passes over the training set after so many steps."""
+        return self.samples(done) / self.num_samples
+
+    def learning_rate(self, step: int) -> float:
+        """Of global batch `step`, from 0."""
+        return learning_rate(step, self.total_steps, self.steps_per_epoch, self.optim.peak_lr(self.global_batch_size),
+                             self.schedule)
+
+    def weight_decay(self, step: int) -> float:
+        """Of global batch `step`, from 0."""
+        return weight_decay(step, self.total_steps, self.optim)
+
+
+def make_plan(config: RunConfig, train: ShardReader, spec: ModelSpec, world: World, precision: str) -> Plan:
+    """Raises SettingsError where the global batch does not divide by micro batch times ranks."""
+    num_samples, size = len(train), config.train.global_batch_size
+    total = total_steps(config.train.epochs, num_samples, size)
+    return Plan(
+        num_samples=num_samples, num_classes=len(spec.classes), global_batch_size=size,
+        accumulation=plan_accumulation(size, config.train.micro_batch_size, world.size), total_steps=total,
+        eval_steps=steps_every(config.eval.every_epochs, num_samples, size, total),
+        checkpoint_steps=steps_every(config.checkpoint.every_epochs, num_samples, size, total),
+        forward_flops=forward_flops(spec), peak_flops=peak_flops(world.device, precision, config.train.peak_tflops),
+        optim=config.optim, schedule=config.schedule)
+
+
+def steps_every(epochs: float, num_samples: int, global_batch_size: int, total: int) -> frozenset[int]:
+    """The numbers of steps done at which each further `epochs` epochs are complete, and the last step."""
+    every = max(epochs * num_samples, global_batch_size)  # not more often than each step
+    count = int(total * global_batch_size / every)
+    ends = (-(-int(round(k * every)) // global_batch_size) for k in range(1, count + 1))
+    return frozenset(step for step in (*ends, total) if 0 < step <= total)
+
+
+def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, train: ShardReader, val: ShardReader,
+             world: World) -> Iterator[str]:
     """Lines for people: model, parameter groups, data, batches, steps, memory."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     weights, state = model_state_bytes(parameters, world.size, engine.zero_stage, engine.dtype.itemsize,
                                        optimizer.states_per_number(config.optim) + engine.has_ema)
     groups = (f"{group['name']} {len(group['names'])}" +
               ("" if group["lr_scale"] == 1 else f" lr x{group['lr_scale']:.3g}") for group in engine.groups)
-    train, val = prepared.train, prepared.val
-    return [
-        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {(plan.forward_flops or math.nan) / 1e9:.3g} GFLOP "
-        f"forward per image of {'x'.join(map(str, model_input.size))}; ZeRO {engine.zero_stage}, {engine.precision}, "
-        f"{world.size} ranks on {world.device.type}",
-        f"{config.optim.name}, peak lr {config.optim.peak_lr(config.train.global_batch_size):.3g}, tensors per group: "
-        + ", ".join(groups),
-        f"{len(train)} training images in {len(train.shard_sizes)} shards, {len(val)} validation images, "
-        f"{plan.num_classes} classes",
-        f"{plan.total_steps} steps of {config.train.global_batch_size} = {plan.accumulation} x "
-        f"{config.train.micro_batch_size} x {world.size} ranks; {len(plan.eval_steps)} evaluations, "
-        f"{len(plan.checkpoint_steps)} checkpoints",
-        f"memory per rank: {(weights + state) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients + "
-        f"{state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}, without activations",
-    ]
+    yield (f"{spec.name}, {parameters / 1e6:.2f} M parameters, {(plan.forward_flops or math.nan) / 1e9:.3g} GFLOP "
+           f"forward per image of {'x'.join(map(str, spec.input.size))}; ZeRO {engine.zero_stage}, {engine.precision}, "
+           f"{world.size} ranks on {world.device.type}")
+    yield (f"{config.optim.name}, peak lr {config.optim.peak_lr(plan.global_batch_size):.3g}, tensors per group: "
+           + ", ".join(groups))
+    yield (f"{len(train)} training images in {len(train.shard_sizes)} shards, {len(val)} validation images, "
+           f"{plan.num_classes} classes")
+    yield (f"{plan.total_steps} steps of {plan.global_batch_size} = {plan.accumulation} x "
+           f"{config.train.micro_batch_size} x {world.size} ranks; {len(plan.eval_steps)} evaluations, "
+           f"{len(plan.checkpoint_steps)} checkpoints")
+    yield (f"memory per rank: {(weights + state) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients + "
+           f"{state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}, without activations")
 
 
 def model_state_bytes(parameters: int, ranks: int, zero_stage: int, itemsize: int, states: int) -> tuple[int, int]:

@@ -12,18 +12,15 @@ from typing import Any
 import timm
 import yaml
 
-from vir.checkpoints.info import FOLDER as CHECKPOINTS
 from vir.checkpoints.info import LATEST
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
 from vir.data.transforms import check_augmentation
 from vir.engine import ds_config, optimizer
 from vir.errors import SettingsError
-from vir.models.weights import FORBIDDEN_ARGS  # and vir.models registers our models with timm
-from vir.reports.metrics import FILE as METRICS
+from vir.models.build import FORBIDDEN_ARGS  # and vir.models registers our models with timm
 from vir.reports.metrics import read_metrics
-
-CONFIG_FILE = "config.yaml"
+from vir.run_folder import CHECKPOINTS, CONFIG, METRICS
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         SettingsError, DataError: with the value and the way out.
     """
-    found = ds_config.read(config.deepspeed_config)
+    deepspeed_json = ds_config.read(config.deepspeed_config)
     plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,
                       int(os.environ.get("WORLD_SIZE", "1")))
     train, val = ShardReader(config.data.train), ShardReader(config.data.val)
@@ -54,18 +51,18 @@ def prepare(config: RunConfig) -> Prepared:
                             "; convert both from the same source")
     _check_model(config)
     check_augmentation(config.augment)
-    optimizer.check_name(config.optim.name, ds_config.zero_stage(found))
+    optimizer.check_name(config.optim.name, ds_config.zero_stage(deepspeed_json))
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise SettingsError(f"--train.wandb {config.train.wandb}: wandb is not installed; pip install wandb, or leave "
                             "it out")
     _check_folder(config)
-    return Prepared(config, found, train, val)
+    return Prepared(config, deepspeed_json, train, val)
 
 
 def _check_model(config: RunConfig) -> None:
-    if wrong := sorted(FORBIDDEN_ARGS & config.model.args.keys()):
-        raise SettingsError(f"--model.args sets {', '.join(wrong)}; a run begins with random weights, or with those of "
-                            "--model.init_from: leave them out")
+    if forbidden := sorted(FORBIDDEN_ARGS & config.model.args.keys()):
+        raise SettingsError(f"--model.args sets {', '.join(forbidden)}; a run begins with random weights, or with "
+                            "those of --model.init_from: leave them out")
     if config.model.init_from and not Path(config.model.init_from).is_file():
         raise SettingsError(f"--model.init_from {config.model.init_from}: no such file; give a .safetensors file of "
                             "tools/consolidate_checkpoint.py or a timm checkpoint")
@@ -81,7 +78,7 @@ def _check_model(config: RunConfig) -> None:
 
 def _check_folder(config: RunConfig) -> None:
     """Refuse a run folder that began with other settings, or that --resume none would overwrite."""
-    saved = Path(config.output) / CONFIG_FILE
+    saved = Path(config.output) / CONFIG
     has_checkpoint = (Path(config.output) / CHECKPOINTS / LATEST).is_file()
     if config.resume == "none" and (saved.is_file() or has_checkpoint):
         raise SettingsError(f"--output {config.output} holds a run and --resume is none; give another --output, or "

@@ -1,6 +1,8 @@
 """The peer of tools/benchmark_training.py: the loop of DeepSpeed's tutorial, on one batch in memory, and nothing else.
 
-usage: deepspeed … tests/bare_deepspeed.py SETTINGS.json   (times.json beside it gets what `train` returns)
+    deepspeed --module vir.benchmarks.peer SETTINGS.json
+
+times.json beside SETTINGS.json gets what `train` returns.
 """
 
 import json
@@ -15,7 +17,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-import vir.models  # noqa: F401, registers the models
+import vir.models
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
@@ -26,9 +28,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         `optimizer`: the class that does the update.
     """
     model = timm.create_model(settings["model"], **settings["model_args"])
-    if hasattr(model, "set_retention_mode"):
+    if isinstance(model, vir.models.VisionRetention):
         model.set_retention_mode(settings["retention_mode"], settings["chunk_size"])
-    size = settings["input_size"] or model.pretrained_cfg["input_size"]
+    described: Any = model.pretrained_cfg
+    size = settings["input_size"] or described["input_size"]  # (C, H, W)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     engine, optimizer, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(),
                                                  config=settings["deepspeed"])
@@ -50,7 +53,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     path = Path(sys.argv[-1])
-    found = train(json.loads(path.read_text()))
+    measured = train(json.loads(path.read_text()))
     if os.environ["RANK"] == "0":
-        path.with_name("times.json").write_text(json.dumps(found))
+        path.with_name("times.json").write_text(json.dumps(measured))
     torch.distributed.destroy_process_group()

@@ -1,0 +1,147 @@
+"""The pages: every file, module and flag in their commands exists, and every link and image leads somewhere."""
+
+import importlib.util
+import re
+import shlex
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.launchers import ROOT, call
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+OURS = ("tools/", "launch/", "tests/", "ds_configs/", "vir/", "docs/")
+PROGRAM = re.compile(r"vir\.\w+|(?:tools|tests)/\w+\.py")
+
+
+def commands_of(text: str) -> list[str]:
+    """The lines of the bash blocks, joined where they continue, without comments, with their block's variables."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        variables: dict[str, str] = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            line = string.Template(re.split(r"\s#|^#", line)[0].strip()).safe_substitute(variables)
+            if assigned := re.fullmatch(r"""(\w+)=(?:"(.*)"|'(.*)')""", line):
+                variables[assigned[1]] = assigned[2] or assigned[3]
+            elif line:
+                found.append(line)
+    return found
+
+
+COMMANDS = {page: commands_of(page.read_text()) for page in PAGES}
+RUNS = [pytest.param(command, id=f"{page.relative_to(ROOT)}: {command}")
+        for page, commands in COMMANDS.items() for command in commands
+        if "vir." in command or "tools/" in command or "tests/" in command or command.startswith("bash ")]
+
+
+def links_of(text: str) -> list[str]:
+    """Targets of links and images, without those that lead to another site."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose) if not re.match(r"https?:", target)]
+
+
+LINKS = [pytest.param(page, target, id=f"{page.relative_to(ROOT)}: {target}")
+         for page in PAGES for target in links_of(page.read_text())]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub names them."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.*?)\s*$", prose, flags=re.MULTILINE)}
+
+
+@pytest.fixture(scope="module")
+def help_of():
+    """What --help of a module or tool prints."""
+    known: dict[str, str] = {}
+
+    def find(program: str) -> str:
+        if program not in known:
+            start = [program] if program.endswith(".py") else ["-m", program]
+            done = subprocess.run([sys.executable, *start, "--help"], cwd=ROOT, capture_output=True, text=True,
+                                  timeout=120)
+            assert done.returncode == 0, done.stderr
+            known[program] = done.stdout
+        return known[program]
+
+    return find
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"--[a-zA-Z_.\-]+", text))
+
+
+def flags_of(words: list[str]) -> set[str]:
+    return {word.split("=")[0] for word in words if word.startswith("--")}
+
+
+def test_the_reader_of_commands_joins_lines_and_fills_variables_in():
+    text = ("```bash\na='x y'\nt=\"python t.py --a b\"\n$t \\\n  --c \"$a\" \"$d\"   # why\n\n# alone\n```\n"
+            "```text\nno\n```")
+    assert commands_of(text) == ['python t.py --a b    --c "x y" "$d"']
+
+
+def test_readme_shows_the_set_up_and_the_verbs():
+    commands = COMMANDS[ROOT / "README.md"]
+    assert "bash launch/quickstart.sh" in commands and "bash tests/run.sh" in commands
+    for verb in ("tools/convert_imagenet.py", "--module vir.train", "tools/consolidate_checkpoint.py",
+                 "-m vir.evaluate"):
+        assert any(verb in command for command in commands), verb
+
+
+def test_readme_links_every_page():
+    linked = set(links_of((ROOT / "README.md").read_text()))
+    assert {str(page.relative_to(ROOT)) for page in PAGES[1:]} <= linked
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_what_a_command_names_exists(command, help_of):
+    words = shlex.split(command)
+    for word in words:
+        if word.startswith(OURS):
+            assert (ROOT / word).is_file(), word
+    if words[0] == "bash" and len(words) > 2:  # a script has flags of its own, and passes others on
+        script = (ROOT / words[1]).read_text()
+        known = flags_in(script) | (flags_in(help_of("vir.train")) if "vir.train" in script else set())
+        assert flags_of(words) <= known, f"{words[1]} has no {flags_of(words) - known}"
+    program = next((word for word in words if PROGRAM.fullmatch(word)), None)
+    if program is None or Path(program).name.startswith("test_"):
+        return
+    if not program.endswith(".py"):
+        assert importlib.util.find_spec(program), program
+    following = words[words.index(program) + 1:]
+    end = following.index("--") if "--" in following else len(following)
+    for name, given in ((program, following[:end]), ("vir.train", following[end + 1:])):
+        unknown = flags_of(given) - flags_in(help_of(name)) if flags_of(given) else set()
+        assert not unknown, f"{name} has no {unknown}"
+    if kinds := re.search(r"^  \{([\w,]+)\}", help_of(program), flags=re.MULTILINE):  # a positional word among few
+        assert following[0] in kinds[1].split(","), following[0]
+
+
+@pytest.mark.parametrize("page, target", LINKS)
+def test_a_link_leads_somewhere(page, target):
+    path, _, anchor = target.partition("#")
+    aim = page.parent / path if path else page
+    assert aim.exists(), path
+    assert not anchor or anchor in anchors(aim), f"{aim.name} has no heading {anchor}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)
+def test_launch_scripts_are_valid_bash(script):
+    assert subprocess.run(["bash", "-n", script], capture_output=True, timeout=20).returncode == 0
+
+
+def test_the_quick_start_goes_the_whole_road(tmp_path):
+    run = tmp_path / "a run"
+    done = call("bash", ROOT / "launch" / "quickstart.sh", "--output", run, "--train.epochs", "1", timeout=400)
+    assert done.returncode == 0, done.stdout[-4000:]
+    said = re.search(r"held-out top-1: ([\d.]+) % raw weights, ([\d.]+) % EMA, on 1000 images", done.stdout)
+    assert said and float(said[1]) > 10, done.stdout[-2000:]  # one epoch is better than chance
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints", "config.yaml", "curves.png", "ds_config.json", "log.txt", "metrics.jsonl", "tensorboard",
+        "vir.safetensors", "vir_ema.safetensors", "vir.json", "vir_ema.json"}

@@ -1,0 +1,67 @@
+"""How many bytes a checkpoint takes, and the average of the weights in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from vir.checkpoints import info
+from vir.engine import ds_config
+
+
+def newest(run: Path) -> Path:
+    """The newest checkpoint of a run that ended well."""
+    folder = info.newest(run)
+    assert folder is not None, "a run that ended well has a checkpoint"
+    return folder
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and in the folders below it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def ema_bytes(run: Path, config: str, ranks: int, parameters: int) -> dict[str, Any]:
+    """What the average of the weights takes on each rank, from the files that the ranks wrote.
+
+    Without ZeRO every rank holds the same and rank 0 alone writes it.
+    """
+    folder, stage = newest(run), ds_config.zero_stage(ds_config.read(config))
+    sizes = []
+    for rank in range(ranks if stage else 1):
+        pattern = f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" if stage else "mp_rank_00_model_states.pt"
+        averages = _values_of("ema", _read(next(folder.glob(pattern))))
+        sizes.append(sum(average.numel() * average.element_size() for average in averages))
+    ideal = 4 * parameters / ranks
+    return {"config": Path(config).stem, "stage": stage, "bytes_of_rank": sizes if stage else sizes * ranks,
+            "ideal_bytes": ideal, "ratio": max(sizes) / ideal}
+
+
+def _read(path: Path) -> Any:
+    """A file of a checkpoint, with something inert in the place of DeepSpeed's classes."""
+    with safe_globals([(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+class _Inert:
+    """Takes the place of a class that is not to be loaded."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+
+def _values_of(key: str, saved: Any) -> Iterator[Any]:
+    """All tensors that lie under a key, however deep."""
+    if isinstance(saved, dict):
+        for name, value in saved.items():
+            if name == key and hasattr(value, "numel"):
+                yield value
+            else:
+                yield from _values_of(key, value)
+    elif isinstance(saved, (list, tuple)):
+        for value in saved:
+            yield from _values_of(key, value)

@@ -1,0 +1,201 @@
+"""What a run tells of itself: the line of metrics per interval, the progress bar, the summary at its end."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vir import distributed
+from vir.config import RunConfig
+from vir.distributed import World
+from vir.engine.engine import Engine, Update
+from vir.log import log, shows_bars
+from vir.reports.metrics import MetricsWriter
+from vir.reports.throughput import Stopwatch, peak_memory, stragglers, utilisation
+from vir.training.guard import check_bad_samples
+from vir.training.plan import Plan
+from vir.training.validator import Results
+
+
+@dataclass
+class StepRecord:
+    """What one global batch was on this rank, by micro-batch."""
+
+    update: Update
+    losses: list[Tensor]
+    positions: list[Tensor]
+    """Of the samples in the training sequence."""
+    bad: list[str]
+    """Samples that were replaced, and why."""
+    waited: float
+    """Seconds for data."""
+
+
+@dataclass
+class _Interval:
+    """What has happened since the last line of metrics."""
+
+    began: float = field(default_factory=time.monotonic)
+    paused: float = 0.0
+    waited: float = 0.0
+    losses: list[Tensor] = field(default_factory=list)
+    steps: int = 0
+    skipped: int = 0
+    bad: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Summary:
+    """Of the part of a run that these processes have done."""
+
+    images: int = 0
+    seconds: float = 0.0
+    """In steps, without evaluation and checkpoints."""
+    waited: float = 0.0
+    """For data, mean over the ranks."""
+    paused: float = 0.0
+    """In evaluation and checkpoints."""
+    bad: int = 0
+    results: Results = field(default_factory=dict)
+    """Of the last evaluation."""
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """An interval over all ranks."""
+
+    seconds: float
+    waited: float
+    """Mean over the ranks."""
+    loss: float
+    bad: int
+    memory: int
+    """Of the rank with the most."""
+
+
+class Meter:
+    """Adds up steps and writes a line of metrics for each `train.log_every` of them.
+
+    Args:
+        writer: on rank 0, else None.
+        first: steps done before this process began.
+    """
+
+    def __init__(self, config: RunConfig, plan: Plan, engine: Engine, world: World, writer: MetricsWriter | None,
+                 first: int) -> None:
+        self._config, self._plan, self._engine, self._world = config, plan, engine, world
+        self._writer, self._first = writer, first
+        self.forward = Stopwatch(world.device)
+        """To be run during each forward pass."""
+        self._terminal = shows_bars()
+        self._bar = tqdm(total=plan.total_steps, initial=first, unit="step", dynamic_ncols=True,
+                         disable=not (world.is_main and self._terminal))
+        self._summary = _Summary()
+        self._interval = _Interval()
+
+    def begin(self) -> None:
+        """Start the clock of the first interval."""
+        self._interval = _Interval()
+
+    def stepped(self, done: int, record: StepRecord, stopping: bool) -> None:
+        """Take up a step. At the end of an interval, of the run or when stopping, report. Collective.
+
+        Raises:
+            DataError: too many samples that cannot be decoded.
+        """
+        interval = self._interval
+        interval.steps += 1
+        interval.waited += record.waited
+        interval.bad += record.bad
+        if record.update is Update.APPLIED:
+            interval.losses += record.losses
+        else:
+            interval.skipped += 1
+        self._bar.update()
+        if done % self._config.train.log_every == 0 or done == self._plan.total_steps or stopping:
+            self._report(done)
+            self._interval = _Interval()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count the time of the block as evaluation and checkpoints, not as steps."""
+        began = time.monotonic()
+        yield
+        self._interval.paused += time.monotonic() - began
+        self._summary.paused += time.monotonic() - began
+
+    def evaluated(self, step: int, results: Results, images: int) -> None:
+        """Write the results of an evaluation of so many images."""
+        self._summary.results = results
+        if self._writer is not None:
+            self._writer.write("eval", step, epoch=self._plan.epoch(step), images=images, **results)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _totals(self) -> _Totals:
+        """The interval over all ranks. The only place where the training loop waits for the device. Collective."""
+        interval = self._interval
+        losses = torch.stack(interval.losses).double() if interval.losses else torch.zeros(0)
+        mine = [losses.sum().item(), len(losses), len(interval.bad), interval.waited, self.forward.total(),
+                peak_memory(self._world.device)]
+        sums, counts, bad, waits, forwards, memory = zip(*distributed.gather(mine))
+        seconds = time.monotonic() - interval.began - interval.paused
+        for said in interval.bad:
+            log.warning("bad sample replaced: %s", said)
+        for said in stragglers(waits, forwards, seconds):
+            log.info("straggler: %s", said)
+        return _Totals(seconds=seconds, waited=sum(waits) / self._world.size, bad=sum(bad), memory=max(memory),
+                       loss=sum(sums) / sum(counts) if sum(counts) else float("nan"))
+
+    def _report(self, done: int) -> None:
+        totals, plan, summary = self._totals(), self._plan, self._summary
+        images = plan.samples(self._interval.steps)
+        summary.images += images
+        summary.seconds += totals.seconds
+        summary.waited += totals.waited
+        summary.bad += totals.bad
+        check_bad_samples(summary.bad, plan.samples(done - self._first), self._config.data.max_bad_fraction)
+        rate = images / totals.seconds
+        mfu = utilisation(rate, plan.forward_flops, self._world.size, plan.peak_flops)
+        self._write(done, totals, rate, mfu)
+        said = (f"loss {totals.loss:.3f} lr {plan.learning_rate(done - 1):.2e} {rate:.0f} images/s data wait "
+                f"{100 * totals.waited / totals.seconds:.0f} %" + ("" if mfu is None else f" MFU {100 * mfu:.1f} %") +
+                f" {totals.memory / 1e9:.1f} GB")
+        if self._terminal:
+            self._bar.set_postfix_str(said)
+        else:
+            left = (plan.total_steps - done) * summary.seconds / (done - self._first)
+            log.info("step %d/%d %s, %s left", done, plan.total_steps, said, timedelta(seconds=round(left)))
+
+    def _write(self, done: int, totals: _Totals, rate: float, mfu: float | None) -> None:
+        if self._writer is None:
+            return
+        plan, engine = self._plan, self._engine
+        self._writer.write(
+            "train", done, samples_seen=plan.samples(done), epoch=plan.epoch(done), loss=totals.loss,
+            lr=plan.learning_rate(done - 1), weight_decay=plan.weight_decay(done - 1), grad_norm=engine.grad_norm(),
+            loss_scale=engine.loss_scale.value, updates=engine.updates, skipped=self._interval.skipped,
+            bad_samples=self._summary.bad, images_per_second=rate,
+            images_per_second_per_device=rate / self._world.size, data_wait=totals.waited / totals.seconds,
+            data_wait_seconds=totals.waited, mfu=mfu, peak_memory_gb=totals.memory / 1e9)
+
+    def summarise(self, checkpoint_seconds: list[float]) -> None:
+        """Log what these processes have done."""
+        did = self._summary
+        if not did.images:
+            return
+        log.info("%d images in %s of steps: %.0f images/s, %.1f %% of the time waiting for data; evaluation and "
+                 "checkpoints %s%s; %d updates in all, %d bad samples replaced%s", did.images,
+                 timedelta(seconds=round(did.seconds)), did.images / did.seconds, 100 * did.waited / did.seconds,
+                 timedelta(seconds=round(did.paused)),
+                 f" (a checkpoint {sum(checkpoint_seconds) / len(checkpoint_seconds):.1f} s)"
+                 if checkpoint_seconds else "", self._engine.updates, did.bad,
+                 "".join(f"; {name} {value:.2f}" for name, value in did.results.items() if "top1" in name))

@@ -1,0 +1,87 @@
+"""From a checkpoint back into the engine: which one, whether it fits, what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vir.checkpoints.info import CheckpointInfo, name_of
+from vir.checkpoints.partitions import Partitions
+from vir.checkpoints.store import select
+from vir.config import RunConfig, differences, to_dict
+from vir.distributed import World
+from vir.engine.engine import Engine
+from vir.errors import CheckpointError, SettingsError
+from vir.log import log
+from vir.models.spec import ModelSpec
+from vir.run_folder import CHECKPOINTS
+
+
+def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint: str,
+           world: World) -> CheckpointInfo | None:
+    """Load the checkpoint that --output means, or that --resume means where --output has none yet. Collective.
+
+    Returns:
+        What it says of itself; None where the run begins.
+
+    Raises:
+        CheckpointError: --resume names no checkpoint, or all are damaged.
+        SettingsError: it does not fit the settings, the data or the model of this run.
+    """
+    selected = select(Path(config.output), world)
+    is_own = selected is not None
+    if selected is None and config.resume not in ("auto", "none"):
+        selected = _named(config.resume, world)
+    if selected is None:
+        return None
+    folder, info = selected
+    if not is_own:
+        _check_settings(config, info)
+    _check_model(folder, info, spec)
+    if not config.validate_only:
+        _check_data(config, folder, info, data_fingerprint)
+    _check_engine(config, folder, info, engine)
+    if (info.world_size, info.zero_stage) != (world.size, engine.zero_stage):
+        log.info("%s is of %d ranks and ZeRO %d: sharding it anew for %d ranks and ZeRO %d", folder,
+                 info.world_size, info.zero_stage, world.size, engine.zero_stage)
+    log.info("taking up %s%s", folder, "" if is_own else ", as --output has no checkpoint of its own yet")
+    engine.restore(Partitions(folder, info), info)
+    return info
+
+
+def _named(path: str, world: World) -> tuple[Path, CheckpointInfo]:
+    if (selected := select(Path(path), world)) is None:
+        raise CheckpointError(f"--resume {path} is neither a run folder with a checkpoint nor a checkpoint folder; "
+                              f"give auto, none, or a path such as runs/a or runs/a/{CHECKPOINTS}/{name_of(1000)}")
+    return selected
+
+
+def _check_settings(config: RunConfig, info: CheckpointInfo) -> None:
+    changed = differences(info.config, to_dict(config))
+    if changed and not config.accept_config_change:
+        raise SettingsError(f"--resume {config.resume} was trained with other settings: {'; '.join(changed)}; "
+                            "--accept_config_change true goes on with the new ones")
+
+
+def _check_model(folder: Path, info: CheckpointInfo, spec: ModelSpec) -> None:
+    if (info.model.name, info.model.args) != (spec.name, spec.args):
+        raise SettingsError(f"{folder} holds a {info.model.name} with {info.model.args}, this run builds a "
+                            f"{spec.name} with {spec.args}; give another --output")
+
+
+def _check_data(config: RunConfig, folder: Path, info: CheckpointInfo, fingerprint: str) -> None:
+    if info.data_fingerprint != fingerprint and not config.accept_config_change:
+        raise SettingsError(f"{folder} was trained on other shards than --data.train {config.data.train}; give "
+                            "those, or --accept_config_change true")
+    if info.samples_seen % config.train.global_batch_size:
+        raise SettingsError(f"{folder} has seen {info.samples_seen} samples, not a multiple of "
+                            f"--train.global_batch_size {config.train.global_batch_size}; choose one that divides it")
+
+
+def _check_engine(config: RunConfig, folder: Path, info: CheckpointInfo, engine: Engine) -> None:
+    if (before := info.config["optim"]["name"]) != config.optim.name:
+        raise SettingsError(f"{folder} holds the state of {before}, which --optim.name {config.optim.name} cannot "
+                            "continue; consolidate it and give the weights as --model.init_from")
+    if info.precision != engine.precision and not config.accept_config_change:
+        raise SettingsError(f"{folder} was trained in {info.precision}, --deepspeed_config "
+                            f"{config.deepspeed_config} is {engine.precision}; --accept_config_change true "
+                            "goes on in that")

@@ -1,0 +1,55 @@
+"""Validation during a run."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+from torch import Tensor
+from tqdm import tqdm
+
+from vir.cluster.signals import StopRequest
+from vir.config import RunConfig
+from vir.data.loader import eval_batches
+from vir.data.reader import ShardReader
+from vir.distributed import World
+from vir.engine.engine import Engine
+from vir.evaluation.classify import Accuracy, classify
+from vir.log import log, shows_bars
+from vir.models.spec import InputSpec
+
+Results = dict[str, float]
+"""top1, top5 and loss, and the same of the average with the prefix ema_."""
+
+
+class Validator:
+    """Accuracy of the weights and of their average on data.val, in the training precision."""
+
+    def __init__(self, config: RunConfig, engine: Engine, reader: ShardReader, model_input: InputSpec, world: World,
+                 stop: StopRequest) -> None:
+        self._config, self._engine, self._reader = config, engine, reader
+        self._input, self._world, self._stop = model_input, world, stop
+
+    @property
+    def images(self) -> int:
+        """Of one evaluation."""
+        return len(self._reader)
+
+    def evaluate(self, step: int) -> Results | None:
+        """The results after `step` steps; None where a signal cut the evaluation short. Collective."""
+        results: Results = {}
+        for prefix, averaged in (("", False), ("ema_", True)) if self._engine.has_ema else (("", False),):
+            with self._engine.evaluating(averaged) as forward:
+                accuracy = self._classify(forward, f"{prefix}eval")
+            if accuracy is None:
+                return None
+            results |= {f"{prefix}top1": accuracy.top1, f"{prefix}top5": accuracy.top5, f"{prefix}loss": accuracy.loss}
+        log.info("step %d: %s", step, ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
+        return results
+
+    def _classify(self, forward: Callable[[Tensor], Tensor], title: str) -> Accuracy | None:
+        batches = eval_batches(
+            self._reader, self._input, batch_size=self._config.eval.batch_size, rank=self._world.rank,
+            world_size=self._world.size, workers=self._config.data.workers, device=self._world.device)
+        with tqdm(total=self.images, desc=title, leave=False, unit="image",
+                  disable=not (self._world.is_main and shows_bars())) as bar:
+            return classify(forward, batches, self._input, self._world.device, bar, self._stop.agree)
