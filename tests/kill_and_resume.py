@@ -31,11 +31,11 @@ from torch import Tensor
 
 from support.launchers import ROOT, TINY, free_port
 from vir.checkpoints.consolidate import consolidate
-from vir.checkpoints.info import FOLDER, newest, read_info
+from vir.checkpoints.info import newest, read_info
 from vir.data.shards import read_index
 from vir.errors import VirError
-from vir.reports.metrics import FILE as METRICS
 from vir.reports.metrics import read_metrics
+from vir.run_folder import CHECKPOINTS, METRICS
 
 RANKS, BATCH, MICRO = 2, 16, 4  # two micro-batches per rank and step
 CHECKPOINT_EVERY = 6
@@ -159,7 +159,7 @@ def events_since(run: Path, moment: float) -> list[dict[str, Any]]:
 def parts_since(run: Path, moment: float) -> list[Path]:
     """Checkpoints being written, without those that an earlier kill left."""
     found = []
-    for path in (run / FOLDER).glob("*.part"):
+    for path in (run / CHECKPOINTS).glob("*.part"):
         try:
             if path.stat().st_mtime > moment:
                 found.append(path)
@@ -185,7 +185,7 @@ def phase_of(run: Path, began: float) -> tuple[str, str]:
     if parts := parts_since(run, began):
         files = len(list(parts[0].iterdir()))
         return IN_SAVE, f"in the save of {parts[0].stem}, {files} file{'' if files == 1 else 's'} begun"
-    named = max((path.name for path in (run / FOLDER).glob("step-????????")), default="")
+    named = max((path.name for path in (run / CHECKPOINTS).glob("step-????????")), default="")
     if named > (folder.name if (folder := newest(run)) else ""):
         return IN_SAVE, f"in the save of {named}, whole but not yet named by latest"
     return (BETWEEN_SAVES, BETWEEN_SAVES) if events_since(run, began) else (START_UP, START_UP)

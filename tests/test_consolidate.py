@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import CheckpointInfo, sha256
 from vir.errors import DataError, SettingsError
 from vir.models import read_metadata
+from vir.models.spec import InputSpec, ModelSpec
 
 torch.set_num_threads(1)
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "a.bias": (1,)}  # none divides by 2 or 3 ranks
@@ -24,11 +25,10 @@ MODEL_FILE = {0: "mp_rank_00_model_states.pt", 3: "zero_pp_rank_0_mp_rank_00_mod
 
 
 def info(**changed):
+    model = ModelSpec(name="vir_tiny_patch16_224", args={"num_classes": 2}, classes=("x", "y"), input=InputSpec(
+        size=(3, 28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9))
     given = dict(samples_seen=640, step=10, updates=9, world_size=2, zero_stage=0, precision="fp32", ema=True,
-                 model_name="vir_tiny_patch16_224", model_args={"num_classes": 2}, classes=["x", "y"],
-                 data_fingerprint="f", loss_scaler={}, metrics={}, config={},
-                 model_input=dict(size=[3, 28, 28], mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic",
-                                  crop_pct=0.9))
+                 model=model, data_fingerprint="f", loss_scaler={}, metrics={}, config={})
     return CheckpointInfo(**given | changed)
 
 
@@ -38,7 +38,7 @@ def write(folder, files, described=None, **changed):
     for name, content in files.items():
         torch.save(content, folder / name)
     listed = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
-    description = {"format": 2, **asdict(described or info()), "files": listed} | changed
+    description = json.loads(replace(described or info(), files=listed).to_json()) | changed
     (folder / "checkpoint.json").write_text(json.dumps(description))
     return folder
 
@@ -139,8 +139,10 @@ def test_a_partition_that_is_too_short_is_refused(tmp_path):
 def test_the_file_says_what_the_checkpoint_said(tmp_path):
     consolidate(in_run(tmp_path / "run"), tmp_path / "w.safetensors", ema=True, dtype="bf16")
     said = read_metadata(tmp_path / "w.safetensors")
-    assert (said.model_name, said.model_args, said.classes) == ("vir_tiny_patch16_224", {"num_classes": 2}, ("x", "y"))
-    assert (said.input_size, said.crop_pct, said.interpolation) == ((3, 28, 28), 0.9, "bicubic")
+    assert (said.model.name, said.model.args) == ("vir_tiny_patch16_224", {"num_classes": 2})
+    assert said.model.classes == ("x", "y")
+    image = said.model.input
+    assert (image.size, image.crop_pct, image.interpolation) == ((3, 28, 28), 0.9, "bicubic")
     assert (said.step, said.samples_seen, said.ema, said.dtype) == (10, 640, True, "bf16")
     assert load_file(tmp_path / "w.safetensors")["a.weight"].dtype == torch.bfloat16
 
@@ -229,11 +231,23 @@ def test_a_run_without_a_complete_checkpoint_is_told(tmp_path):
         consolidate(tmp_path, tmp_path / "w.safetensors")
 
 
-def test_a_latest_that_points_nowhere_lists_what_is_there(tmp_path):
+def test_a_latest_that_points_nowhere_is_passed_over_loudly_for_what_is_there(tmp_path, caplog):
     run = in_run(tmp_path / "run")
     (run / "checkpoints" / "latest").write_text("step-00000020")
-    with pytest.raises(DataError, match="names 'step-00000020', which is not there; write one of step-00000010"):
-        consolidate(run, tmp_path / "w.safetensors")
+    assert consolidate(run, tmp_path / "w.safetensors").step == 10
+    passed, taken = caplog.messages
+    assert "DAMAGED CHECKPOINT PASSED OVER" in passed and "step-00000020 holds no checkpoint.json" in passed
+    assert taken == f"continuing from the one before: {run / 'checkpoints' / 'step-00000010'}"
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_as_a_resume_would(tmp_path, caplog):
+    run = in_run(tmp_path / "run")
+    damaged = write(run / "checkpoints" / "step-00000020", stage_0(), info(step=20))
+    (run / "checkpoints" / "latest").write_text(damaged.name)
+    path = damaged / MODEL_FILE[0]
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert consolidate(run, tmp_path / "w.safetensors").step == 10
+    assert f"{path} has changed since it was written" in caplog.text
 
 
 def test_the_newest_is_the_one_that_latest_names(tmp_path):

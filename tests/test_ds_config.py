@@ -200,12 +200,17 @@ def test_what_is_no_json_object_is_refused(read, text, said):
 
 def test_a_missing_file_is_refused_and_the_shipped_ones_are_listed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError, match="--deepspeed_config nowhere.json: no such file$"):
+    with pytest.raises(SettingsError, match="--deepspeed_config nowhere.json: no such file; give the path of a JSON, "
+                                            "or the name of a shipped one: zero0_bf16, zero0_fp32, zero1_bf16, "):
         ds_config.read("nowhere.json")
-    (tmp_path / "ds_configs").mkdir()
-    (tmp_path / "ds_configs" / "a.json").touch()
-    with pytest.raises(SettingsError, match="no such file; here are ds_configs/a.json$"):
-        ds_config.read("nowhere.json")
+
+
+def test_a_shipped_one_is_found_by_name_from_any_folder_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
+    expected = ds_config.read("ds_configs/zero2_bf16.json")
+    monkeypatch.chdir(tmp_path)
+    assert ds_config.read("zero2_bf16") == expected != {}
+    (tmp_path / "zero2_bf16").write_text('{"zero_optimization": {"stage": 1}}')
+    assert ds_config.zero_stage(ds_config.read("zero2_bf16")) == 1
 
 
 def test_a_folder_instead_of_a_file_is_refused(tmp_path):

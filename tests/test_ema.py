@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from vir.checkpoints.partitions import EMA
 from vir.engine import ema
-from vir.engine.ema import KEY, decay_at
+from vir.engine.ema import decay_at
 
 torch.set_num_threads(1)
 
@@ -45,7 +46,7 @@ def test_the_average_equals_a_plain_loop(decay, warmup):
         d = expected_decay(update, decay, warmup)
         expected = [d * average + (1 - d) * p.detach().double() for average, p in zip(expected, parameters)]
         for parameter, average in zip(parameters, expected):
-            found = optimizer.state[parameter][KEY]
+            found = optimizer.state[parameter][EMA]
             assert found.dtype == torch.float32
             assert (found - average).abs().max() < 1e-6  # float32 against float64, numbers up to 3
 
@@ -77,7 +78,7 @@ def test_stepping_one_group_at_a_time_gives_the_same_average():
             optimizer.step()
         optimizer.param_groups = groups
     for a, b in zip(together[1], apart[1]):
-        assert torch.equal(together[0].state[a][KEY], apart[0].state[b][KEY])
+        assert torch.equal(together[0].state[a][EMA], apart[0].state[b][EMA])
 
 
 def test_a_step_that_is_skipped_leaves_average_and_count_alone():
@@ -85,10 +86,10 @@ def test_a_step_that_is_skipped_leaves_average_and_count_alone():
     attach(optimizer, 0.9, True)
     give_gradients(parameters, 0)
     optimizer.step()
-    before = optimizer.state[parameters[0]][KEY].clone()
+    before = optimizer.state[parameters[0]][EMA].clone()
     optimizer.zero_grad()  # a step without gradients
     optimizer.step()
-    assert torch.equal(optimizer.state[parameters[0]][KEY], before)
+    assert torch.equal(optimizer.state[parameters[0]][EMA], before)
     assert int(optimizer.state[parameters[0]]["step"]) == 1
 
 
@@ -98,10 +99,10 @@ def test_a_parameter_whose_gradient_comes_later_starts_from_its_initial_weight()
     attach(optimizer, 0.5, False)
     give_gradients([first], 0)
     optimizer.step()
-    assert KEY in optimizer.state[first] and KEY not in optimizer.state[second]
+    assert EMA in optimizer.state[first] and EMA not in optimizer.state[second]
     give_gradients([first, second], 1)
     optimizer.step()
-    assert torch.allclose(optimizer.state[second][KEY], (initial + second.detach()) / 2)
+    assert torch.allclose(optimizer.state[second][EMA], (initial + second.detach()) / 2)
 
 
 def test_the_average_is_saved_and_restored_with_the_optimizer():
@@ -123,7 +124,7 @@ def test_the_average_is_saved_and_restored_with_the_optimizer():
         give_gradients(second[1], update)
         second[0].step()
     for a, b in zip(whole[1], second[1]):
-        assert torch.equal(whole[0].state[a][KEY], second[0].state[b][KEY])
+        assert torch.equal(whole[0].state[a][EMA], second[0].state[b][EMA])
 
 
 def test_low_precision_weights_are_averaged_in_float32():
@@ -133,7 +134,7 @@ def test_low_precision_weights_are_averaged_in_float32():
     for _ in range(3):
         parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-    found = optimizer.state[parameter][KEY]
+    found = optimizer.state[parameter][EMA]
     assert found.dtype == torch.float32 and 0.9985 < float(found[0]) < 1  # bfloat16 would still say 1
 
 

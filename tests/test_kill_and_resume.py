@@ -10,9 +10,9 @@ import kill_and_resume
 import pytest
 import torch
 
-from vir.checkpoints.info import FOLDER, LATEST
-from vir.reports.metrics import FILE as METRICS
+from vir.checkpoints.info import LATEST
 from vir.reports.metrics import read_metrics
+from vir.run_folder import CHECKPOINTS, METRICS
 
 KILLS = 2
 pytestmark = pytest.mark.timeout(600)  # four launches: 160 s on two cores that others used too
@@ -72,8 +72,8 @@ def test_each_step_must_stand_once(steps):
 
 
 def test_the_checkpoint_of_another_step_is_found(experiment, killed):
-    names = sorted(path.name for path in (killed / FOLDER).glob("step-*"))
-    (killed / FOLDER / LATEST).write_text(names[-2])
+    names = sorted(path.name for path in (killed / CHECKPOINTS).glob("step-*"))
+    (killed / CHECKPOINTS / LATEST).write_text(names[-2])
     said = "\n".join(kill_and_resume.differences(experiment[2] / "uninterrupted", killed))
     for what in ("last checkpoint: step", "weights: ", "EMA: "):
         assert what in said, said

@@ -20,12 +20,12 @@ from vir.data.loader import eval_batches, train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.data.shards import read_index
-from vir.data.transforms import InputConfig
 from vir.errors import DataError, SettingsError
+from vir.models.spec import InputSpec
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-INPUT = InputConfig(size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
+INPUT = InputSpec(size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
 ALL_ON = AugmentConfig(reprob=0.5)  # and by default crop, flip, RandAugment, mixup and CutMix
 OFF = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, color_jitter=0.0, auto_augment=None,
                     interpolation="bilinear", reprob=0.0, mixup=0.0, cutmix=0.0)

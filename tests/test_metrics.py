@@ -10,7 +10,8 @@ from PIL import Image
 
 from vir.errors import DataError
 from vir.reports.curves import plot_runs
-from vir.reports.metrics import FILE, MetricsWriter, read_metrics
+from vir.reports.metrics import MetricsWriter, read_metrics
+from vir.run_folder import METRICS
 
 
 def steps(run):
@@ -71,7 +72,7 @@ def test_resuming_from_the_start_drops_everything(tmp_path):
 
 def test_a_last_line_cut_short_is_ignored_and_gone_after_resuming(tmp_path):
     run = write_run(tmp_path / "a", last=1)
-    with (run / FILE).open("a") as file:
+    with (run / METRICS).open("a") as file:
         file.write('{"kind": "train", "st')
     assert steps(run) == [("train", 1)]
     writer = MetricsWriter(run, 0.5, 1)
@@ -82,15 +83,15 @@ def test_a_last_line_cut_short_is_ignored_and_gone_after_resuming(tmp_path):
 
 def test_a_broken_line_within_the_file_is_named(tmp_path):
     run = write_run(tmp_path / "a", last=1)
-    good = (run / FILE).read_text()
-    (run / FILE).write_text(good + "{broken\n" + good)
+    good = (run / METRICS).read_text()
+    (run / METRICS).write_text(good + "{broken\n" + good)
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is not JSON"):
         read_metrics(run)
 
 
 @pytest.mark.parametrize("content", ["5", "[]", '{"kind": "train"}'])
 def test_a_line_that_is_no_event_is_named(tmp_path, content):
-    (tmp_path / FILE).write_text(content + "\n")
+    (tmp_path / METRICS).write_text(content + "\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl, line 1 is no event"):
         read_metrics(tmp_path)
 
@@ -120,7 +121,7 @@ def test_curves_show_training_validation_and_average(tmp_path):
 def test_curves_of_a_run_that_has_just_begun_are_drawn(tmp_path):
     run = tmp_path / "a"
     run.mkdir()
-    (run / FILE).write_text("")
+    (run / METRICS).write_text("")
     plot_runs([run], tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").size[0] > 100
 
@@ -133,7 +134,7 @@ def test_curves_of_several_runs_draw_each(tmp_path):
 
 
 def test_events_are_one_json_object_a_line(tmp_path):
-    lines = (write_run(tmp_path / "a") / FILE).read_text().splitlines()
+    lines = (write_run(tmp_path / "a") / METRICS).read_text().splitlines()
     assert len(lines) == 6 and all(isinstance(json.loads(line), dict) for line in lines)
 
 
@@ -142,7 +143,7 @@ def test_numbers_that_are_not_finite_are_null_and_leave_a_gap_in_the_curve(tmp_p
     for step, loss in ((1, 2.0), (2, float("nan")), (3, float("inf"))):
         writer.write("train", step, epoch=float(step), loss=loss, lr=0.1, images_per_second=1.0)
     writer.close()
-    assert "NaN" not in (tmp_path / FILE).read_text() and "Infinity" not in (tmp_path / FILE).read_text()
+    assert "NaN" not in (tmp_path / METRICS).read_text() and "Infinity" not in (tmp_path / METRICS).read_text()
     assert [event["loss"] for event in read_metrics(tmp_path)] == [2.0, None, None]
     plot_runs([tmp_path], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000

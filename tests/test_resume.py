@@ -190,7 +190,7 @@ def test_settings_act(single):
     assert all(event["mfu"] == pytest.approx(
         events[0]["mfu"] * event["images_per_second"] / events[0]["images_per_second"]) for event in events)
     info = read_info(newest(run))
-    assert info.model_input["mean"] == [0.1, 0.2, 0.3] and info.model_input["crop_pct"] == 0.9
+    assert info.model.input.mean == (0.1, 0.2, 0.3) and info.model.input.crop_pct == 0.9
     assert "layer_0_decay 1 lr x0." in said
     traces = list((run / "profile").glob("rank*.json"))
     names = [event.get("name", "") for event in json.loads(traces[0].read_text())["traceEvents"]]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vir.config import OptimConfig, ScheduleConfig
-from vir.training.loop import steps_every
+from vir.training.plan import steps_every
 from vir.training.schedule import learning_rate, total_steps, weight_decay
 
 STEPS_PER_EPOCH = 2.5

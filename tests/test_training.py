@@ -127,7 +127,7 @@ def test_consolidated_weights_without_zero_round_to_those_of_the_module(config, 
 def test_ema_is_the_average_that_its_definition_gives(config, runs, tmp_path):
     info = read_info(newest(runs / config))
     torch.manual_seed(42)
-    average = timm.create_model(info.model_name, drop_path_rate=0.1, **info.model_args).state_dict()
+    average = timm.create_model(info.model.name, drop_path_rate=0.1, **info.model.args).state_dict()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[info.precision]
     average = {name: value.to(dtype).float() for name, value in average.items()}  # DeepSpeed's masters come from these
     update = 0
@@ -175,11 +175,11 @@ def test_weights_evaluate_to_what_training_saw_under_python_torchrun_and_acceler
 def test_weights_file_makes_a_timm_model(runs, tmp_path):
     consolidate(runs / "zero2_bf16", tmp_path / "w.safetensors", dtype="bf16")
     model = vir.models.load(tmp_path / "w.safetensors")
-    args = model.weights_metadata.model_args
+    args = model.weights_metadata.model.args
     same = timm.create_model("vir_tiny_patch16_224", checkpoint_path=str(tmp_path / "w.safetensors"), **args).eval()
     images = torch.randn(2, 3, 28, 28)
     assert torch.equal(model(images), same(images))
-    assert model.weights_metadata.classes == tuple(sorted(
+    assert model.weights_metadata.model.classes == tuple(sorted(
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
 
 

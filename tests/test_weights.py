@@ -15,20 +15,19 @@ from safetensors.torch import save_file
 import vir.models
 from vir.errors import DataError
 from vir.models import WeightsMetadata, load, read_metadata, save_weights
+from vir.models.spec import InputSpec, ModelSpec
 
 torch.set_num_threads(1)
 
 TINY = dict(img_size=[16, 24], patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
 
-METADATA = WeightsMetadata(
-    model_name="vir_small_patch16_224", model_args=TINY, classes=("cat", "dög", "eel"), input_size=(3, 16, 24),
-    mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear", crop_pct=0.9, step=7, samples_seen=56,
-    ema=True, dtype="fp32",
-)
+INPUT = InputSpec(size=(3, 16, 24), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear", crop_pct=0.9)
+MODEL = ModelSpec(name="vir_small_patch16_224", args=TINY, classes=("cat", "dög", "eel"), input=INPUT)
+METADATA = WeightsMetadata(model=MODEL, step=7, samples_seen=56, ema=True, dtype="fp32")
 
 
 def tiny_model():
-    return timm.create_model(METADATA.model_name, **TINY).eval()
+    return timm.create_model(MODEL.name, **TINY).eval()
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_a_model_comes_back_with_equal_weights_logits_and_metadata(tmp_path):
 
 def test_timm_finds_the_preprocessing_of_the_file(path):
     config = timm.data.resolve_model_data_config(load(path))
-    expected = dataclasses.asdict(METADATA)
+    expected = {"input_size": INPUT.size, **dataclasses.asdict(INPUT)}
     for name in ("input_size", "mean", "std", "interpolation", "crop_pct"):
         assert config[name] == expected[name]
 
@@ -85,8 +84,8 @@ def test_hugging_face_tools_see_a_torch_file(path):
 
 def test_any_timm_model_can_be_stored(tmp_path):
     model = timm.create_model("test_vit", num_classes=0).eval()
-    metadata = dataclasses.replace(
-        METADATA, model_name="test_vit", model_args={"num_classes": 0}, classes=(), input_size=(3, 160, 160))
+    metadata = dataclasses.replace(METADATA, model=ModelSpec(
+        name="test_vit", args={"num_classes": 0}, classes=(), input=dataclasses.replace(INPUT, size=(3, 160, 160))))
     save_weights(tmp_path / "a.safetensors", model.state_dict(), metadata)
     images = torch.randn(1, 3, 160, 160)
     assert load(tmp_path / "a.safetensors")(images).equal(model(images))
@@ -112,7 +111,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path):
     with pytest.raises(AttributeError):
         save_weights(path, {"a": "no tensor"}, METADATA)
     with pytest.raises(TypeError):
-        save_weights(path, {}, dataclasses.replace(METADATA, model_args={"a": object()}))
+        save_weights(path, {}, dataclasses.replace(METADATA, model=dataclasses.replace(MODEL, args={"a": object()})))
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
 

@@ -94,25 +94,27 @@ def counting(kept: list[int]) -> torch.autograd.graph.saved_tensors_hooks:
 def save(engine, job: Job, done: int, world) -> None:
     from vir.checkpoints import store
     from vir.checkpoints.info import CheckpointInfo
+    from vir.models.spec import InputSpec, ModelSpec
 
+    spec = ModelSpec(name=job.model, args={**job.args, "num_classes": job.classes}, classes=(), input=InputSpec(
+        size=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0))
     info = CheckpointInfo(
         samples_seen=done * GLOBAL_BATCH, step=done, updates=engine.updates, world_size=world.size,
-        zero_stage=job.stage, precision=job.precision, ema=engine.has_ema, loss_scaler=engine.loss_scaler_state(),
-        metrics={}, config={}, model_name=job.model, model_args={**job.args, "num_classes": job.classes},
-        model_input={}, classes=[], data_fingerprint="")
-    store.save(engine, Path(job.output), info, world, store.Kept(1, None), False)
+        zero_stage=job.stage, precision=job.precision, ema=engine.has_ema, loss_scaler=engine.loss_scale.state(),
+        metrics={}, config={}, model=spec, data_fingerprint="")
+    store.save(engine.save, Path(job.output), info, world, store.Kept(1, None), False)
 
 
 def run(job: Job) -> None:
     from vir import distributed
     from vir.checkpoints import store
     from vir.checkpoints.partitions import Partitions
-    from vir.engine.engine import Engine
+    from vir.engine.engine import Engine, Update
 
     world = distributed.start()
-    engine = Engine(job.build(), job.config(world.size), job.ds_config(), job.accumulation, world)
+    engine = Engine(job.build(), job.config(world.size), job.ds_config(), job.accumulation)
     if job.restore:
-        folder, info = store.find_named(Path(job.restore), world)
+        folder, info = store.select(Path(job.restore), world)
         engine.restore(Partitions(folder, info), info)
     if job.save_first:
         save(engine, job, job.first, world)
@@ -132,7 +134,7 @@ def run(job: Job) -> None:
     for step in range(job.first, job.first + job.steps):
         images, targets = batch(step, job.classes)
         total = 0.0
-        scale = engine.loss_scale()
+        scale = engine.loss_scale.value
         for index in range(job.accumulation):
             start = (world.rank * job.accumulation + index) * micro
             torch.manual_seed(seed_of(step, start))
@@ -140,12 +142,12 @@ def run(job: Job) -> None:
                 logits = engine(images[start:start + micro])
             loss = training_loss(logits, targets[start:start + micro], job.config().train)
             engine.backward(loss)
-            applied = engine.step(1e-2, job.config().optim.weight_decay)
+            update = engine.step(1e-2, job.config().optim.weight_decay)
             total += float(loss.detach())
         mean = sum(distributed.gather(total)) / world.size / job.accumulation
         if job.recompute:  # whose losses are compared with those of a run that is not interrupted
             evaluate()
-        events.append({"loss": mean, "norm": engine.grad_norm(), "applied": applied, "scale": scale})
+        events.append({"loss": mean, "norm": engine.grad_norm(), "applied": update is Update.APPLIED, "scale": scale})
     averaged, logits = (None, None) if job.save_first else evaluate()
     if not job.save_first:
         save(engine, job, job.first + job.steps, world)

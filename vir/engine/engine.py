@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -63,7 +64,8 @@ class Engine:
         self.precision = ds.precision(ds_config)
         self.has_ema = config.ema.decay > 0
         self.updates = 0
-        self._ema, self._accumulation = config.ema, accumulation
+        self._accumulation = accumulation
+        self._decay_at = partial(ema.decay_at, decay=config.ema.decay, warmup=config.ema.warmup)
         if self.precision == "fp16":
             _check_fp16(config.deepspeed_config)
         if "activation_checkpointing" in ds_config:
@@ -87,7 +89,7 @@ class Engine:
 
     def _decay(self) -> float:
         """Of the average, at the update that follows."""
-        return ema.decay_at(self.updates + 1, self._ema.decay, self._ema.warmup)
+        return self._decay_at(self.updates + 1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of a micro-batch [B, C, H, W] of any float dtype."""

@@ -1,0 +1,142 @@
+"""Pixels and targets on the device against plain loops."""
+
+import numpy as np
+import pytest
+import torch
+
+from vir.config import AugmentConfig
+from vir.data import device
+from vir.data.device import Preparation
+from vir.data.loader import Batch
+from vir.models.spec import InputSpec
+
+torch.set_num_threads(1)
+INPUT = InputSpec(size=(3, 16, 16), mean=(0.5, 0.25, 0.1), std=(0.5, 0.2, 0.4), interpolation="bilinear",
+                  crop_pct=1.0)
+
+
+def pixels(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def floats(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def test_normalize_against_a_loop():
+    images = pixels(2, 3, 4, 5)
+    found = device.normalize(images, INPUT)
+    assert found.dtype == torch.float32
+    for (b, c, y, x), value in np.ndenumerate(images.numpy()):
+        expected = (int(value) / 255 - INPUT.mean[c]) / INPUT.std[c]
+        assert float(found[b, c, y, x]) == pytest.approx(expected, abs=1e-6)  # float32 of numbers up to 4.5
+
+
+BOXES = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0], [0, 0, 8, 8], [7, 7, 1, 1]])
+POSITIONS = torch.tensor([10, 11, 500, 3])
+
+
+def erased(images, mode, seed=0, boxes=BOXES, positions=POSITIONS):
+    return device.erase(images.clone(), boxes, positions, seed, mode)
+
+
+def in_box(images):
+    mask = torch.zeros_like(images, dtype=torch.bool)
+    for i, (top, left, h, w) in enumerate(BOXES.tolist()):
+        for y in range(top, top + h):
+            for x in range(left, left + w):
+                mask[i, :, y, x] = True
+    return mask
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_erase_changes_exactly_the_boxes(mode):
+    images = floats(4, 3, 8, 8)
+    found, inside = erased(images, mode), in_box(images)
+    assert torch.equal(found[~inside], images[~inside]) and (found[inside] != images[inside]).all()
+
+
+def test_erase_fills_in_zeros_one_colour_or_noise():
+    images = floats(4, 3, 8, 8)
+    assert (erased(images, "const")[in_box(images)] == 0).all()
+    box = erased(images, "rand")[2]
+    assert (box == box[:, :1, :1]).all() and len(box[:, 0, 0].unique()) == 3
+    noise = erased(images, "pixel")[2]
+    assert len(noise.unique()) == noise.numel()
+    assert abs(noise.mean()) < 0.25 and abs(noise.std() - 1) < 0.25  # 192 normal numbers: 3.5 standard deviations
+
+
+@pytest.mark.parametrize("mode", ["rand", "pixel"])
+def test_erase_depends_on_seed_and_position_not_on_the_batch(mode):
+    images = floats(4, 3, 8, 8)
+    together = erased(images, mode)
+    torch.manual_seed(99)
+    for i in range(4):
+        assert torch.equal(erased(images[i:i + 1], mode, boxes=BOXES[i:i + 1], positions=POSITIONS[i:i + 1])[0],
+                           together[i])
+    assert torch.equal(erased(images.flip(0), mode, boxes=BOXES.flip(0), positions=POSITIONS.flip(0)).flip(0), together)
+    assert not torch.equal(erased(images, mode, seed=1), together)
+    assert not torch.equal(erased(images, mode, positions=POSITIONS + 1), together)
+
+
+# Pairs: mixup, CutMix, whole (lam 1).
+LAM = torch.tensor([0.3, 0.3, 0.75, 0.75, 1.0, 1.0])
+CUT = torch.tensor([[0] * 4, [0] * 4, [2, 1, 3, 4], [2, 1, 3, 4], [0] * 4, [0] * 4])
+
+
+def test_mix_of_pairs_against_a_loop():
+    images = floats(6, 2, 8, 6)
+    found = device.mix(images, LAM, CUT)
+    for (b, c, y, x), own in np.ndenumerate(images.numpy()):
+        other = float(images[b + 1 if b % 2 == 0 else b - 1, c, y, x])
+        top, left, h, w = CUT[b].tolist()
+        if h and w:
+            expected = other if top <= y < top + h and left <= x < left + w else own
+        else:
+            expected = float(LAM[b]) * own + (1 - float(LAM[b])) * other
+        assert float(found[b, c, y, x]) == pytest.approx(expected, abs=1e-6)  # float32, one product and one sum
+    assert torch.equal(found[4:], images[4:])
+
+
+def test_a_pair_is_not_touched_by_the_others():
+    images = floats(6, 2, 8, 6)
+    for i in (0, 2, 4):
+        alone = device.mix(images[i:i + 2], LAM[i:i + 2], CUT[i:i + 2])
+        assert torch.equal(alone, device.mix(images, LAM, CUT)[i:i + 2])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_targets_against_a_loop(smoothing):
+    labels = torch.tensor([0, 3, 2, 2, 4, 1])
+    found = device.soft_targets(labels, LAM, 5, smoothing)
+    for b in range(6):
+        other = labels[b + 1 if b % 2 == 0 else b - 1]
+        for k in range(5):
+            own_share = (1 - smoothing) * (labels[b] == k).item() + smoothing / 5
+            other_share = (1 - smoothing) * (other == k).item() + smoothing / 5
+            expected = float(LAM[b]) * own_share + (1 - float(LAM[b])) * other_share
+            assert float(found[b, k]) == pytest.approx(expected, abs=1e-6)
+    assert found.sum(1).tolist() == pytest.approx([1] * 6, abs=1e-6)
+
+
+def test_soft_targets_of_an_odd_batch_are_not_mixed():
+    found = device.soft_targets(torch.tensor([1, 0, 1]), torch.ones(3), 2, 0.2)
+    assert found.flatten().tolist() == pytest.approx([0.1, 0.9, 0.9, 0.1, 0.1, 0.9], abs=1e-6)
+
+
+@pytest.mark.parametrize("reprob, mixup", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_a_batch_is_normalised_then_erased_then_mixed_where_the_settings_say_so(reprob, mixup):
+    images, labels = pixels(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    boxes, positions = torch.tensor([[1, 2, 3, 4]] * 6), torch.arange(6)
+    batch = Batch(images=images, labels=labels, positions=positions, valid=torch.ones(6, dtype=torch.bool),
+                  erase=boxes, lam=LAM, cut=CUT, bad=[])
+    augment = AugmentConfig(reprob=reprob, remode="pixel", mixup=mixup, cutmix=0.0)
+    expected = device.normalize(images, INPUT)
+    if reprob:
+        expected = device.erase(expected, boxes, positions, 5, "pixel")
+    if mixup:
+        expected = device.mix(expected, LAM, CUT)
+    prepare = Preparation(model_input=INPUT, augment=augment, smoothing=0.1, num_classes=3, seed=5)
+    found, targets = prepare(batch)
+    assert torch.equal(found, expected)
+    assert torch.equal(targets, device.soft_targets(labels, LAM, 3, 0.1))
