@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vir.models
-from support.launchers import ROOT, TINY, call
+from support.launchers import HANGS, ROOT, TINY, call
 from vir.benchmarks import training
 from vir.benchmarks.checkpoint_size import ema_bytes
 from vir.benchmarks.tables import spread
@@ -27,6 +27,8 @@ def rows_of(markdown):
     return [[[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]] for table in tables]
 
 
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
 def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
     config = ROOT / "ds_configs" / "zero2_fp32.json"
     done = call(sys.executable, "tools/benchmark_training.py", "--data", shards, "--steps", 6, "--log_every", 2,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.launchers import ROOT, call
+from support.launchers import HANGS, ROOT, call
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
@@ -136,9 +136,11 @@ def test_launch_scripts_are_valid_bash(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, timeout=20).returncode == 0
 
 
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
 def test_the_quick_start_goes_the_whole_road(tmp_path):
     run = tmp_path / "a run"
-    done = call("bash", ROOT / "launch" / "quickstart.sh", "--output", run, "--train.epochs", "1", timeout=400)
+    done = call("bash", ROOT / "launch" / "quickstart.sh", "--output", run, "--train.epochs", "1")
     assert done.returncode == 0, done.stdout[-4000:]
     said = re.search(r"held-out top-1: ([\d.]+) % raw weights, ([\d.]+) % EMA, on 1000 images", done.stdout)
     assert said and float(said[1]) > 10, done.stdout[-2000:]  # one epoch is better than chance

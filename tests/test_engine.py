@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from support.engine_runs import GLOBAL_BATCH, Job, batch, seed_of, write
-from support.launchers import ROOT, deepspeed
+from support.launchers import HANGS, ROOT, torchrun
 from vir.checkpoints.info import newest, read_info
 from vir.checkpoints.partitions import WEIGHT, Partitions
 from vir.engine.optimizer import parameter_groups
 from vir.training.loss import training_loss
 
-pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
 torch.set_num_threads(1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,7 +24,7 @@ RANKS = 2
 
 
 def launch(tmp: Path, jobs: list[Job], ranks: int = RANKS) -> None:
-    done = deepspeed(ROOT / "tests" / "support" / "engine_runs.py", write(tmp / f"jobs{ranks}.json", jobs), ranks=ranks)
+    done = torchrun(ROOT / "tests" / "support" / "engine_runs.py", write(tmp / f"jobs{ranks}.json", jobs), ranks=ranks)
     assert done.returncode == 0, done.stdout[-6000:]
 
 

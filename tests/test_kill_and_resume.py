@@ -10,12 +10,13 @@ import kill_and_resume
 import pytest
 import torch
 
+from support.launchers import HANGS
 from vir.checkpoints.info import LATEST
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, METRICS
 
 KILLS = 2
-pytestmark = pytest.mark.timeout(600)  # four launches: 160 s on two cores that others used too
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
 
 @pytest.fixture(scope="module")

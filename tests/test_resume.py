@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.launchers import ROOT, free_port
+from support.launchers import HANGS, ROOT, free_port
 from support.tiny_runs import BATCH, alone, command, epochs, launch, train_events, weights
 from vir.checkpoints.info import newest, read_info, verify
 from vir.reports.metrics import read_metrics
 
-pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
 STEPS, FIRST = 24, 4
 FIXED = ["--model.drop_path_rate", "0", "--checkpoint.every_epochs", epochs(FIRST)]
@@ -210,7 +210,7 @@ def start(*words: str | Path) -> subprocess.Popen:
 
 
 def wait_for(run: Path, kind: str, count: int, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 180
+    until = time.monotonic() + HANGS
     while sum(f'"kind": "{kind}"' in line for line in _lines(run / "metrics.jsonl")) < count:
         assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=10)[0]
         time.sleep(0.02)
@@ -223,7 +223,7 @@ def _lines(path: Path) -> list[str]:
 def end(process: subprocess.Popen) -> str:
     """What it said, once it and its children are gone."""
     try:
-        return process.communicate(timeout=90)[0]
+        return process.communicate(timeout=HANGS)[0]
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)

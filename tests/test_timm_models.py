@@ -5,6 +5,7 @@ import timm
 import torch
 
 import vir.models
+from support.launchers import HANGS
 from support.tiny_runs import command, launch, train_events, weights
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest
@@ -12,7 +13,7 @@ from vir.engine.batch_norm import batch_norms
 from vir.evaluate import main as evaluate
 from vir.reports.metrics import read_metrics
 
-pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
 MODELS = {"test_vit": "zero3_bf16_ckpt", "test_convnext": "zero2_fp32", "test_resnet": "zero2_bf16"}
 STEPS = 6

@@ -1,6 +1,6 @@
 """Many engines one after another in the ranks of one launch, because imports cost more than the steps.
 
-usage: deepspeed … tests/support/engine_runs.py JOBS.json   (a list of Job fields; see below)
+usage: torchrun … tests/support/engine_runs.py JOBS.json   (a list of Job fields; see below)
 """
 
 import json
@@ -124,11 +124,15 @@ def run(job: Job) -> None:
     block.register_forward_pre_hook(lambda block, _: forwards.append(1) if block.training else None)
 
     def evaluate() -> tuple[torch.Tensor, torch.Tensor]:
-        found = []
+        logits = []
         for average in (True, False):
             with engine.evaluating(averaged=average) as forward:
-                found.append(forward(batch(0)[0]).float())
-        return found
+                logits.append(forward(batch(0)[0]).float())
+        engine.use_average()
+        engine.use_average()  # one call too many changes nothing
+        engine.use_weights()
+        engine.use_weights()
+        return logits
 
     events, micro = [], GLOBAL_BATCH // world.size // job.accumulation
     for step in range(job.first, job.first + job.steps):

@@ -1,6 +1,6 @@
 """Several vir.train commands one after another in the ranks of one launch, because imports cost more than the steps.
 
-usage: deepspeed … several_runs.py COMMANDS.json   (a list of argument lists; codes.json gets their exit codes)
+usage: torchrun … several_runs.py COMMANDS.json   (a list of argument lists; codesRANK.json gets their exit codes)
 """
 
 import json
@@ -15,5 +15,4 @@ from vir.train import main
 if get_accelerator().device_name() == "cpu":  # slow there, but it computes, and scales the loss, as on a GPU
     get_accelerator().is_fp16_supported = lambda: True
 codes = [main(argv) for argv in json.loads(Path(sys.argv[-1]).read_text())]
-if os.environ["RANK"] == "0":
-    Path(sys.argv[-1]).with_name("codes.json").write_text(json.dumps(codes))
+Path(sys.argv[-1]).with_name(f"codes{os.environ['RANK']}.json").write_text(json.dumps(codes))

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
 from vir.checkpoints import info
+from vir.checkpoints.partitions import EMA, files_of_rank, read_file
 from vir.engine import ds_config
 
 
@@ -31,27 +29,12 @@ def ema_bytes(run: Path, config: str, ranks: int, parameters: int) -> dict[str, 
     Without ZeRO every rank holds the same and rank 0 alone writes it.
     """
     folder, stage = newest(run), ds_config.zero_stage(ds_config.read(config))
-    sizes = []
-    for rank in range(ranks if stage else 1):
-        pattern = f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" if stage else "mp_rank_00_model_states.pt"
-        averages = _values_of("ema", _read(next(folder.glob(pattern))))
-        sizes.append(sum(average.numel() * average.element_size() for average in averages))
+    sizes = [sum(average.numel() * average.element_size() for path in files_of_rank(folder, rank)
+                 if path.suffix == ".pt" for average in _values_of(EMA, read_file(path)))
+             for rank in range(ranks if stage else 1)]
     ideal = 4 * parameters / ranks
     return {"config": Path(config).stem, "stage": stage, "bytes_of_rank": sizes if stage else sizes * ranks,
             "ideal_bytes": ideal, "ratio": max(sizes) / ideal}
-
-
-def _read(path: Path) -> Any:
-    """A file of a checkpoint, with something inert in the place of DeepSpeed's classes."""
-    with safe_globals([(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-
-class _Inert:
-    """Takes the place of a class that is not to be loaded."""
-
-    def __init__(self, *args: Any) -> None:
-        pass
 
 
 def _values_of(key: str, saved: Any) -> Iterator[Any]:

@@ -59,14 +59,14 @@ class Partitions:
     """
 
     def __init__(self, folder: Path, info: CheckpointInfo) -> None:
-        model = _read(folder / ("zero_pp_rank_0_mp_rank_00_model_states.pt" if info.zero_stage == 3
-                                else "mp_rank_00_model_states.pt"))
+        rank_0 = "zero_pp_rank_0_" if info.zero_stage == 3 else ""
+        model = read_file(folder / f"{rank_0}mp_rank_00_model_states.pt")
         self.buffers: dict[str, Tensor] = {name: model["module"][name] for name in model["buffer_names"]}
         self.ema_buffers: dict[str, Tensor] = model.get(EMA_BUFFERS, {})
         if info.zero_stage == 0:
             self._places = _unsharded(model, info)
             return
-        ranks = [_read(_optimizer_file(folder, rank))["optimizer_state_dict"] for rank in range(info.world_size)]
+        ranks = [read_file(_optimizer_file(folder, rank))["optimizer_state_dict"] for rank in range(info.world_size)]
         self._places = (_stage3 if info.zero_stage == 3 else _stage1_2)(model["param_shapes"], ranks)
 
     @property
@@ -98,7 +98,14 @@ class Partitions:
         return self.read(name, key).view(self._places[name].shape)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def files_of_rank(folder: Path, rank: int) -> list[Path]:
+    """What a rank has written: its part of the optimizer and, of rank 0, everything that carries no rank."""
+    own = f"_pp_rank_{rank}_"
+    return [path for path in folder.iterdir() if own in path.name or (rank == 0 and "_pp_rank_" not in path.name)]
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of one file, memory-mapped. Raises CheckpointError where it is damaged or would run code."""
     try:
         with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -23,6 +23,7 @@ from vir.checkpoints.info import (
     sha256,
     verify,
 )
+from vir.checkpoints.partitions import files_of_rank
 from vir.distributed import World
 from vir.errors import CheckpointError
 from vir.files import flush, replace_text
@@ -91,7 +92,7 @@ def _written(write: Callable[[Path], list[str]], part: Path, world: World) -> Fi
     problems = write(part)
     mine: Files = {}
     try:
-        for path in _files_of(part, world):
+        for path in files_of_rank(part, world.rank):
             flush(path)
             mine[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     except (OSError, CheckpointError) as error:
@@ -100,12 +101,6 @@ def _written(write: Callable[[Path], list[str]], part: Path, world: World) -> Fi
     if said := [f"rank {rank}: {of_rank[0]}" for rank, (of_rank, _) in enumerate(everyone) if of_rank]:
         _give_up(part, said, world)
     return {name: file for _, of_rank in everyone for name, file in of_rank.items()}
-
-
-def _files_of(folder: Path, world: World) -> list[Path]:
-    """What this rank has written: its part of the optimizer and, on rank 0, everything that carries no rank."""
-    own = f"_pp_rank_{world.rank}_"
-    return [path for path in folder.iterdir() if own in path.name or (world.is_main and "_pp_rank_" not in path.name)]
 
 
 def _give_up(part: Path, problems: list[str], world: World) -> None:

@@ -4,6 +4,7 @@ consolidates to what DeepSpeed itself finds, and keeps the average of weights th
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,15 +18,15 @@ import torch
 import yaml
 
 import vir.models
-from support.launchers import ROOT, call, deepspeed, free_port
-from support.tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
+from support.launchers import HANGS, ROOT, call, deepspeed, free_port, torchrun
+from support.tiny_runs import BATCH, EMA_DECAY, command, launch, train_events, weights
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
 from vir.data.shards import read_index
 from vir.reports.metrics import read_metrics
 from vir.train import main
 
-pytestmark = pytest.mark.timeout(900)  # many runs in one launch, in a fixture
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
 # ZeRO++ quantises on GPUs alone.
 CONFIGS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json") if path.stem != "zero3pp_bf16")
@@ -41,14 +42,14 @@ def of(config: str, shards: Path, tmp: Path) -> list[str]:
 def runs(shards, tmp_path_factory) -> Path:
     """A finished run per configuration."""
     tmp = tmp_path_factory.mktemp("runs")
-    codes, said = launch(tmp, [of(config, shards, tmp) for config in CONFIGS])
+    codes, said = launch(tmp, [of(config, shards, tmp) for config in CONFIGS], launcher=deepspeed)
     assert codes == [0] * len(CONFIGS), said[-6000:]
     return tmp
 
 
 @pytest.fixture(scope="module")
 def resumed(runs, shards, tmp_path_factory) -> Path:
-    """The same runs, taken back to the middle and continued by new processes."""
+    """The same runs, taken back to the middle and continued by new processes of another launcher."""
     tmp = tmp_path_factory.mktemp("resumed")
     for config in CONFIGS:
         shutil.copytree(runs / config, tmp / config)
@@ -188,42 +189,20 @@ def test_a_signal_saves_and_the_same_command_continues(shards, tmp_path):
     process = subprocess.Popen(train, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True)
     try:
-        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + HANGS
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
             assert process.poll() is None and time.monotonic() < until, process.stdout.read()
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGUSR1)  # the loader's processes get it too, as from a batch system
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=HANGS)
     finally:
         process.kill()
     assert process.returncode == 75, output
     stopped_at = read_info(newest(tmp_path / "run")).step
     assert 2 <= stopped_at < 100
-    done = call(*train, timeout=120)
+    done = call(*train)
     assert done.returncode == 0 and f"continuing after step {stopped_at}" in done.stdout, done.stdout
     assert [event["step"] for event in train_events(tmp_path / "run")] == list(range(1, 101))
-
-
-def test_gradients_that_are_not_finite_are_never_applied_and_stop_the_run(shards, tmp_path):
-    done = alone(*command(shards, tmp_path / "run", every=1), "--optim.lr", "1e30", "--schedule.warmup_epochs", "0",
-                 "--optim.clip_grad", "0")
-    assert done.returncode == 4, done.stdout
-    assert "3 steps in a row: lower --optim.lr" in done.stdout and "rank 0: loss not finite" in done.stdout
-    assert "last checkpoint: step" in done.stdout
-
-
-def test_too_many_damaged_samples_end_every_rank(shards, tmp_path):
-    shutil.copytree(shards, tmp_path / "shards")
-    index = read_index(tmp_path / "shards" / "train")
-    for number, shard in enumerate(sorted((tmp_path / "shards" / "train").glob("*.tar"))):
-        content = bytearray(shard.read_bytes())
-        for row in index[index["shard"] == number][::3]:
-            content[row["offset"] + row["size"] // 2] ^= 1
-        shard.write_bytes(content)
-    done = deepspeed("--module", "vir.train", *command(tmp_path / "shards", tmp_path / "run"), timeout=120)
-    assert done.returncode == 3, done.stdout[-3000:]
-    assert "samples could not be decoded, more than --data.max_bad_fraction 0.001" in done.stdout
-    assert "bad sample replaced: digits-train-0000" in done.stdout and "wrong checksum" in done.stdout
 
 
 def test_bad_settings_end_every_rank_with_one_message(shards, tmp_path):
@@ -231,18 +210,6 @@ def test_bad_settings_end_every_rank_with_one_message(shards, tmp_path):
     assert done.returncode == 2
     assert done.stdout.count("is not a multiple of --train.micro_batch_size 12 x 2 ranks = 24; nearest: 48 or 72") == 1
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
-
-
-def test_fp16_on_a_cpu_is_refused_on_every_rank(shards, tmp_path):
-    from deepspeed.accelerator import get_accelerator
-
-    if get_accelerator().is_fp16_supported():
-        pytest.skip("this device has fp16")
-    (tmp_path / "fp16.json").write_text('{"fp16": {"enabled": true}}')
-    done = deepspeed("--module", "vir.train", *command(shards, tmp_path / "run"), "--deepspeed_config",
-                     tmp_path / "fp16.json")
-    assert done.returncode == 2
-    assert "enables fp16, which this machine's cpu does not support; take a bf16 or fp32 one" in done.stdout
 
 
 @pytest.mark.parametrize("change, code, said", [
@@ -270,45 +237,107 @@ def test_a_run_folder_is_continued_only_with_the_settings_it_began_with(runs, sh
     assert "holds a run and --resume is none" in capsys.readouterr().err
 
 
-def test_shards_of_other_classes_do_not_continue_a_run(runs, shards, digits, tmp_path):
-    shutil.copytree(runs / "zero0_fp32", tmp_path / "run")
+def test_fp16_on_a_cpu_is_refused_on_every_rank(shards, tmp_path):
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().is_fp16_supported():
+        pytest.skip("this device has fp16")
+    (tmp_path / "fp16.json").write_text('{"fp16": {"enabled": true}}')
+    done = torchrun("-m", "vir.train", *command(shards, tmp_path / "run"), "--deepspeed_config", tmp_path / "fp16.json")
+    assert re.search(r"exitcode +: 2 ", done.stdout), done.stdout
+    assert "enables fp16, which this machine's cpu does not support; take a bf16 or fp32 one" in done.stdout
+
+
+# ---- what becomes of runs that meet trouble, or a folder that another run has begun: two ranks, in one launch
+
+
+@pytest.fixture(scope="module")
+def troubled(runs, shards, digits, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
+    """The runs' folder, their exit codes, what they said."""
+    tmp = tmp_path_factory.mktemp("troubled")
+    for name in ("other classes", "finished"):
+        shutil.copytree(runs / "zero0_fp32", tmp / name)
+    shutil.copytree(runs / "zero2_fp32", tmp / "weight decay")
+    for later in sorted((tmp / "weight decay" / "checkpoints").glob("step-*"))[HALF:]:
+        shutil.rmtree(later)
+    (tmp / "weight decay" / "checkpoints" / "latest").write_text(f"step-{HALF:08d}")
+    (tmp / "taken").mkdir()
+    descriptor = os.open(tmp / "taken", os.O_RDONLY)
+    jobs = {
+        "damaged": command(damaged_samples(shards, tmp / "damaged shards"), tmp / "damaged"),
+        "not finite": command(shards, tmp / "not finite", "zero0_fp32", "--optim.lr", "1e30",
+                              "--schedule.warmup_epochs", "0", "--optim.clip_grad", "0", every=1),
+        "other classes": command(two_classes(digits, tmp), tmp / "other classes"),
+        "weight decay": command(shards, tmp / "weight decay", "zero2_fp32", "--optim.weight_decay", "300",
+                                "--accept_config_change", "true"),
+        "taken": command(shards, tmp / "taken"),
+        "finished": command(shards, tmp / "finished"),
+    }
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        codes, said = launch(tmp / "launch", list(jobs.values()))
+    finally:
+        os.close(descriptor)
+    assert "Traceback" not in said, said
+    return tmp, dict(zip(jobs, codes)), said
+
+
+def damaged_samples(shards: Path, to: Path) -> Path:
+    """A copy of the shards, every third training image with one bit turned over."""
+    shutil.copytree(shards, to)
+    index = read_index(to / "train")
+    for number, shard in enumerate(sorted((to / "train").glob("*.tar"))):
+        content = bytearray(shard.read_bytes())
+        for row in index[index["shard"] == number][::3]:
+            content[row["offset"] + row["size"] // 2] ^= 1
+        shard.write_bytes(content)
+    return to
+
+
+def two_classes(digits: Path, tmp: Path) -> Path:
     for split in ("train", "val"):
         for of_class in ("one", "two"):
-            shutil.copytree(digits / split / of_class, tmp_path / "images" / split / of_class)
-        done = call(sys.executable, "tools/convert_imagenet.py", "--source", tmp_path / "images", "--split", split,
-                    "--output", tmp_path / "shards", "--workers", "1")
+            shutil.copytree(digits / split / of_class, tmp / "images" / split / of_class)
+        done = call(sys.executable, "tools/convert_imagenet.py", "--source", tmp / "images", "--split", split,
+                    "--output", tmp / "two classes", "--workers", "1")
         assert done.returncode == 0, done.stdout
-    done = deepspeed("--module", "vir.train", *command(tmp_path / "shards", tmp_path / "run"))
-    assert done.returncode == 2 and "'num_classes': 10" in done.stdout and "Traceback" not in done.stdout, done.stdout
+    return tmp / "two classes"
 
 
-def test_changed_weight_decay_acts_after_a_resume_that_accepts_it(runs, shards, tmp_path):
-    back = tmp_path / "run"
-    shutil.copytree(runs / "zero2_fp32", back)
-    for later in sorted((back / "checkpoints").glob("step-*"))[HALF:]:
-        shutil.rmtree(later)
-    (back / "checkpoints" / "latest").write_text(f"step-{HALF:08d}")
-    done = deepspeed("--module", "vir.train", *command(shards, back, "zero2_fp32"), "--optim.weight_decay", "300",
-                     "--accept_config_change", "true")
-    assert done.returncode == 0, done.stdout[-3000:]
-    before, after = (weights(run, STEPS, tmp_path)["head.weight"].norm() for run in (runs / "zero2_fp32", back))
+def test_gradients_that_are_not_finite_are_never_applied_and_stop_the_run(troubled):
+    _, codes, said = troubled
+    assert codes["not finite"] == 4, said
+    assert "3 steps in a row: lower --optim.lr" in said and "rank 0: loss not finite" in said
+    assert "last checkpoint: step" in said
+
+
+def test_too_many_damaged_samples_end_every_rank(troubled):
+    _, codes, said = troubled
+    assert codes["damaged"] == 3, said
+    assert "samples could not be decoded, more than --data.max_bad_fraction 0.001" in said
+    assert "bad sample replaced: digits-train-0000" in said and "wrong checksum" in said
+
+
+def test_shards_of_other_classes_do_not_continue_a_run(troubled):
+    tmp, codes, said = troubled
+    assert codes["other classes"] == 2, said
+    assert f"{tmp / 'other classes'}/checkpoints/step-{STEPS:08d} holds a" in said and "'num_classes': 10" in said
+
+
+def test_changed_weight_decay_acts_after_a_resume_that_accepts_it(runs, troubled, tmp_path):
+    tmp, codes, said = troubled
+    assert codes["weight decay"] == 0, said
+    before, after = (weights(run, STEPS, tmp_path)["head.weight"].norm()
+                     for run in (runs / "zero2_fp32", tmp / "weight decay"))
     assert after < 0.8 * before
 
 
-def test_a_second_run_in_one_folder_is_refused(shards, tmp_path):
-    (tmp_path / "run").mkdir()
-    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        done = alone(*command(shards, tmp_path / "run"))
-    finally:
-        os.close(descriptor)
-    assert done.returncode == 2 and "another run is writing there" in done.stdout, done.stdout
+def test_a_second_run_in_one_folder_is_refused(troubled):
+    tmp, codes, said = troubled
+    assert codes["taken"] == 2 and f"--output {tmp / 'taken'}: another run is writing there" in said, said
 
 
-def test_a_finished_run_is_left_alone(runs, shards, tmp_path):
-    shutil.copytree(runs / "zero0_fp32", tmp_path / "run")
-    before = read_metrics(tmp_path / "run")
-    done = deepspeed("--module", "vir.train", *command(shards, tmp_path / "run"))
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert read_metrics(tmp_path / "run") == before
+def test_a_finished_run_is_left_alone(runs, troubled):
+    tmp, codes, said = troubled
+    assert codes["finished"] == 0, said
+    assert read_metrics(tmp / "finished") == read_metrics(runs / "zero0_fp32")
