@@ -97,11 +97,11 @@ def stragglers(waits: Sequence[float], forwards: Sequence[float], seconds: float
     forward pass. One is named whose time there is a quarter above the median, and more by a tenth of the interval and
     by half a second.
     """
-    found = []
+    slow = []
     for rank, (wait, forward) in enumerate(zip(waits, forwards)):
         for what, own, others in (("waits for data", wait, waits), ("computes forward", forward, forwards)):
             usual = statistics.median(others)
             if own > 1.25 * usual and own - usual > max(0.1 * seconds, 0.5):
-                found.append(f"rank {rank} {what} {100 * own / seconds:.0f} % of the time, the median rank "
-                             f"{100 * usual / seconds:.0f} %")
-    return found
+                slow.append(f"rank {rank} {what} {100 * own / seconds:.0f} % of the time, the median rank "
+                            f"{100 * usual / seconds:.0f} %")
+    return slow
