@@ -34,7 +34,7 @@ def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
     done = call(sys.executable, "tools/benchmark_training.py", "--data", shards, "--steps", 6, "--log_every", 2,
                 "--repeats", 1, "--adam", "torch", "--deepspeed_config", config, "--ema", config,
                 "--json", tmp_path / "x.json", "--", *TINY, "--train.global_batch_size", "16",
-                "--train.micro_batch_size", "4")
+                "--train.micro_batch_size", "4", timeout=HANGS)
     assert done.returncode == 0, done.stdout
     result = json.loads((tmp_path / "x.json").read_text())
     loops, saved, (average,) = result["loops"], result["checkpoints"], result["ema"]

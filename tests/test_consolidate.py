@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import CheckpointInfo, sha256
+from vir.consolidate import main
 from vir.errors import DataError, SettingsError
 from vir.models import read_metadata
 from vir.models.spec import InputSpec, ModelSpec
@@ -38,7 +38,13 @@ def write(folder, files, described=None, **changed):
     for name, content in files.items():
         torch.save(content, folder / name)
     listed = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in files}
-    description = json.loads(replace(described or info(), files=listed).to_json()) | changed
+    said = described or info()
+    model, fields = said.model, {name: value for name, value in vars(said).items() if name not in ("model", "files")}
+    description = {"format": 2, **fields, "model_name": model.name, "model_args": model.args,
+                   "classes": list(model.classes), "model_input": {
+                       "size": list(model.input.size), "mean": list(model.input.mean), "std": list(model.input.std),
+                       "interpolation": model.input.interpolation, "crop_pct": model.input.crop_pct},
+                   "files": listed} | changed
     (folder / "checkpoint.json").write_text(json.dumps(description))
     return folder
 
@@ -282,3 +288,19 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path):
 def test_an_average_that_was_not_kept_is_told(tmp_path):
     with pytest.raises(SettingsError, match="without an average of weights.*leave --ema out"):
         consolidate(in_run(tmp_path / "run", described=info(ema=False)), tmp_path / "w.safetensors", ema=True)
+
+
+# ---- the command
+
+
+def test_the_command_says_what_it_wrote_and_returns_the_code_of_an_error(tmp_path, capsys):
+    run, output = in_run(tmp_path / "run"), tmp_path / "w.safetensors"
+    assert main([str(run), "--output", str(output), "--ema", "--dtype", "bf16"]) == 0
+    assert capsys.readouterr().out == (f"{output}: vir_tiny_patch16_224, EMA weights of step 10 in bf16, "
+                                       f"{output.stat().st_size / 1e6:.1f} MB\n")
+    assert main([str(run), "--output", str(output)]) == 2
+    assert capsys.readouterr().err.startswith(f"consolidate_checkpoint: {output} exists; ")
+    assert main([str(run), "--output", str(output), "--force"]) == 0
+    assert ", raw weights of step 10 in fp32, " in capsys.readouterr().out
+    assert main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "other.safetensors")]) == 3
+    assert "no such folder" in capsys.readouterr().err

@@ -124,19 +124,20 @@ def test_soft_targets_of_an_odd_batch_are_not_mixed():
     assert found.flatten().tolist() == pytest.approx([0.1, 0.9, 0.9, 0.1, 0.1, 0.9], abs=1e-6)
 
 
-@pytest.mark.parametrize("reprob, mixup", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_a_batch_is_normalised_then_erased_then_mixed_where_the_settings_say_so(reprob, mixup):
+@pytest.mark.parametrize("reprob, mixup, cutmix, smoothing", [
+    (0, 0, 0, 0.1), (1, 0, 0, 0.1), (0, 1, 0, 0.0), (0, 0, 1, 0.1), (1, 1, 1, 0.0)])
+def test_a_batch_is_normalised_then_erased_then_mixed_where_the_settings_say_so(reprob, mixup, cutmix, smoothing):
     images, labels = pixels(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     boxes, positions = torch.tensor([[1, 2, 3, 4]] * 6), torch.arange(6)
     batch = Batch(images=images, labels=labels, positions=positions, valid=torch.ones(6, dtype=torch.bool),
                   erase=boxes, lam=LAM, cut=CUT, bad=[])
-    augment = AugmentConfig(reprob=reprob, remode="pixel", mixup=mixup, cutmix=0.0)
+    augment = AugmentConfig(reprob=reprob, remode="pixel", mixup=mixup, cutmix=cutmix)
     expected = device.normalize(images, INPUT)
     if reprob:
         expected = device.erase(expected, boxes, positions, 5, "pixel")
-    if mixup:
+    if mixup or cutmix:
         expected = device.mix(expected, LAM, CUT)
-    prepare = Preparation(model_input=INPUT, augment=augment, smoothing=0.1, num_classes=3, seed=5)
+    prepare = Preparation(model_input=INPUT, augment=augment, smoothing=smoothing, num_classes=3, seed=5)
     found, targets = prepare(batch)
     assert torch.equal(found, expected)
-    assert torch.equal(targets, device.soft_targets(labels, LAM, 3, 0.1))
+    assert torch.equal(targets, device.soft_targets(labels, LAM, 3, smoothing))

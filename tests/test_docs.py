@@ -140,7 +140,7 @@ def test_launch_scripts_are_valid_bash(script):
 @pytest.mark.timeout(2 * HANGS)
 def test_the_quick_start_goes_the_whole_road(tmp_path):
     run = tmp_path / "a run"
-    done = call("bash", ROOT / "launch" / "quickstart.sh", "--output", run, "--train.epochs", "1")
+    done = call("bash", ROOT / "launch" / "quickstart.sh", "--output", run, "--train.epochs", "1", timeout=HANGS)
     assert done.returncode == 0, done.stdout[-4000:]
     said = re.search(r"held-out top-1: ([\d.]+) % raw weights, ([\d.]+) % EMA, on 1000 images", done.stdout)
     assert said and float(said[1]) > 10, done.stdout[-2000:]  # one epoch is better than chance

@@ -1,7 +1,7 @@
 """Runs of format 2 that an earlier version left after 4 of 8 steps, and what it made of the rest: nothing may change.
 
-tests/data/format2.tar.xz holds tiny shards, three runs of two ranks, and the losses, norms and checksums of weights and
-average that the version before this layout of modules had at steps 4 and 8.
+tests/data/format2.tar.xz holds tiny shards, three runs of two ranks with one thread each, and what version 0.1.0 had at
+steps 4 and 8: losses, norms, checksums of weights and average, in fp32 these themselves.
 """
 
 import hashlib
@@ -10,17 +10,16 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from support.launchers import HANGS, ROOT
 from support.processor import processor
-from support.tiny_runs import launch, train_events
+from support.tiny_runs import launch, train_events, weights
 from vir.checkpoints.consolidate import full_tensors
-from vir.checkpoints.info import newest, read_info
-
-pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
+from vir.checkpoints.info import read_info
 
 CONFIGS = ("zero0_bf16", "zero2_fp32", "zero3_bf16")
-# On another processor sums round otherwise. bf16 keeps 8 bits.
+# On another processor sums round otherwise: 2^-24 in fp32 and 2^-8 in bf16, many times over in a few steps.
 TOLERANCE = {"zero0_bf16": 1e-2, "zero2_fp32": 1e-5, "zero3_bf16": 1e-2}
 
 
@@ -60,9 +59,7 @@ def command(config: str, before: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def continued(before, expected, tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # as then
-        codes, said = launch(tmp_path_factory.mktemp("launch"), [command(config, before) for config in CONFIGS])
+    codes, said = launch(tmp_path_factory.mktemp("launch"), [command(config, before) for config in CONFIGS])
     assert codes == [0] * len(CONFIGS), said
     return before
 
@@ -74,20 +71,42 @@ def test_the_same_numbers_are_read_from_the_files(config, kind, before, expected
     assert digest(folder, kind == "ema") == expected["runs"][config]["sha256"][f"4 {kind}"]
 
 
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_run_goes_on_as_it_would_have_done(config, continued, expected):
-    """Bit for bit on the processor that the runs were made on."""
-    events = [event for event in train_events(continued / "runs" / config) if event["step"] > 4]
-    then = expected["runs"][config]
-    for new, old in zip(events, then["events"], strict=True):
+    events = continued_events(continued, config)
+    for new, old in zip(events, expected["runs"][config]["events"], strict=True):
         exact = ("step", "samples_seen", "epoch", "lr", "loss_scale", "updates", "skipped")
         assert {key: new[key] for key in exact} == {key: old[key] for key in exact}
         for key in ("loss", "grad_norm"):
             assert new[key] == pytest.approx(old[key], rel=TOLERANCE[config]), key
-    if processor() == expected["processor"]:
-        assert [(event["loss"], event["grad_norm"]) for event in events] == [
-            (event["loss"], event["grad_norm"]) for event in then["events"]]
-        folder = newest(continued / "runs" / config)
-        assert folder is not None and read_info(folder).step == 8
-        assert {kind: digest(folder, kind == "ema") for kind in ("raw", "ema")} == {
-            kind: then["sha256"][f"8 {kind}"] for kind in ("raw", "ema")}
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+@pytest.mark.parametrize("kind", ["raw", "ema"])
+def test_its_weights_and_average_end_where_they_would_have_ended(kind, continued, tmp_path):
+    found = weights(continued / "runs" / "zero2_fp32", 8, tmp_path, ema=kind == "ema")
+    then = load_file(continued / f"zero2_fp32-8-{kind}.safetensors")
+    assert found.keys() == then.keys()
+    for name in then:  # Adam divides by small numbers: there rounding grows to a part of a step of 1e-3
+        assert (found[name] - then[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_it_does_so_bit_for_bit_on_the_processor_that_the_runs_were_made_on(config, continued, expected):
+    if processor() != expected["processor"]:
+        pytest.skip(f"made on {expected['processor']}")
+    then = expected["runs"][config]
+    assert [(event["loss"], event["grad_norm"]) for event in continued_events(continued, config)] == [
+        (event["loss"], event["grad_norm"]) for event in then["events"]]
+    folder = continued / "runs" / config / "checkpoints" / "step-00000008"
+    assert {kind: digest(folder, kind == "ema") for kind in ("raw", "ema")} == {
+        kind: then["sha256"][f"8 {kind}"] for kind in ("raw", "ema")}
+
+
+def continued_events(before: Path, config: str) -> list[dict]:
+    return [event for event in train_events(before / "runs" / config) if event["step"] > 4]

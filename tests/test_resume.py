@@ -274,10 +274,19 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(shar
         (kind, number) for number in (1, 2, 3) for kind in ("train", "eval")]
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of a signal, as Linux tells it."""
+    (caught,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+                 if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def test_a_signal_during_start_up_is_not_lost(shards, tmp_path):
     process = start(sys.executable, "-m", "vir.train", *command(shards, tmp_path / "run"))
     try:
-        time.sleep(3)  # about 10 seconds of imports follow the first
+        while not catches(process.pid, signal.SIGTERM):  # seconds of imports follow
+            assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
     finally:
         said = end(process)

@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from vir import cli
 from vir.errors import VirError
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _model_args(text: str) -> dict:
+def _model_args(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError

@@ -1,4 +1,4 @@
-"""What a user can cause, each kind with the exit code that the README documents."""
+"""The errors that a user can cause, each with the exit code that docs/errors.md documents."""
 
 
 class VirError(Exception):

@@ -36,6 +36,8 @@ def start(rank: int, file: Path | None = None) -> None:
         handlers.append(logging.FileHandler(file))
     for handler in handlers:
         handler.setFormatter(layout)
+    for old in log.handlers:
+        old.close()
     log.handlers[:] = handlers
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)

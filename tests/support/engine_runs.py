@@ -128,10 +128,13 @@ def run(job: Job) -> None:
         for average in (True, False):
             with engine.evaluating(averaged=average) as forward:
                 logits.append(forward(batch(0)[0]).float())
-        engine.use_average()
-        engine.use_average()  # one call too many changes nothing
-        engine.use_weights()
-        engine.use_weights()
+        engine.deepspeed.eval()
+        for use, expected in ((engine.use_average, logits[0]), (engine.use_weights, logits[1])):
+            use()
+            use()  # one call too many changes nothing
+            with torch.no_grad():
+                assert torch.equal(engine(batch(0)[0]).float(), expected)
+        engine.deepspeed.train()
         return logits
 
     events, micro = [], GLOBAL_BATCH // world.size // job.accumulation

@@ -17,7 +17,7 @@ TINY = ["--model.name", "vir_tiny_patch16_224", "--model.img_size", "28", "--dat
 
 
 HANGS = 1500
-"""Seconds after which a command counts as hanging: many times what it takes on a slow machine with other work."""
+"""Seconds after which a launch counts as hanging: many times what it takes on a slow machine with other work."""
 
 
 def free_port() -> str:
@@ -26,7 +26,7 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def call(*command, timeout: int = HANGS, **environment: str) -> subprocess.CompletedProcess:
+def call(*command, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
     """Run a command in the project's root, in a process group of its own that is gone when this returns."""
     process = subprocess.Popen([str(word) for word in command], cwd=ROOT, text=True, start_new_session=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment})
@@ -59,8 +59,9 @@ def torchrun(*arguments, ranks: int = 2) -> subprocess.CompletedProcess:
 
 
 def _launch(port: str, *command) -> subprocess.CompletedProcess:
+    """One thread for each rank under every launcher: with another number sums would round otherwise."""
     try:
-        return call(*command)
+        return call(*command, timeout=HANGS, OMP_NUM_THREADS="1")
     finally:  # DeepSpeed leaves 69 MB per rank and port behind
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             buffer.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from support.launchers import ROOT, TINY, call, torchrun
+from support.launchers import HANGS, ROOT, TINY, call, torchrun
 from vir.checkpoints.consolidate import consolidate
 from vir.reports.metrics import read_metrics
 
@@ -46,7 +46,7 @@ def launch(tmp: Path, commands: list[list[str]], ranks: int = 2, launcher=torchr
 
 def alone(*arguments: str):
     """vir.train in one process, without a launcher."""
-    return call(sys.executable, "-m", "vir.train", *arguments)
+    return call(sys.executable, "-m", "vir.train", *arguments, timeout=HANGS)
 
 
 def train_events(run: Path) -> list[dict]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import create_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from vir.benchmarks.tables import model_table
 from vir.errors import DataError, SettingsError
 from vir.models import RETENTION_MODES, VisionRetention, retain, retention_decay
 from vir.models.block import Block, Retention
+from vir.models.build import create
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -206,8 +206,8 @@ def _network(row: str, name: str, args: dict[str, Any]) -> nn.Module:
     if row == "vit":
         peer = name.replace("vir2d_", "vit_").replace("vir_", "vit_")
         ours = ("retention_dims", "retention_norm", "init_values", "class_token_std", "chunk_size")
-        return create_model(peer, **{key: value for key, value in args.items() if key not in ours})
-    net = create_model(name, **args)
+        return create(peer, {key: value for key, value in args.items() if key not in ours})
+    net = create(name, args)
     assert isinstance(net, VisionRetention)
     if row == "free mixer":
         return free_mixer(net)

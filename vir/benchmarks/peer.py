@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import timm
 import torch
 from torch.nn import functional as F
 
-import vir.models
+from vir.models import VisionRetention
+from vir.models.build import create
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         `times`: seconds of a clock at the end of each further `log_every` steps; `parameters`: trainable numbers;
         `optimizer`: the class that does the update.
     """
-    model = timm.create_model(settings["model"], **settings["model_args"])
-    if isinstance(model, vir.models.VisionRetention):
+    model = create(settings["model"], settings["model_args"])
+    if isinstance(model, VisionRetention):
         model.set_retention_mode(settings["retention_mode"], settings["chunk_size"])
     described: Any = model.pretrained_cfg
     size = settings["input_size"] or described["input_size"]  # (C, H, W)

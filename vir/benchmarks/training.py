@@ -21,7 +21,6 @@ from typing import Any
 import timm
 import torch
 
-import vir.models  # noqa: F401, registers the models
 from vir.benchmarks.checkpoint_size import ema_bytes, folder_bytes, newest
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import IMAGENET, training_report
@@ -29,6 +28,7 @@ from vir.config import parse, plan_accumulation
 from vir.data.reader import ShardReader
 from vir.engine import ds_config
 from vir.errors import DataError, SettingsError
+from vir.models.build import architecture
 from vir.reports.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -113,7 +113,8 @@ class Sides:
                        "--data.train", str(settings.data / "train"), "--data.val", str(settings.data / "val")]
         self.config = parse([*self._flags, "--deepspeed_config", settings.deepspeed_config, "--output", str(scratch)])
         self._zero = ds_config.read(settings.deepspeed_config)
-        self._fixed_size = _takes_img_size(self.config.model.name)
+        if not timm.is_model(name := self.config.model.name):
+            raise SettingsError(f"--model is {name!r}; timm.list_models() tells all names, vir_* are ours")
         train = ShardReader(settings.data / "train")
         self._images, self._classes = len(train), len(train.classes)
         self._batch = self.config.train.global_batch_size
@@ -132,10 +133,8 @@ class Sides:
     def bare(self) -> list[float]:
         """Seconds of a step of the bare loop, in each interval after the first."""
         folder, config, optim = self._folder(), self.config, self.config.optim
-        model_args = {**config.model.args, "num_classes": self._classes, "drop_path_rate": config.model.drop_path_rate}
+        model_args = {**architecture(config.model, self._classes), "drop_path_rate": config.model.drop_path_rate}
         side = config.model.img_size
-        if side is not None and self._fixed_size:
-            model_args["img_size"] = side
         adam = {"lr": optim.peak_lr(self._batch), "betas": optim.betas, "eps": optim.eps,
                 "weight_decay": optim.weight_decay, "torch_adam": self._settings.adam == "torch"}
         settings = {
@@ -206,14 +205,6 @@ class Sides:
         if done.returncode != 0:
             raise SettingsError(f"{shlex.join(command)} ended with code {done.returncode}; change its settings after "
                                 f"`--`. It said:\n{done.stdout[-3000:]}")
-
-
-def _takes_img_size(model: str) -> bool:
-    """Whether timm wants to be told the size of the images, as vir.train decides it."""
-    if not timm.is_model(model):
-        raise SettingsError(f"--model is {model!r}; timm.list_models() tells all names, vir_* are ours")
-    known = timm.get_pretrained_cfg(model)
-    return known is not None and known.fixed_input_size
 
 
 def compare(sides: Sides, repeats: int) -> dict[str, Any]:

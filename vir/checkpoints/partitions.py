@@ -32,7 +32,7 @@ class _Inert:
         pass
 
 
-_ALLOWED: list[Callable | tuple[Callable, str]] = [(_Inert, name) for name in (
+_ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in (
     "deepspeed.utils.tensor_fragment.fragment_address", "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")]
 
@@ -136,7 +136,7 @@ def _unsharded(model: dict[str, Any], info: CheckpointInfo) -> dict[str, _Place]
             weight = (model["module"][name] if masters is None else masters[index][place]).detach()
             state = optimizer["state"].get(number, {})
 
-            def read(key: str, start: int, stop: int, weight: Tensor = weight, state: dict = state) -> Tensor:
+            def read(key: str, start: int, stop: int, weight: Tensor = weight, state: dict[str, Any] = state) -> Tensor:
                 return (weight if key == WEIGHT else state[key]).reshape(-1)[start:stop]
 
             keys = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == weight.shape]
@@ -155,7 +155,7 @@ def _flat(state: dict[str, Any], group: dict[str, Any]) -> tuple[list[str], dict
     return keys, {key: state[key] for key in state.keys() - set(keys)}, _counters(group)
 
 
-def _stage1_2(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place]:
+def _stage1_2(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[dict[str, Any]]) -> dict[str, _Place]:
     """Each group of parameters is one flat vector, cut into one partition per rank."""
     places = {}
     for index, group in enumerate(shapes):
@@ -165,8 +165,8 @@ def _stage1_2(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place
         offset = 0
         for (name, shape), padding in zip(group.items(), ranks[0]["param_alignment_paddings"][index]):
 
-            def read(key: str, start: int, stop: int, offset: int = offset, weights: list = weights,
-                     states: list = states) -> Tensor:
+            def read(key: str, start: int, stop: int, offset: int = offset, weights: list[Tensor] = weights,
+                     states: list[dict[str, Any]] = states) -> Tensor:
                 parts = weights if key == WEIGHT else [state[key] for state in states]
                 return _slice(parts, offset + start, stop - start)
 
@@ -175,7 +175,7 @@ def _stage1_2(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place
     return places
 
 
-def _stage3(shapes: Sequence[dict], ranks: Sequence[dict]) -> dict[str, _Place]:
+def _stage3(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[dict[str, Any]]) -> dict[str, _Place]:
     """Each parameter is cut into one piece per rank, the last padded; a rank keeps its pieces one after another."""
     saved = [rank["optimizer_state_dict"]["state"] for rank in ranks]
     states = [[state[index] for index in sorted(state)] for state in saved]

@@ -28,6 +28,10 @@ from vir.errors import DataError, VirError
 from vir.models.spec import InputSpec
 from vir.streams import SAMPLE, generator
 
+Transform = Callable[[Image.Image], np.ndarray]
+Request = tuple[np.ndarray, np.ndarray]
+"""Positions and samples of a micro-batch."""
+
 _SUBSTITUTE_TRIES = 100
 
 
@@ -91,20 +95,20 @@ def read_image(reader: ShardReader, sample: int) -> tuple[Image.Image, int, list
                     f"this split, or restore its shards from a good copy")
 
 
-class _Requests(Dataset):
+class _Requests(Dataset["Batch | VirError"]):
     """Serves requests (positions, samples) through `make`. Errors travel as values: the trainer raises them."""
 
     def __init__(self, make: Callable[[np.ndarray, np.ndarray], Batch]) -> None:
         self.make = make
 
-    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]) -> Batch | VirError:
+    def __getitem__(self, request: Request) -> Batch | VirError:
         try:
             return self.make(*request)
         except VirError as error:
             return error
 
 
-def _train_batch(reader: ShardReader, transform: Callable, augment: AugmentConfig, seed: int, mix_until: float,
+def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConfig, seed: int, mix_until: float,
                  positions: np.ndarray, samples: np.ndarray) -> Batch:
     pixels, labels, bad = [], [], []
     for position, sample in zip(positions.tolist(), samples.tolist()):
@@ -126,7 +130,7 @@ def _train_batch(reader: ShardReader, transform: Callable, augment: AugmentConfi
                  lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad)
 
 
-def _eval_batch(reader: ShardReader, transform: Callable, positions: np.ndarray, samples: np.ndarray) -> Batch:
+def _eval_batch(reader: ShardReader, transform: Transform, positions: np.ndarray, samples: np.ndarray) -> Batch:
     pixels, labels = [], []
     for sample in samples.tolist():
         # No substitute here: an accuracy that silently counts another image would be false.
@@ -159,7 +163,7 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def _serve(make: Callable[[np.ndarray, np.ndarray], Batch], requests: Callable[[], Iterator], workers: int,
+def _serve(make: Callable[[np.ndarray, np.ndarray], Batch], requests: Callable[[], Iterator[Request]], workers: int,
            prefetch: int, device: torch.device) -> Generator[Batch, None, None]:
     """Run the requests through worker processes, in order, and put each Batch on the device."""
     served = DataLoader(_Requests(make), sampler=_Requested(requests), batch_size=None, num_workers=workers,
@@ -208,7 +212,7 @@ def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfi
     mix_until = augment.mixup_off_epoch * order.num_samples or float("inf")
     per_rank = global_batch_size // world_size
 
-    def requests() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def requests() -> Iterator[Request]:
         for step in range(first_step, last_step):
             batch = order.global_batch(step * global_batch_size, global_batch_size)
             mine = batch[rank * per_rank:(rank + 1) * per_rank]
@@ -226,7 +230,7 @@ def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int
     total = len(reader)
     batches = -(-total // (batch_size * world_size))
 
-    def requests() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def requests() -> Iterator[Request]:
         for index in range(batches):
             first = (index * world_size + rank) * batch_size
             samples = np.arange(first, min(first + batch_size, total))
@@ -239,8 +243,8 @@ def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int
 class _Requested:
     """DataLoader wants its sampler as an iterable."""
 
-    def __init__(self, requests: Callable[[], Iterator]) -> None:
+    def __init__(self, requests: Callable[[], Iterator[Request]]) -> None:
         self.requests = requests
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Request]:
         return self.requests()

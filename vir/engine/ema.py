@@ -12,7 +12,10 @@ from vir.checkpoints.partitions import EMA
 
 
 def decay_at(update: int, decay: float, warmup: bool) -> float:
-    """Decay of applied update `update` (from 1). With warm-up it starts at 2/11, as in TensorFlow's and timm's EMA."""
+    """The decay at applied update number `update`, from 1.
+
+    With warm-up it starts at 2/11, as in TensorFlow's and timm's EMA.
+    """
     return min(decay, (1 + update) / (10 + update)) if warmup else decay
 
 
@@ -24,7 +27,7 @@ def attach(optimizer: Optimizer, decay: Callable[[], float]) -> None:
     that was skipped.
 
     Args:
-        decay: the d of the update in hand.
+        decay: returns the d of the present update.
     """
     initial: dict[Tensor, Tensor] = {}
 

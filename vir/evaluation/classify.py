@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Generator
+from typing import Any, Callable, Generator
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Accuracy:
 
 @torch.no_grad()
 def classify(forward: Callable[[Tensor], Tensor], batches: Generator[Batch, None, None], model_input: InputSpec,
-             device: torch.device, progress: tqdm, stop: Callable[[], bool] | None = None) -> Accuracy | None:
+             device: torch.device, progress: tqdm[Any], stop: Callable[[], bool] | None = None) -> Accuracy | None:
     """Evaluate this rank's batches and sum over all ranks. Collective; every rank must have the same number of batches.
 
     With fewer than five classes top5 counts the whole list, so it is 100.

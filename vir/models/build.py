@@ -21,7 +21,7 @@ FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "che
 """Arguments of timm.create_model with which a file could make its reader fetch or open other weights."""
 
 
-class NotBuiltError(ValueError):
+class NotBuiltError(SettingsError):
     """timm cannot create a model with the arguments that were given."""
 
 
@@ -73,7 +73,7 @@ def _input_as_set(model: ModelConfig, own: InputSpec) -> InputSpec:
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
-def initialize_from(model: nn.Module, path: str | os.PathLike) -> None:
+def initialize_from(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Begin training from weights in a file: one of ours, or any that timm reads (weights only, no code is run).
 
     Position tables and patches are resampled where the model's family knows how. A classifier of another class count

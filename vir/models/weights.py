@@ -68,7 +68,7 @@ class WeightsMetadata:
         return cls(model=model, **fields)
 
 
-def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
+def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write the file so that `path` is either as before or complete and on disk; folders are made as needed."""
     path = Path(path)
     header = {"format": "pt", METADATA_KEY: metadata.to_json()}
@@ -83,13 +83,13 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, Tensor], meta
         raise DataError(f"cannot write {path}: {error}; free some space or choose another file") from error
 
 
-def read_metadata(path: str | os.PathLike) -> WeightsMetadata:
+def read_metadata(path: str | os.PathLike[str]) -> WeightsMetadata:
     """What the header says; the tensors are not read. DataError where the file is not one of ours."""
     with _open(path) as file:
         return _parse(path, file.metadata())
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
     """The model in the file, float32, in eval mode, on `device`; any model that timm knows, not only ViR.
 
     What it is and how it was trained is at `model.weights_metadata` (a WeightsMetadata); the preprocessing is
@@ -111,7 +111,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     return model.to(device).eval()
 
 
-def _open(path: str | os.PathLike) -> Any:
+def _open(path: str | os.PathLike[str]) -> Any:
     if not Path(path).is_file():
         raise DataError(f"no weights file at {path}; tools/consolidate_checkpoint.py makes one from a run folder")
     try:
@@ -121,7 +121,7 @@ def _open(path: str | os.PathLike) -> Any:
                         f"with tools/consolidate_checkpoint.py") from error
 
 
-def _parse(path: str | os.PathLike, header: dict[str, str] | None) -> WeightsMetadata:
+def _parse(path: str | os.PathLike[str], header: dict[str, str] | None) -> WeightsMetadata:
     text = (header or {}).get(METADATA_KEY)
     if text is None:
         raise DataError(f"{path} is a safetensors file but does not say which model it holds; files made by tools/"
@@ -136,7 +136,7 @@ def _parse(path: str | os.PathLike, header: dict[str, str] | None) -> WeightsMet
                         f"tools/consolidate_checkpoint.py") from error
 
 
-def _create(path: str | os.PathLike, model: ModelSpec) -> nn.Module:
+def _create(path: str | os.PathLike[str], model: ModelSpec) -> nn.Module:
     if not timm.is_model(model.name):
         raise DataError(f"{path} holds a {model.name!r}, which timm {timm.__version__} does not know; install the timm "
                         f"that wrote it, or import the package that registers this model first")
