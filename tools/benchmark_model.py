@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vir import cli
+from vir.config import PRECISIONS
 from vir.errors import VirError
 
 
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="model: vit, auto, parallel, chunkwise, recurrent, 'free mixer' (retention that returns "
                              "v), stream; operator: sdpa, auto, parallel, chunkwise, recurrent, '2-D auto', …; "
                              "default: all but recurrent")
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32", "bf16"],
+    parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"],
                         help="of weights and inputs (default fp32 bf16)")
     parser.add_argument("--passes", nargs="+", choices=("forward", "training"), default=["forward", "training"],
                         help="training is forward and backward (default both)")

@@ -17,8 +17,6 @@ from pathlib import Path
 from vir import cli
 from vir.errors import VirError
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
@@ -38,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="folder with train and val shards")
     parser.add_argument("--model", metavar="NAME", help="timm's name, at its own size (default: the recipe's model)")
     parser.add_argument("--ranks", type=int, default=2, help="processes, each with one thread (default 2)")
-    parser.add_argument("--deepspeed_config", default=str(ROOT / "ds_configs" / "zero2_fp32.json"), metavar="FILE",
-                        help="DeepSpeed JSON of both sides (default ds_configs/zero2_fp32.json)")
+    parser.add_argument("--deepspeed_config", default="zero2_fp32", metavar="FILE",
+                        help="DeepSpeed JSON of both sides (default zero2_fp32)")
     parser.add_argument("--steps", type=int, default=60, help="of each loop and turn (default 60)")
     parser.add_argument("--log_every", type=int, default=10, metavar="STEPS",
                         help="of a timed interval; the first one warms up (default 10)")

@@ -16,6 +16,8 @@ import yaml
 from vir.errors import SettingsError
 
 RetentionMode = Literal["auto", "parallel", "chunkwise", "recurrent"]
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""Names of the floating-point types."""
 
 
 def _free(default: Any) -> Any:
@@ -316,7 +318,7 @@ class RunConfig:
     """All settings of a run."""
 
     deepspeed_config: str = _free("")
-    """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing; see ds_configs/."""
+    """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing. A path, or a shipped one's name: zero2_bf16."""
     output: str = _free("")
     """Run folder; the same command on it continues the run."""
     resume: str = _free("auto")

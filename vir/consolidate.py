@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from vir import cli
+from vir.config import PRECISIONS
 from vir.errors import VirError
 
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="a run folder (its newest complete checkpoint) or one checkpoint folder")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
     parser.add_argument("--ema", action="store_true", help="take the average of weights instead of the last ones")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the tensors in the file")
+    parser.add_argument("--dtype", choices=PRECISIONS, default="fp32", help="of the tensors in the file")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
 

@@ -78,7 +78,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     model = load(args.weights)
     metadata: WeightsMetadata = getattr(model, "weights_metadata")
     _check(args, model, metadata, reader)
-    if args.mode != "auto":
+    if hasattr(model, "set_retention_mode"):
         getattr(model, "set_retention_mode")(args.mode)
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -97,7 +97,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         accuracy = classify(model, eval_batches(reader, model_input, **batches), model_input, state.device, bar)
     assert accuracy is not None, "only a stop cuts it short, and none was given"
     result |= {"images": accuracy.images, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
-    _tell(args, result, state)
+    _print_result(args, result, state)
     state.destroy_process_group()
     return 0
 
@@ -111,7 +111,7 @@ def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata
         raise SettingsError(f"{metadata.model.name} has no retention; leave out --mode and --compare-modes")
 
 
-def _tell(args: argparse.Namespace, result: dict[str, Any], state: PartialState) -> None:
+def _print_result(args: argparse.Namespace, result: dict[str, Any], state: PartialState) -> None:
     if not state.is_main_process:
         return
     print(f"{result['model']}{' EMA' if result['ema'] else ''}, step {result['step']}, {result['images']} images, "

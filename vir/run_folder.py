@@ -7,11 +7,12 @@ import os
 import secrets
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import TYPE_CHECKING, Iterator
 
-from vir import distributed
-from vir.distributed import World
 from vir.errors import SettingsError
+
+if TYPE_CHECKING:  # the names are read by what does without torch
+    from vir.distributed import World
 
 CONFIG = "config.yaml"
 DS_CONFIG = "ds_config.json"
@@ -46,6 +47,8 @@ def claim(folder: Path, world: World) -> Iterator[None]:
 
 def _check_shared(folder: Path, world: World) -> None:
     """Rank 0 writes a token that every rank must be able to read: checkpoints need one folder for all nodes."""
+    from vir import distributed
+
     token, problem = distributed.broadcast(secrets.token_hex(8)), None
     path = folder / f".shared-{token}"
     if world.is_main:
@@ -66,6 +69,8 @@ def _check_shared(folder: Path, world: World) -> None:
 
 def _lock(folder: Path, world: World) -> int | None:
     """Lock the folder on rank 0 and return the descriptor that holds the lock."""
+    from vir import distributed
+
     descriptor, taken = None, False
     if world.is_main:
         descriptor = os.open(folder, os.O_RDONLY)

@@ -34,7 +34,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
 
         prepared = prepare(config)
     except VirError as error:  # every rank meets it
-        return cli.tell(error, "vir.train")
+        return cli.tell(error, "vir.train", every_rank=False)
     from vir.training.run import run
 
     try:

@@ -23,8 +23,7 @@ from vir.errors import DataError, SettingsError
 from vir.models import RETENTION_MODES, VisionRetention, retain, retention_decay
 from vir.models.block import Block, Retention
 from vir.models.build import create
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from vir.models.weights import DTYPES
 
 MODEL_ROWS = ("vit", *RETENTION_MODES, "free mixer", "stream")
 OPERATOR_ROWS = ("sdpa", *RETENTION_MODES, *(f"2-D {mode}" for mode in RETENTION_MODES))

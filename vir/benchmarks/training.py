@@ -33,8 +33,7 @@ from vir.reports.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = ROOT / "vir" / "recipes" / "quickstart.yaml"
-STAGES = tuple(str(ROOT / "ds_configs" / f"{name}.json")
-               for name in ("zero0_fp32", "zero1_bf16", "zero2_fp32", "zero3_bf16"))
+STAGES = ("zero0_fp32", "zero1_bf16", "zero2_fp32", "zero3_bf16")
 
 # glibc would give freed tensors back to the system and fault them in again: noise, and up to half of the time on CPU.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
@@ -172,7 +171,8 @@ class Sides:
 
     def short_run(self, config: str) -> Path:
         """The folder of two steps under another DeepSpeed config, with an average of the weights."""
-        if self.config.ema.decay and Path(config).resolve() == Path(self._settings.deepspeed_config).resolve():
+        same = ds_config.locate(config).resolve() == ds_config.locate(self._settings.deepspeed_config).resolve()
+        if self.config.ema.decay and same:
             return self.run
         return self._train(config, 2, 1, *([] if self.config.ema.decay else ["--ema.decay", "0.99"]))
 

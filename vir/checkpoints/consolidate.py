@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Iterator
 
-import torch
 from torch import Tensor
 
 from vir.checkpoints.info import CheckpointInfo, read_info
 from vir.checkpoints.partitions import EMA, WEIGHT, Partitions
 from vir.checkpoints.store import select
-from vir.distributed import World
 from vir.errors import CheckpointError, SettingsError
-from vir.models.weights import WeightsMetadata, save_weights
+from vir.models.weights import DTYPES, WeightsMetadata, save_weights
 from vir.run_folder import CHECKPOINTS, METRICS
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def consolidate(source: Path, output: Path, *, ema: bool = False, dtype: str = "fp32",
@@ -46,7 +42,7 @@ def consolidate(source: Path, output: Path, *, ema: bool = False, dtype: str = "
 def _checkpoint(source: Path) -> tuple[Path, CheckpointInfo]:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a run folder or one of its {CHECKPOINTS}/step-… folders")
-    selected = select(source, World(rank=0, size=1, device=torch.device("cpu")))
+    selected = select(source)
     if selected is not None:
         return selected
     if (source / CHECKPOINTS).is_dir() or (source / METRICS).is_file():

@@ -86,7 +86,14 @@ def candidates(run: Path) -> list[Path]:
     named = newest(run)
     others = [*(run / CHECKPOINTS).glob("step-????????"), *(run / CHECKPOINTS).glob("step-????????.replaced.part")]
     return ([named] if named else []) + sorted((path for path in others if path != named), reverse=True,
-                                               key=lambda path: (path.stat().st_mtime, path.name))
+                                               key=lambda path: (_changed_at(path), path.name))
+
+
+def _changed_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # the run that writes here has just removed it
+        return 0.0
 
 
 def read_info(folder: Path) -> CheckpointInfo:

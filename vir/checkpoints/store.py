@@ -149,12 +149,13 @@ def _firsts(root: Path, every_samples: float) -> set[str]:
     return firsts
 
 
-def select(source: Path, world: World) -> tuple[Path, CheckpointInfo] | None:
-    """The checkpoint that a folder means, the same on every rank, for every use. Collective.
+def select(source: Path, world: World | None = None) -> tuple[Path, CheckpointInfo] | None:
+    """The checkpoint that a folder means, for every use: resume, validation, consolidation.
 
     Args:
         source: a checkpoint folder, which means itself, or a run folder: its newest checkpoint whose files are as
             written. Damaged ones are passed over, with a warning.
+        world: ranks that all ask this together, share the reading and get the same answer; None for this process alone.
 
     Returns:
         None where `source` is no checkpoint and holds none.
@@ -163,7 +164,8 @@ def select(source: Path, world: World) -> tuple[Path, CheckpointInfo] | None:
         CheckpointError: there are some, but all are damaged.
     """
     damaged: list[str] = []
-    for folder in distributed.broadcast(_meant(source) if world.is_main else []):
+    folders = _meant(source) if world is None or world.is_main else []
+    for folder in folders if world is None else distributed.broadcast(folders):
         info, problem = _read_whole(folder, world)
         if info is not None:
             for said in damaged:
@@ -182,15 +184,16 @@ def _meant(source: Path) -> list[Path]:
     return [source] if (source / DESCRIPTION).is_file() else candidates(source)
 
 
-def _read_whole(folder: Path, world: World) -> tuple[CheckpointInfo | None, str]:
-    """Its description, or None and what is wrong with it. The ranks share the work of reading its files. Collective."""
+def _read_whole(folder: Path, world: World | None) -> tuple[CheckpointInfo | None, str]:
+    """Its description, or None and what is wrong with it. The ranks share the work of reading its files."""
     try:
         info = read_info(folder)
-        verify(folder, info, world.rank, world.size)
+        verify(folder, info, *((world.rank, world.size) if world else (0, 1)))
         problem = ""
     except CheckpointError as error:
         problem = str(error)
-    problem = next((one for one in distributed.gather(problem) if one), "")
+    if world is not None:
+        problem = next((one for one in distributed.gather(problem) if one), "")
     return (None, problem) if problem else (info, "")
 
 

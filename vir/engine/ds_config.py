@@ -106,7 +106,7 @@ def locate(given: str | Path) -> Path:
     """
     path = Path(given)
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.json"))}
-    if not path.exists() and str(given) in shipped:
+    if not path.is_file() and str(given) in shipped:
         return shipped[str(given)]
     if not path.exists():
         raise SettingsError(f"--deepspeed_config {path}: no such file; give the path of a JSON, or the name of a "

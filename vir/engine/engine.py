@@ -43,7 +43,7 @@ class Update(Enum):
 
     ACCUMULATING = "more micro-batches of this global batch follow"
     APPLIED = "the weights have moved"
-    SKIPPED = "the gradient of the global batch was not finite: nothing has changed"
+    SKIPPED = "the gradient of the global batch was not finite: the weights are as before"
 
 
 class Engine:
@@ -152,6 +152,8 @@ class Engine:
         """
         if averaged:
             self.use_average()
+        else:
+            self.use_weights()
         self.deepspeed.eval()
         with torch.no_grad():
             yield self.__call__
@@ -160,6 +162,7 @@ class Engine:
 
     def save(self, folder: Path) -> list[str]:
         """Write DeepSpeed's files into a folder and return the problems that this rank had. Collective."""
+        assert not self._shows_average, "use_weights() first: this would save the average as the weights"
         recorder = self.deepspeed.checkpoint_engine
         recorder.problems.clear()
         self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False,
@@ -175,6 +178,7 @@ class Engine:
         Raises:
             SettingsError: the checkpoint has other parameters.
         """
+        assert not self._shows_average, "use_weights() first"
         _check_shapes(saved, self._layout.trainable())
         for name, master, offset, start, stop in self._layout.pieces():
             here = slice(offset, offset + stop - start)
@@ -237,7 +241,7 @@ def _check_fp16(deepspeed_config: str) -> None:
     if not accelerator.is_fp16_supported():
         raise SettingsError(f"--deepspeed_config {deepspeed_config} enables fp16, which this machine's "
                             f"{accelerator.device_name()} does not support; take a bf16 or fp32 one, such as "
-                            "ds_configs/zero2_bf16.json")
+                            "zero2_bf16")
 
 
 def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:

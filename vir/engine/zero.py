@@ -1,6 +1,6 @@
 """Where a rank holds weights, float32 masters and optimizer state: one class per layout of DeepSpeed in memory.
 
-Each has the same five methods: backward, step, grad_norm, show and pieces.
+Each has the same methods: backward, step, grad_norm, show and pieces.
 
 Facts of DeepSpeed 0.19 that shape them, each seen by running it:
 - without ZeRO, bf16 creates the optimizer state by a step on zero gradients, which Adam counts;
@@ -149,7 +149,7 @@ class Partitioned(Layout):
                              allgather_bucket_size=wrapper.allgather_bucket_size)
 
     def pieces(self) -> Iterator[Piece]:
-        """Among them an empty piece of each group, so that a partition of nothing but padding is known too."""
+        """Also an empty piece for each group: a rank whose partition is only padding needs optimizer state as well."""
         flat = self.deepspeed.optimizer.single_partition_of_fp32_groups
         for master, group in zip(flat, self.optimizer.param_groups):
             yield Piece(group["names"][0], master, 0, 0, 0)

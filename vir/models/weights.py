@@ -19,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vir.config import PRECISIONS
 from vir.errors import DataError
 from vir.files import replacing
 from vir.models.build import FORBIDDEN_ARGS, NotBuiltError, create, mismatches
 from vir.models.spec import InputSpec, ModelSpec
 
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16)))
 FORMAT_VERSION = 1
 METADATA_KEY = "vir"
 
@@ -33,7 +35,7 @@ class WeightsMetadata:
     """What a weights file says of itself."""
 
     model: ModelSpec
-    """JSON: tuples among its arguments come back as lists."""
+    """The file is JSON, so tuples in its args are lists after loading."""
 
     step: int
     """Global batches that trained these weights."""
@@ -107,7 +109,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn
         raise DataError(f"{path} names {len(metadata.model.classes)} classes but its model has {num_classes} logits; "
                         f"save it with the classes that it was trained on, or with none")
     model.load_state_dict(state_dict)
-    setattr(model, "weights_metadata", metadata)  # nn.Module's own attributes are tensors and modules, for mypy
+    setattr(model, "weights_metadata", metadata)
     return model.to(device).eval()
 
 

@@ -17,7 +17,7 @@ from vir.log import log
 _LIMIT = 3
 """Steps in a row without a finite gradient after which the run stops."""
 _TOO_FEW_TO_JUDGE = 10
-"""Bad samples that never stop a run."""
+"""Up to this many bad samples never stop a run."""
 
 
 class FiniteGuard:

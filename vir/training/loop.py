@@ -29,7 +29,7 @@ class Ending(Enum):
     """How training came to its end."""
 
     DONE = "the plan is fulfilled"
-    STOPPED = "a signal asked for it; a checkpoint was saved"
+    STOPPED = "a signal asked for it; what was done is in a checkpoint"
 
 
 class GlobalStep:
@@ -37,13 +37,13 @@ class GlobalStep:
 
     Args:
         prepare: from a batch of the loader to pixels and targets.
-        forward: runs during each forward pass.
+        forward_clock: runs during each forward pass.
     """
 
     def __init__(self, train: TrainConfig, plan: Plan, engine: Engine, prepare: Preparation, guard: FiniteGuard,
-                 forward: Stopwatch, rank: int) -> None:
+                 forward_clock: Stopwatch, rank: int) -> None:
         self._train, self._plan, self._engine, self._prepare = train, plan, engine, prepare
-        self._guard, self._forward, self._rank = guard, forward, rank
+        self._guard, self._forward_clock, self._rank = guard, forward_clock, rank
 
     def __call__(self, batches: Iterator[Batch], step: int) -> StepRecord:
         """Do global batch `step`, from 0. Collective.
@@ -59,7 +59,7 @@ class GlobalStep:
             record.waited += time.monotonic() - asked
             self._seed_dropout(step, micro)
             images, targets = self._prepare(batch)
-            with self._forward:
+            with self._forward_clock:
                 loss = training_loss(self._engine(images), targets, self._train)
             self._engine.backward(loss)
             record.update = self._update(step)

@@ -78,6 +78,8 @@ class _Totals:
     bad: int
     memory: int
     """Of the rank with the most."""
+    stragglers: list[str]
+    """Which ranks hold the others up, and by what."""
 
 
 class Meter:
@@ -92,7 +94,7 @@ class Meter:
                  first: int) -> None:
         self._config, self._plan, self._engine, self._world = config, plan, engine, world
         self._writer, self._first = writer, first
-        self.forward = Stopwatch(world.device)
+        self.forward_clock = Stopwatch(world.device)
         """To be run during each forward pass."""
         self._terminal = shows_bars()
         self._bar = tqdm(total=plan.total_steps, initial=first, unit="step", dynamic_ncols=True,
@@ -141,22 +143,23 @@ class Meter:
         self._bar.close()
 
     def _totals(self) -> _Totals:
-        """The interval over all ranks. The only place where the training loop waits for the device. Collective."""
+        """The interval over all ranks. Waits for the device, so it is called once per interval. Collective."""
         interval = self._interval
         losses = torch.stack(interval.losses).double() if interval.losses else torch.zeros(0)
-        mine = [losses.sum().item(), len(losses), len(interval.bad), interval.waited, self.forward.total(),
+        mine = [losses.sum().item(), len(losses), len(interval.bad), interval.waited, self.forward_clock.total(),
                 peak_memory(self._world.device)]
         sums, counts, bad, waits, forwards, memory = zip(*distributed.gather(mine))
         seconds = time.monotonic() - interval.began - interval.paused
-        for said in interval.bad:
-            log.warning("bad sample replaced: %s", said)
-        for said in stragglers(waits, forwards, seconds):
-            log.info("straggler: %s", said)
         return _Totals(seconds=seconds, waited=sum(waits) / self._world.size, bad=sum(bad), memory=max(memory),
-                       loss=sum(sums) / sum(counts) if sum(counts) else float("nan"))
+                       loss=sum(sums) / sum(counts) if sum(counts) else float("nan"),
+                       stragglers=stragglers(waits, forwards, seconds))
 
     def _report(self, done: int) -> None:
         totals, plan, summary = self._totals(), self._plan, self._summary
+        for said in self._interval.bad:
+            log.warning("bad sample replaced: %s", said)
+        for said in totals.stragglers:
+            log.info("straggler: %s", said)
         images = plan.samples(self._interval.steps)
         summary.images += images
         summary.seconds += totals.seconds

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import yaml
 
-from vir.checkpoints.info import LATEST
+from vir.checkpoints.info import DESCRIPTION, LATEST
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
 from vir.data.transforms import check_augmentation
@@ -78,6 +78,9 @@ def _check_model(config: RunConfig) -> None:
 
 def _check_folder(config: RunConfig) -> None:
     """Refuse a run folder that began with other settings, or that --resume none would overwrite."""
+    if (Path(config.output) / DESCRIPTION).is_file():
+        raise SettingsError(f"--output {config.output} is a checkpoint, not a run folder; give the folder of its run, or "
+                            f"another --output and --resume {config.output}")
     saved = Path(config.output) / CONFIG
     has_checkpoint = (Path(config.output) / CHECKPOINTS / LATEST).is_file()
     if config.resume == "none" and (saved.is_file() or has_checkpoint):

@@ -11,7 +11,7 @@ from vir import distributed
 from vir import log as logs
 from vir import run_folder
 from vir.cluster.signals import StopRequest
-from vir.config import RunConfig, dump_yaml, to_dict
+from vir.config import dump_yaml, to_dict
 from vir.data.device import Preparation
 from vir.data.loader import train_batches
 from vir.data.order import SampleOrder
@@ -84,26 +84,26 @@ def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World,
 
 def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World,
            stop: StopRequest) -> Ending:
-    config, train, folder = prepared.config, prepared.train, Path(prepared.config.output)
-    info = resume(config, engine, spec, train.fingerprint, world)
+    config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
+    info = resume(config, engine, spec, reader.fingerprint, world)
     first = info.samples_seen // plan.global_batch_size if info else 0
-    saver = Saver(config, plan, engine, spec, train.fingerprint, world, first)
+    saver = Saver(config, plan, engine, spec, reader.fingerprint, world, first)
     writer = _begin_writing(prepared, plan, first) if world.is_main else None
     with closing(writer) if writer else nullcontext():
-        for line in describe(config, plan, engine, spec, train, prepared.val, world):
+        for line in describe(config, plan, engine, spec, reader, prepared.val, world):
             log.info(line)
         if first:
             log.info("continuing after step %d", first)
-        order = SampleOrder(config.train.seed, train.shard_sizes, config.data.lanes, config.data.window)
+        order = SampleOrder(config.train.seed, reader.shard_sizes, config.data.lanes, config.data.window)
         batches = train_batches(
-            train, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
+            reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
             last_step=plan.total_steps, global_batch_size=plan.global_batch_size,
             micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
             workers=config.data.workers, prefetch=config.data.prefetch, device=world.device)
         meter = Meter(config, plan, engine, world, writer, first)
         preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
                                   num_classes=plan.num_classes, seed=config.train.seed)
-        global_step = GlobalStep(config.train, plan, engine, preparation, FiniteGuard(order, train), meter.forward,
+        global_step = GlobalStep(config.train, plan, engine, preparation, FiniteGuard(order, reader), meter.forward_clock,
                                  world.rank)
         validator = Validator(config, engine, prepared.val, spec.input, world, stop)
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
@@ -115,8 +115,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
 
 def _begin_writing(prepared: Prepared, plan: Plan, first: int) -> MetricsWriter:
     """Leave the settings in the run folder and open its metrics. For rank 0."""
-    config: RunConfig = prepared.config
-    folder = Path(config.output)
+    config, folder = prepared.config, Path(prepared.config.output)
     replace_text(folder / run_folder.CONFIG, dump_yaml(config))
     replace_text(folder / run_folder.DS_CONFIG, ds_config.locate(config.deepspeed_config).read_text())
     return MetricsWriter(folder, plan.epoch(first), first, config.train.wandb, to_dict(config))

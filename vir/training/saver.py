@@ -18,6 +18,8 @@ from vir.training.validator import Results
 class Saver:
     """Writes checkpoints of a run into its folder, and remembers the best validation accuracy so far.
 
+    Making one is collective.
+
     Args:
         first: steps done before this process began.
     """

@@ -1,0 +1,258 @@
+"""Checkpoints are published whole, or not at all; which are kept, and which one a folder means. Without DeepSpeed."""
+
+import hashlib
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vir.checkpoints import store
+from vir.checkpoints.info import CheckpointInfo, newest, read_info
+from vir.checkpoints.store import Kept, best_so_far, save, select
+from vir.distributed import World
+from vir.errors import CheckpointError
+from vir.models.spec import InputSpec, ModelSpec
+
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+FILES = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"]
+INFO = CheckpointInfo(
+    samples_seen=0, step=0, updates=0, world_size=1, zero_stage=2, precision="bf16", ema=False, loss_scaler={},
+    metrics={}, config={"a": [1, 2]}, data_fingerprint="f",
+    model=ModelSpec(name="test_vit", args={}, classes=("x", "y"), input=InputSpec(
+        size=(3, 28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9)))
+
+
+def writing(content="weights", problems=()):
+    def write(folder):
+        folder.mkdir()
+        for name in FILES:
+            (folder / name).write_text(f"{name} {content}")
+        return list(problems)
+
+    return write
+
+
+def checkpoint(run, step, write=None, *, samples=None, kept=Kept(100, None), best=False, **said):
+    """A saved checkpoint, which was written at `step` seconds of 1970: clocks are too coarse for quick saves."""
+    described = replace(INFO, step=step, samples_seen=10 * step if samples is None else samples, **said)
+    save(write or writing(f"of step {step}"), run, described, WORLD, kept, best)
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    os.utime(folder, (step, step))
+    return folder
+
+
+def steps(run):
+    """What is in the folder, apart from the pointers: numbers of checkpoints, and names of what is none."""
+    names = sorted(path.name for path in (run / "checkpoints").iterdir() if path.name not in ("latest", "best"))
+    return [int(name[5:]) if name[5:].isdigit() else name for name in names]
+
+
+def contents(run):
+    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+# ---- publishing
+
+
+def test_a_checkpoint_lists_its_files_as_they_are_and_latest_names_it(tmp_path):
+    folder = checkpoint(tmp_path, 3, metrics={"top1": 1.5})
+    found = read_info(folder)
+    assert replace(found, files={}) == replace(INFO, step=3, samples_seen=30, metrics={"top1": 1.5})
+    assert sorted(found.files) == FILES
+    for name, file in found.files.items():
+        content = (folder / name).read_bytes()
+        assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert newest(tmp_path) == folder and steps(tmp_path) == [3]
+    assert not (tmp_path / "checkpoints" / "best").exists()
+
+
+def test_it_takes_its_name_when_it_is_whole(tmp_path):
+    def write(folder):
+        assert folder.name == "step-00000003.part" and not newest(tmp_path)
+        return writing()(folder)
+
+    checkpoint(tmp_path, 3, write)
+
+
+def test_a_step_that_is_saved_again_is_replaced(tmp_path):
+    checkpoint(tmp_path, 3, writing("old"))
+    folder = checkpoint(tmp_path, 3, writing("new"))
+    assert all(path.read_text().endswith("new") for path in folder.glob("*.pt"))
+    assert steps(tmp_path) == [3]
+
+
+def test_what_a_kill_left_behind_is_removed_by_the_next_save(tmp_path):
+    for name in ("step-00000002.part", "step-00000001.replaced.part"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / FILES[0]).write_text("half")
+    checkpoint(tmp_path, 2)
+    assert steps(tmp_path) == [2]
+    assert "half" not in (newest(tmp_path) / FILES[0]).read_text()
+
+
+# ---- what is kept
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in range(1, 5):
+        checkpoint(tmp_path, step, kept=Kept(2, None))
+        assert steps(tmp_path) == list(range(max(1, step - 1), step + 1))
+
+
+def test_the_newest_is_the_one_written_last_whatever_its_number(tmp_path):
+    checkpoint(tmp_path, 8)
+    checkpoint(tmp_path, 9)
+    checkpoint(tmp_path, 4, kept=Kept(1, None))  # of a run that went back
+    assert steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("per_step, left", [(500, [2, 4, 6]), (700, [2, 3, 5, 6]), (2500, [1, 2, 3, 4, 5, 6]),
+                                            (100, [6])])
+def test_the_first_after_each_so_many_samples_is_kept_for_good(tmp_path, per_step, left):
+    """Every 1000 samples: of 700, 1400, 2100, ... these are steps 2, 3 and 5, and step 6 at 4200."""
+    for step in range(1, 7):
+        checkpoint(tmp_path, step, samples=step * per_step, kept=Kept(1, 1000.0))
+    assert steps(tmp_path) == left
+
+
+def test_a_damaged_checkpoint_is_not_kept_for_its_samples(tmp_path):
+    (checkpoint(tmp_path, 1, samples=1000) / FILES[0]).unlink()
+    checkpoint(tmp_path, 2, samples=1500)
+    checkpoint(tmp_path, 3, samples=1800, kept=Kept(1, 1000.0))
+    assert steps(tmp_path) == [2, 3]
+
+
+def test_the_best_is_kept_until_another_is_better(tmp_path):
+    for step, best in ((1, False), (2, True), (3, False), (4, False)):
+        checkpoint(tmp_path, step, kept=Kept(1, None), best=best)
+    assert steps(tmp_path) == [2, 4]
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step-00000002"
+    checkpoint(tmp_path, 5, kept=Kept(1, None), best=True)
+    assert steps(tmp_path) == [5]
+
+
+# ---- what cannot be written
+
+
+def given_up(run, write, said, **more):
+    before = contents(run)
+    with pytest.raises(CheckpointError, match=said) as error:
+        checkpoint(run, 2, write, **more)
+    assert str(error.value).startswith(f"the checkpoint {run / 'checkpoints' / 'step-00000002'} could not be written: ")
+    assert str(error.value).endswith("those before it are whole: free some space and run the same command again")
+    assert contents(run) == before and steps(run) == [1]
+    assert select(run, WORLD)[1].step == 1
+
+
+def test_a_problem_of_the_writer_gives_the_checkpoint_up_and_no_other(tmp_path):
+    checkpoint(tmp_path, 1)
+    given_up(tmp_path, writing(problems=["a.pt: No space left on device"]), r"rank 0: \['a.pt: No space left",
+             kept=Kept(1, None), best=True)
+    checkpoint(tmp_path, 2)  # and the next one can be written
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_an_error_of_the_file_system_half_way_gives_the_checkpoint_up_and_no_other(tmp_path):
+    """DeepSpeed makes folders itself, and a full disk may refuse them."""
+    def write(folder):
+        writing("half")(folder)
+        raise OSError(28, "No space left on device")
+
+    checkpoint(tmp_path, 1)
+    given_up(tmp_path, write, "rank 0: .*No space left on device")
+
+
+def test_a_writer_that_wrote_nothing_is_told(tmp_path):
+    checkpoint(tmp_path, 1)
+    given_up(tmp_path, lambda folder: [], "No such file or directory.*step-00000002.part")
+
+
+def test_what_cannot_be_read_back_is_told(tmp_path):
+    def write(folder):
+        (folder / "mp_rank_00_model_states.pt").mkdir(parents=True)
+        return []
+
+    checkpoint(tmp_path, 1)
+    given_up(tmp_path, write, "mp_rank_00_model_states.pt cannot be read: Is a directory")
+
+
+def test_a_pointer_that_cannot_be_moved_is_told_and_the_one_before_stays(tmp_path):
+    checkpoint(tmp_path, 1)
+    (tmp_path / "checkpoints" / "best" / "in-the-way").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="could not be written: rank 0: .*best"):
+        checkpoint(tmp_path, 2, best=True, kept=Kept(1, None))
+    assert select(tmp_path, WORLD)[1].step == 1
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CheckpointError, match="step-00000002 could not be written: rank 0: .*File exists"):
+        checkpoint(tmp_path, 2, lambda folder: pytest.fail("there is no folder to write into"))
+    assert (tmp_path / "checkpoints").read_text() == "a file"
+
+
+# ---- which one a folder means
+
+
+def damage(folder):
+    path = folder / FILES[0]
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def test_a_run_folder_means_its_newest_and_a_checkpoint_folder_itself(tmp_path):
+    first, last = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    assert select(tmp_path, WORLD) == (last, read_info(last))
+    assert select(first, WORLD) == (first, read_info(first))
+
+
+def test_a_folder_without_any_means_none(tmp_path):
+    assert select(tmp_path, WORLD) is None
+    assert select(tmp_path / "nowhere", WORLD) is None
+    (tmp_path / "checkpoints" / "step-00000001.part").mkdir(parents=True)
+    assert select(tmp_path, WORLD) is None
+
+
+def test_a_damaged_newest_is_passed_over_loudly(tmp_path, caplog):
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    damage(tmp_path / "checkpoints" / "step-00000003")
+    (tmp_path / "checkpoints" / "step-00000002" / FILES[1]).unlink()
+    folder, found = select(tmp_path, WORLD)
+    assert (folder.name, found.step) == ("step-00000001", 1)
+    changed, missing, taken = caplog.messages
+    assert "DAMAGED CHECKPOINT PASSED OVER" in changed and f"{FILES[0]} has changed" in changed
+    assert "DAMAGED CHECKPOINT PASSED OVER" in missing and f"{FILES[1]} is missing" in missing
+    assert taken == f"continuing from the one before: {folder}"
+
+
+def test_where_all_are_damaged_each_is_told_and_none_is_taken(tmp_path, caplog):
+    for step in (1, 2):
+        damage(checkpoint(tmp_path, step))
+    with pytest.raises(CheckpointError, match=f"no checkpoint of {tmp_path} is whole: .*step-00000002/.*; .*"
+                                              "step-00000001/.*; restore one, or give another folder"):
+        select(tmp_path, WORLD)
+    assert not caplog.messages
+
+
+def test_a_damaged_checkpoint_that_is_named_is_not_replaced_by_another(tmp_path):
+    checkpoint(tmp_path, 1)
+    damage(checkpoint(tmp_path, 2))
+    with pytest.raises(CheckpointError, match="step-00000002 is whole: .* has changed"):
+        select(tmp_path / "checkpoints" / "step-00000002", WORLD)
+
+
+def test_a_kill_while_a_step_was_replaced_loses_nothing(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    kept = folder.rename(folder.with_name("step-00000001.replaced.part"))  # latest names what is not there
+    assert select(tmp_path, WORLD) == (kept, read_info(kept))
+
+
+def test_the_best_so_far_is_that_of_the_checkpoint_which_was_kept_for_it(tmp_path):
+    assert best_so_far(tmp_path, "top1") == float("-inf")
+    checkpoint(tmp_path, 1, metrics={"top1": 30.0, "ema_top1": 20.0}, best=True)
+    checkpoint(tmp_path, 2, metrics={"top1": 25.0})
+    assert best_so_far(tmp_path, "top1") == 30.0 and best_so_far(tmp_path, "ema_top1") == 20.0
+    assert best_so_far(tmp_path, None) == best_so_far(tmp_path, "top5") == float("-inf")
+    (tmp_path / "checkpoints" / "step-00000001" / store.DESCRIPTION).write_text("damaged")
+    assert best_so_far(tmp_path, "top1") == float("-inf")
