@@ -210,6 +210,9 @@ def test_a_shipped_one_is_found_by_name_from_any_folder_and_a_file_of_that_name_
     expected = ds_config.read("ds_configs/zero2_bf16.json")
     monkeypatch.chdir(tmp_path)
     assert ds_config.read("zero2_bf16") == expected != {}
+    (tmp_path / "zero2_bf16").mkdir()  # as a run's --output may be called
+    assert ds_config.read("zero2_bf16") == expected
+    (tmp_path / "zero2_bf16").rmdir()
     (tmp_path / "zero2_bf16").write_text('{"zero_optimization": {"stage": 1}}')
     assert ds_config.zero_stage(ds_config.read("zero2_bf16")) == 1
 

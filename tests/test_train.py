@@ -318,6 +318,12 @@ def test_too_many_damaged_samples_end_every_rank(troubled):
     assert "bad sample replaced: digits-train-0000" in said and "wrong checksum" in said
 
 
+def test_an_output_that_is_a_checkpoint_is_refused(runs, shards, capsys):
+    checkpoint = newest(runs / "zero0_fp32")
+    assert main(command(shards, checkpoint)) == 2
+    assert f"--output {checkpoint} is a checkpoint, not a run folder" in capsys.readouterr().err
+
+
 def test_shards_of_other_classes_do_not_continue_a_run(troubled):
     tmp, codes, said = troubled
     assert codes["other classes"] == 2, said

@@ -79,8 +79,8 @@ def _check_model(config: RunConfig) -> None:
 def _check_folder(config: RunConfig) -> None:
     """Refuse a run folder that began with other settings, or that --resume none would overwrite."""
     if (Path(config.output) / DESCRIPTION).is_file():
-        raise SettingsError(f"--output {config.output} is a checkpoint, not a run folder; give the folder of its run, or "
-                            f"another --output and --resume {config.output}")
+        raise SettingsError(f"--output {config.output} is a checkpoint, not a run folder; give the folder of its run, "
+                            f"or another --output and --resume {config.output}")
     saved = Path(config.output) / CONFIG
     has_checkpoint = (Path(config.output) / CHECKPOINTS / LATEST).is_file()
     if config.resume == "none" and (saved.is_file() or has_checkpoint):

@@ -103,8 +103,8 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
         meter = Meter(config, plan, engine, world, writer, first)
         preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
                                   num_classes=plan.num_classes, seed=config.train.seed)
-        global_step = GlobalStep(config.train, plan, engine, preparation, FiniteGuard(order, reader), meter.forward_clock,
-                                 world.rank)
+        guard = FiniteGuard(order, reader)
+        global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank)
         validator = Validator(config, engine, prepared.val, spec.input, world, stop)
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
         trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop)
