@@ -56,6 +56,7 @@ class LossScale:
         return {name: value for name, value in values.items() if value is not None}
 
     def restore(self, state: dict[str, float]) -> None:
-        if self.is_dynamic:
-            for name, value in state.items():
+        """Take up what state() gave, also with ZeRO what it gave without, where DeepSpeed has no hysteresis."""
+        for name, value in state.items():
+            if self.is_dynamic and hasattr(self._scaler, name):
                 setattr(self._scaler, name, value)

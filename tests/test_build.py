@@ -1,0 +1,168 @@
+"""The builder of models: what reaches timm, what images the network takes, and what is said when it cannot be."""
+
+import os
+from dataclasses import astuple
+from inspect import signature
+
+import pytest
+import timm
+import torch
+
+import vir.models  # noqa: F401  registers the models
+from vir.config import ModelConfig
+from vir.errors import DataError, SettingsError
+from vir.models.build import FORBIDDEN_ARGS, NotBuiltError, architecture, build, create, mismatches
+from vir.models.spec import InputSpec, input_of
+
+torch.set_num_threads(1)
+VIR = "vir_tiny_patch16_224"
+TINY = dict(patch_size=14, embed_dim=16, depth=2, num_heads=2)
+OWN = InputSpec(size=(3, 28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.875)
+
+
+def config(**changed):
+    return ModelConfig(**{"name": VIR, "img_size": 28, "args": TINY} | changed)
+
+
+def test_the_spec_says_how_to_build_the_same_network_again():
+    model, spec = build(config(drop_path_rate=0.1), ["cat", "dog"])
+    assert spec.name == VIR and spec.classes == ("cat", "dog") and spec.input == OWN
+    assert spec.args == {**TINY, "num_classes": 2, "img_size": 28}  # drop path acts in training alone
+    again = create(spec.name, spec.args)
+    again.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 28, 28)
+    assert torch.equal(again.eval()(images), model.eval()(images))
+
+
+def test_drop_path_reaches_the_network():
+    rates = [[module.drop_prob for module in build(config(drop_path_rate=rate), "ab")[0].modules()
+              if type(module).__name__ == "DropPath"] for rate in (0.0, 0.2)]
+    assert not any(rates[0]) and max(rates[1]) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "chunkwise", "recurrent"])
+def test_the_form_of_retention_reaches_every_block_and_changes_no_logit(mode):
+    images = torch.randn(2, 3, 28, 28)
+    model, _ = build(config(), "ab")
+    other, _ = build(config(retention_mode=mode, chunk_size=2), "ab")
+    other.load_state_dict(model.state_dict())
+    found = {module.mode for module in other.modules() if hasattr(module, "mode")}
+    assert found == {mode}
+    assert torch.allclose(other.eval()(images), model.eval()(images), atol=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("name, fixed", [(VIR, True), ("test_vit", True), ("test_resnet", False),
+                                         ("test_convnext", False)])
+def test_only_networks_of_a_fixed_size_are_told_the_size_of_images(name, fixed):
+    args = architecture(ModelConfig(name=name, img_size=64), 7)
+    assert args == {"num_classes": 7} | ({"img_size": 64} if fixed else {})
+    assert architecture(ModelConfig(name=name), 7) == {"num_classes": 7}  # the model's own
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_the_size_of_images_is_the_one_asked_for_with_either_kind(name):
+    model, spec = build(ModelConfig(name=name, img_size=64), "ab")
+    assert spec.input.size == (3, 64, 64)
+    assert model.eval()(torch.zeros(1, *spec.input.size)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "interpolation", "crop_pct"])
+def test_each_setting_of_images_overrides_the_networks_own_and_no_other(name):
+    given = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 1.0}[name]
+    _, spec = build(config(**{name: given}), "ab")
+    assert getattr(spec.input, name) == given
+    assert astuple(spec.input) == tuple(given if field == name else value for field, value in vars(OWN).items())
+
+
+def test_images_of_a_network_are_as_its_default_cfg_says():
+    _, spec = build(ModelConfig(name="test_vit"), "ab")
+    assert spec.input == input_of(timm.create_model("test_vit")) and spec.input.size == (3, 160, 160)
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"name": "no_such_model"}, "--model.name no_such_model cannot be built with .*: .*no_such_model"),
+    ({"args": {**TINY, "patch_sise": 4}}, f"--model.name {VIR} cannot be built with .*patch_sise.*: .*patch_sise"),
+    ({"args": {**TINY, "num_heads": 3}}, f"--model.name {VIR} cannot be built with .*num_heads.*: ."),
+    ({"args": {**TINY, "patch_size": 0}}, f"--model.name {VIR} cannot be built with "),
+])
+def test_arguments_that_do_not_fit_are_told_as_settings(changed, said):
+    with pytest.raises(SettingsError, match=said) as error:
+        build(config(**changed), "ab")
+    assert not isinstance(error.value, NotBuiltError)  # that one is for those who build without settings
+
+
+def test_the_creation_alone_says_what_timm_said():
+    with pytest.raises(NotBuiltError, match="num_hats"):
+        create(VIR, {"num_hats": 2})
+
+
+def test_forbidden_arguments_are_arguments_of_timm():
+    """So that a name that timm changes is not forbidden in vain."""
+    assert FORBIDDEN_ARGS <= signature(timm.create_model).parameters.keys()
+
+
+# ---- init_from
+
+
+@pytest.fixture
+def weights(tmp_path):
+    model, _ = build(config(), ["a", "b"])
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    return model.state_dict(), str(tmp_path / "w.pth")
+
+
+def test_training_begins_from_the_weights_of_a_file(weights):
+    expected, path = weights
+    model, _ = build(config(init_from=path), ["x", "y"])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_head_of_another_class_count_begins_at_random_and_the_rest_does_not(weights):
+    expected, path = weights
+    torch.manual_seed(7)
+    fresh, _ = build(config(), "abc")
+    torch.manual_seed(7)
+    model, _ = build(config(init_from=path), "abc")
+    for name, tensor in model.state_dict().items():
+        source = fresh.state_dict() if name.startswith("head.") else expected
+        assert torch.equal(tensor, source[name]), name
+
+
+def test_weights_of_another_architecture_are_refused_by_name(weights):
+    said = r"w.pth does not fit \w+ as it is built here: \d+ tensors missing \(blocks.2."
+    with pytest.raises(DataError, match=said):
+        build(config(init_from=weights[1], args={**TINY, "depth": 3}), "ab")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights"])
+def test_a_file_that_holds_no_weights_is_told(tmp_path, content):
+    path = tmp_path / "w.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="w.safetensors cannot be read as weights: "):
+        build(config(init_from=str(path)), "ab")
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    torch.save({"state_dict": Payload(tmp_path / "it-ran")}, tmp_path / "w.pth")
+    with pytest.raises(DataError, match="w.pth cannot be read as weights: "):
+        build(config(init_from=str(tmp_path / "w.pth")), "ab")
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_mismatches_are_counted_by_kind_and_the_first_are_named():
+    def tensors(**shapes):
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    assert mismatches(tensors(a=1, b=2), tensors(a=1, b=2)) == ""
+    said = mismatches(tensors(a=1, b=2, x=1), tensors(a=(3, 1), b=2, c=1, d=1, e=1, f=1))
+    assert said == ("4 tensors missing (c, d, e, …); 1 tensors unexpected (x); "
+                    "1 tensors of another shape (a is [1], not [3, 1])")

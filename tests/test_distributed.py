@@ -1,0 +1,196 @@
+"""Two ranks on CPU: what one has reaches the other, and what one alone meets, both agree on.
+
+This file is also the program of the ranks: python tests/test_distributed.py FOLDER
+"""
+
+import json
+import os
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from support.launchers import call, free_port
+from vir import distributed, run_folder
+from vir.checkpoints import store
+from vir.checkpoints.info import CheckpointInfo
+from vir.cluster.signals import StopRequest
+from vir.engine.batch_norm import RunningStatistics
+from vir.errors import VirError
+from vir.models.spec import InputSpec, ModelSpec
+
+INFO = CheckpointInfo(
+    samples_seen=0, step=1, updates=0, world_size=2, zero_stage=2, precision="bf16", ema=False, loss_scaler={},
+    metrics={}, config={}, data_fingerprint="f", model=ModelSpec(name="test_vit", args={}, classes=(), input=InputSpec(
+        size=(3, 28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9)))
+KEPT = store.Kept(1, None)
+
+
+def told(work):
+    """The text of the error that the work ends with."""
+    try:
+        work()
+    except VirError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def claim(folder, world):
+    with run_folder.claim(folder, world):
+        return
+
+
+def as_rank(folder):
+    stop = StopRequest()
+    world = distributed.start()
+    stop.join(world.size)
+    rank, found = world.rank, {"world": [world.rank, world.size, world.device.type, world.is_main]}
+    found["broadcast"] = distributed.broadcast({"from": rank})
+    found["gather"] = distributed.gather({"from": rank})
+    found["sum"] = distributed.sum_over_ranks([(2**52, 0.1), (1, 0.2)][rank % 2], world.device)
+
+    found["stop"] = [stop.agree()]
+    if rank == world.size - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    found["stop"].append(stop.agree())
+
+    found["claim"] = told(lambda: claim(folder / "shared", world))
+    found["blind"] = told(lambda: claim(folder / f"own{rank}", world))
+
+    def write(part, problems=()):
+        part.mkdir(exist_ok=True)
+        (part / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_text(f"{rank}")
+        if world.is_main:
+            (part / "mp_rank_00_model_states.pt").write_text("model")
+        return list(problems)
+
+    run = folder / "shared"
+    store.save(write, run, INFO, world, KEPT, False)
+    found["files"] = sorted(store.select(run, world)[1].files)
+    found["save"] = told(lambda: store.save(lambda part: write(part, ["disk full"] if rank else []), run,
+                                            replace(INFO, step=2), world, KEPT, True))
+    found["left"] = sorted(path.name for path in (run / "checkpoints").iterdir())
+    distributed.barrier()
+    if world.is_main:
+        (run / "checkpoints" / "step-00000001" / "mp_rank_00_model_states.pt").write_text("MODEL")
+    distributed.barrier()
+    found["damage"] = told(lambda: store.select(run, world))
+
+    model = nn.BatchNorm1d(1, momentum=1.0)
+    statistics = RunningStatistics(model, averages=True)
+    model(torch.full((4, 1), 1.0 + 2 * rank))
+    statistics.after_step(True, 0.5)
+    found["statistics"] = [model.running_mean.item(), statistics.average["running_mean"].item()]
+
+    stop.close()
+    distributed.stop()
+    distributed.barrier()  # of nobody
+    (folder / f"found{world.size}-{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two ranks has found."""
+    folder, port = tmp_path_factory.mktemp("ranks"), free_port()
+    with ThreadPoolExecutor() as pool:
+        ranks = [pool.submit(call, sys.executable, __file__, folder, timeout=180, RANK=f"{rank}", LOCAL_RANK=f"{rank}",
+                             WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
+                             CUDA_VISIBLE_DEVICES="") for rank in range(2)]
+    for rank in ranks:
+        assert rank.result().returncode == 0, rank.result().stdout[-4000:]
+    return [json.loads((folder / f"found2-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_each_rank_knows_its_place(found):
+    assert [of_rank["world"] for of_rank in found] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
+
+
+def test_rank_0_is_heard_by_all_and_all_by_each(found):
+    for of_rank in found:
+        assert of_rank["broadcast"] == {"from": 0}
+        assert of_rank["gather"] == [{"from": 0}, {"from": 1}]
+
+
+def test_sums_are_those_of_float64(found):
+    for of_rank in found:
+        assert of_rank["sum"] == [2**52 + 1, 0.1 + 0.2]
+
+
+def test_a_signal_on_one_rank_stops_both(found):
+    for of_rank in found:
+        assert of_rank["stop"] == [False, True]
+
+
+def test_a_folder_that_one_rank_does_not_see_is_refused_on_both(found):
+    for rank, of_rank in enumerate(found):
+        assert of_rank["claim"] is None
+        assert of_rank["blind"].startswith("SettingsError: --output ")
+        assert f"own{rank}: ranks [1] do not see what rank 0 writes there; give a folder that all nodes share" in (
+            of_rank["blind"])
+
+
+def test_a_checkpoint_holds_the_files_of_both_ranks(found):
+    for of_rank in found:
+        assert of_rank["files"] == [*(f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)),
+                                    "mp_rank_00_model_states.pt"]
+
+
+def test_a_problem_of_one_rank_gives_the_checkpoint_up_on_both(found):
+    for of_rank in found:
+        assert of_rank["save"].startswith("CheckpointError: ") and "rank 1: disk full" in of_rank["save"]
+        assert {"latest", "step-00000001"} == set(of_rank["left"]) - {"step-00000002.part"}
+    assert "step-00000002.part" not in found[0]["left"]
+
+
+def test_damage_that_one_rank_finds_is_told_on_both(found):
+    for of_rank in found:
+        assert "mp_rank_00_model_states.pt has changed since it was written" in of_rank["damage"]
+
+
+def test_running_statistics_are_the_mean_of_the_ranks(found):
+    for of_rank in found:
+        assert of_rank["statistics"] == [2.0, 1.0]  # (1 + 3) / 2, and half way to it from 0
+
+
+# ---- in this process
+
+
+def test_alone_everything_is_ones_own():
+    assert distributed.broadcast("a") == "a" and distributed.gather("a") == ["a"]
+    assert distributed.sum_over_ranks([2**53 - 1, 0.1], torch.device("cpu")) == [2**53 - 1, 0.1]
+    distributed.barrier()
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("environment, processes", [
+    ({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "100000"}, 100000)])
+def test_the_processes_of_a_node_share_its_cores(threads, monkeypatch, environment, processes):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.share_cores(torch.device("cpu"))
+    assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+@pytest.mark.parametrize("device, omp", [("cpu", "3"), ("cuda", None)])
+def test_a_launchers_word_and_a_gpu_leave_the_threads_as_they_are(threads, monkeypatch, device, omp):
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    distributed.share_cores(torch.device(device))
+    assert torch.get_num_threads() == 3
+
+
+if __name__ == "__main__":
+    as_rank(Path(sys.argv[-1]))

@@ -1,0 +1,132 @@
+"""The numbers of a run, counted by hand, and the lines about them."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vir.config import (
+    CheckpointConfig,
+    DataConfig,
+    EmaConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from vir.data.reader import ShardReader
+from vir.data.shards import ShardSample, write_shard, write_split
+from vir.distributed import World
+from vir.errors import SettingsError
+from vir.models.build import build
+from vir.training import schedule
+from vir.training.plan import describe, make_plan, model_state_bytes
+
+WORLD = World(rank=1, size=2, device=torch.device("cpu"))
+CLASSES = ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """50 samples in shards of 30 and 20."""
+    folder = tmp_path_factory.mktemp("split")
+    samples = [ShardSample(f"k{i}", b"no image is decoded here", "jpg", 1, 1, i % 3, f"{i}.jpg") for i in range(50)]
+    shards = [write_shard(folder / f"s-{i}.tar", part) for i, part in enumerate((samples[:30], samples[30:]))]
+    write_split(folder, shards, name="s", split="train", classes=CLASSES, seed=0, samples_per_shard=30, skipped=[])
+    return ShardReader(folder)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return build(ModelConfig(name="vir_tiny_patch16_224", img_size=28, args=dict(
+        patch_size=14, embed_dim=16, depth=1, num_heads=2)), CLASSES)
+
+
+def config(**train):
+    return RunConfig(
+        deepspeed_config="x", output="y", data=DataConfig(train="t", val="v"), ema=EmaConfig(decay=0.9),
+        train=TrainConfig(**{"epochs": 2, "global_batch_size": 8, "micro_batch_size": 2} | train),
+        optim=OptimConfig(lr_base=0.32, weight_decay=0.1, weight_decay_end=0.3),
+        schedule=ScheduleConfig(name="constant", warmup_epochs=0.8, warmup_lr=0.0), eval=EvalConfig(every_epochs=1),
+        checkpoint=CheckpointConfig(every_epochs=0.5))
+
+
+def plan_of(reader, network, **train):
+    return make_plan(config(**train), reader, network[1], WORLD, "bf16")
+
+
+def test_steps_and_batches_follow_from_samples_and_ranks(reader, network):
+    plan = plan_of(reader, network)
+    assert (plan.num_samples, plan.num_classes, plan.global_batch_size) == (50, 3, 8)
+    assert plan.accumulation == 2                            # 8 = 2 x 2 x 2 ranks
+    assert plan.total_steps == 13                            # 100 samples in batches of 8
+    assert plan.eval_steps == {7, 13}                        # 50 and 100 samples are complete after 6.25 and 12.5
+    assert plan.checkpoint_steps == {4, 7, 10, 13}
+    assert plan.steps_per_epoch == 6.25
+
+
+def test_samples_and_epochs_after_so_many_steps(reader, network):
+    plan = plan_of(reader, network)
+    assert [plan.samples(done) for done in (0, 1, 13)] == [0, 8, 104]
+    assert [plan.epoch(done) for done in (0, 1, 13)] == [0, 0.16, 2.08]
+
+
+def test_learning_rate_and_decay_are_those_of_the_schedule(reader, network):
+    plan = plan_of(reader, network)
+    rates = [plan.learning_rate(step) for step in range(13)]
+    assert rates[:6] == pytest.approx([0, 0.002, 0.004, 0.006, 0.008, 0.01])  # 0.32 x 8 / 256 after 5 steps
+    assert rates[6:] == [rates[5]] * 7
+    given = config()
+    assert rates == [schedule.learning_rate(step, 13, 6.25, 0.01, given.schedule) for step in range(13)]
+    decays = [plan.weight_decay(step) for step in range(13)]
+    assert decays == [schedule.weight_decay(step, 13, given.optim) for step in range(13)]
+    assert decays[0] == pytest.approx(0.1) and decays == sorted(decays) and decays[-1] < 0.3
+
+
+def test_the_peak_is_the_given_one_or_unknown_on_a_cpu(reader, network):
+    assert plan_of(reader, network, peak_tflops=2.0).peak_flops == 2e12
+    assert plan_of(reader, network).peak_flops is None
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(reader, network):
+    with pytest.raises(SettingsError, match="--train.global_batch_size 10 is not .* x 2 ranks = 4; nearest: 8 or 12"):
+        plan_of(reader, network, global_batch_size=10)
+
+
+def test_the_lines_about_a_run_say_its_numbers(reader, network):
+    model, spec = network
+    engine = SimpleNamespace(module=model, zero_stage=2, precision="bf16", dtype=torch.bfloat16, has_ema=True, groups=[
+        {"name": "decay", "names": ["a", "b"], "lr_scale": 1.0}, {"name": "no_decay", "names": ["c"], "lr_scale": 0.5}])
+    plan = plan_of(reader, network)
+    what, optim, data, steps, memory = describe(config(), plan, engine, spec, reader, reader, WORLD)
+    count = sum(p.numel() for p in model.parameters())
+    assert what.startswith(f"vir_tiny_patch16_224, {count / 1e6:.2f} M parameters, ")
+    assert f"{plan.forward_flops / 1e9:.3g} GFLOP" in what and what.endswith(
+        "forward per image of 3x28x28; ZeRO 2, bf16, 2 ranks on cpu")
+    assert optim == "adamw, peak lr 0.01, tensors per group: decay 2, no_decay 1 lr x0.5"
+    assert data == "50 training images in 2 shards, 50 validation images, 3 classes"
+    assert steps == "13 steps of 8 = 2 x 2 x 2 ranks; 2 evaluations, 4 checkpoints"
+    half = (count + 1) // 2
+    weights, state = 2 * count + 2 * half, (4 + 4 * 3) * half       # two moments and the average
+    assert memory == (f"memory per rank: {(weights + state) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients "
+                      f"+ {state / 1e6:.1f} optimizer and EMA, without activations")
+
+
+def test_a_model_that_cannot_be_counted_has_no_number(reader, network):
+    spec = replace(network[1], args={**network[1].args, "num_hats": 1})
+    assert make_plan(config(), reader, spec, WORLD, "bf16").forward_flops is None
+
+
+@pytest.mark.parametrize("stage, itemsize, expected", [
+    (0, 4, (80, 120)),      # float32 weights are their own masters
+    (0, 2, (40, 160)),
+    (1, 2, (40, 48)),       # 4 ranks hold 3 of 10 numbers each: the last one pads
+    (2, 2, (26, 48)),
+    (3, 2, (12, 48)),
+    (1, 4, (80, 48)),
+])
+def test_bytes_per_rank_are_those_of_the_zero_paper(stage, itemsize, expected):
+    assert model_state_bytes(10, 4, stage, itemsize, states=3) == expected
