@@ -48,7 +48,7 @@ def command(config: str, before: Path) -> list[str]:
     """As the runs were begun; the DeepSpeed JSON by its name."""
     return [
         "--model.name", "vir_tiny_patch16_224", "--model.img_size", "28", "--data.workers", "1", "--data.lanes", "2",
-        "--model.args", "{patch_size: 7, embed_dim: 16, depth: 1, num_heads: 2}", "--model.drop_path_rate", "0.1",
+        "--model.args", "{patch_size: 7, embed_dim: 16, depth: 2, num_heads: 2}", "--model.drop_path_rate", "0.1",
         "--data.train", str(before / "shards" / "train"), "--data.val", str(before / "shards" / "val"),
         "--output", str(before / "runs" / config), "--deepspeed_config", config, "--train.epochs", "2.56",
         "--train.global_batch_size", "16", "--train.micro_batch_size", "4", "--train.log_every", "1",
