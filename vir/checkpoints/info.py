@@ -60,11 +60,8 @@ class CheckpointInfo:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> CheckpointInfo:
         """From the object that to_json writes, without its format. Raises KeyError, TypeError or ValueError."""
-        image = fields.pop("model_input")
-        model_input = InputSpec(size=tuple(image["size"]), mean=tuple(image["mean"]), std=tuple(image["std"]),
-                                interpolation=image["interpolation"], crop_pct=image["crop_pct"])
-        model = ModelSpec(name=fields.pop("model_name"), args=fields.pop("model_args"), input=model_input,
-                          classes=tuple(fields.pop("classes")))
+        model = ModelSpec(name=fields.pop("model_name"), args=fields.pop("model_args"),
+                          input=InputSpec.from_json(**fields.pop("model_input")), classes=tuple(fields.pop("classes")))
         return cls(model=model, **fields)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,19 @@ class InputSpec:
     """Filter with which images are resized: bilinear, bicubic, …"""
     crop_pct: float
     """Side of the centre crop / shorter side of the resized image."""
+
+    @classmethod
+    def from_json(cls, *, size: Sequence[int], mean: Sequence[float], std: Sequence[float], interpolation: str,
+                  crop_pct: float) -> InputSpec:
+        """From the fields as JSON has them: lists in the place of tuples."""
+        channels, height, width = size
+        return cls(size=(channels, height, width), mean=tuple(mean), std=tuple(std), interpolation=interpolation,
+                   crop_pct=crop_pct)
+
+    def timm_cfg(self) -> dict[str, Any]:
+        """The fields by the names that they have in timm's pretrained_cfg."""
+        fields = asdict(self)
+        return {"input_size": fields.pop("size"), **fields}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,17 @@ class WeightsMetadata:
 
     def to_json(self) -> str:
         """The header, flat."""
-        image = asdict(self.model.input)
         return json.dumps({
             "model_name": self.model.name, "model_args": self.model.args, "classes": self.model.classes,
-            "input_size": image.pop("size"), **image, "step": self.step, "samples_seen": self.samples_seen,
-            "ema": self.ema, "dtype": self.dtype, "format_version": self.format_version}, ensure_ascii=False)
+            **self.model.input.timm_cfg(), "step": self.step, "samples_seen": self.samples_seen, "ema": self.ema,
+            "dtype": self.dtype, "format_version": self.format_version}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> WeightsMetadata:
         """Raises ValueError, TypeError or KeyError where the text is not what to_json writes."""
         fields = json.loads(text)
-        image = InputSpec(
-            size=tuple(fields.pop("input_size")), mean=tuple(fields.pop("mean")), std=tuple(fields.pop("std")),
+        image = InputSpec.from_json(
+            size=fields.pop("input_size"), mean=fields.pop("mean"), std=fields.pop("std"),
             interpolation=fields.pop("interpolation"), crop_pct=fields.pop("crop_pct"))
         model = ModelSpec(name=fields.pop("model_name"), args=dict(fields.pop("model_args")), input=image,
                           classes=tuple(fields.pop("classes")))
@@ -145,9 +144,8 @@ def _create(path: str | os.PathLike[str], model: ModelSpec) -> nn.Module:
     if forbidden := sorted(FORBIDDEN_ARGS & model.args.keys()):
         raise DataError(f"{path} has model_args {forbidden}, which would fetch other weights; remove them where the "
                         f"file is made")
-    image = asdict(model.input)
     try:
-        return create(model.name, model.args, pretrained_cfg_overlay={"input_size": image.pop("size"), **image})
+        return create(model.name, model.args, pretrained_cfg_overlay=model.input.timm_cfg())
     except NotBuiltError as error:
         raise DataError(f"{path}: timm {timm.__version__} cannot create {model.name!r} with model_args {model.args} "
                         f"({error}); install the versions of vir and timm that wrote it") from error

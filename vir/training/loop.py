@@ -32,6 +32,14 @@ class Ending(Enum):
     STOPPED = "a signal asked for it; what was done is in a checkpoint"
 
 
+class Verdict(Enum):
+    """What an evaluation came to."""
+
+    CUT_SHORT = "a signal ended it before its end"
+    BEST = "better than every evaluation before it"
+    NOT_BEST = "not better than the best one"
+
+
 class GlobalStep:
     """Forward, backward and update of one global batch on this rank.
 
@@ -53,6 +61,7 @@ class GlobalStep:
             LossScaleError: a gradient that is not finite at the floor of the loss scale.
         """
         record = StepRecord(update=Update.ACCUMULATING, losses=[], positions=[], bad=[], waited=0.0)
+        rates = self._plan.learning_rate(step), self._plan.weight_decay(step)
         for micro in range(self._plan.accumulation):
             asked = time.monotonic()
             batch = next(batches)
@@ -62,7 +71,7 @@ class GlobalStep:
             with self._forward_clock:
                 loss = training_loss(self._engine(images), targets, self._train)
             self._engine.backward(loss)
-            record.update = self._update(step)
+            record.update = self._update(step, *rates)
             record.losses.append(loss.detach())
             record.positions.append(batch.positions)
             record.bad += batch.bad
@@ -77,9 +86,9 @@ class GlobalStep:
         key = (self._train.seed, self._plan.samples(step), self._rank, micro, DROPOUT)
         torch.manual_seed(int(generator(*key).integers(2**63)))
 
-    def _update(self, step: int) -> Update:
+    def _update(self, step: int, lr: float, weight_decay: float) -> Update:
         try:
-            return self._engine.step(self._plan.learning_rate(step), self._plan.weight_decay(step))
+            return self._engine.step(lr, weight_decay)
         except LossScaleError as error:
             raise LossScaleError(f"step {step + 1}: {error}: lower --optim.lr, lengthen --schedule.warmup_epochs "
                                  "or use a bf16 --deepspeed_config") from error
@@ -108,8 +117,12 @@ class Trainer:
         try:
             if self._stop.agree():
                 return Ending.DONE if first == total and not evaluate_first else Ending.STOPPED
-            if evaluate_first and self._made_up_for(first) is Ending.STOPPED:
-                return Ending.STOPPED
+            if evaluate_first:
+                verdict = self._evaluate(first)
+                if verdict is Verdict.CUT_SHORT:
+                    return Ending.STOPPED
+                if verdict is Verdict.BEST:
+                    self._saver.save(first)
             self._meter.begin()
             for step in range(first, total):
                 self._profiler.before(step)
@@ -131,26 +144,21 @@ class Trainer:
             self._meter.close()
         return Ending.DONE
 
-    def _made_up_for(self, done: int) -> Ending:
-        """Do the evaluation that an earlier process could not finish."""
-        results = self._validator.evaluate(done)
-        if results is None:
-            return Ending.STOPPED
-        self._meter.evaluated(done, results, self._validator.images)
-        if self._saver.evaluated(done, results):
-            self._saver.save(done)
-        return Ending.DONE
-
     def _between_steps(self, done: int, stopping: bool) -> bool:
         """Evaluate and save as the plan says, save when stopping; whether the run must stop. Collective."""
         asks_for_checkpoint = done in self._plan.checkpoint_steps
         if done in self._plan.eval_steps and not stopping:
-            results = self._validator.evaluate(done)
-            if results is None:
-                stopping = True
-            else:
-                self._meter.evaluated(done, results, self._validator.images)
-                asks_for_checkpoint |= self._saver.evaluated(done, results)
+            verdict = self._evaluate(done)
+            stopping = verdict is Verdict.CUT_SHORT
+            asks_for_checkpoint |= verdict is Verdict.BEST
         if asks_for_checkpoint or stopping:
             self._saver.save(done)
         return stopping
+
+    def _evaluate(self, done: int) -> Verdict:
+        """Evaluate after `done` steps and write the results. Collective."""
+        results = self._validator.evaluate(done)
+        if results is None:
+            return Verdict.CUT_SHORT
+        self._meter.evaluated(done, results, self._validator.images)
+        return Verdict.BEST if self._saver.evaluated(done, results) else Verdict.NOT_BEST

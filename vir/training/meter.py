@@ -100,10 +100,10 @@ class Meter:
         self._bar = tqdm(total=plan.total_steps, initial=first, unit="step", dynamic_ncols=True,
                          disable=not (world.is_main and self._terminal))
         self._summary = _Summary()
-        self._interval = _Interval()
+        self.begin()
 
     def begin(self) -> None:
-        """Start the clock of the first interval."""
+        """Start the clock of an interval."""
         self._interval = _Interval()
 
     def stepped(self, done: int, record: StepRecord, stopping: bool) -> None:
@@ -123,7 +123,7 @@ class Meter:
         self._bar.update()
         if done % self._config.train.log_every == 0 or done == self._plan.total_steps or stopping:
             self._report(done)
-            self._interval = _Interval()
+            self.begin()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
