@@ -159,7 +159,7 @@ def events_since(run: Path, moment: float) -> list[dict[str, Any]]:
 def parts_since(run: Path, moment: float) -> list[Path]:
     """Checkpoints being written, without those that an earlier kill left."""
     found = []
-    for path in (run / CHECKPOINTS).glob("*.part"):
+    for path in (run / CHECKPOINTS).glob("step-????????.part"):
         try:
             if path.stat().st_mtime > moment:
                 found.append(path)

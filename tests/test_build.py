@@ -101,6 +101,45 @@ def test_forbidden_arguments_are_arguments_of_timm():
     assert FORBIDDEN_ARGS <= signature(timm.create_model).parameters.keys()
 
 
+# ---- freeze
+
+
+def frozen(model):
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def test_parameters_whose_name_matches_from_its_start_are_frozen():
+    model, _ = build(config(freeze=r"patch_embed|blocks\.0\."), "ab")
+    names = {name for name, _ in model.named_parameters()}
+    assert frozen(model) == {name for name in names if name.startswith(("patch_embed.", "blocks.0."))}
+    assert len(frozen(model)) > 5 and not frozen(build(config(), "ab")[0])
+    assert frozen(build(config(freeze="proj|norm"), "ab")[0]) == {"norm.weight", "norm.bias"}  # not patch_embed.proj
+
+
+def test_weights_that_training_begins_from_reach_frozen_parameters(weights):
+    expected, path = weights
+    model, _ = build(config(init_from=path, freeze="patch_embed"), "ab")
+    assert torch.equal(model.patch_embed.proj.weight, expected["patch_embed.proj.weight"])
+    assert not model.patch_embed.proj.weight.requires_grad and model.head.weight.requires_grad
+
+
+@pytest.mark.parametrize("pattern, said", [
+    ("stem", r"--model.freeze 'stem' matches no parameter of \w+ from the start of its name; it has blocks.0.*, …"),
+    ("proj.weight", "--model.freeze 'proj.weight' matches no parameter"),
+    (".*", r"--model.freeze '\.\*' leaves no parameter of \w+ to train; it matches blocks.0"),
+    ("", "--model.freeze '' leaves no parameter"),
+])
+def test_a_freeze_that_fits_nothing_or_everything_is_refused(pattern, said):
+    with pytest.raises(SettingsError, match=said):
+        build(config(freeze=pattern), "ab")
+
+
+def test_batch_norms_of_frozen_parameters_go_on_with_their_statistics():
+    model, _ = build(ModelConfig(name="test_resnet", freeze="bn1"), "ab")
+    model.train()(torch.randn(2, 3, 64, 64) + 1)
+    assert frozen(model) == {"bn1.weight", "bn1.bias"} and model.bn1.running_mean.abs().max() > 0
+
+
 # ---- init_from
 
 

@@ -17,7 +17,7 @@ def test_each_error_is_one_line_and_has_its_code(monkeypatch, capsys, kind, code
 
 def test_the_code_of_a_stop_is_that_of_no_error():
     codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
-    assert errors.EXIT_STOPPED_BY_SIGNAL == 75 and not codes & {0, 75}
+    assert errors.EXIT_STOPPED_BY_SIGNAL == 75 and errors.EXIT_RANK_LOST == 5 and not codes & {0, 5, 75}
 
 
 @pytest.mark.parametrize("rank, every_rank, speaks", [
@@ -25,14 +25,8 @@ def test_the_code_of_a_stop_is_that_of_no_error():
 def test_the_first_rank_of_a_machine_speaks_for_all_unless_one_alone_may_know(monkeypatch, capsys, rank, every_rank,
                                                                               speaks):
     monkeypatch.setenv("LOCAL_RANK", rank)
-    assert cli.local_rank() == int(rank)
     assert cli.tell(errors.DataError("damaged"), "p", every_rank) == 3  # its code is every rank's
     assert capsys.readouterr().err == ("p: damaged\n" if speaks else "")
-
-
-def test_without_a_launcher_this_is_rank_0(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert cli.local_rank() == 0
 
 
 def test_a_program_ends_with_the_line_and_the_code_of_its_error(monkeypatch, tmp_path, capsys):

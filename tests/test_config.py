@@ -92,7 +92,7 @@ def test_a_wrong_yaml_key_or_value_is_refused(tmp_path, text, said):
 
 OUT_OF_RANGE = [
     (ModelConfig, "model", "img_size", 0), (ModelConfig, "model", "drop_path_rate", 1.0),
-    (ModelConfig, "model", "chunk_size", 0),
+    (ModelConfig, "model", "chunk_size", 0), (TrainConfig, "train", "rank_timeout", 1.0),
     (DataConfig, "data", "workers", 0), (DataConfig, "data", "prefetch", 0), (DataConfig, "data", "lanes", 0),
     (DataConfig, "data", "window", 0), (DataConfig, "data", "max_bad_fraction", 1.1),
     (AugmentConfig, "augment", "scale", (0.0, 1.0)), (AugmentConfig, "augment", "scale", (0.9, 0.8)),
@@ -156,6 +156,21 @@ def test_the_ends_of_the_ranges_are_accepted(section, values):
 def test_model_args_may_not_set_what_has_another_home(name, way_out):
     with pytest.raises(SettingsError, match=f"--model.args sets '{name}'.*{way_out}"):
         ModelConfig(args={name: 1})
+
+
+@pytest.mark.parametrize("pattern", ["(", "blocks[", "*"])
+def test_a_freeze_that_is_no_regular_expression_is_refused(pattern):
+    with pytest.raises(SettingsError, match=re.escape(f"--model.freeze is {pattern!r}; it must be a regular expr")):
+        ModelConfig(freeze=pattern)
+
+
+def test_another_freeze_is_a_changed_setting_and_none_is_that_of_runs_from_before_it_was_one():
+    config = parse([*REQUIRED, "--model.freeze", r"patch_embed|blocks\.[0-5]\."])
+    assert config.model.freeze == r"patch_embed|blocks\.[0-5]\."
+    before = to_dict(run_config())
+    assert differences(before, to_dict(config)) == [r"model.freeze: None -> patch_embed|blocks\.[0-5]\."]
+    del before["model"]["freeze"]
+    assert differences(before, to_dict(run_config())) == []
 
 
 @pytest.mark.parametrize("flag", REQUIRED[::2])

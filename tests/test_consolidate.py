@@ -124,6 +124,31 @@ def test_partitions_become_the_whole_weights_or_their_average(tmp_path, stage, r
         assert found[name].dtype == torch.float32 and torch.equal(found[name], weight), name
 
 
+@pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 2), (2, 3), (3, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize("ema", [False, True])
+def test_frozen_weights_are_in_the_file_and_are_their_own_average(tmp_path, stage, ranks, ema):
+    """Of a low precision they have no other copy; ZeRO 3 cuts them up."""
+    frozen = {"c.weight": torch.arange(7.0).view(7, 1).bfloat16() / 3, "c.bias": torch.tensor([5.0]).bfloat16()}
+    files = {0: stage_0, 1: lambda: stage_1_2(ranks), 2: lambda: stage_1_2(ranks), 3: lambda: stage_3(ranks)}[stage]()
+    for rank in range(ranks) if stage == 3 else [None]:
+        name = MODEL_FILE[0] if rank is None else f"zero_pp_rank_{rank}_{MODEL_FILE[0]}"
+        content = files.setdefault(name, {})
+        content["frozen"] = list(frozen)
+        if rank is None:
+            content["module"] |= frozen
+            continue
+        content["frozen_param_shapes"] = {name: tensor.shape for name, tensor in frozen.items()}
+        content["frozen_param_fragments"] = {
+            name: flat_partitions({name: tensor.float()}, [name], ranks, [0])[rank].bfloat16()
+            for name, tensor in frozen.items()}
+    folder = write(tmp_path / "c", files, info(zero_stage=stage, world_size=ranks))
+    consolidate(folder, tmp_path / "w.safetensors", ema=ema)
+    found, expected = load_file(tmp_path / "w.safetensors"), (AVERAGE if ema else WEIGHTS) | {"scale": BUFFER} | frozen
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], weight.float()), name
+
+
 def test_without_zero_low_precision_takes_the_float32_masters(tmp_path):
     (content,) = stage_0().values()
     content["module"] = {name: weight.bfloat16() for name, weight in content["module"].items()}

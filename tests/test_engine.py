@@ -2,13 +2,16 @@
 checkpoints taken up by every other stage and number of ranks."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from support.engine_runs import GLOBAL_BATCH, Job, batch, seed_of, write
 from support.launchers import HANGS, ROOT, torchrun
+from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
 from vir.checkpoints.partitions import WEIGHT, Partitions
 from vir.engine.optimizer import parameter_groups
@@ -63,7 +66,8 @@ def plain_loop(job: Job, applied: list[bool] | None = None) -> tuple[
             model.zero_grad()
             (loss * (256 if job.precision == "fp16" else 1)).backward()
             for name, p in model.named_parameters():
-                live[name].grad += p.grad.float() / len(parts) / (256 if job.precision == "fp16" else 1)
+                if p.requires_grad:
+                    live[name].grad += p.grad.float() / len(parts) / (256 if job.precision == "fp16" else 1)
             total += float(loss.detach()) / len(parts)
         losses.append(total)
         norms.append(float(torch.nn.utils.clip_grad_norm_(live.values(), config.optim.clip_grad)))
@@ -99,6 +103,11 @@ OPTIONS = {
                                               "stage3_param_persistence_threshold": 0}, {}),
 }
 OVERFLOWS = 12
+# The first block then gets an input without a gradient, and passes one through layers that need none.
+FREEZE = r"patch_embed|cls_token|pos_embed|blocks\.0\.mlp"
+FROZEN = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+DROPOUT = {"proj_drop_rate": 0.3, "drop_rate": 0.2, "pos_drop_rate": 0.1}
+NOT_FINITE = list(itertools.product(range(4), ("fp32", "bf16")))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +128,22 @@ def matrix(tmp_path_factory) -> dict[tuple, Job]:
         jobs["compiled", stage] = Job(output=str(tmp / f"compiled{stage}"), stage=stage, recompute=True, compile=True,
                                       drop_path_rate=0.0)  # compiled code draws other random numbers
     jobs["no average"] = Job(output=str(tmp / "no average"), ema=0.0)
+    for stage, precision in FROZEN:
+        jobs["frozen", stage, precision] = Job(output=str(tmp / f"frozen{stage}_{precision}"), stage=stage,
+                                               precision=precision, freeze=FREEZE)
+    for stage, recompute in itertools.product((0, 3), (False, True)):
+        jobs["dropout", stage, recompute] = Job(output=str(tmp / f"dropout{stage}_{recompute}"), stage=stage,
+                                                recompute=recompute, args=Job(output="").args | DROPOUT)
+    jobs["frozen", "recomputed"] = replace(jobs["frozen", 3, "fp32"], output=str(tmp / "recomputed"), recompute=True)
+    for stage, precision in NOT_FINITE:
+        jobs["nan", stage, precision] = Job(output=str(tmp / f"nan{stage}_{precision}"), stage=stage,
+                                            precision=precision, nan=[1], drop_path_rate=0.0)
+    for stage in range(4):
+        jobs["floor", stage] = Job(output=str(tmp / f"floor{stage}"), stage=stage, precision="fp16", scale_power=1,
+                                   nan=[0, 1], steps=2)
+    for stage, steps in ((0, 1), (2, 3)):
+        jobs["batch norm", stage] = Job(output=str(tmp / f"batch norm{stage}"), stage=stage, model="test_resnet",
+                                        args={}, drop_path_rate=0.0, steps=steps)
     launch(tmp, list(jobs.values()))
     return jobs
 
@@ -210,7 +235,97 @@ def test_recomputation_changes_no_bit_runs_each_block_twice_and_keeps_less(case,
     assert all(torch.equal(left.whole(name, "ema"), right.whole(name, "ema")) for name in left.shapes)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [("frozen", *case) for case in FROZEN], ids=str)
+def test_frozen_parameters_stay_as_they_began_while_the_others_are_trained_as_by_a_plain_loop(case, matrix):
+    job = matrix[case]
+    losses, norms, weights, _ = plain_loop(job)
+    events = result(job)["events"]
+    assert [event["loss"] for event in events] == pytest.approx(losses, rel=TOLERANCE[job.precision])
+    assert [event["norm"] for event in events] == pytest.approx(norms, rel=10 * TOLERANCE[job.precision])
+    found, model = partitions(job), job.build()
+    assert found.shapes == {name: weight.shape for name, weight in weights.items()}
+    assert found.frozen == {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert 5 < len(found.frozen) < len(found.shapes) - 5
+    for name, parameter in model.named_parameters():
+        kept = parameter.detach().to(DTYPES[job.precision]).float()
+        same = [torch.equal(found.whole(name, key), kept) for key in (WEIGHT, "ema")]
+        assert same == [name in found.frozen] * 2, name
+        assert found.whole(name, WEIGHT).dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", [("frozen", *case) for case in FROZEN], ids=str)
+@pytest.mark.parametrize("ema", [False, True])
+def test_consolidated_weights_hold_the_frozen_parameters(case, ema, matrix, tmp_path):
+    job = matrix[case]
+    consolidate(newest(Path(job.output)), tmp_path / "w.safetensors", ema=ema)
+    model = job.build()
+    begun = {name: tensor.clone().to(DTYPES[job.precision]).float() for name, tensor in model.named_parameters()}
+    model.load_state_dict(load_file(tmp_path / "w.safetensors"))  # all of them
+    assert {name for name, tensor in model.named_parameters() if torch.equal(tensor, begun[name])} == set(
+        partitions(job).frozen)
+
+
+def test_recomputation_behind_a_frozen_patch_embedding_changes_no_bit(matrix):
+    once, twice = matrix["frozen", 3, "fp32"], matrix["frozen", "recomputed"]
+    assert result(once)["events"] == result(twice)["events"]
+    assert result(twice)["forwards"] == 2 * result(once)["forwards"] > 0
+    left, right = partitions(once), partitions(twice)
+    assert all(torch.equal(left.whole(name, WEIGHT), right.whole(name, WEIGHT)) for name in left.shapes)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_recomputation_draws_the_same_dropout(stage, matrix, plain):
+    once, twice = (result(matrix["dropout", stage, recompute]) for recompute in (False, True))
+    assert once["events"] == twice["events"]
+    assert once["events"][0]["loss"] != pytest.approx(plain["fp32", 1][0][0], rel=1e-4)  # it does drop
+    left, right = (partitions(matrix["dropout", stage, recompute]) for recompute in (False, True))
+    assert all(torch.equal(left.whole(name, WEIGHT), right.whole(name, WEIGHT)) for name in left.shapes)
+
+
+@pytest.mark.parametrize("case", NOT_FINITE, ids=str)
+def test_a_gradient_of_one_rank_that_is_not_finite_is_skipped_by_all(case, matrix):
+    """Weights and average stay to the bit, and the next step is the one that would have come without it."""
+    job = matrix["nan", *case]
+    events = result(job)["events"]
+    assert [event["of ranks"] for event in events] == [
+        [("APPLIED", False)] * RANKS, [("SKIPPED", True)] * RANKS, [("APPLIED", False)] * RANKS]
+    losses, *_ = plain_loop(job, applied=[True, False, True])
+    assert [events[step]["loss"] for step in (0, 2)] == pytest.approx([losses[0], losses[2]],
+                                                                      rel=TOLERANCE[job.precision])
+    info = read_info(newest(Path(job.output)))
+    assert (info.step, info.updates) == (3, 2)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_all_ranks_tell_that_the_loss_scale_is_at_its_floor(stage, matrix):
+    first, second = result(matrix["floor", stage])["events"]
+    assert (first["scale"], second["scale"]) == (2, 1)
+    assert first["of ranks"] == [("SKIPPED", True)] * RANKS
+    assert second["of ranks"] == [(None, True)] * RANKS  # LossScaleError
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_running_statistics_are_those_of_all_ranks(stage, matrix):
+    job = matrix["batch norm", stage]
+    of_ranks = result(job)["buffers"]
+    assert len(of_ranks) == RANKS and len(of_ranks[0]) > 10
+    for name, buffer in of_ranks[0].items():
+        assert all(torch.equal(other[name], buffer) for other in of_ranks) and buffer.isfinite().all(), name
+    if job.steps == 1:  # by the images of both ranks and the initial weights
+        stem = job.build().conv1
+        convolution = stem[0] if isinstance(stem, torch.nn.Sequential) else stem
+        with torch.no_grad():
+            mean = convolution(batch(0)[0]).mean((0, 2, 3))
+        first = next(name for name in of_ranks[0] if name.endswith("running_mean"))
+        assert torch.allclose(of_ranks[0][first], 0.1 * mean, atol=1e-6)
+
+
+def test_nothing_is_saved_between_the_micro_batches_of_a_step(matrix, resharded):
+    for job in (matrix[0, "fp32", 4, False], matrix[2, "bf16", 4, False], resharded["accumulating, resumed"]):
+        assert result(job)["refused"] == [True] * 3 * job.steps
+
+
+@pytest.mark.parametrize("case", [*CASES, *OPTIONS, *(("frozen", *case) for case in FROZEN)], ids=str)
 def test_evaluation_takes_the_weights_or_the_average_and_gives_the_weights_back(case, matrix):
     job, found = matrix[case], result(matrix[case])
     model = job.build().eval()
@@ -229,6 +344,9 @@ def test_evaluation_takes_the_weights_or_the_average_and_gives_the_weights_back(
 WORLDS = (1, 2, 3)
 PLACES = list(itertools.product(range(4), WORLDS))
 # Optimizers that keep something per group, of another shape, no step, or nothing at all beside our average.
+# From two ranks to other stages and one or three: (stage, precision) before, (stage, ranks) after.
+FROZEN_MOVES = [((0, "fp32"), (3, 3)), ((0, "bf16"), (3, 1)), ((1, "fp32"), (0, 3)), ((2, "bf16"), (0, 1)),
+                ((3, "fp32"), (2, 1)), ((3, "fp32"), (3, 3)), ((3, "bf16"), (1, 3))]
 KEPT = {"lamb": {}, "adafactor": {}, "sgd": {}, "momentum": {"momentum": 0}}
 
 
@@ -256,12 +374,32 @@ def resharded(tmp_path_factory) -> dict[tuple, Job]:
         others[name, "begun"] = Job(output=str(tmp / f"{name} begun"), steps=2, **with_it)
         others[name, "resumed"] = Job(output=str(tmp / f"{name} resumed"), first=2, steps=2,
                                       restore=others[name, "begun"].output, **with_it)
+    for stage in range(4):
+        without = dict(stage=stage, optim={"name": "momentum", "momentum": 0}, **fixed)
+        others["no average", stage] = Job(output=str(tmp / f"no average{stage}"), ema=0.0, steps=2, **without)
+        others["average begins", stage] = Job(output=str(tmp / f"average begins{stage}"), first=2, steps=0,
+                                              restore=others["no average", stage].output, **without)
+    accumulating = dict(stage=2, accumulation=4, precision="bf16", nan=[1])  # nan: a step that is skipped
+    others["accumulating"] = Job(output=str(tmp / "accumulating"), steps=2, **accumulating)
+    others["accumulating, resumed"] = Job(output=str(tmp / "accumulating, resumed"), first=2, steps=1,
+                                          restore=others["accumulating"].output, **accumulating)
+    for stage, precision in FROZEN:
+        others["frozen", stage, precision] = Job(output=str(tmp / f"frozen{stage}_{precision}"), stage=stage,
+                                                 precision=precision, drop_path_rate=0.0, steps=2, freeze=FREEZE)
+    others["frozen, refused"] = Job(output=str(tmp / "refused"), stage=1, restore=others["frozen", 0, "fp32"].output,
+                                    freeze=FREEZE + "|head", **fixed)
+    for (before, precision), (after, ranks) in FROZEN_MOVES:
+        jobs["frozen", before, precision, after, ranks] = Job(
+            output=str(tmp / f"frozen{before}_{precision}_{after}_{ranks}"), stage=after, precision=precision, seed=1,
+            drop_path_rate=0.0, first=2, steps=1, save_first=True, freeze=FREEZE,
+            restore=others["frozen", before, precision].output)
     for ranks in WORLDS:
         mine = [job for (_, of), job in begun.items() if of == ranks]
         launch(tmp, mine + [job for name, job in others.items() if ranks == (3 if "padding" in name else 2)], ranks)
     for ranks in WORLDS:
         (tmp / str(ranks)).mkdir()
-        launch(tmp / str(ranks), [job for (_, after), job in jobs.items() if after[1] == ranks], ranks)
+        launch(tmp / str(ranks), [job for name, job in jobs.items() if ranks == (
+            name[-1] if name[0] == "frozen" else name[-1][1])], ranks)
     return begun | jobs | others
 
 
@@ -298,3 +436,33 @@ def test_without_zero_whatever_an_optimizer_keeps_is_resumed(name, resharded):
     whole, resumed = (result(resharded[job]) for job in (name, (name, "resumed")))
     assert whole["events"][2:] == resumed["events"]
     assert torch.equal(whole["averaged"], resumed["averaged"])
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_an_average_that_has_not_begun_is_the_weights(stage, resharded):
+    """Momentum's optimizer without a momentum keeps nothing: there is no state to be restored."""
+    before, after = (result(resharded[name, stage]) for name in ("no average", "average begins"))
+    assert torch.equal(after["averaged"], after["logits"]) and torch.equal(after["logits"], before["logits"])
+
+
+@pytest.mark.parametrize("move", FROZEN_MOVES, ids=str)
+def test_frozen_parameters_are_taken_up_by_another_stage_and_world(move, resharded):
+    """By an engine whose model begins with other weights."""
+    (before, precision), (after, ranks) = move
+    old, job = resharded["frozen", before, precision], resharded["frozen", before, precision, after, ranks]
+    source, found = partitions(old), partitions(job)
+    assert found.frozen == source.frozen and found.shapes == source.shapes
+    for name in source.shapes:
+        for key in (WEIGHT, *source.keys(name)):
+            assert torch.equal(found.whole(name, key), source.whole(name, key)), (name, key)
+    losses, *_ = plain_loop(replace(old, steps=3))
+    (event,) = result(job)["events"]
+    assert event["loss"] == pytest.approx(losses[2], rel=TOLERANCE[precision])
+
+
+def test_a_checkpoint_of_other_frozen_parameters_is_refused_by_name(resharded):
+    folder = Path(resharded["frozen, refused"].output)
+    for rank in range(RANKS):
+        said = (folder / f"refused{rank}.txt").read_text()
+        assert "trained with other parameters frozen (2 differ: head.bias, head.weight)" in said
+        assert "resume with the --model.freeze that it was saved with" in said

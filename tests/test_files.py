@@ -1,6 +1,9 @@
 """Files that are either as they were or complete."""
 
+import errno
 import hashlib
+import os
+import stat
 
 import pytest
 
@@ -53,6 +56,49 @@ def test_files_and_folders_can_be_flushed_but_not_what_is_not_there(tmp_path):
     files.flush(tmp_path)
     with pytest.raises(FileNotFoundError):
         files.flush(tmp_path / "b.txt")
+
+
+def failing(monkeypatch, name, code, of_folders):
+    """Let os.fsync or os.open fail for folders, or for all else."""
+    works = getattr(os, name)
+
+    def attempt(what, *others):
+        if stat.S_ISDIR(os.stat(what).st_mode) == of_folders:
+            raise OSError(code, os.strerror(code))
+        return works(what, *others)
+
+    monkeypatch.setattr(os, name, attempt)
+    monkeypatch.setattr(files, "_has_warned", False)
+
+
+@pytest.mark.parametrize("name, code", [("fsync", errno.EINVAL), ("fsync", errno.EBADF), ("fsync", errno.ENOTSUP),
+                                        ("open", errno.EACCES), ("open", errno.EISDIR)])
+def test_a_file_system_that_flushes_no_folders_is_told_once_and_ends_nothing(
+        tmp_path, monkeypatch, caplog, name, code):
+    failing(monkeypatch, name, code, of_folders=True)
+    for text in ("old", "new"):
+        files.replace_text(tmp_path / "a.txt", text)
+    assert (tmp_path / "a.txt").read_text() == "new" and names(tmp_path) == ["a.txt"]
+    assert caplog.messages == [f"{tmp_path}: this file system flushes no folders ({os.strerror(code)}): a power cut "
+                               "can take back what was written last"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("of_folders", [False, True])
+def test_what_the_disk_says_is_an_error(tmp_path, monkeypatch, caplog, code, of_folders):
+    failing(monkeypatch, "fsync", code, of_folders)
+    with pytest.raises(OSError) as error:
+        files.replace_text(tmp_path / "a.txt", "new")
+    assert error.value.errno == code and not caplog.messages
+
+
+@pytest.mark.parametrize("name, code", [("fsync", errno.EINVAL), ("fsync", errno.EBADF), ("open", errno.EACCES)])
+def test_a_file_that_cannot_be_flushed_is_an_error(tmp_path, monkeypatch, caplog, name, code):
+    (tmp_path / "a.txt").write_text("a")
+    failing(monkeypatch, name, code, of_folders=False)
+    with pytest.raises(OSError) as error:
+        files.flush(tmp_path / "a.txt")
+    assert error.value.errno == code and not caplog.messages
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 22) - 1, 1 << 22, (1 << 22) + 1])     # around the block that is read

@@ -1,8 +1,9 @@
 """What a checkpoint says of itself. Damaged folders and other formats are in test_consolidate.py."""
 
 import json
-import os
 from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,8 @@ def test_the_text_is_plain_json_with_its_format_and_sorted_files():
 @pytest.mark.parametrize("step, name", [(0, "step-00000000"), (10, "step-00000010"), (12345678, "step-12345678")])
 def test_names_are_as_long_as_the_patterns_that_find_them(step, name):
     assert info.name_of(step) == name
+    assert info.step_of(Path("runs", name)) == info.step_of(Path("runs", name + info.REPLACED)) == step
+    assert fnmatch(name, info.STEPS)
 
 
 def test_the_newest_is_what_latest_names_and_lies_in_the_run(tmp_path):
@@ -54,18 +57,25 @@ def test_the_newest_is_what_latest_names_and_lies_in_the_run(tmp_path):
         assert info.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000010"
 
 
-def test_candidates_are_what_latest_names_and_then_the_others_newest_first(tmp_path):
+@pytest.mark.parametrize("latest, first", [
+    (None, []), ("", ["checkpoints"]), ("step-00000002", ["step-00000002"]),
+    ("step-00000004", ["step-00000004", "step-00000004.replaced.part"]),
+    ("step-00000003", ["step-00000003", "step-00000003.replaced.part"]),  # is not there itself
+])
+def test_candidates_are_what_latest_names_and_then_the_others_from_the_last_step_down(tmp_path, latest, first):
     root = tmp_path / "checkpoints"
-    names = ["step-00000001", "step-00000004", "step-00000003.replaced.part", "step-00000002", "step-00000009"]
-    for time, name in enumerate(names):  # the last was written last, whatever its number
+    names = ["step-00000010", "step-00000009", "step-00000004", "step-00000004.replaced.part",
+             "step-00000003.replaced.part", "step-00000002"]
+    none = ["step-00000005.part", "step-00000006.removed.part", "step-00000010.removed.part", "step-of-mine"]
+    for name in (*names[::2], *none, *names[1::2]):
         (root / name).mkdir(parents=True)
-        os.utime(root / name, (time, time))
-    (root / "step-00000005.part").mkdir()  # was never complete
-    found = sorted(names, key=names.index, reverse=True)
-    assert [path.name for path in info.candidates(tmp_path)] == found
-    (root / "latest").write_text("step-00000004")
+    if latest is not None:
+        (root / "latest").write_text(latest)
     assert [path.name for path in info.candidates(tmp_path)] == [
-        "step-00000004", *(name for name in found if name != "step-00000004")]
+        *first, *(name for name in names if name not in first)]
+
+
+def test_there_are_no_candidates_where_there_is_no_run(tmp_path):
     assert info.candidates(tmp_path / "nowhere") == []
 
 

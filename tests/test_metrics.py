@@ -1,7 +1,13 @@
 """metrics.jsonl over kills and resumes, and the picture drawn from it."""
 
 import json
+import logging
+import os
+import resource
 import runpy
+import shutil
+import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +15,7 @@ import pytest
 from PIL import Image
 
 from vir.errors import DataError
+from vir.log import log
 from vir.reports.curves import plot_runs
 from vir.reports.metrics import MetricsWriter, read_metrics
 from vir.run_folder import METRICS
@@ -45,14 +52,161 @@ def test_a_line_is_on_disk_before_the_writer_is_closed(tmp_path):
     writer.close()
 
 
-def test_tensorboard_gets_the_numbers(tmp_path):
+def board(run, name):
+    """[(step, value)] as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(write_run(tmp_path / "a") / "tensorboard"))
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    losses = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert losses == pytest.approx({1: 2.0, 2: 1.0, 3: 2 / 3, 4: 0.5})
-    assert [event.step for event in events.Scalars("eval/ema_top1")] == [2, 4]
+    return [(event.step, event.value) for event in events.Scalars(name)] if name in events.Tags()["scalars"] else []
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    run = write_run(tmp_path / "a")
+    assert board(run, "train/loss") == [(step, pytest.approx(2 / step)) for step in (1, 2, 3, 4)]
+    assert [step for step, _ in board(run, "eval/ema_top1")] == [2, 4]
+
+
+def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path):
+    run = write_run(tmp_path / "a")
+    writer = MetricsWriter(run, 1.0, 2)
+    writer.write("train", 3, loss=9.0)
+    writer.close()
+    assert board(run, "train/loss") == [(1, 2.0), (2, 1.0), (3, 9.0)]
+
+
+# ---- disks that are full
+
+@pytest.fixture()
+def said():
+    """What is logged, as (level, message)."""
+    messages, handler, level = [], logging.Handler(), log.level
+    handler.emit = lambda record: messages.append((record.levelname, record.getMessage()))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield messages
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
+@contextmanager
+def no_space_left(folder):
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+    yield
+    filler.unlink()
+
+
+@contextmanager
+def files_may_not_grow(folder):
+    """Beyond the size of the smallest that is being written, by this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = min(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 150, limits[1]))  # SIGXFSZ is ignored by Python
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture(params=[no_space_left, files_may_not_grow], ids=lambda way: way.__name__)
+def full_disk(request, tmp_path):
+    """(folder, context in which its disk is full)."""
+    if request.param is files_may_not_grow:
+        yield tmp_path, files_may_not_grow
+        return
+    done = subprocess.run([shutil.which("mount") or "false", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)],
+                          capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip() or 'there is no mount'}")
+    yield tmp_path, no_space_left
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_costs_no_event(full_disk, said):
+    run, is_full = full_disk
+    writer = MetricsWriter(run, 0, 0)
+    writer.write("train", 1, loss=1.0)
+    with is_full(run):
+        for step in range(2, 90):  # more than a page: what is left of one may still be filled
+            writer.write("train", step, loss=1.0 / step)
+        assert [event["step"] for event in read_metrics(run)] == list(range(1, len(read_metrics(run)) + 1))
+        assert len(read_metrics(run)) < 80 and (run / METRICS).read_bytes().endswith(b"\n")
+        warnings = sorted(message for level, message in said)
+        assert len(warnings) == 2 and all("each later event tries again" in message for message in warnings)
+        assert f"cannot write {run / METRICS}: " in warnings[0] and "/tensorboard/events.out" in warnings[1]
+        assert "No space left" in warnings[0] or "File too large" in warnings[0]
+    said.clear()
+    for step in (90, 91):
+        writer.write("train", step, loss=1.0 / step)
+    assert [level for level, message in said] == ["INFO"] * 2 and all("again, with all" in text for _, text in said)
+    assert steps(run) == [("train", step) for step in range(1, 92)]
+    assert board(run, "train/loss") == [(step, pytest.approx(1 / step)) for step in range(1, 92)]
+    writer.close()
+
+
+def test_events_are_written_at_the_end_once_there_is_space(full_disk):
+    run, is_full = full_disk
+    writer = MetricsWriter(run, 0, 0)
+    with is_full(run):
+        for step in range(1, 90):
+            writer.write("train", step, loss=1.0)
+    writer.close()
+    assert steps(run) == [("train", step) for step in range(1, 90)]
+    assert len(board(run, "train/loss")) == 89
+
+
+def test_a_disk_that_stays_full_is_told_at_the_end_and_ends_nothing(full_disk, said):
+    run, is_full = full_disk
+    writer = MetricsWriter(run, 0, 0)
+    with is_full(run):
+        for step in range(1, 90):
+            writer.write("train", step, loss=1.0)
+        writer.close()
+        lost = 89 - len(read_metrics(run))
+    assert any(f"{METRICS} lacks the last {lost} records: " in message for _, message in said)
+
+
+def test_a_second_full_disk_is_told_as_well(full_disk, said):
+    run, is_full = full_disk
+    writer = MetricsWriter(run, 0, 0)
+    for begin in (1, 100):
+        with is_full(run):
+            for step in range(begin, begin + 90):
+                writer.write("train", step, loss=1.0)
+        writer.write("train", begin + 90, loss=1.0)
+    assert [level for level, _ in said] == ["WARNING", "WARNING", "INFO", "INFO"] * 2
+
+
+def test_half_a_line_that_could_not_be_cut_off_is_cut_off_later(tmp_path, monkeypatch):
+    """As on a network disk whose server is gone for a while."""
+    writer = MetricsWriter(tmp_path, 0, 0)
+    with monkeypatch.context() as patched, files_may_not_grow(tmp_path):
+        patched.setattr(os, "truncate", lambda *args: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        for step in range(1, 5):
+            writer.write("train", step, loss=1.0)
+        assert not (tmp_path / METRICS).read_bytes().endswith(b"\n")
+    writer.close()
+    assert steps(tmp_path) == [("train", step) for step in range(1, 5)]
+
+
+def test_a_board_that_cannot_be_opened_is_only_told(tmp_path, said):
+    (tmp_path / "tensorboard").write_text("in the way")
+    writer = MetricsWriter(tmp_path, 0, 0)
+    writer.write("train", 1, loss=1.0)
+    (level, message), = said
+    assert level == "WARNING" and "/tensorboard/events.out" in message and "File exists" in message
+    (tmp_path / "tensorboard").unlink()
+    writer.write("train", 2, loss=1.0)
+    writer.close()
+    assert board(tmp_path, "train/loss") == [(1, 1.0), (2, 1.0)]
+
+
+def test_metrics_that_cannot_be_begun_are_an_error(tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        MetricsWriter(tmp_path / "none", 0, 0)
 
 
 def test_resuming_drops_later_steps_so_that_each_step_stands_once(tmp_path):

@@ -1,5 +1,7 @@
 """Which parameter is decayed; that none is left out."""
 
+from types import SimpleNamespace
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 import vir.models  # noqa: F401  registers the models
 from vir.config import OptimConfig
 from vir.engine import optimizer as optimizers
-from vir.engine.optimizer import ELEMENTWISE, build, check_name, set_rates, states_per_number
+from vir.engine.optimizer import ELEMENTWISE, build, check_name, copied, set_rates, states_per_number
 from vir.errors import SettingsError
 
 
@@ -150,3 +152,38 @@ def test_other_optimizers_of_timm_are_taken_without_zero():
 @pytest.mark.parametrize("name, numbers", [("adamw", 2), ("sgd", 1), ("lion", 1), ("madgrad", 3)])
 def test_the_optimizers_memory_is_counted(name, numbers):
     assert states_per_number(OptimConfig(name=name)) == numbers
+
+
+@pytest.mark.parametrize("name", ["adafactor", "novograd", "kron", "lamb", "adamw", "nadam"])
+def test_restored_state_lies_where_the_weights_are(name):
+    """A master on no device at all stands for one on a GPU. The step stays on the CPU, where torch's optimizers want it
+    unless they are fused."""
+    from vir.engine.engine import Engine
+
+    parameter = nn.Parameter(torch.ones(64, 64))
+    before = build([{"params": [parameter]}], OptimConfig(name=name))
+    parameter.grad = torch.ones(64, 64)
+    before.step()
+    kept = before.state[parameter]
+    whole = [key for key, value in kept.items() if isinstance(value, torch.Tensor) and value.shape == parameter.shape]
+    beside = {key: value for key, value in kept.items() if key not in whole}
+    saved = SimpleNamespace(keys=lambda _: whole, scalars=lambda _: beside)
+    master = nn.Parameter(torch.ones(64, 64, device="meta"))
+    engine = Engine.__new__(Engine)
+    engine.has_ema, engine._optimizer = True, build([{"params": [master]}], OptimConfig(name=name))
+    engine._begin_state(master, "weight", saved)
+    state = engine._optimizer.state[master]
+    assert state.keys() == kept.keys() | {"ema"}
+    places = {key: {item.device.type for item in (value if isinstance(value, list) else [value])
+                    if isinstance(item, torch.Tensor)} for key, value in state.items()}
+    for key, found in places.items():
+        assert found <= {"cpu" if key == "step" and name != "adamw" else "meta"}, key
+    assert {"adafactor": "exp_avg_sq_row", "novograd": "exp_avg_sq", "kron": "Q"}.get(name, "ema") in {
+        key for key, found in places.items() if found == {"meta"}}
+
+
+def test_a_copied_state_is_of_its_own():
+    matrices = [torch.ones(2), torch.ones(2)]
+    found = copied(matrices, torch.device("cpu"))
+    found[0].zero_()
+    assert matrices[0].sum() == 2 and copied(3, torch.device("cpu")) == 3

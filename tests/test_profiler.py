@@ -2,11 +2,13 @@
 
 import json
 import re
+import resource
 
 import pytest
 import torch
 
 from vir.distributed import World
+from vir.training import profiler as profiler_module
 from vir.training.profiler import Profiler
 
 
@@ -60,3 +62,51 @@ def test_a_run_that_ends_early_leaves_what_was_recorded(tmp_path):
     profiler.close()
     assert "this is step 0" in (tmp_path / "profile" / "rank00000.json").read_text()
     profiler.close()  # once more changes nothing
+
+
+def no_folder(folder):
+    folder.write_text("in the way")
+
+
+def no_file(folder):
+    """Kineto writes beside the trace, says to stderr that it cannot, and raises nothing."""
+    (folder / "rank00000.json.tmp").mkdir(parents=True)
+    (folder / "rank00000.json").write_text("of an earlier start")
+
+
+@pytest.mark.parametrize("prevent, reason", [(no_folder, "File exists"), (no_file, "could not write it")])
+def test_a_trace_that_cannot_be_written_is_only_told(tmp_path, monkeypatch, prevent, reason):
+    said = []
+    monkeypatch.setattr(profiler_module.log, "warning", lambda text, *args: said.append(text % args))
+    prevent(tmp_path / "profile")
+    profiler = Profiler(1, 0, 1, tmp_path / "profile", World(rank=0, size=1, device=torch.device("cpu")))
+    profiler.before(0)
+    profiler.after(0)
+    profiler.close()
+    message, = said
+    assert str(tmp_path / "profile" / "rank00000.json") in message and reason in message
+
+
+def test_an_error_of_the_profiler_is_only_told(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of events")
+
+    said = []
+    monkeypatch.setattr(profiler_module.log, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
+    assert traced(tmp_path / "profile", 1, 0, 1) is None
+    assert len(said) == 1 and said[0].endswith("out of events")
+
+
+def test_half_a_trace_does_not_stay_on_a_full_disk(tmp_path):
+    profiler = Profiler(1, 0, 1, tmp_path / "profile", World(rank=0, size=1, device=torch.device("cpu")))
+    profiler.before(0)
+    for _ in range(1000):
+        torch.ones(2) + 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # SIGXFSZ is ignored by Python
+    try:
+        profiler.after(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "profile").iterdir()) == []

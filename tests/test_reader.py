@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import sys
 import threading
 from io import BytesIO
 
@@ -97,6 +98,51 @@ def test_threads_share_a_reader(folder, monkeypatch):
     assert not wrong
 
 
+def test_many_threads_read_while_one_meets_failures(tmp_path, monkeypatch, no_waiting):
+    """Each read reads once, the right bytes: retries would hide a descriptor that was closed in use."""
+    images = [bytes([number]) * (500 + number) for number in range(40)]
+    samples = [ShardSample(f"k_{number}", data, "jpg", 32, 24, 0, f"{number}.jpg")
+               for number, data in enumerate(images)]
+    shards = [write_shard(tmp_path / f"s-{number}.tar", samples[4 * number:4 * number + 4]) for number in range(10)]
+    write_split(tmp_path, shards, name="s", split="train", classes=["a"], seed=0, samples_per_shard=4, skipped=[])
+    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 3)
+    reader = ShardReader(tmp_path)
+    serially = [reader.read(i) for i in range(40)]
+    assert serially == images
+    pread, wrong, met = os.pread, [], []
+
+    def flaky(*args):
+        if threading.current_thread().name == "flaky" and len(met) % 2 == 0:  # then read_with_retries clears the cache
+            met.append("failure")
+            raise OSError(5, "Input/output error")
+        if threading.current_thread().name == "flaky":
+            met.append("success")
+        try:
+            return pread(*args)
+        except OSError as error:
+            wrong.append(error)
+            raise
+
+    def work(seed):
+        for i in np.random.default_rng(seed).integers(0, 40, 1000):
+            try:
+                if reader.read(i) != serially[i]:
+                    wrong.append(i)
+            except Exception as error:  # pytest would only warn of an error in a thread
+                wrong.append(error)
+
+    monkeypatch.setattr(os, "pread", flaky)
+    threads = [threading.Thread(target=work, args=(seed,), name="flaky" if seed == 0 else None) for seed in range(16)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong and met == ["failure", "success"] * 1000
+
+
 def test_pickles_and_forks(folder):
     reader = ShardReader(folder)
     reader.read(0)
@@ -147,6 +193,40 @@ def setting(field, row, value):
 def test_damage_is_seen_at_opening(folder, damage, message):
     damage(folder)
     with pytest.raises(DataError, match=message):
+        ShardReader(folder)
+
+
+def test_shards_are_checked_from_one_listing_and_only_where_asked(folder, monkeypatch):
+    listings, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listings.append(path) or scandir(path))
+    asked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, *args, **kwargs: asked.append(str(path)) or stat(path, *args,
+                                                                                                  **kwargs))
+    reader = ShardReader(folder)
+    pickle.loads(pickle.dumps(reader))
+    assert listings == [folder] and not any(path.endswith(".tar") for path in asked)
+    os.truncate(folder / "s-1.tar", 5120)
+    unchecked = ShardReader(folder, check_shards=False)
+    assert listings == [folder] and unchecked.read(0) == IMAGES[0]
+    with pytest.raises(DataError, match="s-1.tar has 5120 bytes"):
+        ShardReader(folder)
+
+
+def test_a_shard_that_is_a_link_is_followed(folder):
+    (folder / "s-1.tar").rename(folder / "elsewhere")
+    (folder / "s-1.tar").symlink_to("elsewhere")
+    assert ShardReader(folder).read(5) == IMAGES[5]
+    (folder / "elsewhere").unlink()
+    with pytest.raises(DataError, match="cannot open shard .*s-1.tar: No such file"):
+        ShardReader(folder)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    def refuse(path):  # not by its mode: root reads everything
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=f"cannot list {folder}: Permission denied; make the folder readable"):
         ShardReader(folder)
 
 

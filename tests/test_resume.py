@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,8 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
         "hopeless": of("hopeless", "zero2_fp32"),
         "dry": of("dry", "zero3_bf16", "--dry-run"),
         "validate": of("validate", "zero2_fp32", "--validate_only", "--resume", str(base)),
+        "validate another": of("missing", "zero2_fp32", "--validate_only", "--resume", str(step(base, FIRST))),
+        "validate own": of("missing", "zero2_fp32", "--validate_only"),
         "nothing": of("nothing", "zero2_fp32", "--validate_only"),
         "floor": of("floor", fp16, "--optim.lr", "1e30", "--schedule.warmup_epochs", "0"),
         "changed": of("changed", "zero2_fp32", "--resume", str(base), "--train.seed", "7"),
@@ -84,6 +87,8 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
         "bf16": of("bf16", "zero2_bf16", "--resume", str(base)),
         "other optimizer": of("other", "zero2_fp32", "--resume", str(base), "--optim.name", "lion",
                               "--accept_config_change", "true"),
+        "other freeze": of("freeze", "zero2_fp32", "--resume", str(base), "--model.freeze", "patch_embed",
+                           "--accept_config_change", "true"),
         "settings": of(
             "settings", "zero1_bf16", "--optim.name", "lion", "--optim.lr", "null", "--optim.lr_base", "1e-3",
             "--optim.layer_decay", "0.7", "--optim.weight_decay_end", "0.2", "--schedule.name", "linear",
@@ -158,6 +163,24 @@ def test_validate_only_evaluates_and_leaves_nothing(base, single):
     assert codes["nothing"] == 2 and "has no checkpoint to evaluate; name a run folder" in said
 
 
+def test_validate_only_takes_the_checkpoint_that_resume_names_before_the_outputs_own(single):
+    """The run `missing` has gone on to its end by then."""
+    tmp, codes, said = single
+    assert codes["validate another"] == codes["validate own"] == 0, said
+    evaluated = re.findall(r"step (\d+): top1", said[said.index("a dry run: nothing was trained"):])
+    assert evaluated[:3] == [str(STEPS), str(FIRST), str(STEPS)]  # first those of the test before
+
+
+def test_validate_only_without_a_resume_takes_no_checkpoint(base):
+    from vir.config import DataConfig, RunConfig
+    from vir.distributed import World
+    from vir.training.resume import resume
+
+    config = RunConfig(deepspeed_config="zero2_fp32", output=str(base), resume="none", validate_only=True,
+                       data=DataConfig(train="t", val="v"))
+    assert resume(config, None, None, "", World(rank=0, size=1, device=torch.device("cpu"))) is None
+
+
 def test_a_loss_scale_at_its_floor_ends_the_run_with_a_code_of_its_own(single):
     tmp, codes, said = single
     assert codes["floor"] == 6
@@ -171,6 +194,7 @@ def test_a_loss_scale_at_its_floor_ends_the_run_with_a_code_of_its_own(single):
     ("no checkpoint", 3, "is neither a run folder with a checkpoint nor a checkpoint folder"),
     ("bf16", 2, "was trained in fp32, --deepspeed_config"),
     ("other optimizer", 2, "holds the state of adamw, which --optim.name lion cannot continue"),
+    ("other freeze", 2, "trained with other parameters frozen (2 differ: patch_embed.proj.bias, patch_embed.proj.weig"),
 ])
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_difference(job, code, why, single):
     _, codes, said = single

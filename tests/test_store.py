@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -34,12 +35,13 @@ def writing(content="weights", problems=()):
 
 
 def checkpoint(run, step, write=None, *, samples=None, kept=Kept(100, None), best=False, **said):
-    """A saved checkpoint, which was written at `step` seconds of 1970: clocks are too coarse for quick saves."""
     described = replace(INFO, step=step, samples_seen=10 * step if samples is None else samples, **said)
     save(write or writing(f"of step {step}"), run, described, WORLD, kept, best)
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    os.utime(folder, (step, step))
-    return folder
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody cleans up after it."""
 
 
 def steps(run):
@@ -91,6 +93,31 @@ def test_what_a_kill_left_behind_is_removed_by_the_next_save(tmp_path):
     assert "half" not in (newest(tmp_path) / FILES[0]).read_text()
 
 
+def test_a_checkpoint_that_was_being_replaced_stays_until_a_newer_one_is_whole(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    kept = folder.rename(folder.with_name("step-00000001.replaced.part"))  # latest names what is not there
+
+    def killed(folder):
+        writing("half")(folder)
+        raise Killed
+
+    with pytest.raises(CheckpointError, match="disk full"):
+        checkpoint(tmp_path, 2, writing(problems=["disk full"]))
+    assert select(tmp_path, WORLD) == (kept, read_info(kept))
+    with pytest.raises(Killed):
+        checkpoint(tmp_path, 2, killed)
+    assert select(tmp_path, WORLD) == (kept, read_info(kept))
+    checkpoint(tmp_path, 2)
+    assert steps(tmp_path) == [2]
+
+
+def test_a_step_whose_replacement_was_not_cleaned_up_is_saved_again(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    shutil.copytree(folder, folder.with_name("step-00000001.replaced.part"))
+    checkpoint(tmp_path, 1, writing("new"))
+    assert steps(tmp_path) == [1] and all(path.read_text().endswith("new") for path in folder.glob("*.pt"))
+
+
 # ---- what is kept
 
 
@@ -105,6 +132,83 @@ def test_the_newest_is_the_one_written_last_whatever_its_number(tmp_path):
     checkpoint(tmp_path, 9)
     checkpoint(tmp_path, 4, kept=Kept(1, None))  # of a run that went back
     assert steps(tmp_path) == [4]
+
+
+def test_file_times_decide_nothing(tmp_path):
+    """Copying a run sets them anew, in any order."""
+    for step in (2, 4, 1, 3):  # written in the wrong order, and dated backwards
+        os.utime(checkpoint(tmp_path, step), (1000 - step, 1000 - step))
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert select(tmp_path)[1].step == 4
+    os.utime(checkpoint(tmp_path, 5), (0, 0))
+    checkpoint(tmp_path, 6, kept=Kept(3, None))
+    assert steps(tmp_path) == [4, 5, 6]
+
+
+def test_later_steps_of_a_run_that_went_back_go_first(tmp_path):
+    for step in (3, 8, 9):
+        checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 4, kept=Kept(3, None))
+    assert steps(tmp_path) == [3, 4, 9]
+    checkpoint(tmp_path, 5, kept=Kept(3, None))
+    assert steps(tmp_path) == [3, 4, 5]
+
+
+def test_a_kill_within_a_removal_leaves_no_half_checkpoint_under_its_name(tmp_path, monkeypatch):
+    checkpoint(tmp_path, 1)
+
+    def killed(folder, *_, **__):
+        (folder / FILES[0]).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(store.shutil, "rmtree", killed)
+        checkpoint(tmp_path, 2, kept=Kept(1, None))
+    assert steps(tmp_path) == ["step-00000001.removed.part", 2] and select(tmp_path, WORLD)[1].step == 2
+    shutil.rmtree(newest(tmp_path))
+    with pytest.raises(CheckpointError) as error:
+        select(tmp_path, WORLD)
+    assert "step-00000001" not in str(error.value)  # the half one is not even tried
+    checkpoint(tmp_path, 3)
+    assert steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("fails, left", [("rmtree", "step-00000001.removed.part"), ("rename", "step-00000001")])
+def test_a_checkpoint_that_cannot_be_removed_is_told_and_ends_nothing(tmp_path, monkeypatch, caplog, fails, left):
+    for step in (1, 2):
+        checkpoint(tmp_path, step)
+
+    def there():
+        return {path.name for path in (tmp_path / "checkpoints").glob("step-*")}
+
+    def failing(work):
+        def attempt(path, *others, **more):
+            if path.name.startswith("step-00000001"):
+                raise PermissionError(13, "Permission denied")
+            return work(path, *others, **more)
+
+        return attempt
+
+    with monkeypatch.context() as patch:
+        owner = shutil if fails == "rmtree" else type(tmp_path)
+        patch.setattr(owner, fails, failing(getattr(owner, fails)))
+        checkpoint(tmp_path, 3, kept=Kept(1, None))
+        assert caplog.messages == [
+            f"{tmp_path / 'checkpoints' / left} could not be removed: [Errno 13] Permission denied"]
+        assert there() == {left, "step-00000003"} and select(tmp_path, WORLD)[1].step == 3
+        checkpoint(tmp_path, 4, kept=Kept(1, None))  # nor does it hinder the next
+        assert there() == {left, "step-00000004"}
+    checkpoint(tmp_path, 5, kept=Kept(1, None))
+    assert steps(tmp_path) == [5]
+
+
+def test_where_the_best_is_not_known_nothing_is_removed(tmp_path, caplog):
+    checkpoint(tmp_path, 1, best=True)
+    (tmp_path / "checkpoints" / "best").unlink()
+    (tmp_path / "checkpoints" / "best").symlink_to("/proc/self/mem")  # is a file, and cannot be read
+    checkpoint(tmp_path, 2, kept=Kept(1, None))
+    assert steps(tmp_path) == [1, 2]
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("no old checkpoint was removed: [Errno ")
 
 
 @pytest.mark.parametrize("per_step, left", [(500, [2, 4, 6]), (700, [2, 3, 5, 6]), (2500, [1, 2, 3, 4, 5, 6]),
@@ -195,6 +299,14 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="step-00000002 could not be written: rank 0: .*File exists"):
         checkpoint(tmp_path, 2, lambda folder: pytest.fail("there is no folder to write into"))
     assert (tmp_path / "checkpoints").read_text() == "a file"
+
+
+def test_what_is_in_the_way_of_the_files_is_told(tmp_path):
+    checkpoint(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-00000002.part").write_text("a file")
+    with pytest.raises(CheckpointError, match="step-00000002 could not be written: rank 0: .*Not a directory"):
+        checkpoint(tmp_path, 2, lambda folder: pytest.fail("there is no folder to write into"))
+    assert select(tmp_path, WORLD)[1].step == 1
 
 
 # ---- which one a folder means

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from vir.models.spec import InputSpec, ModelSpec
-from vir.reports.throughput import Stopwatch, forward_flops, peak_flops, peak_memory, stragglers, utilisation
+from vir.reports.throughput import (
+    PEAK_TFLOPS,
+    Stopwatch,
+    forward_flops,
+    peak_flops,
+    peak_memory,
+    stragglers,
+    utilisation,
+)
 from vir.training.plan import model_state_bytes
 
 
@@ -37,6 +45,22 @@ def test_mfu_is_three_forwards_over_the_peak():
 def test_the_peak_is_as_given_and_unknown_on_a_cpu():
     assert peak_flops(torch.device("cpu"), "bf16", None) is None
     assert peak_flops(torch.device("cpu"), "fp32", 0.5) == 0.5e12
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-40GB", 312.0), ("NVIDIA A100 80GB PCIe", 312.0), ("NVIDIA H100 80GB HBM3", 989.0),
+    ("NVIDIA H100 PCIe", 756.0), ("NVIDIA L40", 181.05), ("NVIDIA L4", 121.0), ("NVIDIA GeForce RTX 4090", 165.2),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A10G", None),
+    ("NVIDIA L40G", None), ("Tesla T4", None),
+])
+def test_a_peak_is_that_of_the_whole_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    expected = None if peak is None else pytest.approx(peak * 1e12)
+    assert peak_flops(torch.device("cuda"), "bf16", None) == expected
+    assert peak_flops(torch.device("cuda"), "fp32", None) is None
+    assert peak_flops(torch.device("cuda"), "bf16", 7.0) == 7e12
+    assert all(name.startswith("NVIDIA ") for name in PEAK_TFLOPS)
 
 
 def test_peak_memory_grows_with_what_is_held():

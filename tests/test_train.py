@@ -24,6 +24,7 @@ from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
 from vir.data.shards import read_index
 from vir.reports.metrics import read_metrics
+from vir.run_folder import LOCK
 from vir.train import main
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
@@ -73,7 +74,7 @@ def test_loss_goes_down_and_the_run_folder_is_complete(config, runs):
     assert events[-1]["samples_seen"] == STEPS * BATCH
     names = {path.name for path in (runs / config).iterdir()}
     assert names == {"config.yaml", "ds_config.json", "metrics.jsonl", "tensorboard", "curves.png", "checkpoints",
-                     "log.txt"}
+                     "log.txt", ".lock"}
     assert newest(runs / config).name == f"step-{STEPS:08d}"
     assert yaml.safe_load((runs / config / "config.yaml").read_text())["train"]["global_batch_size"] == 48
 
@@ -262,7 +263,7 @@ def troubled(runs, shards, digits, tmp_path_factory) -> tuple[Path, dict[str, in
         shutil.rmtree(later)
     (tmp / "weight decay" / "checkpoints" / "latest").write_text(f"step-{HALF:08d}")
     (tmp / "taken").mkdir()
-    descriptor = os.open(tmp / "taken", os.O_RDONLY)
+    descriptor = os.open(tmp / "taken" / LOCK, os.O_RDWR | os.O_CREAT)
     jobs = {
         "damaged": command(damaged_samples(shards, tmp / "damaged shards"), tmp / "damaged"),
         "not finite": command(shards, tmp / "not finite", "zero0_fp32", "--optim.lr", "1e30",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
+from typing import NoReturn
 
 from vir.errors import VirError
-
-
-def local_rank() -> int:
-    """This process's number on its machine, as the launcher says; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK") or 0)
+from vir.launcher import local_rank
 
 
 def tell(error: VirError, program: str, every_rank: bool = True) -> int:
@@ -23,3 +21,15 @@ def tell(error: VirError, program: str, every_rank: bool = True) -> int:
     if every_rank or local_rank() == 0:
         print(f"{program}: {error}", file=sys.stderr)
     return error.exit_code
+
+
+def end_now(exit_code: int) -> NoReturn:
+    """End this process without waiting for its threads, for its children or for other ranks."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a pipe that nobody reads, a disk that is full
+            pass
+    os._exit(exit_code)

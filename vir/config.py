@@ -8,6 +8,7 @@ the shard index or the model's default_cfgs know (sample counts, classes, mean a
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -48,6 +49,8 @@ class ModelConfig:
     """Side of the centre crop in evaluation as a share of the resized image; the model's own default when not given."""
     init_from: str = ""
     """Weights file to begin from, .safetensors or a timm checkpoint; a head of another class count begins at random."""
+    freeze: Optional[str] = None
+    """Regular expression of parameters not to train, from their names' start, e.g. 'patch_embed|blocks\\.[0-5]\\.'."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further architecture arguments for timm.create_model, e.g. --model.args '{patch_size: 4, depth: 6}'."""
     drop_path_rate: float = 0.0
@@ -65,6 +68,11 @@ class ModelConfig:
         _check(self.chunk_size >= 1, "model.chunk_size", self.chunk_size, "at least 1 token")
         _check(self.std is None or min(self.std) > 0, "model.std", self.std, "three positive numbers")
         _check(self.crop_pct is None or 0 < self.crop_pct <= 1, "model.crop_pct", self.crop_pct, "in (0, 1]")
+        try:
+            re.compile(self.freeze or "")
+        except re.error as error:
+            raise SettingsError(f"--model.freeze is {self.freeze!r}; it must be a regular expression, but {error}"
+                                ) from error
         for name in ("num_classes", "img_size", "drop_path_rate"):
             if name in self.args:
                 raise SettingsError(f"--model.args sets {name!r}; " + (
@@ -250,6 +258,8 @@ class TrainConfig:
     """Steps of which each rank writes a torch profiler trace to RUN/profile, if it can after the first ten; 0: none."""
     peak_tflops: Optional[float] = _free(None)
     """Dense peak of one device in the training precision, in 1e12 FLOP/s, for MFU; known for common GPUs."""
+    rank_timeout: float = _free(60.0)
+    """Seconds of silence after which a rank counts as lost and the others end, with exit code 5."""
 
     def __post_init__(self) -> None:
         _check(self.epochs > 0, "train.epochs", self.epochs, "positive")
@@ -260,6 +270,7 @@ class TrainConfig:
         _check(self.log_every >= 1, "train.log_every", self.log_every, "at least 1 step")
         _check(self.profile >= 0, "train.profile", self.profile, "0 or more steps")
         _check(self.peak_tflops is None or self.peak_tflops > 0, "train.peak_tflops", self.peak_tflops, "positive")
+        _check(self.rank_timeout >= 5, "train.rank_timeout", self.rank_timeout, "at least 5 seconds")
         thresh = self.bce_target_thresh
         _check(thresh is None or 0 <= thresh < 1, "train.bce_target_thresh", thresh, "in [0, 1)")
         if thresh is not None and self.loss != "bce":

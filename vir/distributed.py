@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+
+from vir import launcher
+from vir.errors import SettingsError
+from vir.launcher import Place
 
 
 @dataclass(frozen=True)
@@ -23,18 +30,72 @@ class World:
         return self.rank == 0
 
 
+TIMEOUT = timedelta(hours=1)
+"""Of a collective. Longer than any save or evaluation that others wait for; a lost rank is found by the heartbeat."""
+
+_server: Store | None = None
+"""Keeps serving while it is referred to."""
+_starting_server = threading.Lock()
+
+
+def serve(place: Place) -> None:
+    """On rank 0, unless torchrun's agent does it: start the store that all ranks share; a second call does nothing.
+
+    Raises:
+        SettingsError: the port is taken.
+    """
+    global _server
+    if place.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    with _starting_server:
+        if _server is None:
+            try:
+                _server = TCPStore(place.address, place.port, is_master=True, wait_for_workers=False, multi_tenant=True)
+            except RuntimeError as error:
+                raise SettingsError(f"rank 0 cannot serve on port {place.port} ({str(error).splitlines()[0]}); give "
+                                    "the launcher another --master_port, or set MASTER_PORT") from error
+
+
+def connect(place: Place, timeout: timedelta) -> Store:
+    """A connection of one's own to that store: a request that waits holds up no other connection.
+
+    Args:
+        timeout: of this and of each request.
+
+    Raises:
+        RuntimeError: nobody serves it.
+    """
+    serve(place)
+    store = TCPStore(place.address, place.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    # The store of torchrun's agent outlives a restart of the ranks.
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def is_of_a_collective(error: Exception) -> bool:
+    """Whether an error is what a rank meets when another one has gone; gloo has no class of its own for it."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL", "ProcessGroup")))
+
+
 def start() -> World:
-    """Join the process group that deepspeed, torchrun or accelerate describes; alone when there is none."""
-    cuda = torch.cuda.is_available()
+    """Join the process group that the launcher describes; alone when there is none.
+
+    Raises:
+        SettingsError: the launcher has said only a part of what is needed, or rank 0's port is taken.
+    """
+    place = launcher.adopt()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
                         ("MASTER_PORT", "0")):
-        os.environ.setdefault(name, value)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+        os.environ.setdefault(name, value)  # DeepSpeed reads them
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     share_cores(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        store = HashStore() if place.size == 1 else PrefixStore("group", connect(place, TIMEOUT))
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=place.rank, world_size=place.size,
+                                timeout=TIMEOUT, device_id=device if cuda else None)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 

@@ -91,8 +91,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         "weights": str(args.weights), "data": str(args.data), "model": metadata.model.name, "step": metadata.step,
         "ema": metadata.ema, "dtype": metadata.dtype, "mode": args.mode, "processes": state.num_processes}
     if args.compare_modes:
-        result["mode_differences"] = _compare(model, next(iter(eval_batches(reader, model_input, **batches))),
-                                              model_input, args.mode)
+        first = next(eval_batches(reader, model_input, **batches))
+        assert first is not None, "nothing makes the loader give up"
+        result["mode_differences"] = _compare(model, first, model_input, args.mode)
     with tqdm(total=len(reader), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:
         accuracy = classify(model, eval_batches(reader, model_input, **batches), model_input, state.device, bar)
     assert accuracy is not None, "only a stop cuts it short, and none was given"

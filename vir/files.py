@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
+# How file systems that cannot flush a folder say so (CIFS, 9p, some of FUSE). EIO, ENOSPC and EDQUOT are none of them.
+_UNSUPPORTED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EISDIR}
+_has_warned = False
+
 
 def flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk: a rename survives a power cut only after this."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force a file, or the names in a folder, to disk: a rename survives a power cut only after this.
+
+    A file system that flushes no folders gets a warning, once. Raises OSError in every other case of failure.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
+        _warn_once(path, error)
+
+
+def _warn_once(folder: Path, error: OSError) -> None:
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        logging.getLogger("vir").warning("%s: this file system flushes no folders (%s): a power cut can take back "
+                                         "what was written last", folder, error.strerror)
 
 
 @contextmanager

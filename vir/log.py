@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +25,37 @@ class _PastTheBar(logging.Handler):
     """Writes above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError, ValueError):  # a terminal that is gone, a file on a full disk: nowhere to tell it
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _LogFile(logging.Handler):
+    """Appends lines to a file. One that the disk refuses is left out: told once, and each later one is tried."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._append(f"{self.format(record)}\n".encode(errors="backslashreplace"))  # names that are no UTF-8
+        except OSError as error:
+            if not self._told:
+                self._told = True  # first: the warning comes here too
+                log.warning("cannot write %s: %s; the run goes on, and each later line is tried", self._path,
+                            error.strerror or error)
+
+    def _append(self, line: bytes) -> None:
+        with self._path.open("ab", buffering=0) as file:
+            begin = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line):]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(begin)  # no half line
+                raise
 
 
 def start(rank: int, file: Path | None = None) -> None:
@@ -33,7 +64,7 @@ def start(rank: int, file: Path | None = None) -> None:
                                datefmt="%H:%M:%S")
     handlers: list[logging.Handler] = [_PastTheBar()]
     if file is not None and rank == 0:
-        handlers.append(logging.FileHandler(file))
+        handlers.append(_LogFile(file))
     for handler in handlers:
         handler.setFormatter(layout)
     for old in log.handlers:

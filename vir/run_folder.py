@@ -23,6 +23,20 @@ CURVES = "curves.png"
 LOG = "log.txt"
 PROFILE = "profile"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+
+_held: set[int] = set()
+"""Descriptors that hold the locks of this process."""
+
+
+def _let_go() -> None:
+    """Close what a fork has inherited: a lock lasts as long as any copy of its descriptor, and loader workers can
+    outlive a trainer that was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -41,7 +55,8 @@ def claim(folder: Path, world: World) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock is not None:
+        if lock in _held:  # not so in a forked process
+            _held.remove(lock)
             os.close(lock)
 
 
@@ -71,16 +86,37 @@ def _lock(folder: Path, world: World) -> int | None:
     """Lock the folder on rank 0 and return the descriptor that holds the lock."""
     from vir import distributed
 
-    descriptor, taken = None, False
+    descriptor, problem = None, None
     if world.is_main:
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = _locked(folder / LOCK)
         except BlockingIOError:
-            taken = True
-        except OSError:  # a file system without locks
-            pass
-    if distributed.broadcast(taken):
-        raise SettingsError(f"--output {folder}: another run is writing there; wait for it, end it, or give another "
-                            "folder")
+            problem = "another run is writing there; wait for it, end it, or give another folder"
+        except OSError as error:
+            problem = f"its {LOCK} cannot be opened: {error.strerror}; give another folder"
+    if problem := distributed.broadcast(problem):
+        raise SettingsError(f"--output {folder}: {problem}")
+    return descriptor
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the file with its lock, where the file system has locks.
+
+    A file that is open for writing, not the folder: NFS refuses a lock to any other descriptor. It stays after the
+    run: of two runs that come as it is removed, one would lock the old file and one the new.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+        OSError: the file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    _held.add(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _held.remove(descriptor)
+        os.close(descriptor)
+        raise
+    except OSError:  # no locks here
+        pass
     return descriptor

@@ -3,19 +3,28 @@
     deepspeed --module vir.train --config vir/recipes/vir_small_in1k.yaml \\
         --deepspeed_config ds_configs/zero2_bf16.json --data.train SHARDS/train --data.val SHARDS/val --output runs/a
 
-The same module runs under `torchrun -m vir.train` and, on one device, `python -m vir.train`. The same command again
-continues a run that was stopped. Exit codes: 0 done, 2 settings, 3 data, 4 not finite, 6 loss scale at its floor,
-75 stopped by a signal after saving.
+The same module runs under `torchrun -m vir.train`, `srun python -m vir.train` and, on one device,
+`python -m vir.train`. The same command again continues a run that was stopped. Exit codes: 0 done, 1 a defect, 2
+settings, 3 data, 4 not finite, 5 another rank has failed or was lost, 6 loss scale at its floor, 75 stopped by a signal
+after saving.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
+from typing import TYPE_CHECKING
 
-from vir import cli
+from vir import cli, launcher
 from vir.cluster.signals import StopRequest
-from vir.config import parse
+from vir.config import TrainConfig, parse
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
+from vir.launcher import Place
+
+if TYPE_CHECKING:  # a wrong flag is told before torch is imported
+    from vir.cluster.heartbeat import Heartbeat
+
+PROGRAM = "vir.train"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,29 +36,68 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str], stop: StopRequest) -> int:
+    try:
+        place = launcher.adopt()
+    except VirError as error:
+        return cli.tell(error, PROGRAM)
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
+    heartbeat, at_the_door = None, True
     try:
         config = parse(argv)  # before torch is imported: a wrong flag is told at once
+        heartbeat = _start_heartbeat(place, config.train.rank_timeout)
         from vir.training.prepare import prepare
 
         prepared = prepare(config)
-    except VirError as error:  # every rank meets it
-        return cli.tell(error, "vir.train", every_rank=False)
-    from vir.training.run import run
+        at_the_door = False
+        from vir.training.run import run
 
-    try:
-        return run(prepared, stop)
-    except VirError as error:  # damaged data may have been met by one rank alone, the rest by all of them
-        return cli.tell(error, "vir.train", every_rank=isinstance(error, DataError))
+        code = run(prepared, stop, heartbeat)
+        heartbeat.close()
+        return code
+    except VirError as error:
+        # At the door every rank meets it, later damaged data may have been met by one rank alone.
+        code = cli.tell(error, PROGRAM, every_rank=not at_the_door and isinstance(error, DataError))
+        if heartbeat is None and place.size > 1:  # the others may have other files, and wait for this rank
+            heartbeat = _start_heartbeat(place, TrainConfig().rank_timeout)
+        if heartbeat is not None:
+            heartbeat.failed(f"exit code {code}, {error}")
+        return code
+    except Exception as error:
+        if heartbeat is None:
+            raise
+        return _unforeseen(error, place, heartbeat)
+
+
+def _start_heartbeat(place: Place, timeout: float) -> Heartbeat:
+    from vir.cluster.heartbeat import Heartbeat
+
+    heartbeat = Heartbeat(place, timeout)
+    heartbeat.start()
+    return heartbeat
+
+
+def _unforeseen(error: Exception, place: Place, heartbeat: Heartbeat) -> int:
+    """An error that no code of ours raises: another rank is lost, or there is a defect."""
+    from vir import distributed
+
+    where = heartbeat.where()
+    if distributed.is_of_a_collective(error):
+        heartbeat.wait_for_verdict()
+    traceback.print_exception(error)
+    said = f"rank {place.rank} {where}: {type(error).__name__}: {' '.join(str(error).split())}"
+    print(f"{PROGRAM}: {said}", file=sys.stderr)
+    heartbeat.failed(f"exit code 1, {said}")
+    return 1
 
 
 def command() -> int:
     """main() as a program of its own: the process group ends with it."""
     code = main()
-    if code in (0, EXIT_STOPPED_BY_SIGNAL):  # all ranks are here; after an error the others may be waiting elsewhere
-        from vir import distributed
+    if code not in (0, EXIT_STOPPED_BY_SIGNAL):
+        cli.end_now(code)  # the other ranks may be waiting elsewhere, and a group ends by all of them
+    from vir import distributed
 
-        distributed.stop()
+    distributed.stop()
     return code
 
 

@@ -14,6 +14,7 @@ import torch
 
 import vir.models  # noqa: F401  registers the models
 from vir.config import AugmentConfig, DataConfig, EmaConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from vir.models.build import freeze
 from vir.training.loss import training_loss
 
 GLOBAL_BATCH = 24  # divides by 1, 2 and 3 ranks, times 4 micro-batches
@@ -24,7 +25,8 @@ CLASSES, SIZE = 5, 8
 class Job:
     """One engine, trained from the start or from `restore`; its checkpoint and losses are left in `output`.
 
-    With `save_first` the checkpoint is of before these steps.
+    With `save_first` the checkpoint is of before these steps. The images of the last rank are not numbers in the steps
+    `nan`. `seed` is that of the initial weights.
     """
 
     output: str
@@ -47,6 +49,9 @@ class Job:
     scale_power: int = 8
     scale_window: int = 1000
     compile: bool = False
+    freeze: str = ""
+    nan: list = field(default_factory=list)
+    seed: int = 0
 
     def config(self, ranks: int = 1) -> RunConfig:
         return RunConfig(
@@ -66,8 +71,11 @@ class Job:
         return found | self.settings | ({"activation_checkpointing": {}} if self.recompute else {})
 
     def build(self) -> torch.nn.Module:
-        torch.manual_seed(0)
-        return timm.create_model(self.model, num_classes=self.classes, drop_path_rate=self.drop_path_rate, **self.args)
+        torch.manual_seed(self.seed)
+        model = timm.create_model(self.model, num_classes=self.classes, drop_path_rate=self.drop_path_rate, **self.args)
+        if self.freeze:
+            freeze(model, self.freeze)
+        return model
 
 
 def batch(step: int, classes: int = CLASSES) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,17 +113,31 @@ def save(engine, job: Job, done: int, world) -> None:
     store.save(engine.save, Path(job.output), info, world, store.Kept(1, None), False)
 
 
+def refused(engine) -> bool:
+    """Whether the engine does not save what a checkpoint would lose."""
+    try:
+        engine.save(Path("nowhere"))
+    except AssertionError as error:
+        return "finish the global batch first" in str(error)
+    return False
+
+
 def run(job: Job) -> None:
     from vir import distributed
     from vir.checkpoints import store
-    from vir.checkpoints.partitions import Partitions
+    from vir.checkpoints.partitions import EMA, Partitions
     from vir.engine.engine import Engine, Update
+    from vir.errors import LossScaleError, SettingsError
 
     world = distributed.start()
     engine = Engine(job.build(), job.config(world.size), job.ds_config(), job.accumulation)
     if job.restore:
         folder, info = store.select(Path(job.restore), world)
-        engine.restore(Partitions(folder, info), info)
+        try:
+            engine.restore(Partitions(folder, info), info)
+        except SettingsError as error:
+            (Path(job.output) / f"refused{world.rank}.txt").write_text(str(error))
+            return engine.close()
     if job.save_first:
         save(engine, job, job.first, world)
     forwards, kept = [], []
@@ -137,9 +159,21 @@ def run(job: Job) -> None:
         engine.deepspeed.train()
         return logits
 
-    events, micro = [], GLOBAL_BATCH // world.size // job.accumulation
+    def held() -> list[torch.Tensor]:
+        """Copies of this rank's part of weights and average."""
+        return [tensor.clone() for piece in engine._layout.pieces()
+                for tensor in (piece.master.detach(), engine._optimizer.state[piece.master].get(EMA))
+                if tensor is not None]
+
+    def floats() -> dict[str, torch.Tensor]:
+        return {name: buffer.clone() for name, buffer in engine.module.named_buffers() if buffer.is_floating_point()}
+
+    events, micro, in_between = [], GLOBAL_BATCH // world.size // job.accumulation, []
     for step in range(job.first, job.first + job.steps):
         images, targets = batch(step, job.classes)
+        if step in job.nan:
+            images[-GLOBAL_BATCH // world.size:] = float("nan")
+        before = held() if job.nan else []
         total = 0.0
         scale = engine.loss_scale.value
         for index in range(job.accumulation):
@@ -149,17 +183,27 @@ def run(job: Job) -> None:
                 logits = engine(images[start:start + micro])
             loss = training_loss(logits, targets[start:start + micro], job.config().train)
             engine.backward(loss)
-            update = engine.step(1e-2, job.config().optim.weight_decay)
+            try:
+                update = engine.step(1e-2, job.config().optim.weight_decay)
+            except LossScaleError:
+                update = None
+            if update is Update.ACCUMULATING:
+                in_between.append(refused(engine))
             total += float(loss.detach())
         mean = sum(distributed.gather(total)) / world.size / job.accumulation
         if job.recompute:  # whose losses are compared with those of a run that is not interrupted
             evaluate()
         events.append({"loss": mean, "norm": engine.grad_norm(), "applied": update is Update.APPLIED, "scale": scale})
+        if job.nan:
+            events[-1]["of ranks"] = distributed.gather((
+                update and update.name, all(map(torch.equal, before, after := held())) and len(before) == len(after)))
     averaged, logits = (None, None) if job.save_first else evaluate()
     if not job.save_first:
         save(engine, job, job.first + job.steps, world)
+    buffers = distributed.gather(floats())
     if world.is_main:
-        torch.save({"events": events, "forwards": len(forwards), "kept": sum(kept), "logits": logits,
+        torch.save({"events": events, "refused": in_between, "buffers": buffers,
+                    "forwards": len(forwards), "kept": sum(kept), "logits": logits,
                     "averaged": averaged}, Path(job.output) / "result.pt")
     distributed.barrier()
     engine.close()

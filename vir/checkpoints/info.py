@@ -20,6 +20,10 @@ DESCRIPTION = "checkpoint.json"
 LATEST = "latest"
 BEST = "best"
 FORMAT = 2
+STEPS = "step-" + 8 * "[0-9]"
+"""Pattern of the names of checkpoints."""
+REPLACED = ".replaced.part"
+"""Ends the name of one while another of the same step takes its place: whole, but no longer wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """From the name of a checkpoint, replaced or not."""
+    return int(folder.name.removeprefix("step-").removesuffix(REPLACED))
+
+
 def newest(run: Path) -> Path | None:
     """The checkpoint that `latest` names, whole or not; None where no checkpoint was ever completed."""
     latest = run / CHECKPOINTS / LATEST
@@ -76,21 +85,15 @@ def newest(run: Path) -> Path | None:
 
 
 def candidates(run: Path) -> list[Path]:
-    """The checkpoints to take, in the order of trying: what `latest` names, then the others, newest first.
+    """The checkpoints to take, in the order of trying: what `latest` names, then the others, the last step first.
 
-    Among them is one that a kill caught after its renaming and before `latest` moved, or while it was replaced.
+    Among them is one that a kill caught after its renaming and before `latest` moved, or while it was replaced: that
+    one comes after the one of its step. File times say nothing: copying a run sets them anew.
     """
-    named = newest(run)
-    others = [*(run / CHECKPOINTS).glob("step-????????"), *(run / CHECKPOINTS).glob("step-????????.replaced.part")]
-    return ([named] if named else []) + sorted((path for path in others if path != named), reverse=True,
-                                               key=lambda path: (_changed_at(path), path.name))
-
-
-def _changed_at(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # the run that writes here has just removed it
-        return 0.0
+    root, named = run / CHECKPOINTS, newest(run)
+    found = [*root.glob(STEPS), *root.glob(STEPS + REPLACED)]
+    first = [named, *(path for path in found if path.name == named.name + REPLACED)] if named else []
+    return first + sorted((path for path in found if path not in first), key=lambda path: (-step_of(path), path.name))
 
 
 def read_info(folder: Path) -> CheckpointInfo:

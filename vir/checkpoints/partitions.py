@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ WEIGHT = "weight"
 EMA = "ema"
 """The key of the average of the weights in the optimizer's state."""
 EMA_BUFFERS = "ema_buffers"
+FROZEN = "frozen"
+"""The names of the parameters that are not trained: no optimizer holds them."""
 
 
 class _Inert:
@@ -59,15 +61,21 @@ class Partitions:
     """
 
     def __init__(self, folder: Path, info: CheckpointInfo) -> None:
-        rank_0 = "zero_pp_rank_0_" if info.zero_stage == 3 else ""
-        model = read_file(folder / f"{rank_0}mp_rank_00_model_states.pt")
+        model = read_file(_model_file(folder, 0 if info.zero_stage == 3 else None))
         self.buffers: dict[str, Tensor] = {name: model["module"][name] for name in model["buffer_names"]}
         self.ema_buffers: dict[str, Tensor] = model.get(EMA_BUFFERS, {})
+        self.frozen: frozenset[str] = frozenset(model.get(FROZEN, ()))
         if info.zero_stage == 0:
             self._places = _unsharded(model, info)
-            return
-        ranks = [read_file(_optimizer_file(folder, rank))["optimizer_state_dict"] for rank in range(info.world_size)]
-        self._places = (_stage3 if info.zero_stage == 3 else _stage1_2)(model["param_shapes"], ranks)
+        else:
+            ranks = [read_file(_optimizer_file(folder, rank))["optimizer_state_dict"]
+                     for rank in range(info.world_size)]
+            self._places = (_stage3 if info.zero_stage == 3 else _stage1_2)(model["param_shapes"], ranks)
+        if info.zero_stage == 3 and self.frozen:
+            models = [read_file(_model_file(folder, rank)) for rank in range(info.world_size)]
+            self._places |= _frozen_stage3(self.frozen, models)
+        else:
+            self._places |= _frozen(self.frozen, model["module"])
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -115,6 +123,11 @@ def read_file(path: Path) -> dict[str, Any]:
                               "because loading it could run code") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; take another checkpoint") from error
+
+
+def _model_file(folder: Path, rank: int | None) -> Path:
+    """Of a rank under ZeRO 3, else of all."""
+    return folder / f"{'' if rank is None else f'zero_pp_rank_{rank}_'}mp_rank_00_model_states.pt"
 
 
 def _optimizer_file(folder: Path, rank: int) -> Path:
@@ -195,6 +208,24 @@ def _stage3(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[dict[str, A
         places[name] = _Place(shape, read, *_flat(states[0][0] if states[0] else {}, {}))
         offset += piece
     return places
+
+
+def _frozen(names: Iterable[str], module: dict[str, Tensor]) -> dict[str, _Place]:
+    """Outside stage 3 the module's state_dict holds them, in the training precision."""
+    return {name: _without_state(module[name].shape, [module[name].reshape(-1)]) for name in names}
+
+
+def _frozen_stage3(names: Iterable[str], models: Sequence[dict[str, Any]]) -> dict[str, _Place]:
+    """Cut into one piece per rank, the last padded, in the training precision."""
+    return {name: _without_state(models[0]["frozen_param_shapes"][name],
+                                 [model["frozen_param_fragments"][name] for model in models]) for name in names}
+
+
+def _without_state(shape: torch.Size, parts: Sequence[Tensor]) -> _Place:
+    def read(key: str, start: int, stop: int) -> Tensor:
+        return _slice(parts, start, stop - start).float()
+
+    return _Place(shape, read, [], {}, {})
 
 
 def _slice(parts: Sequence[Tensor], start: int, length: int) -> Tensor:

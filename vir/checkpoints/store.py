@@ -16,11 +16,14 @@ from vir.checkpoints.info import (
     BEST,
     DESCRIPTION,
     LATEST,
+    REPLACED,
+    STEPS,
     CheckpointInfo,
     candidates,
     name_of,
     read_info,
     sha256,
+    step_of,
     verify,
 )
 from vir.checkpoints.partitions import files_of_rank
@@ -29,6 +32,8 @@ from vir.errors import CheckpointError
 from vir.files import flush, replace_text
 from vir.log import log
 from vir.run_folder import CHECKPOINTS
+
+REMOVED = ".removed.part"
 
 Files = dict[str, dict[str, Any]]
 """bytes and sha256 of each file, by name."""
@@ -60,9 +65,11 @@ def save(write: Callable[[Path], list[str]], run: Path, info: CheckpointInfo, wo
     began = time.monotonic()
     root, name = run / CHECKPOINTS, name_of(info.step)
     part = root / (name + ".part")
-    _on_main(lambda: _make_room(root), part, world)
+    _on_main(lambda: _make_room(root, part), part, world)
     info = replace(info, files=_written(write, part, world))
-    _on_main(lambda: _publish(part, root / name, info, is_best, kept), part, world)
+    _on_main(lambda: _publish(part, root / name, info, is_best), part, world)
+    if world.is_main:
+        _remove_old(root, info.step, kept)
     seconds = time.monotonic() - began
     log.info("checkpoint %s: %.1f MB in %.1f s%s", root / name,
              sum(file["bytes"] for file in info.files.values()) / 1e6, seconds, ", the best so far" if is_best else "")
@@ -81,10 +88,22 @@ def _on_main(work: Callable[[], None], part: Path, world: World) -> None:
         _give_up(part, problems, world)
 
 
-def _make_room(root: Path) -> None:
+def _make_room(root: Path, part: Path) -> None:
+    """Remove what kills have left, except for checkpoints that were being replaced: this run may continue from one."""
     root.mkdir(exist_ok=True)
-    for stale in root.glob("*.part"):  # of a run that was killed while it wrote
-        shutil.rmtree(stale)
+    if part.exists():
+        shutil.rmtree(part)
+    for stale in root.glob(STEPS + "*.part"):
+        if not stale.name.endswith(REPLACED):
+            _discard(stale)
+
+
+def _discard(folder: Path) -> None:
+    """Remove it, or warn: that takes space, but is no reason to end a run."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", folder, error)
 
 
 def _written(write: Callable[[Path], list[str]], part: Path, world: World) -> Files:
@@ -111,32 +130,53 @@ def _give_up(part: Path, problems: list[str], world: World) -> None:
                           "are whole: free some space and run the same command again")
 
 
-def _publish(part: Path, folder: Path, info: CheckpointInfo, is_best: bool, kept: Kept) -> None:
-    root, replaced = folder.parent, folder.with_name(folder.name + ".replaced.part")
+def _publish(part: Path, folder: Path, info: CheckpointInfo, is_best: bool) -> None:
+    root, replaced = folder.parent, folder.with_name(folder.name + REPLACED)
     replace_text(part / DESCRIPTION, info.to_json())
     if folder.exists():
+        if replaced.exists():  # a kill came before its removal: the folder is newer, and whole
+            _remove(replaced)
         folder.rename(replaced)
     part.rename(folder)
     flush(root)
     if is_best:
         replace_text(root / BEST, folder.name)
     replace_text(root / LATEST, folder.name)
-    shutil.rmtree(replaced, ignore_errors=True)
-    _remove_old(root, folder.name, kept)
 
 
-def _remove_old(root: Path, name: str, kept: Kept) -> None:
+def _remove_old(root: Path, step: int, kept: Kept) -> None:
+    """Remove what the checkpoint of this step, now published, has made superfluous, or warn."""
+    try:
+        superfluous = [*root.glob(STEPS + REPLACED), *_outlived(root, step, kept)]
+    except OSError as error:
+        log.warning("no old checkpoint was removed: %s", error)
+        return
+    for folder in superfluous:
+        _remove(folder)
+
+
+def _outlived(root: Path, step: int, kept: Kept) -> list[Path]:
     best = (root / BEST).read_text().strip() if (root / BEST).is_file() else None
     every = _firsts(root, kept.every_samples) if kept.every_samples else set()
-    for old in sorted(root.glob("step-????????"), key=lambda path: path.stat().st_mtime)[:-kept.newest]:
-        if old.name not in {name, best} | every:
-            shutil.rmtree(old)
+    # Later steps than this one are of a future that the run went back from: they count as the oldest.
+    by_age = sorted(root.glob(STEPS), key=lambda path: (step_of(path) <= step, step_of(path)))
+    return [old for old in by_age[:-kept.newest] if old.name not in {name_of(step), best} | every]
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename it first: a kill while its files go leaves no half of it where checkpoints are looked for."""
+    try:
+        removed = checkpoint.rename(checkpoint.with_name(name_of(step_of(checkpoint)) + REMOVED))
+    except OSError as error:
+        log.warning("%s could not be removed: %s", checkpoint, error)
+    else:
+        _discard(removed)
 
 
 def _firsts(root: Path, every_samples: float) -> set[str]:
     """The checkpoints that are the first after each multiple of so many samples."""
     seen = []
-    for path in root.glob("step-????????"):
+    for path in root.glob(STEPS):
         try:
             seen.append((read_info(path).samples_seen, path.name))
         except CheckpointError:  # damaged: not worth keeping

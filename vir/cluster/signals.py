@@ -20,12 +20,19 @@ class StopRequest:
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
 
+    @property
+    def asked(self) -> bool:
+        """Whether this rank has got a signal."""
+        return self._asked
+
     def join(self, world_size: int) -> None:
         """Ask the other ranks from now on. Collective, after the process group is there."""
         import torch.distributed as dist
 
+        from vir.distributed import TIMEOUT
+
         # A group of its own on CPU: under NCCL the flag would cost a synchronisation of the device.
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
 
     def agree(self) -> bool:
         """Whether to stop: the same answer on every rank. Collective, once a step."""

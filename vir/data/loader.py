@@ -6,14 +6,20 @@ training, and validation counts every image once."""
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
+import os
 import random
 import signal
+import stat
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, Callable, Generator, Iterator, NoReturn, Sequence
 
 import numpy as np
 import torch
@@ -81,18 +87,24 @@ def seed_worker_globals(seed: int, position: int) -> None:
     torch.default_generator.manual_seed(int(numbers[1]))
 
 
-def read_image(reader: ShardReader, sample: int) -> tuple[Image.Image, int, list[str]]:
-    """The image at `sample`, or of its first good substitute; its label; what was wrong with those passed over."""
+def read_image(reader: ShardReader, sample: int,
+               read: Callable[[], bytes]) -> tuple[Image.Image, int, list[str]]:
+    """The image at `sample`, or of its first good substitute; its label; what was wrong with those passed over.
+
+    Args:
+        read: gives the bytes of `sample`, or raises what reading them did.
+    """
     bad: list[str] = []
     substitutes = reader.substitutes(sample)
     for _ in range(_SUBSTITUTE_TRIES):
         try:
-            return decode_image(reader.read(sample)), int(reader.labels[sample]), bad
+            return decode_image(read()), int(reader.labels[sample]), bad
         except BadSampleError as error:
             bad.append(f"{reader.where(sample)}: {error}")
         sample = next(substitutes, -1)
         if sample < 0:
             break
+        read = partial(reader.read, sample)
     raise DataError(f"no readable image in {len(bad)} tries, the first was {bad[0]}; run the conversion again for "
                     f"this split, or restore its shards from a good copy")
 
@@ -113,8 +125,8 @@ class _Requests(Dataset["Batch | VirError"]):
 def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConfig, seed: int, mix_until: float,
                  positions: np.ndarray, samples: np.ndarray) -> Batch:
     pixels, labels, bad = [], [], []
-    for position, sample in zip(positions.tolist(), samples.tolist()):
-        image, label, passed_over = read_image(reader, sample)
+    for position, sample, read in zip(positions.tolist(), samples.tolist(), _worker().read(reader, samples.tolist())):
+        image, label, passed_over = read_image(reader, sample, read)
         seed_worker_globals(seed, position)
         pixels.append(torch.as_tensor(transform(image)))
         labels.append(label)
@@ -134,10 +146,10 @@ def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConf
 
 def _eval_batch(reader: ShardReader, transform: Transform, positions: np.ndarray, samples: np.ndarray) -> Batch:
     pixels, labels = [], []
-    for sample in samples.tolist():
+    for sample, read in zip(samples.tolist(), _worker().read(reader, samples.tolist())):
         # No substitute here: an accuracy that silently counts another image would be false.
         try:
-            image = decode_image(reader.read(sample))
+            image = decode_image(read())
         except BadSampleError as error:
             raise DataError(f"validation image {reader.where(sample)}: {error}; convert the validation split again, "
                             "or restore its shards from a good copy") from error
@@ -149,33 +161,210 @@ def _eval_batch(reader: ShardReader, transform: Transform, positions: np.ndarray
                  lam=torch.ones(size), cut=torch.zeros(size, 4, dtype=torch.long), bad=[])
 
 
-def _start_worker(_: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """What is to happen while no batch comes."""
+
+    seconds: float
+    """After which, and again after as many, it is told who is waited for."""
+    tell: Callable[[str], None]
+    give_up: Callable[[], bool]
+    """Asked about once a second; when it says yes, None takes the place of the batch, which is not lost."""
+
+
+_POLL_S = 1
+_READERS = 16
+"""Samples that a worker reads at the same time: a read from a network disk waits for 1 to 20 ms."""
+
+
+class _Worker:
+    """A loader process, in that process.
+
+    Args:
+        number: of the worker in its loader.
+        reading: [workers] shared with the trainer: the sample that each worker is waiting for.
+    """
+
+    def __init__(self, number: int, reading: Any) -> None:
+        self._number, self._reading = number, reading
+        self._pool = ThreadPoolExecutor(_READERS)
+
+    def read(self, reader: ShardReader, samples: Sequence[int]) -> Iterator[Callable[[], bytes]]:
+        """Read all samples at once; for each in turn a function that waits for its bytes and raises what reading did.
+        """
+        for sample, read in [(sample, self._pool.submit(reader.read, sample)) for sample in samples]:
+            self._reading[self._number] = sample
+            yield read.result
+
+
+_here: _Worker | None = None
+"""In a worker, what it is."""
+
+
+def _worker() -> _Worker:
+    assert _here is not None, "batches are made in loader processes alone"
+    return _here
+
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
+
+
+def _start_worker(reading: Any, trainer: int, number: int) -> None:
+    global _here
     # The trainer decides what a signal means: a worker that died of it would take the last checkpoint along.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+    _die_with_parent()
+    if os.getppid() != trainer:  # it ended before that was arranged
+        os._exit(1)
+    _close_inherited_sockets()
+    _here = _Worker(number, reading)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel end this process when the trainer ends in whatever way. Linux; elsewhere DataLoader looks."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _close_inherited_sockets() -> None:
+    """Those of the process group: while a copy is open, the other ranks do not see that the trainer has ended."""
+    folder = Path("/proc/self/fd")
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        try:
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                os.close(int(name))
+        except OSError:  # the listing's own, closed by now
+            pass
 
 
 @atexit.register
 def _end_workers() -> None:
     """Runs before multiprocessing's own exit hook, which would wait for ever for workers that ignore its SIGTERM."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report them as killed
-    for worker in workers:
-        worker.kill()
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
-def _serve(make: Callable[[np.ndarray, np.ndarray], Batch], requests: Callable[[], Iterator[Request]], workers: int,
-           prefetch: int, device: torch.device) -> Generator[Batch, None, None]:
-    """Run the requests through worker processes, in order, and put each Batch on the device."""
-    served = DataLoader(_Requests(make), sampler=_Requested(requests), batch_size=None, num_workers=workers,
-                        prefetch_factor=prefetch, worker_init_fn=_start_worker, pin_memory=device.type == "cuda",
-                        generator=torch.Generator(), multiprocessing_context="fork")
-    _let_threads_settle()
-    for batch in _ahead(served, device) if device.type == "cuda" else served:
+class Batches:
+    """Runs requests through worker processes; an iterator over their batches, in order and on the device.
+
+    The processes start with the first batch that is asked for. Errors of a worker are raised here.
+
+    Args:
+        make: from positions and samples to a batch, in a worker.
+        requests: called once, for this rank's requests in order.
+
+    Raises:
+        DataError: a worker has died; others as `make`.
+    """
+
+    def __init__(self, reader: ShardReader, make: Callable[[np.ndarray, np.ndarray], Batch],
+                 requests: Callable[[], Iterator[Request]], workers: int, prefetch: int, device: torch.device,
+                 patience: Patience | None) -> None:
+        self._reader, self._make, self._requests = reader, make, requests
+        self._count, self._prefetch, self._device, self._patience = workers, prefetch, device, patience
+        self._reading = multiprocessing.get_context("fork").RawArray("q", [-1] * workers)
+        self._served: Any = None
+        self._came = 0
+        self._given_up = False
+        self._batches = self._ahead() if device.type == "cuda" else self._waiting_for_each()
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch | None:
+        """The next one; None where the patience came to its end before it was there."""
+        batch = next(self._batches)
         if isinstance(batch, VirError):
+            self.close()
             raise batch
-        yield batch
+        return batch
+
+    def close(self) -> None:
+        """End the processes. Nothing comes after it."""
+        self._batches.close()
+        if self._given_up:  # they may hang in a read, and DataLoader would wait 5 s for each
+            for worker in self._served._workers:
+                worker.kill()
+        self._served = None
+
+    def awaited(self) -> str:
+        """Who makes the next batch, and which sample that process is waiting for. From any thread."""
+        return self._at(self._came % self._count)
+
+    def _at(self, worker: int) -> str:
+        sample = self._reading[worker]
+        return f"loader process {worker}" + ("" if sample < 0 else
+                                             f" at {self._reader.where(sample)} of {self._reader.folder}")
+
+    def _start(self) -> Any:
+        _let_threads_settle()
+        loader = DataLoader(
+            _Requests(self._make), sampler=_Requested(self._requests), batch_size=None, num_workers=self._count,
+            prefetch_factor=self._prefetch, worker_init_fn=partial(_start_worker, self._reading, os.getpid()),
+            pin_memory=self._device.type == "cuda", generator=torch.Generator(), multiprocessing_context="fork",
+            timeout=_POLL_S)
+        served = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # DataLoader's handler would raise at any instruction of the trainer; _wait finds a dead worker as well.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return served
+
+    def _waiting_for_each(self) -> Generator[Any, None, None]:
+        self._served = self._start()
+        asked = told = time.monotonic()
+        while True:
+            try:
+                batch = next(self._served)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    self._raise_death_of_a_worker(error)
+                if self._patience is None:
+                    continue
+                if (now := time.monotonic()) - told >= self._patience.seconds:
+                    told = now
+                    self._patience.tell(f"no batch for {now - asked:.0f} s, waiting for {self.awaited()}; check the "
+                                        "disk or the network")
+                if self._patience.give_up():
+                    self._given_up = True
+                    yield None
+                continue
+            self._came += 1
+            yield batch
+            asked = told = time.monotonic()
+
+    def _raise_death_of_a_worker(self, error: RuntimeError) -> NoReturn:
+        """Raise the reason for what DataLoader has met: the end of a worker, or something else."""
+        for number, worker in enumerate(self._served._workers):
+            worker.join(0)
+            if worker.exitcode:
+                how = (f"was killed by {signal.Signals(-worker.exitcode).name}" if worker.exitcode < 0
+                       else f"ended with code {worker.exitcode}")
+                raise DataError(f"{self._at(number)} {how}; SIGKILL is mostly the system's answer to a lack of memory: "
+                                "lower --data.workers or --data.prefetch; SIGSEGV and SIGBUS are a defect of a "
+                                "decoder, or of the machine") from error
+        raise error
+
+    def _ahead(self) -> Generator[Any, None, None]:
+        """Copy each batch to the GPU on a side stream while the one before is being trained on."""
+        side = torch.cuda.Stream(self._device)
+        waiting: list[tuple[Any, torch.cuda.Event]] = []
+        for batch in self._waiting_for_each():
+            if batch is None:
+                yield None
+                continue
+            if isinstance(batch, Batch):
+                with torch.cuda.stream(side):
+                    batch = batch.to(self._device)
+            waiting.append((batch, side.record_event()))
+            if len(waiting) == 2:
+                yield _arrived(*waiting.pop(0))
+        for last in waiting:
+            yield _arrived(*last)
 
 
 def _let_threads_settle() -> None:
@@ -186,21 +375,6 @@ def _let_threads_settle() -> None:
     """
     if sys.version_info < (3, 12):
         time.sleep(0.02)
-
-
-def _ahead(batches: Any, device: torch.device) -> Iterator[Any]:
-    """Copy each batch to the GPU on a side stream while the one before is being trained on."""
-    side = torch.cuda.Stream(device)
-    waiting: list[tuple[Any, torch.cuda.Event]] = []
-    for batch in batches:
-        if isinstance(batch, Batch):
-            with torch.cuda.stream(side):
-                batch = batch.to(device)
-        waiting.append((batch, side.record_event()))
-        if len(waiting) == 2:
-            yield _arrived(*waiting.pop(0))
-    for last in waiting:
-        yield _arrived(*last)
 
 
 def _arrived(batch: Any, copied: torch.cuda.Event) -> Any:
@@ -216,7 +390,7 @@ def _arrived(batch: Any, copied: torch.cuda.Event) -> Any:
 def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfig,
                   model_input: InputSpec, *, seed: int, first_step: int, last_step: int,
                   global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int,
-                  prefetch: int, device: torch.device) -> Generator[Batch, None, None]:
+                  prefetch: int, device: torch.device, patience: Patience | None = None) -> Batches:
     """This rank's micro-batches of steps [first_step, last_step), `accumulation` of them per step.
 
     Step s consumes positions [s G, (s + 1) G). Its micro-batches are the same for every world size; only who
@@ -234,11 +408,11 @@ def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfi
                 yield positions, order.samples(positions)
 
     make = partial(_train_batch, reader, transforms.train_transform(augment, model_input), augment, seed, mix_until)
-    return _serve(make, requests, workers, prefetch, device)
+    return Batches(reader, make, requests, workers, prefetch, device, patience)
 
 
 def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int, rank: int,
-                 world_size: int, workers: int, device: torch.device) -> Generator[Batch, None, None]:
+                 world_size: int, workers: int, device: torch.device, patience: Patience | None = None) -> Batches:
     """Every sample once over all ranks, the same number of batches on each; padding is marked not `valid`."""
     total = len(reader)
     batches = -(-total // (batch_size * world_size))
@@ -250,7 +424,8 @@ def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int
             padding = len(samples) == 0  # ranks beyond the last sample take part with one that is not counted
             yield (np.array([-1]), np.array([0])) if padding else (samples, samples)
 
-    return _serve(partial(_eval_batch, reader, transforms.eval_transform(model_input)), requests, workers, 2, device)
+    make = partial(_eval_batch, reader, transforms.eval_transform(model_input))
+    return Batches(reader, make, requests, workers, 2, device, patience)
 
 
 class _Requested:

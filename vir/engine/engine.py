@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import AbstractSet, Any, Callable, Iterator
 
 import deepspeed
 import torch
@@ -24,14 +24,14 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vir.checkpoints.info import CheckpointInfo
-from vir.checkpoints.partitions import EMA, EMA_BUFFERS, WEIGHT, Partitions
+from vir.checkpoints.partitions import EMA, EMA_BUFFERS, FROZEN, WEIGHT, Partitions
 from vir.config import RunConfig
 from vir.engine import ds_config as ds
 from vir.engine import ema
 from vir.engine.batch_norm import RunningStatistics, compute_in_float32
 from vir.engine.blocks import compile_blocks, recompute
 from vir.engine.loss_scale import LossScale
-from vir.engine.optimizer import build, parameter_groups, set_rates
+from vir.engine.optimizer import build, copied, parameter_groups, set_rates
 from vir.engine.zero import LAYOUTS
 from vir.errors import LossScaleError, SettingsError
 
@@ -163,10 +163,13 @@ class Engine:
     def save(self, folder: Path) -> list[str]:
         """Write DeepSpeed's files into a folder and return the problems that this rank had. Collective."""
         assert not self._shows_average, "use_weights() first: this would save the average as the weights"
+        assert self.deepspeed.micro_steps % self._accumulation == 0, (
+            "finish the global batch first: the gradients accumulated so far would not be saved")
         recorder = self.deepspeed.checkpoint_engine
         recorder.problems.clear()
         self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False,
-                                       client_state={EMA_BUFFERS: self._buffers.average})
+                                       client_state={EMA_BUFFERS: self._buffers.average,
+                                                     FROZEN: list(self._layout.frozen())})
         return list(recorder.problems)
 
     @torch.no_grad()
@@ -176,10 +179,12 @@ class Engine:
         Each rank reads its own share of each parameter. Collective.
 
         Raises:
-            SettingsError: the checkpoint has other parameters.
+            SettingsError: the checkpoint has other parameters, or others of them are frozen.
         """
         assert not self._shows_average, "use_weights() first"
-        _check_shapes(saved, self._layout.trainable())
+        _check_shapes(saved, dict(self.module.named_parameters()))
+        _check_frozen(saved.frozen, self._layout.frozen().keys())
+        self._layout.set_frozen(lambda name, start, stop: saved.read(name, WEIGHT, start, stop))
         for name, master, offset, start, stop in self._layout.pieces():
             here = slice(offset, offset + stop - start)
             master.data.view(-1)[here].copy_(saved.read(name, WEIGHT, start, stop))
@@ -207,16 +212,16 @@ class Engine:
         for key in keys:
             if key not in state:
                 state[key] = torch.zeros_like(master, dtype=torch.float32)
-        state.update({key: self._scalar(value, master) for key, value in saved.scalars(name).items()})
+        state.update({key: self._scalar(key, value, master) for key, value in saved.scalars(name).items()})
         return keys
 
-    def _scalar(self, value: Any, master: Tensor) -> Any:
-        """A number of the optimizer's state; the step is an int in DeepSpeed's Adam and a tensor in torch's."""
+    def _scalar(self, key: str, value: Any, master: Tensor) -> Any:
+        """What an optimizer keeps once for a parameter; the step is an int in DeepSpeed's Adam, a tensor in torch's."""
         if isinstance(self._optimizer, DeepSpeedCPUAdam):
             return int(value)
         if isinstance(self._optimizer, torch.optim.Adam):
             return torch.tensor(float(value), device=master.device)  # where the fused kernel wants it
-        return value.clone() if isinstance(value, Tensor) else value
+        return copied(value, torch.device("cpu") if key == "step" else master.device)  # as torch's load_state_dict
 
     def close(self) -> None:
         self.deepspeed.destroy()
@@ -253,8 +258,16 @@ def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
                             "DeepSpeed cannot shard; take another --model.name")
 
 
-def _check_shapes(saved: Partitions, trainable: dict[str, nn.Parameter]) -> None:
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in trainable.items()}
+def _check_frozen(before: AbstractSet[str], now: AbstractSet[str]) -> None:
+    if differing := sorted(before ^ now):
+        raise SettingsError(f"the checkpoint was trained with other parameters frozen ({len(differing)} differ: "
+                            f"{', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}), for which an optimizer "
+                            "keeps no state; resume with the --model.freeze that it was saved with, or consolidate it "
+                            "and give the weights as --model.init_from")
+
+
+def _check_shapes(saved: Partitions, parameters: dict[str, nn.Parameter]) -> None:
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
     if differing := sorted(name for name in shapes.keys() | saved.shapes.keys()
                            if shapes.get(name) != saved.shapes.get(name)):
         raise SettingsError(f"the checkpoint and the model differ in {len(differing)} parameters: "

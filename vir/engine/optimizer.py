@@ -68,6 +68,13 @@ def build(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optim
     return optimizer
 
 
+def copied(value: Any, device: torch.device) -> Any:
+    """What an optimizer keeps beside its numbers per weight, e.g. Kron's list of matrices, with tensors of its own."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    return [copied(item, device) for item in value] if isinstance(value, list) else value
+
+
 def states_per_number(optim: OptimConfig) -> int:
     """How many numbers the optimizer keeps for each number of a parameter, found by a step on one small matrix."""
     parameter = nn.Parameter(torch.zeros(2, 3))

@@ -1,6 +1,6 @@
 """Where a rank holds weights, float32 masters and optimizer state: one class per layout of DeepSpeed in memory.
 
-Each has the same methods: backward, step, grad_norm, show and pieces.
+Each has the same methods: backward, step, grad_norm, show, pieces and set_frozen.
 
 Facts of DeepSpeed 0.19 that shape them, each seen by running it:
 - without ZeRO, bf16 creates the optimizer state by a step on zero gradients, which Adam counts;
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import torch
 from deepspeed.runtime.utils import all_gather_dp_groups
@@ -65,16 +65,30 @@ class Layout(ABC):
     def show(self, key: str) -> None:
         """Let the module compute with the masters (WEIGHT) or their average (EMA), in its own precision. Collective.
 
-        Calling it again with the same key changes nothing.
+        An average that has not begun is the master itself. Calling it again with the same key changes nothing.
         """
 
     @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """What this rank holds."""
 
+    @torch.no_grad()
+    def set_frozen(self, read: Callable[[str, int, int], Tensor]) -> None:
+        """Give the parameters that are not trained their numbers. Collective.
+
+        Args:
+            read: from the name of a parameter to its numbers [start, stop), flat.
+        """
+        for name, parameter in self.frozen().items():
+            parameter.copy_(read(name, 0, parameter.numel()).view(parameter.shape))
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.deepspeed.module.named_parameters()
                 if parameter.requires_grad}
+
+    def frozen(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.deepspeed.module.named_parameters()
+                if not parameter.requires_grad}
 
 
 class Unsharded(Layout):
@@ -141,7 +155,7 @@ class Partitioned(Layout):
     def show(self, key: str) -> None:
         wrapper, rank = self.deepspeed.optimizer, self.deepspeed.global_rank
         for low, flat in zip(wrapper.parallel_partitioned_bit16_groups, wrapper.single_partition_of_fp32_groups):
-            low[rank].copy_(flat if key == WEIGHT else self.optimizer.state[flat][key])
+            low[rank].copy_(flat if key == WEIGHT else self.optimizer.state[flat].get(key, flat))
         all_gather_dp_groups(groups_flat=wrapper.bit16_groups_flat,
                              partitioned_param_groups=wrapper.parallel_partitioned_bit16_groups,
                              dp_process_group=wrapper.real_dp_process_group,
@@ -168,9 +182,22 @@ class Sharded(Layout):
         wrapper = self.deepspeed.optimizer
         wrapper.checkpoint_event_prologue()  # lets go of weights that are still gathered
         for parameter in self.trainable().values():
-            getattr(parameter, "ds_tensor").copy_(safe_get_local_fp32_param(parameter) if key == WEIGHT
-                                                  else safe_get_local_optimizer_state(parameter, key))
+            group, *_ = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            begun = key in self.optimizer.state[wrapper.fp32_partitioned_groups_flat[group]]
+            getattr(parameter, "ds_tensor").copy_(safe_get_local_optimizer_state(parameter, key) if begun
+                                                  else safe_get_local_fp32_param(parameter))
         wrapper.checkpoint_event_epilogue()  # gathers the small ones, which stay so
+
+    @torch.no_grad()
+    def set_frozen(self, read: Callable[[str, int, int], Tensor]) -> None:
+        wrapper = self.deepspeed.optimizer
+        wrapper.checkpoint_event_prologue()
+        for name, parameter in self.frozen().items():
+            held = getattr(parameter, "ds_tensor")
+            start = self.deepspeed.global_rank * held.numel()
+            stop = max(start, min(start + held.numel(), getattr(parameter, "ds_numel")))
+            held[:stop - start].copy_(read(name, start, stop))
+        wrapper.checkpoint_event_epilogue()
 
     def pieces(self) -> Iterator[Piece]:
         wrapper = self.deepspeed.optimizer

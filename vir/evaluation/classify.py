@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Generator
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vir import distributed
 from vir.data.device import normalize
-from vir.data.loader import Batch
+from vir.data.loader import Batches
 from vir.models.spec import InputSpec
 
 
@@ -26,7 +26,7 @@ class Accuracy:
 
 
 @torch.no_grad()
-def classify(forward: Callable[[Tensor], Tensor], batches: Generator[Batch, None, None], model_input: InputSpec,
+def classify(forward: Callable[[Tensor], Tensor], batches: Batches, model_input: InputSpec,
              device: torch.device, progress: tqdm[Any], stop: Callable[[], bool] | None = None) -> Accuracy | None:
     """Evaluate this rank's batches and sum over all ranks. Collective; every rank must have the same number of batches.
 
@@ -42,6 +42,7 @@ def classify(forward: Callable[[Tensor], Tensor], batches: Generator[Batch, None
         for batch in batches:
             if stop is not None and stop():
                 return None
+            assert batch is not None, "the loader gives up where `stop` says yes, and not without one"
             logits, labels, valid = forward(normalize(batch.images, model_input)).float(), batch.labels, batch.valid
             best = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.view(-1, 1)) & valid.view(-1, 1)
             counts += torch.stack([best[:, 0].sum(), best.sum(), valid.sum()])

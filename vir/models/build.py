@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -41,7 +42,7 @@ def build(model: ModelConfig, classes: Sequence[str]) -> tuple[nn.Module, ModelS
     """The network of a run, with random weights or those of model.init_from, and what it is.
 
     Raises:
-        SettingsError: it cannot be built with these arguments.
+        SettingsError: it cannot be built with these arguments, or model.freeze does not fit it.
         DataError: model.init_from cannot be read, or holds weights of another architecture.
     """
     args = architecture(model, len(classes))
@@ -51,6 +52,8 @@ def build(model: ModelConfig, classes: Sequence[str]) -> tuple[nn.Module, ModelS
         raise SettingsError(f"--model.name {model.name} cannot be built with {args}: {error}") from error
     if model.init_from:
         initialize_from(network, model.init_from)
+    if model.freeze is not None:
+        freeze(network, model.freeze)
     if hasattr(network, "set_retention_mode"):
         getattr(network, "set_retention_mode")(model.retention_mode, model.chunk_size)
     spec = ModelSpec(name=model.name, args=args, input=_input_as_set(model, input_of(network)), classes=tuple(classes))
@@ -71,6 +74,24 @@ def _input_as_set(model: ModelConfig, own: InputSpec) -> InputSpec:
     given: dict[str, Any] = {"mean": model.mean, "std": model.std, "interpolation": model.interpolation,
                              "crop_pct": model.crop_pct, "size": side and (own.size[0], side, side)}
     return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def freeze(model: nn.Module, pattern: str) -> None:
+    """Keep the parameters whose name matches from its start as they are; batch norms' running statistics go on.
+
+    Raises:
+        SettingsError: it matches no parameter, or leaves none to train.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = [name for name in parameters if re.match(pattern, name)]
+    if not frozen:
+        raise SettingsError(f"--model.freeze {pattern!r} matches no parameter of {type(model).__name__} from the start "
+                            f"of its name; it has {_some(parameters)}")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise SettingsError(f"--model.freeze {pattern!r} leaves no parameter of {type(model).__name__} to train; it "
+                            f"matches {_some(frozen)}")
 
 
 def initialize_from(model: nn.Module, path: str | os.PathLike[str]) -> None:

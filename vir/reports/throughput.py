@@ -13,9 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from vir.models.build import NotBuiltError, create
 from vir.models.spec import ModelSpec
 
-# Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, from the vendors' data sheets.
-PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,
-               "L40S": 362.0, "L4": 121.0, "A40": 149.7, "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0}
+# Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, from the vendors' data sheets. Whole
+# names, as torch.cuda.get_device_name gives them: a part of one also fits its MIG slices and laptop versions.
+PEAK_TFLOPS = {
+    "NVIDIA B200": 2250.0, "NVIDIA GH200 480GB": 989.0, "NVIDIA H200": 989.0, "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 NVL": 835.0, "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-SXM4-40GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA L40S": 362.0, "NVIDIA L40": 181.05, "NVIDIA L4": 121.0, "NVIDIA A40": 149.7, "NVIDIA A10": 125.0,
+    "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 3090": 71.0,
+}
 
 
 def forward_flops(spec: ModelSpec) -> int | None:
@@ -42,8 +49,8 @@ def peak_flops(device: torch.device, precision: str, given: float | None) -> flo
         return given * 1e12
     if device.type != "cuda" or precision == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    listed = PEAK_TFLOPS.get(torch.cuda.get_device_name(device))
+    return None if listed is None else listed * 1e12
 
 
 def utilisation(images_per_second: float, flops: int | None, devices: int, peak: float | None) -> float | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from enum import Enum
-from typing import Generator, Iterator
+from typing import Sequence
 
 import torch
 
+from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
 from vir.config import TrainConfig
 from vir.data.device import Preparation
-from vir.data.loader import Batch
+from vir.data.loader import Batch, Batches
 from vir.engine.engine import Engine, Update
 from vir.errors import LossScaleError, NotFiniteError
 from vir.reports.throughput import Stopwatch
@@ -53,19 +54,19 @@ class GlobalStep:
         self._train, self._plan, self._engine, self._prepare = train, plan, engine, prepare
         self._guard, self._forward_clock, self._rank = guard, forward_clock, rank
 
-    def __call__(self, batches: Iterator[Batch], step: int) -> StepRecord:
-        """Do global batch `step`, from 0. Collective.
+    def __call__(self, batches: Sequence[Batch], waited: float, step: int) -> StepRecord:
+        """Do global batch `step`, from 0, of which `batches` are this rank's micro-batches. Collective.
+
+        Args:
+            waited: seconds that it took until they were there.
 
         Raises:
             NotFiniteError: the third step in a row whose gradient was not finite.
             LossScaleError: a gradient that is not finite at the floor of the loss scale.
         """
-        record = StepRecord(update=Update.ACCUMULATING, losses=[], positions=[], bad=[], waited=0.0)
+        record = StepRecord(update=Update.ACCUMULATING, losses=[], positions=[], bad=[], waited=waited)
         rates = self._plan.learning_rate(step), self._plan.weight_decay(step)
-        for micro in range(self._plan.accumulation):
-            asked = time.monotonic()
-            batch = next(batches)
-            record.waited += time.monotonic() - asked
+        for micro, batch in enumerate(batches):
             self._seed_dropout(step, micro)
             images, targets = self._prepare(batch)
             with self._forward_clock:
@@ -98,11 +99,12 @@ class Trainer:
     """Runs the steps of a plan; between them it evaluates, saves, and asks whether to stop."""
 
     def __init__(self, plan: Plan, global_step: GlobalStep, meter: Meter, validator: Validator, saver: Saver,
-                 profiler: Profiler, stop: StopRequest) -> None:
+                 profiler: Profiler, stop: StopRequest, heartbeat: Heartbeat) -> None:
         self._plan, self._global_step, self._meter = plan, global_step, meter
         self._validator, self._saver, self._profiler, self._stop = validator, saver, profiler, stop
+        self._heartbeat = heartbeat
 
-    def fit(self, batches: Generator[Batch, None, None], first: int, evaluate_first: bool) -> Ending:
+    def fit(self, batches: Batches, first: int, evaluate_first: bool) -> Ending:
         """Train from step `first` to the end of the plan.
 
         Args:
@@ -115,8 +117,6 @@ class Trainer:
         """
         total = self._plan.total_steps
         try:
-            if self._stop.agree():
-                return Ending.DONE if first == total and not evaluate_first else Ending.STOPPED
             if evaluate_first:
                 verdict = self._evaluate(first)
                 if verdict is Verdict.CUT_SHORT:
@@ -125,15 +125,23 @@ class Trainer:
                     self._saver.save(first)
             self._meter.begin()
             for step in range(first, total):
-                self._profiler.before(step)
-                record = self._global_step(batches, step)
-                self._profiler.after(step)
-                stopping = self._stop.agree()
-                self._meter.stepped(step + 1, record, stopping)
-                with self._meter.pause():
-                    stopping = self._between_steps(step + 1, stopping)
-                if stopping:  # also after the last step, when its evaluation has yet to come
+                began = time.monotonic()
+                fetched = self._fetch(batches, step)
+                waited = time.monotonic() - began
+                # Asked after the wait for data: a rank to whom none comes takes part as soon as a signal does.
+                if self._stop.agree():
+                    self._meter.cut(step)
+                    if step != self._saver.last_step:
+                        self._saver.save(step)
                     return Ending.STOPPED
+                self._say_step(step, first)
+                self._profiler.before(step)
+                record = self._global_step(fetched, waited, step)
+                self._profiler.after(step)
+                self._meter.stepped(step + 1, record)
+                with self._meter.pause():
+                    if self._between_steps(step + 1) is Ending.STOPPED:
+                        return Ending.STOPPED
         except (NotFiniteError, LossScaleError) as error:
             saved = self._saver.last_step
             raise type(error)(f"{error}; last checkpoint: " + (
@@ -144,16 +152,27 @@ class Trainer:
             self._meter.close()
         return Ending.DONE
 
-    def _between_steps(self, done: int, stopping: bool) -> bool:
-        """Evaluate and save as the plan says, save when stopping; whether the run must stop. Collective."""
-        asks_for_checkpoint = done in self._plan.checkpoint_steps
-        if done in self._plan.eval_steps and not stopping:
-            verdict = self._evaluate(done)
-            stopping = verdict is Verdict.CUT_SHORT
-            asks_for_checkpoint |= verdict is Verdict.BEST
-        if asks_for_checkpoint or stopping:
+    def _fetch(self, batches: Batches, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step; fewer where a signal came before they did."""
+        self._heartbeat.at(lambda: f"at step {step + 1}, waiting for {batches.awaited()}")
+        fetched = []
+        for _ in range(self._plan.accumulation):
+            if (batch := next(batches)) is None:
+                break
+            fetched.append(batch)
+        return fetched
+
+    def _say_step(self, step: int, first: int) -> None:
+        positions = f"positions {self._plan.samples(step)} to {self._plan.samples(step + 1) - 1}"
+        # The first step of a process compiles kernels and reserves memory.
+        self._heartbeat.at(f"at step {step + 1}, {positions}", counts=step > first)
+
+    def _between_steps(self, done: int) -> Ending | None:
+        """Evaluate and save as the plan says; STOPPED where a signal came meanwhile. Collective."""
+        verdict = self._evaluate(done) if done in self._plan.eval_steps else Verdict.NOT_BEST
+        if verdict is not Verdict.NOT_BEST or done in self._plan.checkpoint_steps:
             self._saver.save(done)
-        return stopping
+        return Ending.STOPPED if verdict is Verdict.CUT_SHORT else None
 
     def _evaluate(self, done: int) -> Verdict:
         """Evaluate after `done` steps and write the results. Collective."""

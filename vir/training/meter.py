@@ -106,8 +106,8 @@ class Meter:
         """Start the clock of an interval."""
         self._interval = _Interval()
 
-    def stepped(self, done: int, record: StepRecord, stopping: bool) -> None:
-        """Take up a step. At the end of an interval, of the run or when stopping, report. Collective.
+    def stepped(self, done: int, record: StepRecord) -> None:
+        """Take up a step. At the end of an interval or of the run, report. Collective.
 
         Raises:
             DataError: too many samples that cannot be decoded.
@@ -121,9 +121,14 @@ class Meter:
         else:
             interval.skipped += 1
         self._bar.update()
-        if done % self._config.train.log_every == 0 or done == self._plan.total_steps or stopping:
+        if done % self._config.train.log_every == 0 or done == self._plan.total_steps:
+            self.cut(done)
+
+    def cut(self, done: int) -> None:
+        """Report the interval so far, where it has a step, and begin another. Collective."""
+        if self._interval.steps:
             self._report(done)
-            self.begin()
+        self.begin()
 
     @contextmanager
     def pause(self) -> Iterator[None]:

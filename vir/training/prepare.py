@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import timm
 import yaml
 
+from vir import launcher
 from vir.checkpoints.info import DESCRIPTION, LATEST
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
@@ -41,8 +41,10 @@ def prepare(config: RunConfig) -> Prepared:
     """
     deepspeed_json = ds_config.read(config.deepspeed_config)
     plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,
-                      int(os.environ.get("WORLD_SIZE", "1")))
-    train, val = ShardReader(config.data.train), ShardReader(config.data.val)
+                      launcher.adopt().size)
+    # The sizes of all shards are looked at once per machine: thousands of shards on a network disk take their time.
+    looks = launcher.local_rank() == 0
+    train, val = (ShardReader(folder, check_shards=looks) for folder in (config.data.train, config.data.val))
     if train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise SettingsError(f"--data.train {config.data.train} has {len(train.classes)} classes and --data.val "
@@ -83,7 +85,7 @@ def _check_folder(config: RunConfig) -> None:
                             f"or another --output and --resume {config.output}")
     saved = Path(config.output) / CONFIG
     has_checkpoint = (Path(config.output) / CHECKPOINTS / LATEST).is_file()
-    if config.resume == "none" and (saved.is_file() or has_checkpoint):
+    if config.resume == "none" and not config.validate_only and (saved.is_file() or has_checkpoint):
         raise SettingsError(f"--output {config.output} holds a run and --resume is none; give another --output, or "
                             "leave --resume out to continue it")
     if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -42,11 +43,20 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Write the trace of what was recorded so far."""
-        if self._running is None:
+        """Write the trace of what was recorded so far; where that fails, only warn."""
+        running, self._running = self._running, None
+        if running is None:
             return
-        self._running.stop()
-        self._trace.parent.mkdir(exist_ok=True)
-        self._running.export_chrome_trace(str(self._trace))
-        self._running = None
+        try:
+            running.stop()
+            self._trace.parent.mkdir(exist_ok=True)
+            self._trace.unlink(missing_ok=True)  # of an earlier start of this run
+            running.export_chrome_trace(str(self._trace))
+            if not self._trace.exists():  # a full disk: kineto prints to stderr, raises nothing, renames nothing
+                raise OSError("the profiler could not write it; is there space on the disk?")
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                self._trace.with_suffix(".json.tmp").unlink()  # kineto's half: the next checkpoint may need its space
+            log.warning("no profiler trace %s: %s", self._trace, error)
+            return
         log.info("profiler trace of each rank: %s (open in ui.perfetto.dev)", self._trace.parent)

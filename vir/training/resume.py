@@ -20,6 +20,8 @@ def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint:
            world: World) -> CheckpointInfo | None:
     """Load the checkpoint that --output means, or that --resume means where --output has none yet. Collective.
 
+    With validate_only the one that --resume names comes first, and `none` means none.
+
     Returns:
         What it says of itself; None where the run begins.
 
@@ -27,9 +29,11 @@ def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint:
         CheckpointError: --resume names no checkpoint, or all are damaged.
         SettingsError: it does not fit the settings, the data or the model of this run.
     """
-    selected = select(Path(config.output), world)
+    is_named = config.resume not in ("auto", "none")
+    takes_own = not config.validate_only or config.resume == "auto"
+    selected = select(Path(config.output), world) if takes_own else None
     is_own = selected is not None
-    if selected is None and config.resume not in ("auto", "none"):
+    if selected is None and is_named:
         selected = _named(config.resume, world)
     if selected is None:
         return None
@@ -43,7 +47,8 @@ def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint:
     if (info.world_size, info.zero_stage) != (world.size, engine.zero_stage):
         log.info("%s is of %d ranks and ZeRO %d: sharding it anew for %d ranks and ZeRO %d", folder,
                  info.world_size, info.zero_stage, world.size, engine.zero_stage)
-    log.info("taking up %s%s", folder, "" if is_own else ", as --output has no checkpoint of its own yet")
+    log.info("taking up %s%s", folder, ", as --output has no checkpoint of its own yet"
+             if takes_own and not is_own else "")
     engine.restore(Partitions(folder, info), info)
     return info
 

@@ -10,10 +10,11 @@ import torch
 from vir import distributed
 from vir import log as logs
 from vir import run_folder
+from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
-from vir.config import dump_yaml, to_dict
+from vir.config import RunConfig, dump_yaml, to_dict
 from vir.data.device import Preparation
-from vir.data.loader import train_batches
+from vir.data.loader import Patience, train_batches
 from vir.data.order import SampleOrder
 from vir.distributed import World
 from vir.engine import ds_config
@@ -36,14 +37,16 @@ from vir.training.saver import Saver
 from vir.training.validator import Validator
 
 
-def run(prepared: Prepared, stop: StopRequest) -> int:
+def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     """Train, and return the exit code: 0 when done, EXIT_STOPPED_BY_SIGNAL when a signal ended it after saving.
 
     With dry_run it only tells the plan, with validate_only it only evaluates; neither writes anything.
     """
     config, folder = prepared.config, Path(prepared.config.output)
+    heartbeat.at("waiting for all ranks to begin", counts=False)
     world = distributed.start()
     stop.join(world.size)
+    heartbeat.at("building model and engine", counts=False)
     trains = not (config.dry_run or config.validate_only)
     with run_folder.claim(folder, world) if trains else nullcontext():
         logs.start(world.rank, folder / run_folder.LOG if trains else None)
@@ -55,12 +58,13 @@ def run(prepared: Prepared, stop: StopRequest) -> int:
             if config.dry_run:
                 ending = _show_plan(prepared, plan, engine, spec, world)
             elif config.validate_only:
-                ending = _validate(prepared, engine, spec, world, stop)
+                ending = _validate(prepared, engine, spec, world, stop, heartbeat)
             else:
-                ending = _train(prepared, plan, engine, spec, world, stop)
+                ending = _train(prepared, plan, engine, spec, world, stop, heartbeat)
     if trains and world.is_main:
         _draw_curves(folder)
         log.info("done: %s" if ending is Ending.DONE else "stopped by a signal; the same command continues: %s", folder)
+    heartbeat.at("waiting for all ranks to end", counts=False)
     distributed.barrier()
     return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
 
@@ -72,23 +76,29 @@ def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, 
     return Ending.DONE
 
 
-def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World, stop: StopRequest) -> Ending:
+def _patience(config: RunConfig, stop: StopRequest) -> Patience:
+    return Patience(seconds=config.train.rank_timeout, tell=log.warning, give_up=lambda: stop.asked)
+
+
+def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World, stop: StopRequest,
+              heartbeat: Heartbeat) -> Ending:
     config = prepared.config
     info = resume(config, engine, spec, prepared.train.fingerprint, world)
     if info is None and not config.model.init_from:
         raise SettingsError(f"--validate_only: --output {config.output} has no checkpoint to evaluate; name a run "
-                            "folder, or weights by --model.init_from")
-    results = Validator(config, engine, prepared.val, spec.input, world, stop).evaluate(info.step if info else 0)
+                            "folder by it or by --resume, or weights by --model.init_from")
+    validator = Validator(config, engine, prepared.val, spec.input, world, stop, _patience(config, stop), heartbeat)
+    results = validator.evaluate(info.step if info else 0)
     return Ending.STOPPED if results is None else Ending.DONE
 
 
-def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World,
-           stop: StopRequest) -> Ending:
+def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World, stop: StopRequest,
+           heartbeat: Heartbeat) -> Ending:
     config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
     info = resume(config, engine, spec, reader.fingerprint, world)
     first = info.samples_seen // plan.global_batch_size if info else 0
-    saver = Saver(config, plan, engine, spec, reader.fingerprint, world, first)
-    writer = _begin_writing(prepared, plan, first) if world.is_main else None
+    saver = Saver(config, plan, engine, spec, reader.fingerprint, world, heartbeat, first)
+    writer = _begin_writing(prepared, plan, first, world)
     with closing(writer) if writer else nullcontext():
         for line in describe(config, plan, engine, spec, reader, prepared.val, world):
             log.info(line)
@@ -99,26 +109,40 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
             reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
             last_step=plan.total_steps, global_batch_size=plan.global_batch_size,
             micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
-            workers=config.data.workers, prefetch=config.data.prefetch, device=world.device)
+            workers=config.data.workers, prefetch=config.data.prefetch, device=world.device,
+            patience=_patience(config, stop))
         meter = Meter(config, plan, engine, world, writer, first)
         preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
                                   num_classes=plan.num_classes, seed=config.train.seed)
         guard = FiniteGuard(order, reader)
         global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank)
-        validator = Validator(config, engine, prepared.val, spec.input, world, stop)
+        validator = Validator(config, engine, prepared.val, spec.input, world, stop, _patience(config, stop), heartbeat)
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
-        trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop)
+        trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop, heartbeat)
         ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, folder, world))
         meter.summarise(saver.seconds)
         return ending
 
 
-def _begin_writing(prepared: Prepared, plan: Plan, first: int) -> MetricsWriter:
-    """Leave the settings in the run folder and open its metrics. For rank 0."""
+def _begin_writing(prepared: Prepared, plan: Plan, first: int, world: World) -> MetricsWriter | None:
+    """Leave the settings in the run folder and open its metrics, on rank 0. Collective.
+
+    Raises:
+        SettingsError: they cannot be written.
+    """
     config, folder = prepared.config, Path(prepared.config.output)
-    replace_text(folder / run_folder.CONFIG, dump_yaml(config))
-    replace_text(folder / run_folder.DS_CONFIG, ds_config.locate(config.deepspeed_config).read_text())
-    return MetricsWriter(folder, plan.epoch(first), first, config.train.wandb, to_dict(config))
+    writer, problem = None, ""
+    if world.is_main:
+        try:
+            replace_text(folder / run_folder.CONFIG, dump_yaml(config))
+            replace_text(folder / run_folder.DS_CONFIG, ds_config.locate(config.deepspeed_config).read_text())
+            writer = MetricsWriter(folder, plan.epoch(first), first, config.train.wandb, to_dict(config))
+        except OSError as error:
+            problem = f"{error.filename or folder}: {error.strerror}"
+    if problem := distributed.broadcast(problem):
+        raise SettingsError(f"--output {folder} cannot be written to: {problem}; free some space or give "
+                            "another folder")
+    return writer
 
 
 def _evaluation_is_due(plan: Plan, step: int, folder: Path, world: World) -> bool:

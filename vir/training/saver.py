@@ -7,6 +7,7 @@ from pathlib import Path
 from vir import distributed
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
+from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig, to_dict
 from vir.distributed import World
 from vir.engine.engine import Engine
@@ -25,9 +26,9 @@ class Saver:
     """
 
     def __init__(self, config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, data_fingerprint: str,
-                 world: World, first: int) -> None:
+                 world: World, heartbeat: Heartbeat, first: int) -> None:
         self._config, self._plan, self._engine, self._spec = config, plan, engine, spec
-        self._data_fingerprint, self._world = data_fingerprint, world
+        self._data_fingerprint, self._world, self._heartbeat = data_fingerprint, world, heartbeat
         self._folder = Path(config.output)
         self._best = distributed.broadcast(store.best_so_far(self._folder, config.checkpoint.best))
         self._results: Results = {}
@@ -48,6 +49,7 @@ class Saver:
         Raises:
             CheckpointError: it could not be written; those before it are as they were.
         """
+        self._heartbeat.at(f"saving after step {step}", counts=False)
         config, engine = self._config, self._engine
         results = self._results if self._evaluated_at == step else {}
         is_best = self._value(results) > self._best

@@ -7,9 +7,10 @@ from typing import Callable
 from torch import Tensor
 from tqdm import tqdm
 
+from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
 from vir.config import RunConfig
-from vir.data.loader import eval_batches
+from vir.data.loader import Patience, eval_batches
 from vir.data.reader import ShardReader
 from vir.distributed import World
 from vir.engine.engine import Engine
@@ -25,9 +26,10 @@ class Validator:
     """Accuracy of the weights and of their average on data.val, in the training precision."""
 
     def __init__(self, config: RunConfig, engine: Engine, reader: ShardReader, model_input: InputSpec, world: World,
-                 stop: StopRequest) -> None:
+                 stop: StopRequest, patience: Patience, heartbeat: Heartbeat) -> None:
         self._config, self._engine, self._reader = config, engine, reader
         self._input, self._world, self._stop = model_input, world, stop
+        self._patience, self._heartbeat = patience, heartbeat
 
     @property
     def images(self) -> int:
@@ -39,17 +41,23 @@ class Validator:
         results: Results = {}
         for prefix, averaged in (("", False), ("ema_", True)) if self._engine.has_ema else (("", False),):
             with self._engine.evaluating(averaged) as forward:
-                accuracy = self._classify(forward, f"{prefix}eval")
+                accuracy = self._classify(forward, f"{prefix}eval", step)
             if accuracy is None:
                 return None
             results |= {f"{prefix}top1": accuracy.top1, f"{prefix}top5": accuracy.top5, f"{prefix}loss": accuracy.loss}
         log.info("step %d: %s", step, ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
         return results
 
-    def _classify(self, forward: Callable[[Tensor], Tensor], title: str) -> Accuracy | None:
+    def _classify(self, forward: Callable[[Tensor], Tensor], title: str, step: int) -> Accuracy | None:
         batches = eval_batches(
             self._reader, self._input, batch_size=self._config.eval.batch_size, rank=self._world.rank,
-            world_size=self._world.size, workers=self._config.data.workers, device=self._world.device)
+            world_size=self._world.size, workers=self._config.data.workers, device=self._world.device,
+            patience=self._patience)
+
+        def stop() -> bool:
+            self._heartbeat.at(f"evaluating after step {step}")
+            return self._stop.agree()
+
         with tqdm(total=self.images, desc=title, leave=False, unit="image",
                   disable=not (self._world.is_main and shows_bars())) as bar:
-            return classify(forward, batches, self._input, self._world.device, bar, self._stop.agree)
+            return classify(forward, batches, self._input, self._world.device, bar, stop)

@@ -1,0 +1,255 @@
+"""Ranks that are lost in every way, real processes all: the others end soon, and say who it was, where, and why."""
+
+import ctypes
+import multiprocessing
+import os
+import re
+import signal
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from support.launchers import free_port
+from vir import cli
+from vir.cluster.heartbeat import Heartbeat
+from vir.launcher import Place
+
+TIMEOUT = 3.0
+"""Seconds of silence after which a rank is lost here: 30 beats of 0.1 s."""
+BOUND = 60
+SIZE = 3
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["vir.cluster.heartbeat"])
+
+
+def work(heartbeat):
+    """Until the other side says that it is enough."""
+    for step in range(1, 10_000):
+        heartbeat.at(f"at step {step}")
+        time.sleep(0.02)
+
+
+def hold_the_gil(heartbeat):
+    heartbeat.at("in a library")
+    time.sleep(1)
+    ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps it, as a C extension that hangs does
+
+
+def fail(heartbeat):
+    heartbeat.failed("exit code 3, no such folder: /data")
+    cli.end_now(3)
+
+
+def finish(heartbeat):
+    heartbeat.at("waiting for all ranks to end", counts=False)
+    time.sleep(0.3)
+    heartbeat.close()
+    cli.end_now(0)
+
+
+def finish_late(heartbeat):
+    heartbeat.at("waiting for all ranks to end", counts=False)
+    heartbeat.close()
+    cli.end_now(0)
+
+
+def stall(heartbeat):
+    heartbeat.at("at step 7")
+    time.sleep(1.5)
+    heartbeat.at("at step 8")
+    time.sleep(0.2)
+    finish(heartbeat)
+
+
+def as_rank(place, output, timeout, does, stall_after):
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    heartbeat = Heartbeat(place, timeout, stall_after)
+    heartbeat.start()
+    does(heartbeat)
+
+
+class Group:
+    """Processes that each do something beside their heartbeat."""
+
+    def __init__(self, folder, does, timeout, port, stall_after=600.0):
+        self.outputs = [folder / f"{rank}.txt" for rank in range(len(does))]
+        self.processes = [
+            CONTEXT.Process(target=as_rank, args=(Place(rank, len(does), rank, "127.0.0.1", int(port)), output,
+                                                  timeout, of_rank, stall_after))
+            for rank, (of_rank, output) in enumerate(zip(does, self.outputs)) if of_rank is not None]
+        for process in self.processes:
+            process.start()
+
+    def signal(self, rank, number):
+        os.kill(self.processes[rank].pid, number)
+
+    def end(self):
+        """Exit codes and what was said, when all have ended; seconds that it took."""
+        began = time.monotonic()
+        for process in self.processes:
+            process.join(max(0, began + BOUND - time.monotonic()))
+        return ([process.exitcode for process in self.processes], [self.said(rank) for rank in range(len(self.outputs))],
+                time.monotonic() - began)
+
+    def said(self, rank):
+        return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
+
+
+@contextmanager
+def group(folder, *does, timeout=TIMEOUT, port=None, **more):
+    ranks = Group(folder, does, timeout, port or free_port(), **more)
+    try:
+        yield ranks
+    finally:
+        for process in ranks.processes:
+            process.kill()
+            process.join(30)
+
+
+def wait_a_second_of_work():
+    time.sleep(1.5)  # the ranks' clocks run, so that what is lost is lost in the middle of its work
+
+
+@pytest.fixture
+def agent():
+    """The port of a store that is served by none of the ranks, as by torchrun's agent."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    yield server.port
+
+
+LOST = r"^vir.train: rank {lost} \(\S+\) {where} \(process \d+\) is lost: (?:{why})\. Rank {rank} \(\S+\) at step \d+ ends " \
+       r"with it, exit code 5; the same command continues from the last checkpoint$"
+
+
+def assert_lost(said, rank, lost, why, where=r"at step \d+"):
+    lines = [line for line in said[rank].splitlines() if line.startswith("vir.train")]  # torch's store has its own
+    assert len(lines) == 1 and re.search(LOST.format(lost=lost, where=where, why=why, rank=rank), lines[0]), said
+
+
+def test_a_run_that_ends_well_says_nothing(tmp_path):
+    with group(tmp_path, finish, finish_late, finish) as ranks:
+        codes, said, seconds = ranks.end()
+    assert codes == [0] * SIZE and said == [""] * SIZE and seconds < BOUND
+
+
+def test_a_process_that_is_killed(tmp_path):
+    with group(tmp_path, work, work, work) as ranks:
+        wait_a_second_of_work()
+        ranks.signal(2, signal.SIGKILL)
+        codes, said, _ = ranks.end()
+    assert codes == [5, 5, -9]
+    for rank in (0, 1):
+        assert_lost(said, rank, 2, "its process is gone")
+
+
+def test_a_process_that_is_stopped_is_ended_too(tmp_path):
+    with group(tmp_path, work, work, work) as ranks:
+        wait_a_second_of_work()
+        ranks.signal(1, signal.SIGSTOP)
+        codes, said, _ = ranks.end()
+    assert codes == [5, -9, 5]
+    for rank in (0, 2):
+        assert_lost(said, rank, 1, r"silent for 3 s")
+
+
+def test_a_process_that_keeps_the_interpreter_to_itself(tmp_path):
+    with group(tmp_path, work, work, hold_the_gil) as ranks:
+        codes, said, _ = ranks.end()
+    assert codes == [5, 5, -9]
+    for rank in (0, 1):
+        assert_lost(said, rank, 2, r"silent for 3 s", where="in a library")
+
+
+@pytest.mark.parametrize("number, code, why", [
+    (signal.SIGKILL, -9, r"its store cannot be reached \(.*\)"), (signal.SIGSTOP, -9, r"its store has not answered .*")])
+def test_rank_0_which_serves_the_store(tmp_path, number, code, why):
+    with group(tmp_path, work, work, work) as ranks:
+        wait_a_second_of_work()
+        ranks.signal(0, number)
+        codes, said, _ = ranks.end()
+    assert codes == [code, 5, 5]
+    for rank in (1, 2):
+        assert_lost(said, rank, 0, why)
+
+
+def as_rank_of_an_agent(*args):
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    as_rank(*args)
+
+
+@pytest.mark.parametrize("number, why", [(signal.SIGKILL, "its process is gone"), (signal.SIGSTOP, "silent for 3 s|its process is gone")])
+def test_rank_0_where_an_agent_serves_the_store(tmp_path, agent, monkeypatch, number, why):
+    monkeypatch.setitem(globals(), "as_rank", as_rank_of_an_agent)
+    with group(tmp_path, work, work, work, port=agent) as ranks:
+        wait_a_second_of_work()
+        ranks.signal(0, number)
+        codes, said, _ = ranks.end()
+    assert codes == [-9, 5, 5]
+    for rank in (1, 2):
+        assert_lost(said, rank, 0, why)
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_that_fails_at_the_door_while_others_wait(tmp_path, failing):
+    does = [work] * SIZE
+    does[failing] = fail
+    with group(tmp_path, *does) as ranks:
+        codes, said, _ = ranks.end()
+    assert codes == [3 if rank == failing else 5 for rank in range(SIZE)], said
+    for rank in set(range(SIZE)) - {failing}:
+        assert re.search(rf"rank {failing} \(\S+\) starting \(process \d+\) ended with exit code 3, no such folder: "
+                         rf"/data. Rank {rank} ", said[rank]), said
+
+
+def test_ranks_that_all_fail_end_with_codes_of_their_own(tmp_path):
+    with group(tmp_path, fail, fail, fail) as ranks:
+        codes, said, seconds = ranks.end()
+    assert codes == [3, 3, 3] and said == [""] * SIZE and seconds < BOUND
+
+
+def test_a_rank_that_never_begins(tmp_path):
+    with group(tmp_path, work, work, None, timeout=1.0) as ranks:
+        codes, said, _ = ranks.end()
+    assert codes == [5, 5]
+    for rank in (0, 1):
+        assert re.search(r"vir.train: rank 2 has not begun within 5 s of this one; see what its node says\. Rank",
+                         said[rank]), said
+
+
+def test_a_rank_0_that_never_begins(tmp_path):
+    with group(tmp_path, None, work, timeout=1.0) as ranks:
+        codes = ranks.end()[0]
+        said = ranks.said(1)
+    assert codes == [5]
+    assert re.search(r"rank 0 is lost: nobody answers at 127.0.0.1:\d+, where it or torchrun's agent serves", said), said
+
+
+def test_a_run_that_was_suspended_as_a_whole_goes_on(tmp_path):
+    with group(tmp_path, work, work, work, timeout=1.5) as ranks:
+        wait_a_second_of_work()
+        for number, rest in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 3.0)):
+            for rank in range(SIZE):
+                ranks.signal(rank, number)
+            time.sleep(rest)
+        assert all(process.is_alive() for process in ranks.processes), [ranks.said(rank) for rank in range(SIZE)]
+
+
+def test_without_progress_the_stacks_are_told_once_for_each_place(tmp_path):
+    with group(tmp_path, stall, stall, stall_after=0.5) as ranks:
+        codes, said, _ = ranks.end()
+    assert codes == [0, 0]
+    for rank, text in enumerate(said):
+        assert len(re.findall(rf"vir.train: rank {rank} \(\S+\) at step 7: no progress for [01] s; it goes on waiting, "
+                              r"and these are the stacks of its threads:", text)) == 1, text
+        assert text.count("no progress") == 1 and re.search(r'File ".*test_heartbeat.py", line \d+ in stall', text)
+
+
+def test_alone_there_is_nobody_to_lose(tmp_path):
+    with group(tmp_path, finish) as ranks:
+        codes, said, seconds = ranks.end()
+    assert codes == [0] and said == [""] and seconds < BOUND

@@ -1,0 +1,88 @@
+"""The place of a process among those of a run, from what torchrun, deepspeed, accelerate or srun says."""
+
+import os
+
+import pytest
+
+from vir import launcher
+from vir.errors import SettingsError
+from vir.launcher import Place, adopt, first_host, local_rank
+
+TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]",
+        "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_JOB_ID": "41234",
+        "SLURM_STEP_ID": "3"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """A function that leaves these variables of all that are looked at."""
+    def leave(**variables):
+        for name in list(os.environ):
+            if name.startswith("SLURM_") or name in (*TORCH, "LOCAL_WORLD_SIZE"):
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        for name in (*TORCH, "LOCAL_WORLD_SIZE"):  # what adopt() says itself is taken back, too
+            monkeypatch.setitem(os.environ, name, os.environ.get(name, ""))
+            if name not in variables:
+                monkeypatch.delitem(os.environ, name)
+
+    return leave
+
+
+@pytest.mark.parametrize("said, place", [
+    ({}, Place(0, 1, 0, "127.0.0.1", 0)),
+    (TORCH, Place(5, 8, 1, "node1", 29500)),
+    (TORCH | STEP | {"SLURM_PROCID": "0"}, Place(5, 8, 1, "node1", 29500)),  # torchrun or deepspeed under srun
+    ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 0, "127.0.0.1", 0)),
+    (STEP, Place(5, 8, 1, "gpu07", 20000 + 41237 % 20000)),
+    (STEP | {"SLURM_STEP_NUM_NODES": "1"}, Place(5, 8, 1, "127.0.0.1", 21237)),
+    (STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}, Place(5, 8, 1, "10.0.0.1", 1234)),
+    (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place(0, 1, 1, "127.0.0.1", 0)),
+    # A script of sbatch, or a shell of salloc: told how many tasks the job may have, but none of them.
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Place(0, 1, 0, "127.0.0.1", 0)),
+])
+def test_the_place_is_what_the_launcher_says(environment, said, place):
+    environment(**said)
+    assert adopt() == place
+    assert adopt() == place
+
+
+def test_what_slurm_says_is_said_as_torch_does_for_deepspeed(environment):
+    environment(**STEP)
+    adopt()
+    assert {name: os.environ[name] for name in (*TORCH, "LOCAL_WORLD_SIZE")} == {
+        **TORCH, "MASTER_ADDR": "gpu07", "MASTER_PORT": "21237", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize("said, error", [
+    ({"RANK": "1"}, "says RANK=1 but not WORLD_SIZE; start by deepspeed, torchrun, accelerate or srun"),
+    ({"WORLD_SIZE": "2"}, "says WORLD_SIZE=2 but not RANK;"),
+    ({"RANK": "1", "WORLD_SIZE": "2"}, "says RANK=1, WORLD_SIZE=2 but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT;"),
+    (TORCH | {"MASTER_PORT": ""}, "but not MASTER_PORT;"),
+    (TORCH | {"RANK": "one"}, "RANK is 'one'; it must be a number"),
+    (TORCH | {"RANK": "8"}, "RANK is 8 and WORLD_SIZE 8; a rank is from 0 to 7"),
+    ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1"},
+     "SLURM_STEP_NUM_TASKS is 8 but SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NODELIST, SLURM_STEP_ID is not set"),
+    (STEP | {"SLURM_STEP_NODELIST": ",["}, "which names no host; set MASTER_ADDR"),
+])
+def test_what_is_said_half_is_refused_with_the_way_out(environment, said, error):
+    environment(**said)
+    with pytest.raises(SettingsError) as raised:
+        adopt()
+    assert error in str(raised.value)
+
+
+@pytest.mark.parametrize("nodes, first", [
+    ("node1", "node1"), ("node1,node2", "node1"), ("node[03-07,9],login", "node03"), ("a[1,3],b", "a1"),
+    ("rack[2-3]-gpu", "rack2-gpu"), ("c-2-[001-100]", "c-2-001")])
+def test_the_first_host_of_a_compressed_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("said, number", [({}, 0), ({"LOCAL_RANK": "3"}, 3), ({"SLURM_LOCALID": "2"}, 2),
+                                          ({"LOCAL_RANK": "x"}, 0)])
+def test_the_number_on_the_machine(environment, said, number):
+    environment(**said)
+    assert launcher.local_rank() == local_rank() == number

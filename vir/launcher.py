@@ -1,0 +1,91 @@
+"""What the launcher says of this process: torchrun, deepspeed and accelerate in their variables, srun in its own."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from vir.errors import SettingsError
+
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those of a run, and where rank 0 (or torchrun's agent) can be reached."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Its number on its machine."""
+    address: str
+    port: int
+
+
+def adopt() -> Place:
+    """The place that the environment describes; rank 0 of 1 where it describes none.
+
+    Under a plain `srun` it is what SLURM says of the task, which is then also said in torch's variables, where
+    DeepSpeed and accelerate look for it.
+
+    Raises:
+        SettingsError: only a part of it is there, or a value that is no number.
+    """
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+            return Place(0, 1, local_rank(), "127.0.0.1", 0)
+        os.environ.update({**_from_slurm(), **{name: os.environ[name] for name in _NAMES if name in os.environ}})
+    if missing := [name for name in ("RANK", "WORLD_SIZE") if not os.environ.get(name)]:
+        raise SettingsError(_half_said(missing))
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if size == 1:
+        return Place(0, 1, local_rank(), "127.0.0.1", 0)
+    if missing := [name for name in _NAMES if not os.environ.get(name)]:
+        raise SettingsError(_half_said(missing))
+    if not 0 <= rank < size:
+        raise SettingsError(f"RANK is {rank} and WORLD_SIZE {size}; a rank is from 0 to {size - 1}")
+    return Place(rank, size, _number("LOCAL_RANK"), os.environ["MASTER_ADDR"], _number("MASTER_PORT"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine; 0 without a launcher. Never raises."""
+    said = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return int(said) if said.isdigit() else 0
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise SettingsError(f"the environment's {name} is {os.environ[name]!r}; it must be a number") from None
+
+
+def _half_said(missing: list[str]) -> str:
+    said = [f"{name}={os.environ[name]}" for name in _NAMES if os.environ.get(name)]
+    return (f"the environment says {', '.join(said)} but not {', '.join(missing)}; start by deepspeed, torchrun, "
+            "accelerate or srun, which set them all, or unset these to run one process")
+
+
+def _from_slurm() -> dict[str, str]:
+    """Torch's variables from those that srun gives to each task of a step."""
+    needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise SettingsError(f"SLURM_STEP_NUM_TASKS is {os.environ['SLURM_STEP_NUM_TASKS']} but {', '.join(missing)} is "
+                            "not set; start by srun, or unset it to run one process")
+    one_node = os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1"
+    # The steps of a job follow each other on the same nodes: each gets a port of its own.
+    port = 20000 + (_number("SLURM_JOB_ID") + _number("SLURM_STEP_ID")) % 20000
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
+    return {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": os.environ["SLURM_LOCALID"], "MASTER_PORT": str(port),
+            "MASTER_ADDR": "127.0.0.1" if one_node else first_host(os.environ["SLURM_STEP_NODELIST"]),
+            **({"LOCAL_WORLD_SIZE": per_node} if per_node.isdigit() else {})}
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's compressed list of hosts: node03 of `node[03-07,9],login`."""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
+    if found is None:
+        raise SettingsError(f"SLURM_STEP_NODELIST is {nodes!r}, which names no host; set MASTER_ADDR to that of rank 0")
+    return "".join(part or "" for part in found.groups())
