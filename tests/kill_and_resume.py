@@ -4,7 +4,9 @@
 
 One run under the deepspeed launcher, on two ranks, goes through undisturbed. The same command, into another folder, is
 killed again and again with SIGKILL (at random steps, within the writing of checkpoints, during start-up) and started
-again. At the end every weight, its average and every step's line of metrics must be the same in both, bit for bit.
+again. A kill is of all its processes, of one rank or of one loader process, after which the others must be gone within
+75 s; or a rank is stopped for a moment, must go on, and then all is killed. At the end every weight, its average and
+every step's line of metrics must be the same in both, bit for bit.
 Exit codes: 0 all is equal, 1 something differs or did not end, 2 wrong arguments.
 
 SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. Works on Linux: it reads /proc.
@@ -25,10 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.faults import GONE_WITHIN, ranks_of
 from support.launchers import ROOT, TINY, free_port
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
@@ -44,6 +48,9 @@ RESERVE = 14  # steps kept for each kill to come: CHECKPOINT_EVERY, and what pas
 SAVE_SECONDS = 0.08  # a kill within a save comes at most so long after its folder is seen; saves took 0.0 to 0.3 s
 WAIT_SECONDS = 180  # for anything that took 12 to 41 s until the first step, on idle and on busy cores
 COMPARED = ("step", "samples_seen", "loss", "lr", "grad_norm", "updates")
+RANK_TIMEOUT = 10  # seconds; a rank that is stopped is continued after half of it at the most
+ALL, RANK, WORKER, PAUSE = "all", "one rank", "one loader process", "all, after a pause of one rank"
+KINDS = (ALL, RANK, WORKER, PAUSE)
 IN_SAVE, START_UP, BETWEEN_SAVES = "in a save", "during start-up", "between saves"
 
 
@@ -63,7 +70,7 @@ def training_command(shards: Path, deepspeed_config: Path, steps: int, output: P
             "--augment.auto_augment", "rand-m9-mstd0.5-inc1", "--augment.mixup", "0.8", "--augment.cutmix", "1.0",
             "--augment.mixup_prob", "0.5", "--augment.reprob", "0.25", "--ema.decay", "0.99",
             "--eval.every_epochs", "1000", "--checkpoint.every_epochs", str(CHECKPOINT_EVERY * per_step),
-            "--checkpoint.keep", "2"]
+            "--checkpoint.keep", "2", "--train.rank_timeout", str(RANK_TIMEOUT)]
 
 
 def members(session: int) -> list[int]:
@@ -111,6 +118,36 @@ class Start:
             if time.monotonic() > until:
                 raise Trouble(f"processes {left} have outlived SIGKILL to their group")
             time.sleep(0.01)
+
+    def kill_one(self, kind: str, draw: random.Random) -> None:
+        """SIGKILL to one rank, or to one loader process; returns when all others are gone, too.
+
+        Raises:
+            Trouble: some process has outlived it for longer than is promised.
+        """
+        launcher = psutil.Process(self._process.pid)
+        victims = ranks = ranks_of(launcher)
+        if kind == WORKER:
+            victims = [child for rank in ranks for child in rank.children()] or ranks
+        if not victims:
+            return self.kill()  # nothing has started yet
+        draw.choice(victims).kill()
+        until = time.monotonic() + GONE_WITHIN
+        while left := members(self._process.pid):
+            self._process.poll()
+            if time.monotonic() > until:
+                raise Trouble(f"processes {left} have outlived {kind} for {GONE_WITHIN} s:\n{self._tail()}")
+            time.sleep(0.05)
+        if self._process.wait(timeout=30) == 0:
+            raise Trouble(f"the launcher ended with exit code 0 after {kind} was killed:\n{self._tail()}")
+
+    def pause(self, draw: random.Random) -> None:
+        """Stop one rank for a moment, less than that after which the others give it up."""
+        if ranks := ranks_of(psutil.Process(self._process.pid)):
+            paused = draw.choice(ranks)
+            paused.suspend()
+            time.sleep(draw.uniform(0.2, RANK_TIMEOUT / 2))
+            paused.resume()
 
     def wait_until(self, holds: Callable[[], bool], what: str) -> None:
         """Poll until `holds`.
@@ -200,6 +237,8 @@ class Kill:
     """The last step in metrics.jsonl."""
     phase: str
     details: str
+    kind: str
+    """What was killed."""
     saved: int
     """Step of the newest complete checkpoint that it left."""
 
@@ -207,7 +246,7 @@ class Kill:
         """For print. `continued`: the step after which the next start went on; None: killed before it could."""
         then = (f"next start continued after step {continued}" if continued is not None else
                 f"next start was killed before its first step, which was to follow step {self.saved}")
-        return f"kill {self.number} of {kills}: at step {self.step}, {self.details}; {then}"
+        return f"kill {self.number} of {kills}: at step {self.step}, {self.details}, of {self.kind}; {then}"
 
 
 def draw_phases(kills: int, draw: random.Random) -> list[str]:
@@ -224,7 +263,8 @@ def draw_steps(remaining: int, kills: int, draw: random.Random) -> int:
     return draw.randint(1, max(1, min(2 * remaining // (kills + 1), remaining - kills * RESERVE)))
 
 
-def kill_once(start: Start, run: Path, phase: str, steps: int, start_up_seconds: float, draw: random.Random) -> None:
+def kill_once(start: Start, run: Path, phase: str, kind: str, steps: int, start_up_seconds: float,
+              draw: random.Random) -> None:
     """Wait for a moment of that phase, `steps` after the step that this start continues from, and kill.
 
     A start-up that is over sooner than those before it, as where they compiled, is killed at its first step.
@@ -238,25 +278,33 @@ def kill_once(start: Start, run: Path, phase: str, steps: int, start_up_seconds:
         if phase == IN_SAVE:
             start.wait_until(lambda: bool(parts_since(run, start.began)), "a checkpoint being written")
         start.sleep(draw.uniform(0, SAVE_SECONDS))
+    if kind in (RANK, WORKER):
+        start.kill_one(kind, draw)
+        return
+    if kind == PAUSE:
+        start.pause(draw)
+        if made := events_since(run, start.began):
+            start.wait_until(lambda: events_since(run, start.began)[-1]["step"] > made[-1]["step"], "a further step")
     start.kill()
 
 
 def interrupted_run(command: list[str], run: Path, total: int, kills: int, start_up_seconds: float,
                     draw: random.Random) -> Counter[str]:
-    """Start, kill, start the same again … and let the last start finish; how many kills met each phase.
+    """Start, kill, start the same again … and let the last start finish; how many kills met each phase and kind.
 
     Raises:
         Trouble: a start did not continue from the newest complete checkpoint, or the run ended or hung too early.
         VirError: a kill has left a run folder that cannot be continued.
     """
     met: list[Kill] = []
-    phases = draw_phases(kills, draw)
+    phases, kinds = draw_phases(kills, draw), [KINDS[number % len(KINDS)] for number in range(kills)]
+    draw.shuffle(kinds)
     for number in range(1, kills + 2):
         saved = saved_step(run)
         with Start(command, run.with_name(f"{run.name}-start-{number:02d}.txt")) as start:
             if number <= kills:
                 steps = draw_steps(total - saved, kills + 1 - number, draw)
-                kill_once(start, run, phases[number - 1], steps, start_up_seconds, draw)
+                kill_once(start, run, phases[number - 1], kinds[number - 1], steps, start_up_seconds, draw)
             else:
                 start.finish()
         made = events_since(run, start.began)
@@ -271,8 +319,8 @@ def interrupted_run(command: list[str], run: Path, total: int, kills: int, start
             events = read_metrics(run) if (run / METRICS).is_file() else []
             phase, details = phase_of(run, start.began)
             met.append(Kill(number=number, step=events[-1]["step"] if events else 0, phase=phase, details=details,
-                            saved=saved_step(run)))
-    return Counter(kill.phase for kill in met)
+                            kind=kinds[number - 1], saved=saved_step(run)))
+    return Counter(phase for kill in met for phase in (kill.phase, f"of {kill.kind}"))
 
 
 def train_events(run: Path) -> list[dict[str, Any]]:

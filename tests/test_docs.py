@@ -145,5 +145,5 @@ def test_the_quick_start_goes_the_whole_road(tmp_path):
     said = re.search(r"held-out top-1: ([\d.]+) % raw weights, ([\d.]+) % EMA, on 1000 images", done.stdout)
     assert said and float(said[1]) > 10, done.stdout[-2000:]  # one epoch is better than chance
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "checkpoints", "config.yaml", "curves.png", "ds_config.json", "log.txt", "metrics.jsonl", "tensorboard",
-        "vir.safetensors", "vir_ema.safetensors", "vir.json", "vir_ema.json"}
+        ".lock", "checkpoints", "config.yaml", "curves.png", "ds_config.json", "log.txt", "metrics.jsonl",
+        "tensorboard", "vir.safetensors", "vir_ema.safetensors", "vir.json", "vir_ema.json"}

@@ -93,8 +93,8 @@ class Group:
         began = time.monotonic()
         for process in self.processes:
             process.join(max(0, began + BOUND - time.monotonic()))
-        return ([process.exitcode for process in self.processes], [self.said(rank) for rank in range(len(self.outputs))],
-                time.monotonic() - began)
+        codes = [process.exitcode for process in self.processes]
+        return codes, [self.said(rank) for rank in range(len(self.outputs))], time.monotonic() - began
 
     def said(self, rank):
         return self.outputs[rank].read_text() if self.outputs[rank].exists() else ""
@@ -112,7 +112,7 @@ def group(folder, *does, timeout=TIMEOUT, port=None, **more):
 
 
 def wait_a_second_of_work():
-    time.sleep(1.5)  # the ranks' clocks run, so that what is lost is lost in the middle of its work
+    time.sleep(1.0)  # the ranks' clocks run, so that what is lost is lost in the middle of its work
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ def agent():
     yield server.port
 
 
-LOST = r"^vir.train: rank {lost} \(\S+\) {where} \(process \d+\) is lost: (?:{why})\. Rank {rank} \(\S+\) at step \d+ ends " \
-       r"with it, exit code 5; the same command continues from the last checkpoint$"
+LOST = (r"^vir.train: rank {lost} \(\S+\) {where} \(process \d+\) is lost: (?:{why})\. Rank {rank} \(\S+\) at step "
+        r"\d+ ends with it, exit code 5; the same command continues from the last checkpoint$")
 
 
 def assert_lost(said, rank, lost, why, where=r"at step \d+"):
@@ -165,14 +165,15 @@ def test_a_process_that_keeps_the_interpreter_to_itself(tmp_path):
         assert_lost(said, rank, 2, r"silent for 3 s", where="in a library")
 
 
-@pytest.mark.parametrize("number, code, why", [
-    (signal.SIGKILL, -9, r"its store cannot be reached \(.*\)"), (signal.SIGSTOP, -9, r"its store has not answered .*")])
-def test_rank_0_which_serves_the_store(tmp_path, number, code, why):
+@pytest.mark.parametrize("number, why", [
+    (signal.SIGKILL, r"its store cannot be reached \(.*\)"),
+    (signal.SIGSTOP, r"its store (has not answered for 3 s|cannot be reached \(.*\))")])  # the first to see it ends it
+def test_rank_0_which_serves_the_store(tmp_path, number, why):
     with group(tmp_path, work, work, work) as ranks:
         wait_a_second_of_work()
         ranks.signal(0, number)
         codes, said, _ = ranks.end()
-    assert codes == [code, 5, 5]
+    assert codes == [-9, 5, 5]
     for rank in (1, 2):
         assert_lost(said, rank, 0, why)
 
@@ -182,7 +183,8 @@ def as_rank_of_an_agent(*args):
     as_rank(*args)
 
 
-@pytest.mark.parametrize("number, why", [(signal.SIGKILL, "its process is gone"), (signal.SIGSTOP, "silent for 3 s|its process is gone")])
+@pytest.mark.parametrize("number, why", [
+    (signal.SIGKILL, "its process is gone"), (signal.SIGSTOP, "silent for 3 s|its process is gone")])
 def test_rank_0_where_an_agent_serves_the_store(tmp_path, agent, monkeypatch, number, why):
     monkeypatch.setitem(globals(), "as_rank", as_rank_of_an_agent)
     with group(tmp_path, work, work, work, port=agent) as ranks:
@@ -226,13 +228,14 @@ def test_a_rank_0_that_never_begins(tmp_path):
         codes = ranks.end()[0]
         said = ranks.said(1)
     assert codes == [5]
-    assert re.search(r"rank 0 is lost: nobody answers at 127.0.0.1:\d+, where it or torchrun's agent serves", said), said
+    assert re.search(r"rank 0 is lost: nobody answers at 127.0.0.1:\d+, where it or torchrun's agent serves the store",
+                     said), said
 
 
 def test_a_run_that_was_suspended_as_a_whole_goes_on(tmp_path):
     with group(tmp_path, work, work, work, timeout=1.5) as ranks:
         wait_a_second_of_work()
-        for number, rest in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 3.0)):
+        for number, rest in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 2.0)):
             for rank in range(SIZE):
                 ranks.signal(rank, number)
             time.sleep(rest)

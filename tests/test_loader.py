@@ -1,22 +1,31 @@
 """Batches from real shards: the same for every world size, worker count and starting step; damage is seen."""
 
+import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import fields, replace
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
+from support.launchers import ROOT
+from vir import run_folder
 from vir.config import AugmentConfig
 from vir.data import reader as reader_module
 from vir.data import transforms
 from vir.data.convert import convert
-from vir.data.loader import eval_batches, train_batches
+from vir.data.loader import Patience, eval_batches, train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.data.shards import read_index
@@ -70,12 +79,16 @@ def damaged(shards, tmp_path):
     return damage
 
 
-def train(reader, augment=ALL_ON, **changed):
-    """All of one rank's batches: 7 steps of 4 over 13 samples, so two ends of epochs lie within."""
+def loader_of(reader, augment=ALL_ON, **changed):
+    """One rank's batches: 7 steps of 4 over 13 samples, so two ends of epochs lie within."""
     order = SampleOrder(SEED, reader.shard_sizes, 3, 4)
     options = dict(seed=SEED, first_step=0, last_step=7, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1,
                    workers=1, prefetch=2, device=CPU)
-    return list(train_batches(reader, order, augment, INPUT, **options | changed))
+    return train_batches(reader, order, augment, INPUT, **options | changed)
+
+
+def train(*args, **changed):
+    return list(loader_of(*args, **changed))
 
 
 def evaluate(reader, **changed):
@@ -268,3 +281,92 @@ def test_a_programs_own_processes_live_on_at_its_exit(tmp_path):
 def test_an_unknown_augmentation_policy_is_named(reader):
     with pytest.raises(SettingsError, match="--augment.auto_augment 'foo'.*rand-m9-mstd0.5-inc1"):
         train(reader, augment=replace(ALL_ON, auto_augment="foo"))
+
+
+# ---- reads that take their time, workers that end
+
+
+class Slow(ShardReader):
+    """A reader whose reads do something else first."""
+
+    before = staticmethod(lambda sample: None)
+
+    def read(self, i):
+        self.before(i)
+        return super().read(i)
+
+
+@pytest.fixture
+def slow(shards):
+    return Slow(shards / "train")
+
+
+def test_the_samples_of_a_request_are_read_at_the_same_time(slow):
+    together = threading.Barrier(4)
+    slow.before = lambda sample: together.wait(60)  # returns when four are waiting, so never where one waits alone
+    assert len(train(slow, micro_batch_size=4)) == 7
+
+
+def test_while_no_batch_comes_it_is_told_who_is_waited_for_and_none_is_lost(slow, uninterrupted, tmp_path):
+    held = tmp_path / "held"
+    held.touch()
+
+    def wait(sample):
+        while held.exists():
+            time.sleep(0.05)
+
+    slow.before = wait
+    told, gives_up = [], iter([False, True])
+    patience = Patience(seconds=1.5, tell=told.append, give_up=lambda: next(gives_up, False))
+    batches = loader_of(slow, patience=patience)
+    try:
+        assert next(batches) is None  # after 1 s and 2 s, when it was asked a second time
+        held.unlink()
+        assert_same(list(batches), uninterrupted)
+    finally:
+        batches.close()
+    said = rf"no batch for [12] s, waiting for loader process 0 at \S+.tar:\S+@\d+ of {slow.folder}; check the disk"
+    assert len(told) == 1 and re.match(said, told[0]), told
+
+
+@pytest.mark.parametrize("number, name", [(signal.SIGKILL, "SIGKILL"), (signal.SIGSEGV, "SIGSEGV")])
+def test_a_worker_that_ends_is_told_with_its_signal_and_its_sample(slow, number, name):
+    slow.before = lambda sample: os.kill(os.getpid(), number)
+    with pytest.raises(DataError, match=rf"loader process 0( at \S+ of \S+)? was killed by {name}; SIGKILL is mostly "
+                                        "the system's answer to a lack of memory: lower --data.workers"):
+        train(slow)
+
+
+def test_workers_end_with_the_trainer_and_hold_nothing_of_it(shards, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, socket, sys, time\n"
+        "from multiprocessing import active_children\n"
+        "from pathlib import Path\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import torch\n"
+        "from test_loader import Slow, loader_of\n"
+        "from vir import run_folder\n"
+        "from vir.distributed import World\n"
+        "ours, theirs = socket.socketpair()\n"
+        f"reader = Slow({str(shards / 'train')!r})\n"
+        "reader.before = lambda sample: time.sleep(1000) if sample > 5 else None\n"
+        f"with run_folder.claim(Path({str(tmp_path / 'run')!r}), World(0, 1, torch.device('cpu'))):\n"
+        "    batches = loader_of(reader, workers=2)\n"
+        "    batches._served = batches._start()\n"
+        "    time.sleep(1)\n"
+        "    print(*(os.readlink(f'/proc/self/fd/{end.fileno()}') for end in (ours, theirs)))\n"
+        "    print(*(child.pid for child in active_children()), flush=True)\n"
+        "    time.sleep(1000)\n")
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True, cwd=ROOT) as trainer:
+        try:
+            sockets = trainer.stdout.readline().split()
+            workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
+            assert len(workers) == 2
+            held = [os.readlink(path) for worker in workers for path in Path(f"/proc/{worker.pid}/fd").iterdir()]
+            assert len(sockets) == 2 and not set(sockets) & set(held)
+            assert not [name for name in held if name.endswith(run_folder.LOCK)], held
+        finally:
+            trainer.kill()
+        gone, left = psutil.wait_procs(workers, timeout=30)
+        assert not left

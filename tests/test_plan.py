@@ -129,4 +129,10 @@ def test_a_model_that_cannot_be_counted_has_no_number(reader, network):
     (1, 4, (80, 48)),
 ])
 def test_bytes_per_rank_are_those_of_the_zero_paper(stage, itemsize, expected):
-    assert model_state_bytes(10, 4, stage, itemsize, states=3) == expected
+    assert model_state_bytes(10, 0, 4, stage, itemsize, states=3) == expected
+
+
+@pytest.mark.parametrize("stage, expected", [(0, (32, 96)), (1, (32, 32)), (2, (24, 32)), (3, (10, 32))])
+def test_frozen_parameters_have_nothing_but_their_weights(stage, expected):
+    """Of 10 in bf16, 4 are frozen: in stage 2 a rank of 4 has 10 weights, 2 gradients and 2 masters with 3 states."""
+    assert model_state_bytes(10, 4, 4, stage, 2, states=3) == expected

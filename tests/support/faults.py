@@ -1,4 +1,4 @@
-"""Ranks as srun starts them, without a launcher that would end the others, and what can be done to them."""
+"""Two ranks of vir.train, under a launcher or as srun starts them, and what can be done to them."""
 
 import os
 import signal
@@ -17,23 +17,52 @@ GONE_WITHIN = 75
 """Seconds: what is promised for everything of a run after a fault."""
 
 
-class Ranks:
-    """Two processes of vir.train with the variables of a SLURM step; all of it is gone when the block ends."""
+def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
+    """The ranks that a launcher has started, in their order: the launcher alone gives them their number."""
+    ranks = {}
+    for child in launcher.children(recursive=True):
+        try:
+            number, of_parent = (process.environ().get("LOCAL_RANK") for process in (child, child.parent()))
+        except (psutil.NoSuchProcess, AttributeError):  # ended meanwhile
+            continue
+        if number is not None and of_parent is None:
+            ranks[number] = child
+    return [ranks[number] for number in sorted(ranks)]
 
-    def __init__(self, arguments: list[str], run: Path, logs: Path, **environment: str):
-        self.run, self.began, port = run, time.time(), free_port()
-        self.logs = [logs.with_name(f"{logs.name}-rank{rank}.txt") for rank in range(2)]
-        slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1",
-                 "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": port}
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            with log.open("w") as file:
-                self.processes.append(subprocess.Popen(
-                    [sys.executable, "-m", "vir.train", *arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                    start_new_session=True, env={
-                        **os.environ, **slurm, "SLURM_PROCID": f"{rank}", "SLURM_LOCALID": f"{rank}",
-                        "OMP_NUM_THREADS": "1", **environment}))
+
+class Ranks:
+    """Two ranks and all that belongs to them; gone when the block ends.
+
+    Args:
+        launcher: torchrun, deepspeed, or srun: then each rank is a process of this one with the variables of a SLURM
+            step, and no launcher ends the others when one does.
+    """
+
+    def __init__(self, arguments: list[str], run: Path, log: Path, launcher: str = "srun", **environment: str):
+        self.run, self.began, self.launcher, port = run, time.time(), launcher, free_port()
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self._buffers = f"deepspeed_allreduce_buffer_*_{port}_*"
+        self.logs, self.processes = [], []
+        bin = Path(sys.executable).parent
+        if launcher == "torchrun":
+            self._start(log, [bin / "torchrun", "--nproc_per_node", "2", "--master_port", port, "-m", "vir.train",
+                              *arguments])
+        elif launcher == "deepspeed":
+            self._start(log, [bin / "deepspeed", "--num_accelerators", "2", "--master_port", port, "--module",
+                              "vir.train", *arguments])
+        else:
+            for rank in "01":
+                self._start(log.with_name(f"{log.name}-rank{rank}"), [sys.executable, "-m", "vir.train", *arguments], {
+                    "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2",
+                    "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2",
+                    "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": port})
+
+    def _start(self, log: Path, command: list, environment: dict[str, str] = {}):
+        self.logs.append(log.with_name(f"{log.name}.txt"))
+        with self.logs[-1].open("w") as file:
+            self.processes.append(subprocess.Popen(
+                [str(word) for word in command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, env=self._environment | environment))
 
     def __enter__(self):
         return self
@@ -51,12 +80,21 @@ class Ranks:
     def said(self, rank: int) -> str:
         return self.logs[rank].read_text(errors="replace")
 
+    def _tails(self) -> str:
+        return "\n".join(self.said(rank)[-3000:] for rank in range(len(self.logs)))
+
+    def ask_to_stop(self):
+        """SIGTERM as a batch system sends it: to torchrun, which passes it on; deepspeed does not, so to the ranks."""
+        asked = [psutil.Process(process.pid) for process in self.processes]
+        for process in ranks_of(asked[0]) if self.launcher == "deepspeed" else asked:
+            process.terminate()
+
     def wait_until(self, holds, what: str):
         until = time.monotonic() + HANGS
         while not holds():
             codes = [process.poll() for process in self.processes]
-            assert codes == [None, None] and time.monotonic() < until, (
-                f"waiting for {what}, exit codes {codes}\n{self.said(0)[-3000:]}\n{self.said(1)[-3000:]}")
+            assert not any(code is not None for code in codes) and time.monotonic() < until, (
+                f"waiting for {what}, exit codes {codes}\n{self._tails()}")
             time.sleep(0.005)
 
     def steps(self) -> list[int]:
@@ -94,7 +132,7 @@ class Ranks:
             for process in self.processes:
                 process.poll()
             assert time.monotonic() - began < 2 * GONE_WITHIN, (
-                f"{self.everything()} still run\n{self.said(0)[-3000:]}\n{self.said(1)[-3000:]}")
+                f"{self.everything()} still run\n{self._tails()}")
             time.sleep(0.05)
         return time.monotonic() - began
 

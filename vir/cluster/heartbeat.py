@@ -18,6 +18,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,8 @@ FIRST_WORD = 5
 """Timeouts that a rank has until its first beat: its node may still be importing from a cold disk."""
 _HEED = 3
 """Beats from another rank's failure to one's own end: where all meet the same error, each tells it itself."""
+_LINGER_S = 10
+"""How long rank 0 waits at its end for the last words of the others: the store ends with it."""
 _STALL_S = 600.0
 """Without progress, at least: ten times the longest stage so far, if that is more."""
 _ALIVE, _DONE, _FAILED = "adf"
@@ -49,9 +52,11 @@ class _Word:
 
     rank: int
     host: str
+    kernel: str
+    """Where its process has this number: on which start of which machine, in which container."""
     pid: int
     born: str
-    """When its process began, by its host's clock: a number of a process is given out again."""
+    """When its process began, by its machine's clock: a number of a process is given out again."""
     where: str
     beat: int = 0
     failure: str = ""
@@ -70,7 +75,7 @@ class Heartbeat:
     def __init__(self, place: Place, timeout: float, stall: float = _STALL_S) -> None:
         self._place, self._timeout, self._stall = place, timeout, stall
         self._seconds = timeout / BEATS
-        self._word = _Word(place.rank, socket.gethostname(), os.getpid(), _born(os.getpid()), "starting")
+        self._word = _Word(place.rank, socket.gethostname(), _kernel(), os.getpid(), _born(os.getpid()), "starting")
         self._where: Callable[[], str] = lambda: "starting"
         self._state = _ALIVE
         self._moved, self._longest, self._counts, self._dumped_at = time.monotonic(), 0.0, False, 0.0
@@ -137,7 +142,7 @@ class Heartbeat:
         self._state = state
         self._ends.set()
         if self._place.size > 1:
-            self._told.wait(min(10.0, (_HEED + 2) * self._seconds))
+            self._told.wait(_LINGER_S + 2 * self._seconds)
 
     # ---- the thread that talks
 
@@ -174,10 +179,10 @@ class Heartbeat:
             self._met_rank_0 = True
             if self._state == _ALIVE:
                 self._hear(0, of_rank_0)
-                if verdict != _NOTHING:
-                    self._end(**json.loads(verdict))
-                if said := self._loss(0):
-                    self._end(said, self._others[0].decode())
+                said = self._loss(0)
+                if said or verdict != _NOTHING:
+                    store.set(str(self._place.rank), _DONE)  # nobody has to wait for this rank
+                    self._end(**json.loads(verdict)) if verdict != _NOTHING else self._end(said, of_rank_0.decode())
         self._waiting = 0
 
     def _judge(self, store: Store) -> None:
@@ -216,15 +221,19 @@ class Heartbeat:
 
     def _is_gone(self, heard: bytes) -> bool:
         word = _parse(heard)
-        return word.host == self._word.host and word.born != "" and _born(word.pid) != word.born
+        return self._sees(word) and _born(word.pid) != word.born
+
+    def _sees(self, word: _Word) -> bool:
+        """Whether another rank's process would be known here by its number."""
+        return word.rank != self._place.rank and "" not in (word.kernel, word.born) and word.kernel == self._word.kernel
 
     def _wait_for_the_others(self, store: Store) -> None:
-        """The store ends with this process, so all others have to say their last word before."""
-        for _ in range(_HEED * 10):
+        until = time.monotonic() + _LINGER_S
+        while time.monotonic() < until:
             heard = store.multi_get([str(rank) for rank in range(1, self._place.size)])
             if all(word[:1] in b"df" for word in heard):
                 return
-            time.sleep(self._seconds / 10)
+            time.sleep(0.1)
 
     # ---- the thread that watches
 
@@ -274,9 +283,9 @@ class Heartbeat:
 
     def _end_the_lost(self, lost: _Word) -> None:
         """A process that was stopped or hangs would stay for ever, or go on when all others are gone."""
-        if (lost.rank != self._place.rank and lost.host == self._word.host and lost.born
-                and _born(lost.pid) == lost.born):
-            os.kill(lost.pid, signal.SIGKILL)
+        if self._sees(lost) and _born(lost.pid) == lost.born:
+            with suppress(OSError):  # it has ended just now
+                os.kill(lost.pid, signal.SIGKILL)
 
 
 def _say(line: str) -> None:
@@ -293,8 +302,16 @@ def _tell(heard: bytes, what: str) -> str:
         f" with {word.failure}" if word.failure else "")
 
 
+def _kernel() -> str:
+    """Names this start of this machine and this space of process numbers; empty where there is no /proc."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def _born(pid: int) -> str:
-    """When a process of this host began; empty where it is gone, or where there is no /proc."""
+    """When a process of this machine began; empty where it is gone, or where there is no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

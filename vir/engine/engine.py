@@ -8,6 +8,7 @@ Facts of DeepSpeed 0.19 that shape this file, each seen by running it (those of 
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
@@ -22,6 +23,8 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+from torch.utils.cpp_extension import get_default_build_root
 
 from vir.checkpoints.info import CheckpointInfo
 from vir.checkpoints.partitions import EMA, EMA_BUFFERS, FROZEN, WEIGHT, Partitions
@@ -34,8 +37,12 @@ from vir.engine.loss_scale import LossScale
 from vir.engine.optimizer import build, copied, parameter_groups, set_rates
 from vir.engine.zero import LAYOUTS
 from vir.errors import LossScaleError, SettingsError
+from vir.log import log
 
 deepspeed.utils.logger.setLevel("WARNING")
+
+_LOCKS_BY_FILES_BEFORE = "2.15"
+"""Of torch: from then on, a build that is killed gives its lock back (seen in that version; pytorch issue 189245)."""
 
 
 class Update(Enum):
@@ -74,6 +81,7 @@ class Engine:
             compute_in_float32(model)
         if config.model.compile:
             compile_blocks(model, self.zero_stage)
+        warn_of_killed_builds(torch.__version__)
         self.groups = parameter_groups(model, config.optim)
         _check_groups(model, self.groups)
         self._optimizer = _optimizer(self.groups, config, ds_config)
@@ -239,6 +247,15 @@ class _Recorder(TorchCheckpointEngine):
             super().save(state_dict, path)
         except (OSError, RuntimeError) as error:
             self.problems.append(f"{path}: {error}")
+
+
+def warn_of_killed_builds(torch_version: str) -> None:
+    """Name the lock files for which older versions of torch would wait without a word, until someone removes them."""
+    if TorchVersion(torch_version) >= _LOCKS_BY_FILES_BEFORE:
+        return
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
+        log.warning("%s is there: another process is building this op of DeepSpeed, and this one waits for it; or a "
+                    "build was killed, and this one would wait for ever: then remove the file", lock)
 
 
 def _check_fp16(deepspeed_config: str) -> None:

@@ -164,8 +164,8 @@ class Trainer:
 
     def _say_step(self, step: int, first: int) -> None:
         positions = f"positions {self._plan.samples(step)} to {self._plan.samples(step + 1) - 1}"
-        # The first step of a process compiles kernels and reserves memory.
-        self._heartbeat.at(f"at step {step + 1}, {positions}", counts=step > first)
+        begins = step == first  # then kernels are compiled, and memory is reserved
+        self._heartbeat.at(f"at step {step + 1}, {positions}{', compiling' if begins else ''}", counts=not begins)
 
     def _between_steps(self, done: int) -> Ending | None:
         """Evaluate and save as the plan says; STOPPED where a signal came meanwhile. Collective."""

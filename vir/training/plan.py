@@ -82,12 +82,14 @@ def steps_every(epochs: float, num_samples: int, global_batch_size: int, total: 
 def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, train: ShardReader, val: ShardReader,
              world: World) -> Iterator[str]:
     """Lines for people: model, parameter groups, data, batches, steps, memory."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    weights, state = model_state_bytes(parameters, world.size, engine.zero_stage, engine.dtype.itemsize,
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()}
+    parameters, frozen = sum(sizes.values()), sum(size for p, size in sizes.items() if not p.requires_grad)
+    weights, state = model_state_bytes(parameters, frozen, world.size, engine.zero_stage, engine.dtype.itemsize,
                                        optimizer.states_per_number(config.optim) + engine.has_ema)
     groups = (f"{group['name']} {len(group['names'])}" +
               ("" if group["lr_scale"] == 1 else f" lr x{group['lr_scale']:.3g}") for group in engine.groups)
-    yield (f"{spec.name}, {parameters / 1e6:.2f} M parameters, {(plan.forward_flops or math.nan) / 1e9:.3g} GFLOP "
+    yield (f"{spec.name}, {parameters / 1e6:.2f} M parameters{f', {frozen / 1e6:.2f} M frozen' if frozen else ''}, "
+           f"{(plan.forward_flops or math.nan) / 1e9:.3g} GFLOP "
            f"forward per image of {'x'.join(map(str, spec.input.size))}; ZeRO {engine.zero_stage}, {engine.precision}, "
            f"{world.size} ranks on {world.device.type}")
     yield (f"{config.optim.name}, peak lr {config.optim.peak_lr(plan.global_batch_size):.3g}, tensors per group: "
@@ -101,14 +103,17 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
            f"{state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}, without activations")
 
 
-def model_state_bytes(parameters: int, ranks: int, zero_stage: int, itemsize: int, states: int) -> tuple[int, int]:
+def model_state_bytes(parameters: int, frozen: int, ranks: int, zero_stage: int, itemsize: int,
+                      states: int) -> tuple[int, int]:
     """Bytes per rank of weights with gradients, and of masters with `states` float32 numbers per parameter.
 
-    Weights are sharded in stage 3, gradients from stage 2 on, the rest from stage 1 on (ZeRO, arXiv:1910.02054, table
-    1); float32 weights under stage 0 are their own masters.
+    The `frozen` ones among the parameters have nothing but their weights. Weights are sharded in stage 3, gradients
+    from stage 2 on, the rest from stage 1 on (ZeRO, arXiv:1910.02054, table 1); float32 weights under stage 0 are their
+    own masters.
     """
-    share = -(-parameters // ranks)
-    weights = itemsize * (share if zero_stage == 3 else parameters)
-    gradients = itemsize * (share if zero_stage >= 2 else parameters)
+    trained = parameters - frozen
+    share = -(-trained // ranks)
+    weights = itemsize * (-(-parameters // ranks) if zero_stage == 3 else parameters)
+    gradients = itemsize * (share if zero_stage >= 2 else trained)
     masters = 0 if zero_stage == 0 and itemsize == 4 else 4
-    return weights + gradients, (masters + 4 * states) * (share if zero_stage else parameters)
+    return weights + gradients, (masters + 4 * states) * (share if zero_stage else trained)

@@ -46,7 +46,7 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     heartbeat.at("waiting for all ranks to begin", counts=False)
     world = distributed.start()
     stop.join(world.size)
-    heartbeat.at("building model and engine", counts=False)
+    heartbeat.at("building model and engine, compiling", counts=False)
     trains = not (config.dry_run or config.validate_only)
     with run_folder.claim(folder, world) if trains else nullcontext():
         logs.start(world.rank, folder / run_folder.LOG if trains else None)
