@@ -23,8 +23,8 @@ from vir.reports.metrics import read_metrics
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
-STEPS, EVERY, EVALUATE = 160, 8, 40
-SILENCE = 8
+STEPS, EVERY, EVALUATE = 120, 8, 40
+SILENCE = 5
 """Seconds after which a rank counts as lost here."""
 READ_THAT_HANGS = r"""
 #define _GNU_SOURCE
@@ -52,7 +52,7 @@ def wait_for_evaluation(ranks):
 
 
 def stop_in_start_up(ranks):
-    ranks.wait_until(ranks.run.is_dir, "the run folder")
+    ranks.wait_until(lambda: ranks.said(0).count("built successfully") == 2, "deepspeed on both ranks")
     ranks.ask_to_stop()
 
 
@@ -125,7 +125,7 @@ def fill_the_disk(ranks):
 
 LOST = (r"rank {lost} \(\S+\) .* \(process \d+\) is lost: {how}\. Rank {other} \(\S+\) .* ends with it, exit code "
         r"5; the same command continues from the last checkpoint")
-GONE, SILENT = "its process is gone", r"silent for [89] s"
+GONE, SILENT = "its process is gone", r"silent for [56] s"
 STOPPED = "stopped by a signal; the same command continues"
 # What is done, under which launcher, the exit codes, and which process must say what.
 FAULTS = {
@@ -139,17 +139,17 @@ FAULTS = {
     "killed in an evaluation": (kill_in_evaluation, "srun", [5, -9], (0, LOST.format(lost=1, how=GONE, other=0))),
     "stopped": (stop_a_rank, "srun", [5, -9], (0, LOST.format(lost=1, how=SILENT, other=0))),
     "rank 0 stopped": (stop_rank_0, "srun", [-9, 5],
-                       (1, LOST.format(lost=0, how="its store has not answered for [89] s", other=1))),
+                       (1, LOST.format(lost=0, how="its store has not answered for [56] s", other=1))),
     "worker killed": (kill_a_worker, "srun", [5, 3],
                       (1, r"vir.train: loader process 2 at digits-train-\S+ of \S+ was killed by SIGKILL; SIGKILL is "
                           r"mostly the system's answer to a lack of memory: lower --data.workers")),
     "worker crashed": (crash_a_worker, "srun", [3, 5],
                        (1, r"rank 0 .* ended with exit code 3, loader process 1 at .* was killed by SIGSEGV")),
     "reads that hang": (let_reads_hang, "srun", [75, 75],
-                        (0, r"no batch for [89] s, waiting for loader process \d at digits-train-\d+.tar:\S+@\d+ ")),
+                        (0, r"no batch for [56] s, waiting for loader process \d at digits-\w+-\d+.tar:\S+@\d+ of ")),
     "disk full": (fill_the_disk, "srun", [3, 3],
-                  (0, r"vir.train: the checkpoint .* could not be written: .*No space left on device.*; those before it "
-                      r"are whole: free some space and run the same command again")),
+                  (0, r"vir.train: the checkpoint .* could not be written: .* \(0.0 MB are free there\); those before "
+                      r"it are whole: free some space and run the same command again")),
     "asked to stop in an evaluation, torchrun": (stop_in_evaluation, "torchrun", [1], (0, STOPPED)),
     "asked to stop in an evaluation, deepspeed": (stop_in_evaluation, "deepspeed", [75], (0, STOPPED)),
 }
@@ -224,18 +224,15 @@ def test_all_is_gone_soon_with_a_documented_code_and_a_line_that_names_the_cause
     assert met.seconds < GONE_WITHIN
     told = [said for said in met.said[process].splitlines() if re.search(line, said)]
     assert len(told) == 1, met.said[process]
-    if launcher == "torchrun":  # which reports 1, and those of the ranks in its summary
-        assert len(re.findall(r"exitcode +: 75 ", met.said[0])) == 2, met.said
-    elif 75 not in codes:
+    if launcher == "srun" and 75 not in codes:
         assert "Traceback" not in met.said[process], met.said[process]
 
 
-def test_a_disk_that_is_full_is_told_once_for_each_file_and_ends_the_run_at_the_next_checkpoint_alone(runs):
+def test_a_disk_that_is_full_is_told_once_and_ends_the_run_at_the_next_checkpoint_alone(runs):
     if "disk full" not in runs[1]:
         pytest.skip("no file system can be mounted here, so none can be filled")
     said = runs[1]["disk full"].said[0]
-    for name in ("metrics.jsonl", "log.txt"):
-        assert len(re.findall(rf"cannot write \S+/{name}: No space left on device", said)) == 1, said
+    assert len(re.findall(r"cannot write \S+/metrics.jsonl: No space left on device", said)) == 1, said
     warned = said.index("cannot write")
     assert f"step {runs[1]['disk full'].saved + EVERY}/{STEPS} " in said[warned:], said
 
@@ -302,7 +299,7 @@ def test_a_version_of_torch_that_waits_for_the_lock_of_a_killed_build_is_helped(
     warn_of_killed_builds("2.9.0")
     (tmp_path / "cpu_adam" / "lock").touch()
     warn_of_killed_builds("2.15.0+cu132")
-    assert caplog.messages == []
+    assert not [record for record in caplog.records if record.name == "vir"]
     warn_of_killed_builds("2.9.1+cu128")
-    (said,) = caplog.messages
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "vir")
     assert str(tmp_path / "cpu_adam" / "lock") in said and "then remove the file" in said

@@ -1,4 +1,7 @@
-"""Ranks that are lost in every way, real processes all: the others end soon, and say who it was, where, and why."""
+"""Ranks that are lost in every way, real processes all: the others end soon, and say who it was, where, and why.
+
+They do nothing but wait, so several of these groups of ranks live at the same time.
+"""
 
 import ctypes
 import multiprocessing
@@ -6,6 +9,7 @@ import os
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -64,7 +68,9 @@ def stall(heartbeat):
     finish(heartbeat)
 
 
-def as_rank(place, output, timeout, does, stall_after):
+def as_rank(place, output, timeout, does, stall_after, under_agent):
+    if under_agent:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -76,11 +82,11 @@ def as_rank(place, output, timeout, does, stall_after):
 class Group:
     """Processes that each do something beside their heartbeat."""
 
-    def __init__(self, folder, does, timeout, port, stall_after=600.0):
+    def __init__(self, folder, does, timeout, port, stall_after=600.0, under_agent=False):
         self.outputs = [folder / f"{rank}.txt" for rank in range(len(does))]
         self.processes = [
             CONTEXT.Process(target=as_rank, args=(Place(rank, len(does), rank, "127.0.0.1", int(port)), output,
-                                                  timeout, of_rank, stall_after))
+                                                  timeout, of_rank, stall_after, under_agent))
             for rank, (of_rank, output) in enumerate(zip(does, self.outputs)) if of_rank is not None]
         for process in self.processes:
             process.start()
@@ -115,7 +121,28 @@ def wait_a_second_of_work():
     time.sleep(1.0)  # the ranks' clocks run, so that what is lost is lost in the middle of its work
 
 
-@pytest.fixture
+SCENARIOS = {}
+
+
+def scenario(*cases):
+    """Registers a function of a new folder and the values of a case, to be run beside the others."""
+    def register(function):
+        for case in cases or [()]:
+            SCENARIOS[" ".join([function.__name__, *(str(getattr(value, "name", value)) for value in case[:1])])] = (
+                function, case)
+        return function
+
+    return register
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    with ThreadPoolExecutor(5) as pool:
+        yield {name: pool.submit(function, tmp_path_factory.mktemp("ranks"), *case)
+               for name, (function, case) in SCENARIOS.items()}
+
+
+@contextmanager
 def agent():
     """The port of a store that is served by none of the ranks, as by torchrun's agent."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
@@ -131,13 +158,15 @@ def assert_lost(said, rank, lost, why, where=r"at step \d+"):
     assert len(lines) == 1 and re.search(LOST.format(lost=lost, where=where, why=why, rank=rank), lines[0]), said
 
 
-def test_a_run_that_ends_well_says_nothing(tmp_path):
+@scenario()
+def a_run_that_ends_well_says_nothing(tmp_path):
     with group(tmp_path, finish, finish_late, finish) as ranks:
         codes, said, seconds = ranks.end()
     assert codes == [0] * SIZE and said == [""] * SIZE and seconds < BOUND
 
 
-def test_a_process_that_is_killed(tmp_path):
+@scenario()
+def a_process_that_is_killed(tmp_path):
     with group(tmp_path, work, work, work) as ranks:
         wait_a_second_of_work()
         ranks.signal(2, signal.SIGKILL)
@@ -147,7 +176,8 @@ def test_a_process_that_is_killed(tmp_path):
         assert_lost(said, rank, 2, "its process is gone")
 
 
-def test_a_process_that_is_stopped_is_ended_too(tmp_path):
+@scenario()
+def a_process_that_is_stopped_is_ended_too(tmp_path):
     with group(tmp_path, work, work, work) as ranks:
         wait_a_second_of_work()
         ranks.signal(1, signal.SIGSTOP)
@@ -157,7 +187,8 @@ def test_a_process_that_is_stopped_is_ended_too(tmp_path):
         assert_lost(said, rank, 1, r"silent for 3 s")
 
 
-def test_a_process_that_keeps_the_interpreter_to_itself(tmp_path):
+@scenario()
+def a_process_that_keeps_the_interpreter_to_itself(tmp_path):
     with group(tmp_path, work, work, hold_the_gil) as ranks:
         codes, said, _ = ranks.end()
     assert codes == [5, 5, -9]
@@ -165,10 +196,10 @@ def test_a_process_that_keeps_the_interpreter_to_itself(tmp_path):
         assert_lost(said, rank, 2, r"silent for 3 s", where="in a library")
 
 
-@pytest.mark.parametrize("number, why", [
+@scenario(
     (signal.SIGKILL, r"its store cannot be reached \(.*\)"),
-    (signal.SIGSTOP, r"its store (has not answered for 3 s|cannot be reached \(.*\))")])  # the first to see it ends it
-def test_rank_0_which_serves_the_store(tmp_path, number, why):
+    (signal.SIGSTOP, r"its store (has not answered for 3 s|cannot be reached \(.*\))"))  # the first to see it ends it
+def rank_0_which_serves_the_store(tmp_path, number, why):
     with group(tmp_path, work, work, work) as ranks:
         wait_a_second_of_work()
         ranks.signal(0, number)
@@ -178,16 +209,9 @@ def test_rank_0_which_serves_the_store(tmp_path, number, why):
         assert_lost(said, rank, 0, why)
 
 
-def as_rank_of_an_agent(*args):
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    as_rank(*args)
-
-
-@pytest.mark.parametrize("number, why", [
-    (signal.SIGKILL, "its process is gone"), (signal.SIGSTOP, "silent for 3 s|its process is gone")])
-def test_rank_0_where_an_agent_serves_the_store(tmp_path, agent, monkeypatch, number, why):
-    monkeypatch.setitem(globals(), "as_rank", as_rank_of_an_agent)
-    with group(tmp_path, work, work, work, port=agent) as ranks:
+@scenario((signal.SIGKILL, "its process is gone"), (signal.SIGSTOP, "silent for 3 s|its process is gone"))
+def rank_0_where_an_agent_serves_the_store(tmp_path, number, why):
+    with agent() as port, group(tmp_path, work, work, work, port=port, under_agent=True) as ranks:
         wait_a_second_of_work()
         ranks.signal(0, number)
         codes, said, _ = ranks.end()
@@ -196,8 +220,8 @@ def test_rank_0_where_an_agent_serves_the_store(tmp_path, agent, monkeypatch, nu
         assert_lost(said, rank, 0, why)
 
 
-@pytest.mark.parametrize("failing", [0, 2])
-def test_a_rank_that_fails_at_the_door_while_others_wait(tmp_path, failing):
+@scenario((0,), (2,))
+def a_rank_that_fails_at_the_door_while_others_wait(tmp_path, failing):
     does = [work] * SIZE
     does[failing] = fail
     with group(tmp_path, *does) as ranks:
@@ -208,13 +232,15 @@ def test_a_rank_that_fails_at_the_door_while_others_wait(tmp_path, failing):
                          rf"/data. Rank {rank} ", said[rank]), said
 
 
-def test_ranks_that_all_fail_end_with_codes_of_their_own(tmp_path):
+@scenario()
+def ranks_that_all_fail_end_with_codes_of_their_own(tmp_path):
     with group(tmp_path, fail, fail, fail) as ranks:
         codes, said, seconds = ranks.end()
     assert codes == [3, 3, 3] and said == [""] * SIZE and seconds < BOUND
 
 
-def test_a_rank_that_never_begins(tmp_path):
+@scenario()
+def a_rank_that_never_begins(tmp_path):
     with group(tmp_path, work, work, None, timeout=1.0) as ranks:
         codes, said, _ = ranks.end()
     assert codes == [5, 5]
@@ -223,7 +249,8 @@ def test_a_rank_that_never_begins(tmp_path):
                          said[rank]), said
 
 
-def test_a_rank_0_that_never_begins(tmp_path):
+@scenario()
+def a_rank_0_that_never_begins(tmp_path):
     with group(tmp_path, None, work, timeout=1.0) as ranks:
         codes = ranks.end()[0]
         said = ranks.said(1)
@@ -232,7 +259,8 @@ def test_a_rank_0_that_never_begins(tmp_path):
                      said), said
 
 
-def test_a_run_that_was_suspended_as_a_whole_goes_on(tmp_path):
+@scenario()
+def a_run_that_was_suspended_as_a_whole_goes_on(tmp_path):
     with group(tmp_path, work, work, work, timeout=1.5) as ranks:
         wait_a_second_of_work()
         for number, rest in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 2.0)):
@@ -242,7 +270,8 @@ def test_a_run_that_was_suspended_as_a_whole_goes_on(tmp_path):
         assert all(process.is_alive() for process in ranks.processes), [ranks.said(rank) for rank in range(SIZE)]
 
 
-def test_without_progress_the_stacks_are_told_once_for_each_place(tmp_path):
+@scenario()
+def without_progress_the_stacks_are_told_once_for_each_place(tmp_path):
     with group(tmp_path, stall, stall, stall_after=0.5) as ranks:
         codes, said, _ = ranks.end()
     assert codes == [0, 0]
@@ -252,7 +281,13 @@ def test_without_progress_the_stacks_are_told_once_for_each_place(tmp_path):
         assert text.count("no progress") == 1 and re.search(r'File ".*test_heartbeat.py", line \d+ in stall', text)
 
 
-def test_alone_there_is_nobody_to_lose(tmp_path):
+@scenario()
+def alone_there_is_nobody_to_lose(tmp_path):
     with group(tmp_path, finish) as ranks:
         codes, said, seconds = ranks.end()
     assert codes == [0] and said == [""] and seconds < BOUND
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_group_of_ranks(name, running):
+    running[name].result()

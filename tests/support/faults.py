@@ -86,7 +86,10 @@ class Ranks:
     def ask_to_stop(self):
         """SIGTERM as a batch system sends it: to torchrun, which passes it on; deepspeed does not, so to the ranks."""
         asked = [psutil.Process(process.pid) for process in self.processes]
-        for process in ranks_of(asked[0]) if self.launcher == "deepspeed" else asked:
+        if self.launcher == "deepspeed":
+            asked = ranks_of(asked[0])
+            assert len(asked) == 2
+        for process in asked:
             process.terminate()
 
     def wait_until(self, holds, what: str):

@@ -123,11 +123,19 @@ def _written(write: Callable[[Path], list[str]], part: Path, world: World) -> Fi
 
 
 def _give_up(part: Path, problems: list[str], world: World) -> None:
+    free = _free_space(part.parent)  # torch does not tell of a full disk
     distributed.barrier()
     if world.is_main:
         shutil.rmtree(part, ignore_errors=True)
-    raise CheckpointError(f"the checkpoint {part.with_suffix('')} could not be written: {problems[0]}; those before it "
-                          "are whole: free some space and run the same command again")
+    raise CheckpointError(f"the checkpoint {part.with_suffix('')} could not be written: {problems[0]} ({free}); those "
+                          "before it are whole: free some space and run the same command again")
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+    except OSError as error:
+        return f"its folder cannot be asked for free space: {error.strerror}"
 
 
 def _publish(part: Path, folder: Path, info: CheckpointInfo, is_best: bool) -> None:

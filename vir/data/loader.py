@@ -173,6 +173,8 @@ class Patience:
 
 
 _POLL_S = 1
+_GRACE_S = 2
+"""For the batch in hand, when a loader process is told to end."""
 _READERS = 16
 """Samples that a worker reads at the same time: a read from a network disk waits for 1 to 20 ms."""
 
@@ -247,6 +249,11 @@ def _end_workers() -> None:
             worker.kill()
 
 
+def _kill_all(processes: Sequence[Any]) -> None:
+    for process in processes:
+        process.kill()
+
+
 class Batches:
     """Runs requests through worker processes; an iterator over their batches, in order and on the device.
 
@@ -268,7 +275,6 @@ class Batches:
         self._reading = multiprocessing.get_context("fork").RawArray("q", [-1] * workers)
         self._served: Any = None
         self._came = 0
-        self._given_up = False
         self._batches = self._ahead() if device.type == "cuda" else self._waiting_for_each()
 
     def __iter__(self) -> Batches:
@@ -285,10 +291,11 @@ class Batches:
     def close(self) -> None:
         """End the processes. Nothing comes after it."""
         self._batches.close()
-        if self._given_up:  # they may hang in a read, and DataLoader would wait 5 s for each
-            for worker in self._served._workers:
-                worker.kill()
+        # DataLoader tells them to end, and waits 5 s for each; one that hangs in a read would have all of it.
+        end = threading.Timer(_GRACE_S, _kill_all, [getattr(self._served, "_workers", [])])
+        end.start()
         self._served = None
+        end.cancel()
 
     def awaited(self) -> str:
         """Who makes the next batch, and which sample that process is waiting for. From any thread."""
@@ -330,7 +337,6 @@ class Batches:
                     self._patience.tell(f"no batch for {now - asked:.0f} s, waiting for {self.awaited()}; check the "
                                         "disk or the network")
                 if self._patience.give_up():
-                    self._given_up = True
                     yield None
                 continue
             self._came += 1
