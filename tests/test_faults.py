@@ -61,6 +61,15 @@ def stop_in_evaluation(ranks):
     ranks.ask_to_stop()
 
 
+def warn_of_preemption_in_evaluation(ranks):
+    wait_for_evaluation(ranks)
+    ranks.ask_to_stop(signal.SIGUSR1)
+
+
+def meet_a_defect(ranks):
+    """The program does it."""
+
+
 def kill_in_start_up(ranks):
     ranks.wait_until(lambda: "taking up" in ranks.said(0) or "built successfully" in ranks.said(0), "the engine")
     ranks.processes[1].kill()
@@ -123,6 +132,16 @@ def fill_the_disk(ranks):
             file.write(bytes(512))
 
 
+DEFECT = """
+import os, sys
+from vir.train import command
+from vir.training import loop
+def training_loss(*_):
+    raise KeyError("of nobody")
+if os.environ["SLURM_PROCID"] == "1":
+    loop.training_loss = training_loss
+sys.exit(command())
+"""
 LOST = (r"rank {lost} \(\S+\) .* \(process \d+\) is lost: {how}\. Rank {other} \(\S+\) .* ends with it, exit code "
         r"5; the same command continues from the last checkpoint")
 GONE, SILENT = "its process is gone", r"silent for [56] s"
@@ -145,13 +164,16 @@ FAULTS = {
                           r"mostly the system's answer to a lack of memory: lower --data.workers")),
     "worker crashed": (crash_a_worker, "srun", [3, 5],
                        (1, r"rank 0 .* ended with exit code 3, loader process 1 at .* was killed by SIGSEGV")),
+    "a defect": (meet_a_defect, "srun", [5, 1],
+                 (1, r"^vir.train: rank 1 \(\S+\) at step \d+, positions \d+ to \d+, compiling: KeyError: "
+                     r"'of nobody'$")),
     "reads that hang": (let_reads_hang, "srun", [75, 75],
                         (0, r"no batch for [56] s, waiting for loader process \d at digits-\w+-\d+.tar:\S+@\d+ of ")),
     "disk full": (fill_the_disk, "srun", [3, 3],
                   (0, r"vir.train: the checkpoint .* could not be written: .* \(0.0 MB are free there\); those before "
                       r"it are whole: free some space and run the same command again")),
     "asked to stop in an evaluation, torchrun": (stop_in_evaluation, "torchrun", [1], (0, STOPPED)),
-    "asked to stop in an evaluation, deepspeed": (stop_in_evaluation, "deepspeed", [75], (0, STOPPED)),
+    "asked to stop in an evaluation, deepspeed": (warn_of_preemption_in_evaluation, "deepspeed", [75], (0, STOPPED)),
 }
 
 
@@ -197,7 +219,8 @@ def runs(shards, shim, disk, tmp_path_factory) -> tuple[list[Path], dict[str, Me
         if fault is fill_the_disk and disk.name != "mounted":
             continue
         began_at = saved_step(run)
-        with Ranks(arguments(shards, run), run, tmp / name.replace(" ", "-"), launcher, LD_PRELOAD=str(shim),
+        program = ("-c", DEFECT) if fault is meet_a_defect else ("-m", "vir.train")
+        with Ranks(arguments(shards, run), run, tmp / name.replace(" ", "-"), launcher, program, LD_PRELOAD=str(shim),
                    HANG=str(disk.parent / "hang")) as ranks:
             fault(ranks)
             seconds = ranks.seconds_until_gone()
@@ -224,7 +247,7 @@ def test_all_is_gone_soon_with_a_documented_code_and_a_line_that_names_the_cause
     assert met.seconds < GONE_WITHIN
     told = [said for said in met.said[process].splitlines() if re.search(line, said)]
     assert len(told) == 1, met.said[process]
-    if launcher == "srun" and 75 not in codes:
+    if name != "a defect" and launcher == "srun":
         assert "Traceback" not in met.said[process], met.said[process]
 
 

@@ -6,10 +6,7 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -183,27 +180,6 @@ def test_weights_file_makes_a_timm_model(runs, tmp_path):
     assert torch.equal(model(images), same(images))
     assert model.weights_metadata.model.classes == tuple(sorted(
         ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]))
-
-
-def test_a_signal_saves_and_the_same_command_continues(shards, tmp_path):
-    train = [sys.executable, "-m", "vir.train", *command(shards, tmp_path / "run", steps=100, every=1000)]
-    process = subprocess.Popen(train, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)
-    try:
-        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + HANGS
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-            assert process.poll() is None and time.monotonic() < until, process.stdout.read()
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGUSR1)  # the loader's processes get it too, as from a batch system
-        output, _ = process.communicate(timeout=HANGS)
-    finally:
-        process.kill()
-    assert process.returncode == 75, output
-    stopped_at = read_info(newest(tmp_path / "run")).step
-    assert 2 <= stopped_at < 100
-    done = call(*train)
-    assert done.returncode == 0 and f"continuing after step {stopped_at}" in done.stdout, done.stdout
-    assert [event["step"] for event in train_events(tmp_path / "run")] == list(range(1, 101))
 
 
 def test_bad_settings_end_every_rank_with_one_message(shards, tmp_path):

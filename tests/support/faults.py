@@ -36,9 +36,11 @@ class Ranks:
     Args:
         launcher: torchrun, deepspeed, or srun: then each rank is a process of this one with the variables of a SLURM
             step, and no launcher ends the others when one does.
+        program: what python runs there.
     """
 
-    def __init__(self, arguments: list[str], run: Path, log: Path, launcher: str = "srun", **environment: str):
+    def __init__(self, arguments: list[str], run: Path, log: Path, launcher: str = "srun", program=("-m", "vir.train"),
+                 **environment: str):
         self.run, self.began, self.launcher, port = run, time.time(), launcher, free_port()
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self._buffers = f"deepspeed_allreduce_buffer_*_{port}_*"
@@ -52,7 +54,7 @@ class Ranks:
                               "vir.train", *arguments])
         else:
             for rank in "01":
-                self._start(log.with_name(f"{log.name}-rank{rank}"), [sys.executable, "-m", "vir.train", *arguments], {
+                self._start(log.with_name(f"{log.name}-rank{rank}"), [sys.executable, *program, *arguments], {
                     "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": "2",
                     "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2",
                     "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": port})
@@ -83,14 +85,14 @@ class Ranks:
     def _tails(self) -> str:
         return "\n".join(self.said(rank)[-3000:] for rank in range(len(self.logs)))
 
-    def ask_to_stop(self):
-        """SIGTERM as a batch system sends it: to torchrun, which passes it on; deepspeed does not, so to the ranks."""
+    def ask_to_stop(self, number=signal.SIGTERM):
+        """A signal as a batch system sends it: to torchrun, which passes it on; deepspeed does not, so to the ranks."""
         asked = [psutil.Process(process.pid) for process in self.processes]
         if self.launcher == "deepspeed":
             asked = ranks_of(asked[0])
             assert len(asked) == 2
         for process in asked:
-            process.terminate()
+            process.send_signal(number)
 
     def wait_until(self, holds, what: str):
         until = time.monotonic() + HANGS

@@ -117,11 +117,14 @@ def read_info(folder: Path) -> CheckpointInfo:
         raise CheckpointError(f"{folder / DESCRIPTION} cannot be read: {error!r}") from error
     for name, size in sizes.items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder} is incomplete: {name} is missing")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {size} were written; take another "
-                                  "checkpoint")
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if found != size:
+            raise CheckpointError(f"{path} has {found} bytes, {size} were written; take another checkpoint")
     return info
 
 

@@ -90,7 +90,9 @@ def _on_main(work: Callable[[], None], part: Path, world: World) -> None:
 
 def _make_room(root: Path, part: Path) -> None:
     """Remove what kills have left, except for checkpoints that were being replaced: this run may continue from one."""
-    root.mkdir(exist_ok=True)
+    if not root.is_dir():
+        root.mkdir()
+        flush(root.parent)
     if part.exists():
         shutil.rmtree(part)
     for stale in root.glob(STEPS + "*.part"):

@@ -82,6 +82,7 @@ class Heartbeat:
         self._ends, self._told, self._ending = threading.Event(), threading.Event(), threading.Lock()
         self._waiting = 0
         """Beats since the store was last heard."""
+        self._names = [str(rank) for rank in range(1, place.size)]
         self._others = [_NOTHING] * place.size
         self._silent = [0] * place.size
         """Beats since each rank's last one."""
@@ -151,8 +152,8 @@ class Heartbeat:
             patience = timedelta(seconds=FIRST_WORD * self._timeout)
             store = PrefixStore(self._name, distributed.connect(self._place, patience))
             if self._place.rank == 0:
-                for rank in range(1, self._place.size):  # so that it can be asked for before its rank is there
-                    store.compare_set(str(rank), "", _NOTHING.decode())
+                for name in self._names:  # so that it can be asked for before its rank is there
+                    store.compare_set(name, "", _NOTHING.decode())
                 store.set("verdict", _NOTHING.decode())
             while not self._ends.is_set():
                 self._beat(store)
@@ -187,30 +188,31 @@ class Heartbeat:
 
     def _judge(self, store: Store) -> None:
         """Rank 0: hear all, and give a verdict where one is lost."""
-        for rank, heard in enumerate(store.multi_get([str(rank) for rank in range(self._place.size)])):
-            if rank == 0:
-                continue
-            self._hear(rank, heard)
-            if self._state == _ALIVE and (said := self._loss(rank)):
+        for rank, heard in enumerate(store.multi_get(self._names), 1):
+            if self._hear(rank, heard) and self._state == _ALIVE and (said := self._loss(rank)):
                 verdict = {"said": said, "word": heard.decode()}
                 store.set("verdict", json.dumps(verdict))
-                time.sleep(2 * self._seconds)  # the others read it before this process and its store are gone
+                self._wait_for_the_others(store, lost=rank)
                 self._end(**verdict)
 
-    def _hear(self, rank: int, heard: bytes) -> None:
+    def _hear(self, rank: int, heard: bytes) -> bool:
+        """Take up what the store holds of a rank; whether it is anything but a new sign of life."""
         if heard != self._others[rank]:
             self._others[rank], self._silent[rank] = heard, 0
+            if heard.startswith(b"a"):
+                return False
         else:
             self._silent[rank] += 1
-        if heard[:1] == b"f":
+        if heard.startswith(b"f"):
             self._failed_for[rank] += 1
+        return True
 
     def _loss(self, rank: int) -> str:
         """Why a rank is lost; empty while it is not."""
         heard, silent = self._others[rank], self._silent[rank]
-        if heard[:1] == b"f":
+        if heard.startswith(b"f"):
             return _tell(heard, "ended") if self._failed_for[rank] > _HEED else ""
-        if silent < 2 or heard[:1] == b"d":
+        if silent < 2 or heard.startswith(b"d"):
             return ""
         if heard == _NOTHING:
             return "" if silent < FIRST_WORD * BEATS else (
@@ -227,11 +229,18 @@ class Heartbeat:
         """Whether another rank's process would be known here by its number."""
         return word.rank != self._place.rank and "" not in (word.kernel, word.born) and word.kernel == self._word.kernel
 
-    def _wait_for_the_others(self, store: Store) -> None:
+    def _wait_for_the_others(self, store: Store, lost: int = 0) -> None:
+        """The store may end with this process, so those that live or have yet to begin hear from it before.
+
+        Args:
+            lost: a rank that will not.
+        """
+        silent = {rank for rank, beats in enumerate(self._silent) if beats > 1 and self._others[rank] != _NOTHING}
         until = time.monotonic() + _LINGER_S
         while time.monotonic() < until:
-            heard = store.multi_get([str(rank) for rank in range(1, self._place.size)])
-            if all(word[:1] in b"df" for word in heard):
+            self._waiting = 0
+            words = dict(enumerate(store.multi_get(self._names), 1))
+            if all(words[rank].startswith((b"d", b"f")) for rank in words.keys() - silent - {lost}):
                 return
             time.sleep(0.1)
 
@@ -259,7 +268,7 @@ class Heartbeat:
 
     def _rank_0_is_lost(self, why: str) -> None:
         heard = self._others[0]
-        if heard[:1] == b"f":
+        if heard.startswith(b"f"):
             self._end(_tell(heard, "ended"))
         elif heard.strip():
             self._end(_tell(heard, f"is lost: {why}"), heard.decode())

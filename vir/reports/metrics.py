@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vir.errors import DataError
+from vir.errors import DataError, SettingsError
 from vir.files import replace_text
 from vir.log import log
 from vir.run_folder import METRICS, TENSORBOARD, WANDB_ID
@@ -41,8 +41,12 @@ class MetricsWriter:
         if wandb:
             import wandb as service
 
-            self._wandb = service.init(project=wandb, name=run.name, id=_wandb_id(run), resume="allow", dir=run,
-                                       config=config)
+            try:
+                self._wandb = service.init(project=wandb, name=run.name, id=_wandb_id(run), resume="allow", dir=run,
+                                           config=config)
+            except Exception as error:  # it has many kinds
+                raise SettingsError(f"--train.wandb {wandb}: {error}; log in by `wandb login`, set WANDB_MODE=offline, "
+                                    "or leave it out") from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One event; `kind` is train or eval. Numbers also go to TensorBoard as kind/name."""
@@ -54,7 +58,11 @@ class MetricsWriter:
             {"tag": f"{kind}/{name}", "simple_value": float(value)}
             for name, value in values.items() if isinstance(value, (int, float))]}))
         if self._wandb is not None:
-            self._wandb.log({f"{kind}/{name}": value for name, value in plain.items()}, step=step)
+            try:
+                self._wandb.log({f"{kind}/{name}": value for name, value in plain.items()}, step=step)
+            except Exception as error:  # it has many kinds, and none is worth a run
+                log.warning("Weights & Biases gets no more events: %s", error)
+                self._wandb = None
 
     def close(self) -> None:
         self._lines.close()

@@ -137,11 +137,13 @@ def _begin_writing(prepared: Prepared, plan: Plan, first: int, world: World) -> 
             replace_text(folder / run_folder.CONFIG, dump_yaml(config))
             replace_text(folder / run_folder.DS_CONFIG, ds_config.locate(config.deepspeed_config).read_text())
             writer = MetricsWriter(folder, plan.epoch(first), first, config.train.wandb, to_dict(config))
+        except SettingsError as error:
+            problem = str(error)
         except OSError as error:
-            problem = f"{error.filename or folder}: {error.strerror}"
+            problem = (f"--output {folder}: {error.filename or 'it'} cannot be written: {error.strerror}; free some "
+                       "space or give another folder")
     if problem := distributed.broadcast(problem):
-        raise SettingsError(f"--output {folder} cannot be written to: {problem}; free some space or give "
-                            "another folder")
+        raise SettingsError(problem)
     return writer
 
 
