@@ -21,7 +21,8 @@ from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
 from vir.cluster.signals import StopRequest
 from vir.engine.batch_norm import RunningStatistics
-from vir.errors import VirError
+from vir.errors import SettingsError, VirError
+from vir.launcher import Place
 from vir.models.spec import InputSpec, ModelSpec
 
 INFO = CheckpointInfo(
@@ -190,6 +191,20 @@ def test_a_launchers_word_and_a_gpu_leave_the_threads_as_they_are(threads, monke
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
     distributed.share_cores(torch.device(device))
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("seen, number, gpu", [(8, 3, 3), (1, 3, 0), (1, 0, 0)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(monkeypatch, seen, number, gpu):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setenv("LOCAL_RANK", str(number))
+    assert distributed.gpu_of(Place(11, 16, number, "node1", 29500)) == torch.device("cuda", gpu)
+    assert os.environ["LOCAL_RANK"] == str(gpu)  # which DeepSpeed reads
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SettingsError, match="rank 11 is number 3 on its machine, which has 2 GPUs; start at most 2"):
+        distributed.gpu_of(Place(11, 16, 3, "node1", 29500))
 
 
 if __name__ == "__main__":

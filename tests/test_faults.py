@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from support.faults import GONE_WITHIN, Ranks
 from support.launchers import HANGS, call
@@ -296,6 +297,7 @@ print("built")
 """
 
 
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.15", reason="it waits for ever, see below")
 def test_a_killed_build_does_not_hold_up_the_next_start(tmp_path):
     (tmp_path / "op.cpp").write_text("int op() { return 1; }")
     slow = tmp_path / "slow-compiler"

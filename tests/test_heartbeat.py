@@ -8,17 +8,21 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from torch.distributed import TCPStore
 
-from support.launchers import free_port
+from support.launchers import ROOT, free_port
 from vir import cli
-from vir.cluster.heartbeat import Heartbeat
+from vir.cluster.heartbeat import _NOTHING, Heartbeat
 from vir.launcher import Place
 
 TIMEOUT = 3.0
@@ -30,10 +34,15 @@ CONTEXT.set_forkserver_preload(["vir.cluster.heartbeat"])
 
 
 def work(heartbeat):
-    """Until the other side says that it is enough."""
+    """Steps, and a sign in a file when this rank has heard those that it listens to."""
+    ready = None
     for step in range(1, 10_000):
         heartbeat.at(f"at step {step}")
         time.sleep(0.02)
+        heard = heartbeat._others[1:] if heartbeat._place.rank == 0 else heartbeat._others[:1]
+        if ready is None and _NOTHING not in heard and step > 20:
+            ready = Path(os.readlink("/proc/self/fd/1")).with_suffix(".ready")
+            ready.touch()
 
 
 def hold_the_gil(heartbeat):
@@ -44,6 +53,11 @@ def hold_the_gil(heartbeat):
 
 def fail(heartbeat):
     heartbeat.failed("exit code 3, no such folder: /data")
+    cli.end_now(3)
+
+
+def in_a_folder_of_bytes(heartbeat):
+    heartbeat.failed("exit code 3, no such folder: /\udcff")
     cli.end_now(3)
 
 
@@ -91,6 +105,12 @@ class Group:
         for process in self.processes:
             process.start()
 
+    def wait_until_all_work(self):
+        until = time.monotonic() + BOUND
+        while not all(output.with_suffix(".ready").exists() for output in self.outputs):
+            assert time.monotonic() < until, [self.said(rank) for rank in range(len(self.outputs))]
+            time.sleep(0.02)
+
     def signal(self, rank, number):
         os.kill(self.processes[rank].pid, number)
 
@@ -115,10 +135,6 @@ def group(folder, *does, timeout=TIMEOUT, port=None, **more):
         for process in ranks.processes:
             process.kill()
             process.join(30)
-
-
-def wait_a_second_of_work():
-    time.sleep(1.0)  # the ranks' clocks run, so that what is lost is lost in the middle of its work
 
 
 SCENARIOS = {}
@@ -168,7 +184,7 @@ def a_run_that_ends_well_says_nothing(tmp_path):
 @scenario()
 def a_process_that_is_killed(tmp_path):
     with group(tmp_path, work, work, work) as ranks:
-        wait_a_second_of_work()
+        ranks.wait_until_all_work()
         ranks.signal(2, signal.SIGKILL)
         codes, said, _ = ranks.end()
     assert codes == [5, 5, -9]
@@ -179,7 +195,7 @@ def a_process_that_is_killed(tmp_path):
 @scenario()
 def a_process_that_is_stopped_is_ended_too(tmp_path):
     with group(tmp_path, work, work, work) as ranks:
-        wait_a_second_of_work()
+        ranks.wait_until_all_work()
         ranks.signal(1, signal.SIGSTOP)
         codes, said, _ = ranks.end()
     assert codes == [5, -9, 5]
@@ -201,7 +217,7 @@ def a_process_that_keeps_the_interpreter_to_itself(tmp_path):
     (signal.SIGSTOP, r"its store (has not answered for 3 s|cannot be reached \(.*\))"))  # the first to see it ends it
 def rank_0_which_serves_the_store(tmp_path, number, why):
     with group(tmp_path, work, work, work) as ranks:
-        wait_a_second_of_work()
+        ranks.wait_until_all_work()
         ranks.signal(0, number)
         codes, said, _ = ranks.end()
     assert codes == [-9, 5, 5]
@@ -212,7 +228,7 @@ def rank_0_which_serves_the_store(tmp_path, number, why):
 @scenario((signal.SIGKILL, "its process is gone"), (signal.SIGSTOP, "silent for 3 s|its process is gone"))
 def rank_0_where_an_agent_serves_the_store(tmp_path, number, why):
     with agent() as port, group(tmp_path, work, work, work, port=port, under_agent=True) as ranks:
-        wait_a_second_of_work()
+        ranks.wait_until_all_work()
         ranks.signal(0, number)
         codes, said, _ = ranks.end()
     assert codes == [-9, 5, 5]
@@ -255,18 +271,19 @@ def a_rank_0_that_never_begins(tmp_path):
         codes = ranks.end()[0]
         said = ranks.said(1)
     assert codes == [5]
-    assert re.search(r"rank 0 is lost: nobody answers at 127.0.0.1:\d+, where it or torchrun's agent serves the store",
-                     said), said
+    assert re.search(r"rank 0 is lost: nobody answers at 127.0.0.1:\d+\. Rank 1 ", said), said
 
 
 @scenario()
 def a_run_that_was_suspended_as_a_whole_goes_on(tmp_path):
-    with group(tmp_path, work, work, work, timeout=1.5) as ranks:
-        wait_a_second_of_work()
-        for number, rest in ((signal.SIGSTOP, 3.0), (signal.SIGCONT, 2.0)):
-            for rank in range(SIZE):
+    """For longer than a request to the store may take at the start, and rank 0 before the others and after them."""
+    with group(tmp_path, work, work, work, timeout=1.0) as ranks:
+        ranks.wait_until_all_work()
+        for number, order in ((signal.SIGSTOP, (0, 1, 2)), (signal.SIGCONT, (1, 2, 0))):
+            for rank in order:
                 ranks.signal(rank, number)
-            time.sleep(rest)
+                time.sleep(0.2)
+            time.sleep(6.0 if number == signal.SIGSTOP else 2.0)
         assert all(process.is_alive() for process in ranks.processes), [ranks.said(rank) for rank in range(SIZE)]
 
 
@@ -288,6 +305,38 @@ def alone_there_is_nobody_to_lose(tmp_path):
     assert codes == [0] and said == [""] and seconds < BOUND
 
 
+@scenario()
+def words_that_are_no_text(tmp_path):
+    """A folder's name may be bytes that no encoding knows."""
+    with group(tmp_path, work, in_a_folder_of_bytes) as ranks:
+        ranks.end()
+    assert ranks.processes[0].exitcode == 5 and re.search(r"ended with exit code 3, no such folder: /\\udcff\. Rank 0 ",
+                                                          ranks.said(0)), ranks.said(0)
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_group_of_ranks(name, running):
     running[name].result()
+
+
+def test_a_port_that_is_taken_is_told_on_one_line(monkeypatch, capsys, tmp_path):
+    from vir.train import main
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        code = main(["--deepspeed_config", "zero2_fp32", "--output", str(tmp_path), "--data.train", "t", "--data.val",
+                     "v"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vir.train")]
+    assert code == 2 and len(said) == 1
+    assert "rank 0 cannot serve on port" in said[0] and "give the launcher another --master_port" in said[0]
+
+
+def test_a_process_ends_although_nobody_reads_what_it_says(tmp_path):
+    program = ("import sys, threading, time\nfrom vir import cli\n"
+               "threading.Timer(1, cli.end_now, [5]).start()\nwhile True: sys.stdout.write('x' * 1000)")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.wait(60) == 5

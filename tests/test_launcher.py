@@ -12,6 +12,8 @@ TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node
 STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]",
         "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_JOB_ID": "41234",
         "SLURM_STEP_ID": "3"}
+PORT = 21848  # 10000 + the CRC-32 of 41234.3 modulo 20000
+SAID = (*TORCH, "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "VIR_RUN_ID")
 
 
 @pytest.fixture
@@ -19,11 +21,11 @@ def environment(monkeypatch):
     """A function that leaves these variables of all that are looked at."""
     def leave(**variables):
         for name in list(os.environ):
-            if name.startswith("SLURM_") or name in (*TORCH, "LOCAL_WORLD_SIZE"):
+            if name.startswith("SLURM_") or name in SAID:
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        for name in (*TORCH, "LOCAL_WORLD_SIZE"):  # what adopt() says itself is taken back, too
+        for name in SAID:  # what adopt() says itself is taken back, too
             monkeypatch.setitem(os.environ, name, os.environ.get(name, ""))
             if name not in variables:
                 monkeypatch.delitem(os.environ, name)
@@ -36,9 +38,10 @@ def environment(monkeypatch):
     (TORCH, Place(5, 8, 1, "node1", 29500)),
     (TORCH | STEP | {"SLURM_PROCID": "0"}, Place(5, 8, 1, "node1", 29500)),  # torchrun or deepspeed under srun
     ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 0, "127.0.0.1", 0)),
-    (STEP, Place(5, 8, 1, "gpu07", 20000 + 41237 % 20000)),
-    (STEP | {"SLURM_STEP_NUM_NODES": "1"}, Place(5, 8, 1, "127.0.0.1", 21237)),
-    (STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}, Place(5, 8, 1, "10.0.0.1", 1234)),
+    (STEP, Place(5, 8, 1, "gpu07", PORT, "slurm-41234.3")),
+    (STEP | {"SLURM_STEP_NUM_NODES": "1"}, Place(5, 8, 1, "127.0.0.1", PORT, "slurm-41234.3")),
+    (STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}, Place(5, 8, 1, "10.0.0.1", 1234, "slurm-41234.3")),
+    (TORCH | {"TORCHELASTIC_RUN_ID": "job"}, Place(5, 8, 1, "node1", 29500, "job")),
     (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place(0, 1, 1, "127.0.0.1", 0)),
     # A script of sbatch, or a shell of salloc: told how many tasks the job may have, but none of them.
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, Place(0, 1, 0, "127.0.0.1", 0)),
@@ -53,7 +56,7 @@ def test_what_slurm_says_is_said_as_torch_does_for_deepspeed(environment):
     environment(**STEP)
     adopt()
     assert {name: os.environ[name] for name in (*TORCH, "LOCAL_WORLD_SIZE")} == {
-        **TORCH, "MASTER_ADDR": "gpu07", "MASTER_PORT": "21237", "LOCAL_WORLD_SIZE": "4"}
+        **TORCH, "MASTER_ADDR": "gpu07", "MASTER_PORT": str(PORT), "LOCAL_WORLD_SIZE": "4"}
 
 
 @pytest.mark.parametrize("said, error", [
@@ -72,6 +75,14 @@ def test_what_is_said_half_is_refused_with_the_way_out(environment, said, error)
     with pytest.raises(SettingsError) as raised:
         adopt()
     assert error in str(raised.value)
+
+
+def test_jobs_and_steps_that_follow_each_other_have_ports_of_their_own(environment):
+    ports = set()
+    for job, step in ((1000 + number, step) for number in range(8) for step in range(4)):
+        environment(**STEP | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+        ports.add(adopt().port)
+    assert len(ports) == 32 and all(10000 <= port < 30000 for port in ports)
 
 
 @pytest.mark.parametrize("nodes, first", [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
+from contextlib import suppress
 from typing import NoReturn
 
 from vir.errors import VirError
@@ -25,11 +27,18 @@ def tell(error: VirError, program: str, every_rank: bool = True) -> int:
 
 def end_now(exit_code: int) -> NoReturn:
     """End this process without waiting for its threads, for its children or for other ranks."""
-    for child in multiprocessing.active_children():
-        child.kill()
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+        # Another thread may wait within a write, to a pipe that nobody reads, and keep the stream to itself.
+        flushing = threading.Thread(target=_flush, daemon=True)
+        flushing.start()
+        flushing.join(1)
+    finally:
+        os._exit(exit_code)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(OSError, ValueError, AttributeError):  # a full disk, a closed stream, none at all
             stream.flush()
-        except OSError:  # a pipe that nobody reads, a disk that is full
-            pass
-    os._exit(exit_code)

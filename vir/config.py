@@ -91,7 +91,7 @@ class DataConfig:
     workers: int = _free(4)
     """Loader processes per rank; changes speed only, never the data."""
     prefetch: int = _free(4)
-    """Micro-batches each worker prepares ahead."""
+    """Micro-batches each worker prepares ahead; at least those of a step and one more."""
     lanes: int = 64
     """Shards read side by side; part of the definition of the sample order."""
     window: int = 2500
@@ -259,7 +259,8 @@ class TrainConfig:
     peak_tflops: Optional[float] = _free(None)
     """Dense peak of one device in the training precision, in 1e12 FLOP/s, for MFU; known for common GPUs."""
     rank_timeout: float = _free(60.0)
-    """Seconds of silence after which a rank counts as lost and the others end, with exit code 5."""
+    """Seconds of silence after which a rank counts as lost and the others end; a wait for data is told after as many.
+    """
 
     def __post_init__(self) -> None:
         _check(self.epochs > 0, "train.epochs", self.epochs, "positive")

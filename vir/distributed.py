@@ -45,7 +45,7 @@ def serve(place: Place) -> None:
         SettingsError: the port is taken.
     """
     global _server
-    if place.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if place.rank != 0 or place.agent_serves:
         return
     with _starting_server:
         if _server is None:
@@ -68,7 +68,7 @@ def connect(place: Place, timeout: timedelta) -> Store:
     serve(place)
     store = TCPStore(place.address, place.port, is_master=False, wait_for_workers=False, timeout=timeout)
     # The store of torchrun's agent outlives a restart of the ranks.
-    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"{place.run}-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def is_of_a_collective(error: Exception) -> bool:
@@ -88,7 +88,7 @@ def start() -> World:
                         ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)  # DeepSpeed reads them
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    device = gpu_of(place) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     share_cores(device)
@@ -97,6 +97,21 @@ def start() -> World:
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=place.rank, world_size=place.size,
                                 timeout=TIMEOUT, device_id=device if cuda else None)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def gpu_of(place: Place) -> torch.device:
+    """The GPU of a rank: that of its number on its machine, or the only one that it sees (`srun --gpus-per-task 1`).
+
+    Raises:
+        SettingsError: there are more ranks on this machine than GPUs.
+    """
+    count = torch.cuda.device_count()
+    if count == 1:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed takes it for the number of the GPU
+    elif place.local_rank >= count:
+        raise SettingsError(f"rank {place.rank} is number {place.local_rank} on its machine, which has {count} GPUs; "
+                            f"start at most {count} ranks there")
+    return torch.device("cuda", 0 if count == 1 else place.local_rank)
 
 
 def share_cores(device: torch.device) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from dataclasses import dataclass
 
 from vir.errors import SettingsError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_RUN = "VIR_RUN_ID"
+"""The name of a run that srun has started: of all ranks, and of no other run."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,14 @@ class Place:
     """Its number on its machine."""
     address: str
     port: int
+    run: str = ""
+    """Tells this run from another one that may be met at the same address; empty where the launcher gives it no name.
+    """
+
+    @property
+    def agent_serves(self) -> bool:
+        """Whether torchrun's agent serves the store of the ranks, and not rank 0."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def adopt() -> Place:
@@ -33,9 +44,10 @@ def adopt() -> Place:
         SettingsError: only a part of it is there, or a value that is no number.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+        if (os.environ.get("SLURM_STEP_NUM_TASKS") or "1") == "1":
             return Place(0, 1, local_rank(), "127.0.0.1", 0)
         os.environ.update({**_from_slurm(), **{name: os.environ[name] for name in _NAMES if name in os.environ}})
+        os.environ[_RUN] = f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     if missing := [name for name in ("RANK", "WORLD_SIZE") if not os.environ.get(name)]:
         raise SettingsError(_half_said(missing))
     rank, size = _number("RANK"), _number("WORLD_SIZE")
@@ -45,7 +57,8 @@ def adopt() -> Place:
         raise SettingsError(_half_said(missing))
     if not 0 <= rank < size:
         raise SettingsError(f"RANK is {rank} and WORLD_SIZE {size}; a rank is from 0 to {size - 1}")
-    return Place(rank, size, _number("LOCAL_RANK"), os.environ["MASTER_ADDR"], _number("MASTER_PORT"))
+    run = os.environ.get(_RUN) or os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return Place(rank, size, _number("LOCAL_RANK"), os.environ["MASTER_ADDR"], _number("MASTER_PORT"), run)
 
 
 def local_rank() -> int:
@@ -74,8 +87,9 @@ def _from_slurm() -> dict[str, str]:
         raise SettingsError(f"SLURM_STEP_NUM_TASKS is {os.environ['SLURM_STEP_NUM_TASKS']} but {', '.join(missing)} is "
                             "not set; start by srun, or unset it to run one process")
     one_node = os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1"
-    # The steps of a job follow each other on the same nodes: each gets a port of its own.
-    port = 20000 + (_number("SLURM_JOB_ID") + _number("SLURM_STEP_ID")) % 20000
+    # Jobs and steps share nodes: to each its port, below those that outgoing connections are given.
+    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    port = 10000 + zlib.crc32(step.encode()) % 20000
     per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
     return {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": os.environ["SLURM_LOCALID"], "MASTER_PORT": str(port),

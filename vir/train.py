@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vir import cli, launcher
@@ -58,7 +59,8 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         # At the door every rank meets it, later damaged data may have been met by one rank alone.
         code = cli.tell(error, PROGRAM, every_rank=not at_the_door and isinstance(error, DataError))
         if heartbeat is None and place.size > 1:  # the others may have other files, and wait for this rank
-            heartbeat = _start_heartbeat(place, TrainConfig().rank_timeout)
+            with suppress(VirError):
+                heartbeat = _start_heartbeat(place, TrainConfig().rank_timeout)
         if heartbeat is not None:
             heartbeat.failed(f"exit code {code}, {error}")
         return code

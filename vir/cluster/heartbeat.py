@@ -37,11 +37,16 @@ FIRST_WORD = 5
 _HEED = 3
 """Beats from another rank's failure to one's own end: where all meet the same error, each tells it itself."""
 _LINGER_S = 10
-"""How long rank 0 waits at its end for the last words of the others: the store ends with it."""
+"""How long rank 0 waits at its end for the last words of the others: the store ends with it. Where it has failed, for a
+timeout: those that begin later hear of it, too."""
+_END_S = 5
+"""The longest that a process takes to say why it ends, to a pipe that nobody may read."""
 _STALL_S = 600.0
 """Without progress, at least: ten times the longest stage so far, if that is more."""
+_NEVER = timedelta(days=365)
 _ALIVE, _DONE, _FAILED = "adf"
 """The first letter of a beat; JSON of _Word follows."""
+_UNKNOWN = "unknown"
 _NOTHING = b" "
 """What the store holds until there is something to say."""
 
@@ -134,8 +139,9 @@ class Heartbeat:
         Ends the process where they do; returns where nobody is lost.
         """
         if self._place.size > 1:
-            self.at("in a collective that failed")
-            time.sleep(self._timeout + _HEED * self._seconds)
+            where = self._where
+            self.at(lambda: f"{where()}, in a collective that failed")
+            time.sleep(self._timeout)
 
     def _leave(self, state: str) -> None:
         if self._ends.is_set():
@@ -143,7 +149,10 @@ class Heartbeat:
         self._state = state
         self._ends.set()
         if self._place.size > 1:
-            self._told.wait(_LINGER_S + 2 * self._seconds)
+            self._told.wait(self._linger() + 2 * self._seconds)
+
+    def _linger(self) -> float:
+        return max(_LINGER_S, self._timeout) if self._state == _FAILED else _LINGER_S
 
     # ---- the thread that talks
 
@@ -157,6 +166,7 @@ class Heartbeat:
                 store.set("verdict", _NOTHING.decode())
             while not self._ends.is_set():
                 self._beat(store)
+                store.set_timeout(_NEVER)  # _watch counts beats; the seconds of a request pass while a run is suspended
                 self._ends.wait(self._seconds)
             self._beat(store)
             if self._place.rank == 0:
@@ -223,7 +233,7 @@ class Heartbeat:
 
     def _is_gone(self, heard: bytes) -> bool:
         word = _parse(heard)
-        return self._sees(word) and _born(word.pid) != word.born
+        return self._sees(word) and _born(word.pid) not in (word.born, _UNKNOWN)
 
     def _sees(self, word: _Word) -> bool:
         """Whether another rank's process would be known here by its number."""
@@ -236,7 +246,7 @@ class Heartbeat:
             lost: a rank that will not.
         """
         silent = {rank for rank, beats in enumerate(self._silent) if beats > 1 and self._others[rank] != _NOTHING}
-        until = time.monotonic() + _LINGER_S
+        until = time.monotonic() + self._linger()
         while time.monotonic() < until:
             self._waiting = 0
             words = dict(enumerate(store.multi_get(self._names), 1))
@@ -268,13 +278,16 @@ class Heartbeat:
 
     def _rank_0_is_lost(self, why: str) -> None:
         heard = self._others[0]
-        if heard.startswith(b"f"):
+        if heard.startswith(b"d"):  # it ended well, and this rank has nothing to do but end as well
+            return
+        if self._place.agent_serves:
+            self._end(f"torchrun's agent is lost: {why}")
+        elif heard.startswith(b"f"):
             self._end(_tell(heard, "ended"))
         elif heard.strip():
             self._end(_tell(heard, f"is lost: {why}"), heard.decode())
         else:
-            self._end(f"rank 0 is lost: nobody answers at {self._place.address}:{self._place.port}, where it or "
-                      "torchrun's agent serves the store")
+            self._end(f"rank 0 is lost: nobody answers at {self._place.address}:{self._place.port}")
 
     def _end(self, said: str, word: str = "") -> None:
         """End this process because of another rank, unless it is about to end for a reason of its own.
@@ -284,11 +297,16 @@ class Heartbeat:
         """
         if self._ends.is_set() or not self._ending.acquire(blocking=False):
             return
-        _say(f"{said}. Rank {self._place.rank} {self.where()} ends with it, exit code "
-             f"{EXIT_RANK_LOST}; the same command continues from the last checkpoint")
-        if word[:1] == "a":
-            self._end_the_lost(_parse(word.encode()))
-        cli.end_now(EXIT_RANK_LOST)
+        in_time = threading.Timer(_END_S, os._exit, [EXIT_RANK_LOST])
+        in_time.daemon = True
+        in_time.start()
+        try:
+            if word[:1] == "a":
+                self._end_the_lost(_parse(word.encode()))
+            _say(f"{said}. Rank {self._place.rank} {self.where()} ends with it, exit code {EXIT_RANK_LOST}; the same "
+                 "command continues from the last checkpoint")
+        finally:
+            cli.end_now(EXIT_RANK_LOST)
 
     def _end_the_lost(self, lost: _Word) -> None:
         """A process that was stopped or hangs would stay for ever, or go on when all others are gone."""
@@ -298,7 +316,8 @@ class Heartbeat:
 
 
 def _say(line: str) -> None:
-    os.write(2, f"vir.train: {line}\n".encode())  # one call: lines of several ranks do not mix
+    with suppress(OSError):  # nobody may read it any more
+        os.write(2, f"vir.train: {line}\n".encode(errors="backslashreplace"))  # at once: lines of ranks do not mix
 
 
 def _parse(heard: bytes) -> _Word:
@@ -323,6 +342,8 @@ def _born(pid: int) -> str:
     """When a process of this machine began; empty where it is gone, or where there is no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
+    except OSError:  # too many open files
+        return _UNKNOWN
     return "" if fields[0] in "ZX" else fields[19]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
@@ -175,6 +176,7 @@ class Patience:
 _POLL_S = 1
 _GRACE_S = 2
 """For the batch in hand, when a loader process is told to end."""
+_WHERE_BYTES = 1024
 _READERS = 16
 """Samples that a worker reads at the same time: a read from a network disk waits for 1 to 20 ms."""
 
@@ -184,7 +186,7 @@ class _Worker:
 
     Args:
         number: of the worker in its loader.
-        reading: [workers] shared with the trainer: the sample that each worker is waiting for.
+        reading: [workers] texts of _WHERE_BYTES, shared with the trainer: the sample that each worker is waiting for.
     """
 
     def __init__(self, number: int, reading: Any) -> None:
@@ -195,7 +197,9 @@ class _Worker:
         """Read all samples at once; for each in turn a function that waits for its bytes and raises what reading did.
         """
         for sample, read in [(sample, self._pool.submit(reader.read, sample)) for sample in samples]:
-            self._reading[self._number] = sample
+            # The text, not the number: to look it up, the trainer would read the index, on a disk that may hang.
+            where = f"{reader.where(sample)} of {reader.folder}".encode(errors="replace")
+            self._reading[self._number].value = where[:_WHERE_BYTES - 1]
             yield read.result
 
 
@@ -235,7 +239,7 @@ def _close_inherited_sockets() -> None:
     folder = Path("/proc/self/fd")
     for name in os.listdir(folder) if folder.is_dir() else ():
         try:
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+            if int(name) > 2 and stat.S_ISSOCK(os.fstat(int(name)).st_mode):  # the output may be one
                 os.close(int(name))
         except OSError:  # the listing's own, closed by now
             pass
@@ -267,12 +271,12 @@ class Batches:
         DataError: a worker has died; others as `make`.
     """
 
-    def __init__(self, reader: ShardReader, make: Callable[[np.ndarray, np.ndarray], Batch],
+    def __init__(self, make: Callable[[np.ndarray, np.ndarray], Batch],
                  requests: Callable[[], Iterator[Request]], workers: int, prefetch: int, device: torch.device,
                  patience: Patience | None) -> None:
-        self._reader, self._make, self._requests = reader, make, requests
+        self._make, self._requests = make, requests
         self._count, self._prefetch, self._device, self._patience = workers, prefetch, device, patience
-        self._reading = multiprocessing.get_context("fork").RawArray("q", [-1] * workers)
+        self._reading = multiprocessing.get_context("fork").RawArray(ctypes.c_char * _WHERE_BYTES, workers)
         self._served: Any = None
         self._came = 0
         self._batches = self._ahead() if device.type == "cuda" else self._waiting_for_each()
@@ -302,9 +306,8 @@ class Batches:
         return self._at(self._came % self._count)
 
     def _at(self, worker: int) -> str:
-        sample = self._reading[worker]
-        return f"loader process {worker}" + ("" if sample < 0 else
-                                             f" at {self._reader.where(sample)} of {self._reader.folder}")
+        at = self._reading[worker].value.decode(errors="replace")
+        return f"loader process {worker}" + (f" at {at}" if at else "")
 
     def _start(self) -> Any:
         _let_threads_settle()
@@ -327,7 +330,7 @@ class Batches:
                 batch = next(self._served)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:  # the latter from the memory that a dead worker shared
                 if not str(error).startswith("DataLoader timed out"):
                     self._raise_death_of_a_worker(error)
                 if self._patience is None:
@@ -343,8 +346,9 @@ class Batches:
             yield batch
             asked = told = time.monotonic()
 
-    def _raise_death_of_a_worker(self, error: RuntimeError) -> NoReturn:
+    def _raise_death_of_a_worker(self, error: Exception) -> NoReturn:
         """Raise the reason for what DataLoader has met: the end of a worker, or something else."""
+        multiprocessing.connection.wait([worker.sentinel for worker in self._served._workers], timeout=1)
         for number, worker in enumerate(self._served._workers):
             worker.join(0)
             if worker.exitcode:
@@ -414,7 +418,9 @@ def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfi
                 yield positions, order.samples(positions)
 
     make = partial(_train_batch, reader, transforms.train_transform(augment, model_input), augment, seed, mix_until)
-    return Batches(reader, make, requests, workers, prefetch, device, patience)
+    # A step takes all its micro-batches at once, and meanwhile those of the next one are made.
+    prefetch = max(prefetch, 1 + -(-per_rank // (micro_batch_size * workers)))
+    return Batches(make, requests, workers, prefetch, device, patience)
 
 
 def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int, rank: int,
@@ -431,7 +437,7 @@ def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int
             yield (np.array([-1]), np.array([0])) if padding else (samples, samples)
 
     make = partial(_eval_batch, reader, transforms.eval_transform(model_input))
-    return Batches(reader, make, requests, workers, 2, device, patience)
+    return Batches(make, requests, workers, 2, device, patience)
 
 
 class _Requested:

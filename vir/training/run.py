@@ -76,8 +76,9 @@ def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, 
     return Ending.DONE
 
 
-def _patience(config: RunConfig, stop: StopRequest) -> Patience:
-    return Patience(seconds=config.train.rank_timeout, tell=log.warning, give_up=lambda: stop.asked)
+def _patience(config: RunConfig, stop: StopRequest, world: World) -> Patience:
+    return Patience(seconds=config.train.rank_timeout, give_up=lambda: stop.asked,
+                    tell=lambda said: log.warning("rank %d: %s", world.rank, said))
 
 
 def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World, stop: StopRequest,
@@ -87,7 +88,8 @@ def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World,
     if info is None and not config.model.init_from:
         raise SettingsError(f"--validate_only: --output {config.output} has no checkpoint to evaluate; name a run "
                             "folder by it or by --resume, or weights by --model.init_from")
-    validator = Validator(config, engine, prepared.val, spec.input, world, stop, _patience(config, stop), heartbeat)
+    patience = _patience(config, stop, world)
+    validator = Validator(config, engine, prepared.val, spec.input, world, stop, patience, heartbeat)
     results = validator.evaluate(info.step if info else 0)
     return Ending.STOPPED if results is None else Ending.DONE
 
@@ -105,18 +107,19 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
         if first:
             log.info("continuing after step %d", first)
         order = SampleOrder(config.train.seed, reader.shard_sizes, config.data.lanes, config.data.window)
+        patience = _patience(config, stop, world)
         batches = train_batches(
             reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
             last_step=plan.total_steps, global_batch_size=plan.global_batch_size,
             micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
             workers=config.data.workers, prefetch=config.data.prefetch, device=world.device,
-            patience=_patience(config, stop))
+            patience=patience)
         meter = Meter(config, plan, engine, world, writer, first)
         preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
                                   num_classes=plan.num_classes, seed=config.train.seed)
         guard = FiniteGuard(order, reader)
         global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank)
-        validator = Validator(config, engine, prepared.val, spec.input, world, stop, _patience(config, stop), heartbeat)
+        validator = Validator(config, engine, prepared.val, spec.input, world, stop, patience, heartbeat)
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
         trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop, heartbeat)
         ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, folder, world))
