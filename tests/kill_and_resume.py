@@ -36,6 +36,7 @@ from support.faults import GONE_WITHIN, ranks_of
 from support.launchers import ROOT, TINY, free_port
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
+from vir.checkpoints.store import select
 from vir.data.shards import read_index
 from vir.errors import VirError
 from vir.reports.metrics import read_metrics
@@ -206,9 +207,12 @@ def parts_since(run: Path, moment: float) -> list[Path]:
 
 
 def saved_step(run: Path) -> int:
-    """Step of the checkpoint that the next start must continue from, after checking that it is whole; 0: none."""
-    folder = newest(run)
-    return 0 if folder is None else read_info(folder).step
+    """Step of the checkpoint that the next start must continue from, after checking that it is whole; 0: none.
+
+    That is what `latest` names, or, where a kill came before it was first written, the one that it was to name.
+    """
+    selected = select(run)
+    return 0 if selected is None else selected[1].step
 
 
 def remove_shared_memory(port: str) -> None:

@@ -249,6 +249,11 @@ def troubled(runs, shards, digits, tmp_path_factory) -> tuple[Path, dict[str, in
                                 "--accept_config_change", "true"),
         "taken": command(shards, tmp / "taken"),
         "finished": command(shards, tmp / "finished"),
+        "nothing gathered": command(shards, tmp / "nothing gathered", nothing_stays_gathered(tmp), "--eval.batch_size",
+                                    "48", every=HALF),
+        "frozen": command(shards, tmp / "frozen", "zero2_bf16", "--model.freeze", "patch_embed|blocks\\.0\\."),
+        "not finite in bf16": command(shards, tmp / "not finite in bf16", "zero0_bf16", "--optim.lr", "1e30",
+                                      "--schedule.warmup_epochs", "0", "--optim.clip_grad", "0", every=1),
     }
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -257,6 +262,14 @@ def troubled(runs, shards, digits, tmp_path_factory) -> tuple[Path, dict[str, in
         os.close(descriptor)
     assert "Traceback" not in said, said
     return tmp, dict(zip(jobs, codes)), said
+
+
+def nothing_stays_gathered(tmp: Path) -> Path:
+    """ZeRO 3 in which each forward pass has to gather every weight, and so waits where a rank makes one less."""
+    (tmp / "nothing.json").write_text(json.dumps({"zero_optimization": {
+        "stage": 3, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0}}))
+    return tmp / "nothing.json"
 
 
 def damaged_samples(shards: Path, to: Path) -> Path:
@@ -286,6 +299,34 @@ def test_gradients_that_are_not_finite_are_never_applied_and_stop_the_run(troubl
     assert codes["not finite"] == 4, said
     assert "3 steps in a row: lower --optim.lr" in said and "rank 0: loss not finite" in said
     assert "last checkpoint: step" in said
+
+
+def test_without_zero_a_step_that_is_not_finite_moves_neither_weights_nor_average(troubled, tmp_path):
+    tmp, codes, said = troubled
+    for name in ("not finite", "not finite in bf16"):
+        assert codes[name] == 4
+        updates = [event["updates"] for event in train_events(tmp / name)]
+        skipped = next(step for step, (one, next_one) in enumerate(zip(updates, updates[1:]), 1) if one == next_one)
+        for ema in (False, True):
+            before, after = (weights(tmp / name, step, tmp_path, ema=ema) for step in (skipped, skipped + 1))
+            assert all(torch.equal(before[key].view(torch.int32), after[key].view(torch.int32)) for key in before)
+
+
+def test_zero_3_that_gathers_for_each_pass_trains_and_evaluates_as_without_zero(runs, troubled):
+    """130 images in batches of 48 on two ranks: in the last one the first rank has 34 and the second none."""
+    tmp, codes, _ = troubled
+    assert codes["nothing gathered"] == 0
+    for one, other in zip(read_metrics(runs / "zero0_fp32"), read_metrics(tmp / "nothing gathered"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5), (one, other)
+
+
+def test_frozen_parameters_stay_and_the_others_move(troubled, tmp_path):
+    tmp, codes, _ = troubled
+    assert codes["frozen"] == 0
+    for ema in (False, True):
+        first, last = (weights(tmp / "frozen", step, tmp_path, ema=ema) for step in (HALF, STEPS))
+        assert {name for name in first if torch.equal(first[name], last[name])} == {
+            name for name in first if name.startswith(("patch_embed.", "blocks.0."))}
 
 
 def test_too_many_damaged_samples_end_every_rank(troubled):

@@ -271,9 +271,8 @@ class Batches:
         DataError: a worker has died; others as `make`.
     """
 
-    def __init__(self, make: Callable[[np.ndarray, np.ndarray], Batch],
-                 requests: Callable[[], Iterator[Request]], workers: int, prefetch: int, device: torch.device,
-                 patience: Patience | None) -> None:
+    def __init__(self, make: Callable[[np.ndarray, np.ndarray], Batch], requests: Callable[[], Iterator[Request]],
+                 workers: int, prefetch: int, device: torch.device, patience: Patience | None) -> None:
         self._make, self._requests = make, requests
         self._count, self._prefetch, self._device, self._patience = workers, prefetch, device, patience
         self._reading = multiprocessing.get_context("fork").RawArray(ctypes.c_char * _WHERE_BYTES, workers)
@@ -318,7 +317,7 @@ class Batches:
             timeout=_POLL_S)
         served = iter(loader)
         if threading.current_thread() is threading.main_thread():
-            # DataLoader's handler would raise at any instruction of the trainer; _wait finds a dead worker as well.
+            # DataLoader's handler would raise at any instruction of the trainer; who waits finds a dead worker as well.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return served
 
