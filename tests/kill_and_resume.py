@@ -120,27 +120,28 @@ class Start:
                 raise Trouble(f"processes {left} have outlived SIGKILL to their group")
             time.sleep(0.01)
 
-    def kill_one(self, kind: str, draw: random.Random) -> None:
-        """SIGKILL to one rank, or to one loader process; returns when all others are gone, too.
+    def victim(self, kind: str, draw: random.Random) -> psutil.Process | None:
+        """A rank or a loader process, to be killed later: it takes a while to find one. None: nothing has started yet.
+        """
+        ranks = ranks_of(psutil.Process(self._process.pid))
+        workers = [child for rank in ranks for child in rank.children()] if kind == WORKER else []
+        return draw.choice(workers or ranks) if ranks else None
+
+    def kill_one(self, victim: psutil.Process) -> None:
+        """SIGKILL to this process alone; returns when all others are gone, too.
 
         Raises:
             Trouble: some process has outlived it for longer than is promised.
         """
-        launcher = psutil.Process(self._process.pid)
-        victims = ranks = ranks_of(launcher)
-        if kind == WORKER:
-            victims = [child for rank in ranks for child in rank.children()] or ranks
-        if not victims:
-            return self.kill()  # nothing has started yet
-        draw.choice(victims).kill()
+        victim.kill()
         until = time.monotonic() + GONE_WITHIN
         while left := members(self._process.pid):
             self._process.poll()
             if time.monotonic() > until:
-                raise Trouble(f"processes {left} have outlived {kind} for {GONE_WITHIN} s:\n{self._tail()}")
+                raise Trouble(f"processes {left} have outlived {victim.pid} for {GONE_WITHIN} s:\n{self._tail()}")
             time.sleep(0.05)
         if self._process.wait(timeout=30) == 0:
-            raise Trouble(f"the launcher ended with exit code 0 after {kind} was killed:\n{self._tail()}")
+            raise Trouble(f"the launcher ended with exit code 0 after {victim.pid} was killed:\n{self._tail()}")
 
     def pause(self, draw: random.Random) -> None:
         """Stop one rank for a moment, less than that after which the others give it up."""
@@ -275,15 +276,17 @@ def kill_once(start: Start, run: Path, phase: str, kind: str, steps: int, start_
     """
     if phase == START_UP:
         start.sleep(draw.uniform(0, start_up_seconds), unless=lambda: bool(events_since(run, start.began)))
+        victim = start.victim(kind, draw)
     else:
         until = saved_step(run) + steps
         start.wait_until(lambda: any(event["step"] >= until for event in events_since(run, start.began)),
                          f"step {until}")
+        victim = start.victim(kind, draw)
         if phase == IN_SAVE:
             start.wait_until(lambda: bool(parts_since(run, start.began)), "a checkpoint being written")
         start.sleep(draw.uniform(0, SAVE_SECONDS))
-    if kind in (RANK, WORKER):
-        start.kill_one(kind, draw)
+    if kind in (RANK, WORKER) and victim is not None:
+        start.kill_one(victim)
         return
     if kind == PAUSE:
         start.pause(draw)
