@@ -172,7 +172,7 @@ FAULTS = {
                  (1, r"^vir.train: rank 1 \(\S+\) at step \d+, positions \d+ to \d+, compiling: KeyError: "
                      r"'of nobody'$")),
     "reads that hang": (let_reads_hang, "srun", [75, 75],
-                        (0, r"no batch for [56] s, waiting for loader process \d at digits-\w+-\d+.tar:\S+@\d+ of ")),
+                        (0, r"no batch for \d+ s, waiting for loader process \d at digits-\w+-\d+.tar:\S+@\d+ of ")),
     "disk full": (fill_the_disk, "srun", [3, 3],
                   (0, r"vir.train: the checkpoint .* could not be written: .* \(0.0 MB are free there\); those before "
                       r"it are whole: free some space and run the same command again")),

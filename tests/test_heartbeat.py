@@ -293,7 +293,7 @@ def without_progress_the_stacks_are_told_once_for_each_place(tmp_path):
         codes, said, _ = ranks.end()
     assert codes == [0, 0]
     for rank, text in enumerate(said):
-        assert len(re.findall(rf"vir.train: rank {rank} \(\S+\) at step 7: no progress for [01] s; it goes on waiting, "
+        assert len(re.findall(rf"vir.train: rank {rank} \(\S+\) at step 7: no progress for \d+ s; it goes on waiting, "
                               r"and these are the stacks of its threads:", text)) == 1, text
         assert text.count("no progress") == 1 and re.search(r'File ".*test_heartbeat.py", line \d+ in stall', text)
 
