@@ -335,8 +335,12 @@ def test_a_port_that_is_taken_is_told_on_one_line(monkeypatch, capsys, tmp_path)
     assert "rank 0 cannot serve on port" in said[0] and "give the launcher another --master_port" in said[0]
 
 
-def test_a_process_ends_although_nobody_reads_what_it_says(tmp_path):
+def test_a_process_ends_although_nobody_reads_what_it_says():
     program = ("import sys, threading, time\nfrom vir import cli\n"
                "threading.Timer(1, cli.end_now, [5]).start()\nwhile True: sys.stdout.write('x' * 1000)")
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT) as process:
-        assert process.wait(60) == 5
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT,
+                          env=os.environ | {"PYTHONUNBUFFERED": ""}) as process:
+        try:
+            assert process.wait(60) == 5
+        finally:
+            process.kill()
