@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from support.faults import GONE_WITHIN, ranks_of
-from support.launchers import ROOT, TINY, free_port
+from support.faults import GONE_WITHIN, members, ranks_of
+from support.launchers import ROOT, TINY, free_port, remove_shared_memory
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
 from vir.checkpoints.store import select
@@ -72,19 +72,6 @@ def training_command(shards: Path, deepspeed_config: Path, steps: int, output: P
             "--augment.mixup_prob", "0.5", "--augment.reprob", "0.25", "--ema.decay", "0.99",
             "--eval.every_epochs", "1000", "--checkpoint.every_epochs", str(CHECKPOINT_EVERY * per_step),
             "--checkpoint.keep", "2", "--train.rank_timeout", str(RANK_TIMEOUT)]
-
-
-def members(session: int) -> list[int]:
-    """Processes of a session that still run; zombies, which wait for their parent alone, are none."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, of_session = stat.read_text().rpartition(")")[2].split()[:4]
-        except (OSError, ValueError):  # ended meanwhile
-            continue
-        if int(of_session) == session and state not in "ZX":
-            found.append(int(stat.parent.name))
-    return found
 
 
 class Start:
@@ -214,12 +201,6 @@ def saved_step(run: Path) -> int:
     """
     selected = select(run)
     return 0 if selected is None else selected[1].step
-
-
-def remove_shared_memory(port: str) -> None:
-    """DeepSpeed's CPU backend leaves a buffer of 69 MB per rank in memory, killed or not, named for the port."""
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
-        path.unlink()
 
 
 def phase_of(run: Path, began: float) -> tuple[str, str]:

@@ -41,6 +41,7 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.training": "test_benchmark_training.py",
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
+    "vir.data.worker": "test_loader.py: in processes that are its workers",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",
     "vir.engine.blocks": "test_engine.py: in processes of its own", "vir.engine.zero": "test_engine.py: as blocks",
     "vir.engine.engine": "test_engine.py: as blocks",

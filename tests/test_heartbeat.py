@@ -181,26 +181,15 @@ def a_run_that_ends_well_says_nothing(tmp_path):
     assert codes == [0] * SIZE and said == [""] * SIZE and seconds < BOUND
 
 
-@scenario()
-def a_process_that_is_killed(tmp_path):
+@scenario((signal.SIGKILL, 2, "its process is gone"), (signal.SIGSTOP, 1, "silent for 3 s"))
+def a_process_that_is_killed_or_stopped_which_ends_it_too(tmp_path, number, lost, why):
     with group(tmp_path, work, work, work) as ranks:
         ranks.wait_until_all_work()
-        ranks.signal(2, signal.SIGKILL)
+        ranks.signal(lost, number)
         codes, said, _ = ranks.end()
-    assert codes == [5, 5, -9]
-    for rank in (0, 1):
-        assert_lost(said, rank, 2, "its process is gone")
-
-
-@scenario()
-def a_process_that_is_stopped_is_ended_too(tmp_path):
-    with group(tmp_path, work, work, work) as ranks:
-        ranks.wait_until_all_work()
-        ranks.signal(1, signal.SIGSTOP)
-        codes, said, _ = ranks.end()
-    assert codes == [5, -9, 5]
-    for rank in (0, 2):
-        assert_lost(said, rank, 1, r"silent for 3 s")
+    assert codes == [-9 if rank == lost else 5 for rank in range(SIZE)]
+    for rank in set(range(SIZE)) - {lost}:
+        assert_lost(said, rank, lost, why)
 
 
 @scenario()

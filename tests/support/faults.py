@@ -9,12 +9,25 @@ from pathlib import Path
 
 import psutil
 
-from support.launchers import HANGS, ROOT, free_port
+from support.launchers import HANGS, ROOT, free_port, remove_shared_memory
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, METRICS
 
 GONE_WITHIN = 75
 """Seconds: what is promised for everything of a run after a fault."""
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that still run; zombies, which wait for their parent alone, are none."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):  # ended meanwhile
+            continue
+        if int(of_session) == session and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
 
 
 def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
@@ -43,7 +56,7 @@ class Ranks:
                  **environment: str):
         self.run, self.began, self.launcher, port = run, time.time(), launcher, free_port()
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        self._buffers = f"deepspeed_allreduce_buffer_*_{port}_*"
+        self._port = port
         self.logs, self.processes = [], []
         bin = Path(sys.executable).parent
         if launcher == "torchrun":
@@ -76,8 +89,7 @@ class Ranks:
             except ProcessLookupError:
                 pass
             process.wait(timeout=30)
-        for buffer in Path("/dev/shm").glob(self._buffers):  # DeepSpeed leaves 69 MB per rank and port behind
-            buffer.unlink(missing_ok=True)
+        remove_shared_memory(self._port)
 
     def said(self, rank: int) -> str:
         return self.logs[rank].read_text(errors="replace")
@@ -121,15 +133,8 @@ class Ranks:
         return sorted(psutil.Process(self.processes[rank].pid).children(), key=lambda child: child.pid)
 
     def everything(self) -> list[int]:
-        """All that still runs of the ranks' sessions; zombies, which wait for their parent alone, do not."""
-        sessions, running = {process.pid for process in self.processes}, []
-        for process in psutil.process_iter(["pid", "status"]):
-            try:
-                if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
-                    running.append(process.pid)
-            except (psutil.NoSuchProcess, ProcessLookupError):
-                pass
-        return running
+        """All that still runs of the ranks and their launcher."""
+        return [member for process in self.processes for member in members(process.pid)]
 
     def seconds_until_gone(self) -> float:
         began = time.monotonic()

@@ -62,6 +62,11 @@ def _launch(port: str, *command) -> subprocess.CompletedProcess:
     """One thread for each rank under every launcher: with another number sums would round otherwise."""
     try:
         return call(*command, timeout=HANGS, OMP_NUM_THREADS="1")
-    finally:  # DeepSpeed leaves 69 MB per rank and port behind
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            buffer.unlink(missing_ok=True)
+    finally:
+        remove_shared_memory(port)
+
+
+def remove_shared_memory(port: str) -> None:
+    """DeepSpeed's CPU backend leaves a buffer of 69 MB per rank in memory, killed or not, named for the port."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+        buffer.unlink(missing_ok=True)

@@ -171,39 +171,42 @@ class Heartbeat:
             self._beat(store)
             if self._place.rank == 0:
                 self._wait_for_the_others(store)
-            self._told.set()
         except RuntimeError as error:  # of torch.distributed: no connection, or one that broke
-            if not self._ends.is_set():
-                self._rank_0_is_lost(f"its store cannot be reached ({str(error).splitlines()[0][:200]})")
+            self._rank_0_is_lost(f"its store cannot be reached ({str(error).splitlines()[0][:200]})")
+        finally:
             self._told.set()
 
     def _beat(self, store: Store) -> None:
         self._word.beat += 1
         self._word.where = self.where()
         store.set(str(self._place.rank), self._state + json.dumps(asdict(self._word)))
-        if self._state == _DONE and self._place.rank != 0:
-            return  # rank 0 may have gone already
         if self._place.rank == 0:
             self._judge(store)
-        else:
-            verdict, of_rank_0 = store.multi_get(["verdict", "0"])
-            self._met_rank_0 = True
-            if self._state == _ALIVE:
-                self._hear(0, of_rank_0)
-                said = self._loss(0)
-                if said or verdict != _NOTHING:
-                    store.set(str(self._place.rank), _DONE)  # nobody has to wait for this rank
-                    self._end(**json.loads(verdict)) if verdict != _NOTHING else self._end(said, of_rank_0.decode())
+        elif self._state != _DONE:  # then rank 0 may have gone already
+            self._listen(store)
         self._waiting = 0
+
+    def _listen(self, store: Store) -> None:
+        """On the other ranks: hear rank 0, and end where it is lost or has given a verdict."""
+        verdict, of_rank_0 = store.multi_get(["verdict", "0"])
+        self._met_rank_0 = True
+        if self._state != _ALIVE:
+            return
+        self._hear(0, of_rank_0)
+        said, word = self._loss(0), of_rank_0.decode()
+        if verdict != _NOTHING:
+            said, word = json.loads(verdict)
+        if said:
+            store.set(str(self._place.rank), _DONE)  # nobody has to wait for this rank
+            self._end(said, word)
 
     def _judge(self, store: Store) -> None:
         """Rank 0: hear all, and give a verdict where one is lost."""
         for rank, heard in enumerate(store.multi_get(self._names), 1):
             if self._hear(rank, heard) and self._state == _ALIVE and (said := self._loss(rank)):
-                verdict = {"said": said, "word": heard.decode()}
-                store.set("verdict", json.dumps(verdict))
+                store.set("verdict", json.dumps([said, heard.decode()]))
                 self._wait_for_the_others(store, lost=rank)
-                self._end(**verdict)
+                self._end(said, heard.decode())
 
     def _hear(self, rank: int, heard: bytes) -> bool:
         """Take up what the store holds of a rank; whether it is anything but a new sign of life."""

@@ -6,20 +6,16 @@ training, and validation counts every image once."""
 from __future__ import annotations
 
 import atexit
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
 import random
 import signal
-import stat
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Callable, Generator, Iterator, NoReturn, Sequence
 
 import numpy as np
@@ -29,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vir.config import AugmentConfig
-from vir.data import transforms
+from vir.data import transforms, worker
 from vir.data.decode import BadSampleError, decode_image
 from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
@@ -88,8 +84,7 @@ def seed_worker_globals(seed: int, position: int) -> None:
     torch.default_generator.manual_seed(int(numbers[1]))
 
 
-def read_image(reader: ShardReader, sample: int,
-               read: Callable[[], bytes]) -> tuple[Image.Image, int, list[str]]:
+def read_image(reader: ShardReader, sample: int, read: Callable[[], bytes]) -> tuple[Image.Image, int, list[str]]:
     """The image at `sample`, or of its first good substitute; its label; what was wrong with those passed over.
 
     Args:
@@ -126,7 +121,8 @@ class _Requests(Dataset["Batch | VirError"]):
 def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConfig, seed: int, mix_until: float,
                  positions: np.ndarray, samples: np.ndarray) -> Batch:
     pixels, labels, bad = [], [], []
-    for position, sample, read in zip(positions.tolist(), samples.tolist(), _worker().read(reader, samples.tolist())):
+    reads = worker.here().read(reader, samples.tolist())
+    for position, sample, read in zip(positions.tolist(), samples.tolist(), reads):
         image, label, passed_over = read_image(reader, sample, read)
         seed_worker_globals(seed, position)
         pixels.append(torch.as_tensor(transform(image)))
@@ -147,7 +143,7 @@ def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConf
 
 def _eval_batch(reader: ShardReader, transform: Transform, positions: np.ndarray, samples: np.ndarray) -> Batch:
     pixels, labels = [], []
-    for sample, read in zip(samples.tolist(), _worker().read(reader, samples.tolist())):
+    for sample, read in zip(samples.tolist(), worker.here().read(reader, samples.tolist())):
         # No substitute here: an accuracy that silently counts another image would be false.
         try:
             image = decode_image(read())
@@ -176,81 +172,14 @@ class Patience:
 _POLL_S = 1
 _GRACE_S = 2
 """For the batch in hand, when a loader process is told to end."""
-_WHERE_BYTES = 1024
-_READERS = 16
-"""Samples that a worker reads at the same time: a read from a network disk waits for 1 to 20 ms."""
-
-
-class _Worker:
-    """A loader process, in that process.
-
-    Args:
-        number: of the worker in its loader.
-        reading: [workers] texts of _WHERE_BYTES, shared with the trainer: the sample that each worker is waiting for.
-    """
-
-    def __init__(self, number: int, reading: Any) -> None:
-        self._number, self._reading = number, reading
-        self._pool = ThreadPoolExecutor(_READERS)
-
-    def read(self, reader: ShardReader, samples: Sequence[int]) -> Iterator[Callable[[], bytes]]:
-        """Read all samples at once; for each in turn a function that waits for its bytes and raises what reading did.
-        """
-        for sample, read in [(sample, self._pool.submit(reader.read, sample)) for sample in samples]:
-            # The text, not the number: to look it up, the trainer would read the index, on a disk that may hang.
-            where = f"{reader.where(sample)} of {reader.folder}".encode(errors="replace")
-            self._reading[self._number].value = where[:_WHERE_BYTES - 1]
-            yield read.result
-
-
-_here: _Worker | None = None
-"""In a worker, what it is."""
-
-
-def _worker() -> _Worker:
-    assert _here is not None, "batches are made in loader processes alone"
-    return _here
-
-
-_PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl."""
-
-
-def _start_worker(reading: Any, trainer: int, number: int) -> None:
-    global _here
-    # The trainer decides what a signal means: a worker that died of it would take the last checkpoint along.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    _die_with_parent()
-    if os.getppid() != trainer:  # it ended before that was arranged
-        os._exit(1)
-    _close_inherited_sockets()
-    _here = _Worker(number, reading)
-
-
-def _die_with_parent() -> None:
-    """Let the kernel end this process when the trainer ends in whatever way. Linux; elsewhere DataLoader looks."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _close_inherited_sockets() -> None:
-    """Those of the process group: while a copy is open, the other ranks do not see that the trainer has ended."""
-    folder = Path("/proc/self/fd")
-    for name in os.listdir(folder) if folder.is_dir() else ():
-        try:
-            if int(name) > 2 and stat.S_ISSOCK(os.fstat(int(name)).st_mode):  # the output may be one
-                os.close(int(name))
-        except OSError:  # the listing's own, closed by now
-            pass
 
 
 @atexit.register
 def _end_workers() -> None:
     """Runs before multiprocessing's own exit hook, which would wait for ever for workers that ignore its SIGTERM."""
-    for worker in multiprocessing.active_children():
-        if worker.daemon:
-            worker.kill()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _kill_all(processes: Sequence[Any]) -> None:
@@ -275,7 +204,7 @@ class Batches:
                  workers: int, prefetch: int, device: torch.device, patience: Patience | None) -> None:
         self._make, self._requests = make, requests
         self._count, self._prefetch, self._device, self._patience = workers, prefetch, device, patience
-        self._reading = multiprocessing.get_context("fork").RawArray(ctypes.c_char * _WHERE_BYTES, workers)
+        self._reading = worker.board(workers)
         self._served: Any = None
         self._came = 0
         self._batches = self._ahead() if device.type == "cuda" else self._waiting_for_each()
@@ -304,15 +233,15 @@ class Batches:
         """Who makes the next batch, and which sample that process is waiting for. From any thread."""
         return self._at(self._came % self._count)
 
-    def _at(self, worker: int) -> str:
-        at = self._reading[worker].value.decode(errors="replace")
-        return f"loader process {worker}" + (f" at {at}" if at else "")
+    def _at(self, number: int) -> str:
+        at = self._reading[number].value.decode(errors="replace")
+        return f"loader process {number}" + (f" at {at}" if at else "")
 
     def _start(self) -> Any:
         _let_threads_settle()
         loader = DataLoader(
             _Requests(self._make), sampler=_Requested(self._requests), batch_size=None, num_workers=self._count,
-            prefetch_factor=self._prefetch, worker_init_fn=partial(_start_worker, self._reading, os.getpid()),
+            prefetch_factor=self._prefetch, worker_init_fn=partial(worker.start, self._reading, os.getpid()),
             pin_memory=self._device.type == "cuda", generator=torch.Generator(), multiprocessing_context="fork",
             timeout=_POLL_S)
         served = iter(loader)
@@ -347,12 +276,12 @@ class Batches:
 
     def _raise_death_of_a_worker(self, error: Exception) -> NoReturn:
         """Raise the reason for what DataLoader has met: the end of a worker, or something else."""
-        multiprocessing.connection.wait([worker.sentinel for worker in self._served._workers], timeout=1)
-        for number, worker in enumerate(self._served._workers):
-            worker.join(0)
-            if worker.exitcode:
-                how = (f"was killed by {signal.Signals(-worker.exitcode).name}" if worker.exitcode < 0
-                       else f"ended with code {worker.exitcode}")
+        multiprocessing.connection.wait([process.sentinel for process in self._served._workers], timeout=1)
+        for number, process in enumerate(self._served._workers):
+            process.join(0)
+            if process.exitcode:
+                how = (f"was killed by {signal.Signals(-process.exitcode).name}" if process.exitcode < 0
+                       else f"ended with code {process.exitcode}")
                 raise DataError(f"{self._at(number)} {how}; SIGKILL is mostly the system's answer to a lack of memory: "
                                 "lower --data.workers or --data.prefetch; SIGSEGV and SIGBUS are a defect of a "
                                 "decoder, or of the machine") from error

@@ -1,0 +1,82 @@
+"""A loader process from the inside: how it begins, ends with its trainer, and reads samples at the same time."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Iterator, Sequence
+
+from vir.data.reader import ShardReader
+
+_WHERE_BYTES = 1024
+_READERS = 16
+"""Samples that a worker reads at the same time: a read from a network disk waits for 1 to 20 ms."""
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
+
+
+def board(workers: int) -> Any:
+    """[workers] texts that the workers share with the trainer: the sample that each is waiting for."""
+    return multiprocessing.get_context("fork").RawArray(ctypes.c_char * _WHERE_BYTES, workers)
+
+
+class Worker:
+    """This loader process, `number` of its loader; it writes on that loader's board()."""
+
+    def __init__(self, number: int, reading: Any) -> None:
+        self._number, self._reading = number, reading
+        self._pool = ThreadPoolExecutor(_READERS)
+
+    def read(self, reader: ShardReader, samples: Sequence[int]) -> Iterator[Callable[[], bytes]]:
+        """Read all samples at once; for each in turn a function that waits for its bytes and raises what reading did.
+        """
+        for sample, read in [(sample, self._pool.submit(reader.read, sample)) for sample in samples]:
+            # The text, not the number: to look it up, the trainer would read the index, on a disk that may hang.
+            where = f"{reader.where(sample)} of {reader.folder}".encode(errors="replace")
+            self._reading[self._number].value = where[:_WHERE_BYTES - 1]
+            yield read.result
+
+
+_here: Worker | None = None
+
+
+def here() -> Worker:
+    """The worker that this process is."""
+    assert _here is not None, "batches are made in loader processes alone"
+    return _here
+
+
+def start(reading: Any, trainer: int, number: int) -> None:
+    """Begin as worker `number` of the process `trainer`; DataLoader's worker_init_fn."""
+    global _here
+    # The trainer decides what a signal means: a worker that died of it would take the last checkpoint along.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    _die_with_parent()
+    if os.getppid() != trainer:  # it ended before that was arranged
+        os._exit(1)
+    _close_inherited_sockets()
+    _here = Worker(number, reading)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel end this process when the trainer ends in whatever way. Linux; elsewhere DataLoader looks."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _close_inherited_sockets() -> None:
+    """Those of the process group: while a copy is open, the other ranks do not see that the trainer has ended."""
+    folder = Path("/proc/self/fd")
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        try:
+            if int(name) > 2 and stat.S_ISSOCK(os.fstat(int(name)).st_mode):  # the output may be one
+                os.close(int(name))
+        except OSError:  # the listing's own, closed by now
+            pass
