@@ -201,28 +201,27 @@ def a_process_that_keeps_the_interpreter_to_itself(tmp_path):
         assert_lost(said, rank, 2, r"silent for 3 s", where="in a library")
 
 
+def assert_rank_0_is_lost(ranks, number, why):
+    ranks.wait_until_all_work()
+    ranks.signal(0, number)
+    codes, said, _ = ranks.end()
+    assert codes == [-9, 5, 5]
+    for rank in (1, 2):
+        assert_lost(said, rank, 0, why)
+
+
 @scenario(
     (signal.SIGKILL, r"its store cannot be reached \(.*\)"),
     (signal.SIGSTOP, r"its store (has not answered for 3 s|cannot be reached \(.*\))"))  # the first to see it ends it
 def rank_0_which_serves_the_store(tmp_path, number, why):
     with group(tmp_path, work, work, work) as ranks:
-        ranks.wait_until_all_work()
-        ranks.signal(0, number)
-        codes, said, _ = ranks.end()
-    assert codes == [-9, 5, 5]
-    for rank in (1, 2):
-        assert_lost(said, rank, 0, why)
+        assert_rank_0_is_lost(ranks, number, why)
 
 
 @scenario((signal.SIGKILL, "its process is gone"), (signal.SIGSTOP, "silent for 3 s|its process is gone"))
 def rank_0_where_an_agent_serves_the_store(tmp_path, number, why):
     with agent() as port, group(tmp_path, work, work, work, port=port, under_agent=True) as ranks:
-        ranks.wait_until_all_work()
-        ranks.signal(0, number)
-        codes, said, _ = ranks.end()
-    assert codes == [-9, 5, 5]
-    for rank in (1, 2):
-        assert_lost(said, rank, 0, why)
+        assert_rank_0_is_lost(ranks, number, why)
 
 
 @scenario((0,), (2,))
