@@ -155,7 +155,7 @@ sys.exit(command())
 LOST = (r"rank {lost} \(\S+\) .* \(process \d+\) is lost: {how}\. Rank {other} \(\S+\) .* ends with it, exit code "
         r"5; the same command continues from the last checkpoint")
 GONE, SILENT = "its process is gone", r"silent for \d+ s"
-STOPPED = "stopped by a signal; the same command continues"
+STOPPED = "; the same command continues: "
 NO_BATCH = "no batch for"
 """Said again after each further silence."""
 # What is done, under which launcher, the exit codes, and which process must say what.

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.launchers import HANGS, ROOT, free_port
+from support.launchers import HANGS, ROOT, free_port, remove_shared_memory
+from support.terminal import Terminal
 from support.tiny_runs import BATCH, alone, command, epochs, launch, train_events, weights
 from vir.checkpoints.info import newest, read_info, verify
 from vir.reports.metrics import read_metrics
@@ -259,25 +260,35 @@ DEEPSPEED = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2
 TORCHRUN = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_launchers_sigterm_saves_once_on_all_ranks(launcher, shards, tmp_path):
-    """deepspeed signals the loader's processes first, then rank after rank; torchrun all ranks at once."""
-    words = DEEPSPEED + ["--module"] if launcher == "deepspeed" else TORCHRUN + ["-m"]
-    words[1:1] = ["--master_port", free_port()]
-    process = start(*words, "vir.train", *command(shards, tmp_path / "run", "zero2_fp32", steps=2000, every=2000))
-    try:
-        wait_for(tmp_path / "run", "train", 2, process)
-        target = process.pid
-        if launcher == "deepspeed":  # the program itself does not pass signals on; its launch.py does
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-            (target,) = map(int, children)
-        os.kill(target, signal.SIGTERM)
-    finally:
-        said = end(process)
-    info = read_info(newest(tmp_path / "run"))
-    verify(newest(tmp_path / "run"), info)
-    assert info.step == len(train_events(tmp_path / "run")) >= 2
-    assert said.count("stopped by a signal; the same command continues") == 1, said[-3000:]
+@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+def test_ctrl_c_saves_once_on_all_ranks(launcher, shards, tmp_path):
+    """All processes get it; deepspeed then sends a SIGTERM to rank after rank, torchrun a second SIGINT to all."""
+    port = free_port()
+    words = [*launcher, "--master_port", port, *(["--module"] if launcher is DEEPSPEED else ["-m"]), "vir.train"]
+    run = tmp_path / "run"
+    with Terminal(*words, *command(shards, run, "zero2_fp32", steps=2000, every=2000), OMP_NUM_THREADS="1") as terminal:
+        wait_for(run, "train", 2, terminal.process)
+        terminal.press_ctrl_c()
+        said = terminal.wait(HANGS)
+    remove_shared_memory(port)
+    info = read_info(newest(run))
+    verify(newest(run), info)
+    assert info.step == len(train_events(run)) >= 2
+    for line, place in (("; the same command continues: ", (run / "log.txt").read_text()),
+                        ("stopped by SIGINT (Ctrl-C)", said), ("a second Ctrl-C ends without saving", said)):
+        assert place.count(line) == 1, said[-3000:]
+    assert "vir/" not in said, said[-3000:]  # the launchers' tracebacks are theirs, and of no file of ours
+
+
+def test_a_closed_terminal_saves(shards, tmp_path):
+    """Nothing can be written there any more, neither lines nor the progress bar."""
+    run = tmp_path / "run"
+    with Terminal(sys.executable, "-m", "vir.train", *command(shards, run, steps=2000, every=2000)) as terminal:
+        wait_for(run, "train", 2, terminal.process)
+        terminal.close()
+        assert terminal.process.wait(HANGS) == 75
+    assert read_info(newest(run)).step == len(train_events(run)) >= 2
+    assert (run / "log.txt").read_text().count("stopped by SIGHUP (a closed terminal); the same command continues") == 1
 
 
 def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(shards, tmp_path):

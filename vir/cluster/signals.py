@@ -1,29 +1,56 @@
-"""Stopping on request: SIGTERM and SIGUSR1 (SLURM's preemption warning) let the step in hand finish on every rank."""
+"""Stopping on request: a signal lets the step in hand finish on every rank."""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from typing import Any
+
+from vir import cli, launcher
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""From a person or a batch system, SLURM's warning before preemption, Ctrl-C, and a terminal that was closed."""
+_SECOND_AFTER_S = 2.0
+"""Seconds from which on a Ctrl-C is a second one: torchrun passes on what the terminal has sent to its ranks too."""
+_NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (a closed terminal)"}
 
 
 class StopRequest:
     """Remembers a signal on this rank from its making on; `agree` asks all ranks whether any has got one.
 
-    Made before torch is imported, so that a signal during start-up is not lost.
+    Made before torch is imported, so that a signal during start-up is not lost. A second Ctrl-C ends the process at
+    once, wherever it is. What was started to ignore Ctrl-C or a closed terminal (nohup, a job in a script's background)
+    goes on ignoring it.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._number = 0
+        self._agreed = 0
         self._group: Any = None
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        heard = [number for number in SIGNALS if number in (signal.SIGTERM, signal.SIGUSR1)
+                 or signal.getsignal(number) is not signal.SIG_IGN]
+        # A handler waits for the end of a call into C, such as a collective; the number comes through this pipe at once.
+        came, self._numbers = os.pipe()
+        os.set_blocking(self._numbers, False)
+        self._pipe_before = signal.set_wakeup_fd(self._numbers, warn_on_full_buffer=False)
+        threading.Thread(target=_heed_interrupts, args=[came], daemon=True).start()
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
 
     def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self._number = self._number or number  # launchers answer a Ctrl-C by a SIGTERM
 
     @property
     def asked(self) -> bool:
         """Whether this rank has got a signal."""
-        return self._asked
+        return bool(self._number)
+
+    @property
+    def cause(self) -> str:
+        """The name of the signal for which `agree` said that a rank has got it."""
+        number = signal.Signals(self._agreed)
+        return _NAMES.get(number, number.name)
 
     def join(self, world_size: int) -> None:
         """Ask the other ranks from now on. Collective, after the process group is there."""
@@ -36,15 +63,43 @@ class StopRequest:
 
     def agree(self) -> bool:
         """Whether to stop: the same answer on every rank. Collective, once a step."""
-        if self._group is None:
-            return self._asked
-        import torch
-        import torch.distributed as dist
+        self._agreed = self._number
+        if self._group is not None:
+            import torch
+            import torch.distributed as dist
 
-        flag = torch.tensor([int(self._asked)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag.item())
+            number = torch.tensor([self._number])
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
+            self._agreed = int(number.item())
+        return bool(self._agreed)
 
     def close(self) -> None:
+        """Give the signals back to those who had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._pipe_before)
+        os.close(self._numbers)
+
+
+def _heed_interrupts(numbers: int) -> None:
+    """Answer the first Ctrl-C by a line on each machine, and end this process with the second one."""
+    first = None
+    with open(numbers, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            if number[0] != signal.SIGINT:
+                continue
+            if first is None:
+                first = time.monotonic()
+                _say("Ctrl-C: the step in hand is finished and saved; a second Ctrl-C ends without saving")
+            elif time.monotonic() - first > _SECOND_AFTER_S:
+                _say("ended by a second Ctrl-C; the same command goes on from the last checkpoint")
+                cli.end_now(128 + signal.SIGINT)
+
+
+def _say(line: str) -> None:
+    """Straight to the file: the stream may be in the middle of a write of the main thread."""
+    if launcher.local_rank() == 0:
+        try:
+            os.write(2, f"\n{line}\n".encode())
+        except OSError:  # a terminal that is gone
+            pass

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
+from vir.cluster.signals import SIGNALS
 from vir.data.reader import ShardReader
 
 _WHERE_BYTES = 1024
@@ -56,8 +57,8 @@ def start(reading: Any, trainer: int, number: int) -> None:
     """Begin as worker `number` of the process `trainer`; DataLoader's worker_init_fn."""
     global _here
     # The trainer decides what a signal means: a worker that died of it would take the last checkpoint along.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    for stopping in SIGNALS:
+        signal.signal(stopping, signal.SIG_IGN)
     _die_with_parent()
     if os.getppid() != trainer:  # it ended before that was arranged
         os._exit(1)

@@ -63,7 +63,8 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
                 ending = _train(prepared, plan, engine, spec, world, stop, heartbeat)
     if trains and world.is_main:
         _draw_curves(folder)
-        log.info("done: %s" if ending is Ending.DONE else "stopped by a signal; the same command continues: %s", folder)
+        log.info("done: %s", folder) if ending is Ending.DONE else log.info(
+            "stopped by %s; the same command continues: %s", stop.cause, folder)
     heartbeat.at("waiting for all ranks to end", counts=False)
     distributed.barrier()
     return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
