@@ -173,12 +173,20 @@ def test_another_freeze_is_a_changed_setting_and_none_is_that_of_runs_from_befor
     assert differences(before, to_dict(run_config())) == []
 
 
-@pytest.mark.parametrize("flag", REQUIRED[::2])
-def test_a_required_flag_that_is_missing_is_named_alone(flag):
-    at = REQUIRED.index(flag)
-    with pytest.raises(SettingsError) as caught:
-        parse(REQUIRED[:at] + REQUIRED[at + 2:])
-    assert [other for other in REQUIRED[::2] if other in str(caught.value)] == [flag]
+def test_training_data_is_all_that_must_be_given():
+    assert parse(["--data.train", "t"]) == RunConfig(data=DataConfig(train="t"))
+    with pytest.raises(SettingsError, match="--data.train is not given: the folder of training shards, which vir-conv"):
+        parse(["--output", "o", "--data.val", "v"])
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--data.val", "", "--validate_only"], "--validate_only has nothing to evaluate on: give --data.val"),
+    (["--which", "best"], "--which best names what --validate_only evaluates; to train on from a checkpoint give "
+                          "--resume RUN/checkpoints/best"),
+])
+def test_flags_that_need_another_one_name_it(words, said):
+    with pytest.raises(SettingsError, match=said):
+        parse([*REQUIRED, *words])
 
 
 def test_an_odd_micro_batch_is_refused_only_where_samples_are_mixed():

@@ -8,6 +8,7 @@ import resource
 import struct
 import sys
 import termios
+from datetime import datetime
 
 import pytest
 
@@ -19,7 +20,8 @@ def restored():
     """The logger as it was before."""
     before = log.handlers[:], log.propagate, log.level
     yield
-    log.handlers[:], log.propagate, log.level = before
+    log.handlers[:], log.propagate, level = before
+    log.setLevel(level)  # and forget for which levels it was enabled
 
 
 @pytest.mark.parametrize("columns, shown", [(120, True), (0, False)])
@@ -42,8 +44,10 @@ def test_lines_go_to_the_terminal_and_to_the_file_and_come_after_those_of_an_ear
     for text in ("höre", "höre wieder"):
         start(0, file)
         log.info(text)
-    assert [line.split(" ", 1)[1] for line in file.read_text("utf-8").splitlines()] == ["höre", "höre wieder"]
-    assert capsys.readouterr().err == file.read_text("utf-8")
+    today = datetime.now().strftime("%Y-%m-%d ")
+    lines = file.read_text("utf-8").splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["höre", "höre wieder"]
+    assert [today + line for line in capsys.readouterr().err.splitlines()] == lines
 
 
 def test_other_ranks_leave_the_file_alone(restored, tmp_path, capsys):
@@ -85,7 +89,7 @@ def test_half_a_line_is_taken_back(restored, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before and "File too large" in capsys.readouterr().err
     log.info("third")
-    assert [line.split(" ", 1)[1] for line in file.read_text().splitlines()] == ["first", "third"]
+    assert [line.split(" ", 2)[2] for line in file.read_text().splitlines()] == ["first", "third"]
 
 
 def test_a_terminal_that_cannot_be_written_ends_nothing(restored, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The numbers of a run, counted by hand, and the lines about them."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -68,6 +69,17 @@ def test_steps_and_batches_follow_from_samples_and_ranks(reader, network):
     assert plan.steps_per_epoch == 6.25
 
 
+def test_intervals_in_steps_take_the_place_of_those_in_epochs(reader, network):
+    given = replace(config(steps=10), eval=EvalConfig(every_steps=4), checkpoint=CheckpointConfig(every_steps=5))
+    plan = make_plan(given, reader, network[1], WORLD, "bf16")
+    assert (plan.total_steps, plan.eval_steps, plan.checkpoint_steps) == (10, {4, 8, 10}, {5, 10})
+
+
+def test_without_validation_data_nothing_is_evaluated(reader, network):
+    given = replace(config(), data=DataConfig(train="t"))
+    assert make_plan(given, reader, network[1], WORLD, "bf16").eval_steps == frozenset()
+
+
 def test_samples_and_epochs_after_so_many_steps(reader, network):
     plan = plan_of(reader, network)
     assert [plan.samples(done) for done in (0, 1, 13)] == [0, 8, 104]
@@ -96,12 +108,15 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(reader
         plan_of(reader, network, global_batch_size=10)
 
 
-def test_the_lines_about_a_run_say_its_numbers(reader, network):
+def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000_000))
     model, spec = network
     engine = SimpleNamespace(module=model, zero_stage=2, precision="bf16", dtype=torch.bfloat16, has_ema=True, groups=[
         {"name": "decay", "names": ["a", "b"], "lr_scale": 1.0}, {"name": "no_decay", "names": ["c"], "lr_scale": 0.5}])
     plan = plan_of(reader, network)
-    what, optim, data, steps, memory = describe(config(), plan, engine, spec, reader, reader, WORLD)
+    given = replace(config(), output=str(tmp_path / "not yet" / "there"))
+    what, optim, data, steps, course, memory, disk = describe(given, plan, engine, spec, reader, reader, WORLD)
     count = sum(p.numel() for p in model.parameters())
     assert what.startswith(f"vir_tiny_patch16_224, {count / 1e6:.2f} M parameters, ")
     assert f"{plan.forward_flops / 1e9:.3g} GFLOP" in what and what.endswith(
@@ -109,10 +124,35 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network):
     assert optim == "adamw, peak lr 0.01, tensors per group: decay 2, no_decay 1 lr x0.5"
     assert data == "50 training images in 2 shards, 50 validation images, 3 classes"
     assert steps == "13 steps of 8 = 2 x 2 x 2 ranks; 2 evaluations, 4 checkpoints"
+    assert course == "learning rate: from 0 to 0.01 over 5 steps of warm-up, constant from 0.01 to 0.01 over 8"
+    size = (2 + 4 + 4 * 3) * count                                  # bf16, masters, two moments and the average
+    assert disk == (f"disk: 5 checkpoints of {size / 1e6:.1f} MB (3 newest, the best, one being written) take "
+                    f"{5 * size / 1e9:.3g} GB; 0 GB are there, 2 GB are free")
     half = (count + 1) // 2
     weights, state = 2 * count + 2 * half, (4 + 4 * 3) * half       # two moments and the average
     assert memory == (f"memory per rank: {(weights + state) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients "
                       f"+ {state / 1e6:.1f} optimizer and EMA, without activations")
+
+
+def test_a_disk_that_is_too_small_is_told_and_what_is_there_already_counts(reader, network, tmp_path, monkeypatch):
+    model, spec = network
+    engine = SimpleNamespace(module=model, zero_stage=0, precision="fp32", dtype=torch.float32, has_ema=False,
+                             groups=[])
+    usage = shutil.disk_usage(tmp_path)
+    size = (4 + 4 * 2) * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * size))
+    step = tmp_path / "checkpoints" / "step-00000004"
+    step.mkdir(parents=True)
+    given = replace(config(), output=str(tmp_path), checkpoint=CheckpointConfig(keep=2, keep_every_epochs=1.5))
+    plan = make_plan(given, reader, spec, WORLD, "fp32")
+
+    def disk() -> str:
+        return list(describe(given, plan, engine, spec, reader, None, WORLD))[-1]
+
+    assert "5 checkpoints" in disk() and "(2 newest, the best, 1 for good, one being written)" in disk()
+    assert f": {3 * size / 1e9:.3g} GB TOO FEW, lower --checkpoint.keep or free some space" in disk()
+    (step / "file").write_bytes(bytes(3 * size))
+    assert "TOO FEW" not in disk()
 
 
 def test_a_model_that_cannot_be_counted_has_no_number(reader, network):

@@ -25,6 +25,22 @@ def test_the_folder_is_made_with_its_parents_and_the_claim_leaves_its_lock_file_
     assert {name for name, _ in found} == {run_folder.LOCK} and len(found) == 3 and len(set(found)) == 1
 
 
+def test_a_claim_that_shall_not_stay_leaves_nothing_of_its_own(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    with run_folder.claim(folder, WORLD, stays=False):
+        assert (folder / run_folder.LOCK).is_file()
+    assert list(tmp_path.iterdir()) == []
+    (folder / "notes").mkdir(parents=True)
+    with run_folder.claim(folder, WORLD, stays=False):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["notes"]
+    with run_folder.claim(folder, WORLD):
+        pass
+    with run_folder.claim(folder, WORLD, stays=False):
+        pass
+    assert {path.name for path in folder.iterdir()} == {"notes", run_folder.LOCK}
+
+
 def test_a_second_run_is_kept_out_until_the_first_has_ended(tmp_path):
     with run_folder.claim(tmp_path, WORLD):
         with pytest.raises(SettingsError, match=f"--output {tmp_path}: another run is writing there"):

@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from vir.config import OptimConfig, ScheduleConfig
+from vir.config import OptimConfig, ScheduleConfig, TrainConfig
+from vir.errors import SettingsError
 from vir.training.plan import steps_every
-from vir.training.schedule import learning_rate, total_steps, weight_decay
+from vir.training.schedule import check_schedule, learning_rate, total_steps, warmup_steps, weight_decay
 
 STEPS_PER_EPOCH = 2.5
 
@@ -87,7 +88,37 @@ def test_weight_decay_is_constant_or_goes_along_a_cosine():
     (0.3, 1000, 100, 3), (1e-5, 10, 1, 1),
 ])
 def test_a_run_has_ceil_of_epochs_times_samples_over_batch_steps(epochs, samples, batch, steps):
-    assert total_steps(epochs, samples, batch) == steps
+    assert total_steps(TrainConfig(epochs=epochs, global_batch_size=batch), samples) == steps
+
+
+def test_a_run_of_so_many_steps_asks_no_epochs():
+    assert total_steps(TrainConfig(epochs=300, steps=7, global_batch_size=4), 1000) == 7
+
+
+@pytest.mark.parametrize("total, steps_per_epoch, warmup", [
+    (375342, 1251.1, 25022),  # ImageNet for 300 epochs: 20 of them
+    (37534, 1251.1, 2502),    # for 30: a fifteenth
+    (1000000, 10, 200),       # at most 20 epochs
+    (78, 78.1, 5), (15, 100, 1), (14, 100, 0), (1, 1, 0),
+])
+def test_the_warm_up_is_a_fifteenth_of_the_run_up_to_20_epochs_when_it_is_not_given(total, steps_per_epoch, warmup):
+    assert warmup_steps(total, steps_per_epoch, ScheduleConfig()) == warmup
+    check_schedule(total, steps_per_epoch, ScheduleConfig())  # never refused
+
+
+@pytest.mark.parametrize("total, warmup, cooldown, holds", [
+    (10, 2, 1.2, True), (10, 2.8, 0.8, True), (10, 4, 0, False), (10, 0, 4, False), (10, 2, 2, False), (1, 0, 0, True),
+    (10, None, 4, False),
+])
+def test_a_run_with_no_step_between_warm_up_and_cool_down_is_refused(total, warmup, cooldown, holds):
+    schedule = ScheduleConfig(warmup_epochs=warmup, cooldown_epochs=cooldown)
+    if holds:
+        check_schedule(total, STEPS_PER_EPOCH, schedule)
+        assert max(learning_rate(step, total, STEPS_PER_EPOCH, 1.0, schedule) for step in range(total)) == 1.0
+    else:
+        with pytest.raises(SettingsError, match=r"a run of 10 steps \(4 epochs\) with \d+ steps of warm-up and \d+ of "
+                                                "cool-down never trains at --optim.lr: lower --schedule.warmup_epochs"):
+            check_schedule(total, STEPS_PER_EPOCH, schedule)
 
 
 @pytest.mark.parametrize("epochs, samples, batch, total, steps", [

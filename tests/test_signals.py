@@ -66,8 +66,8 @@ def test_the_first_signal_is_the_cause(handlers):
 
 
 @pytest.mark.parametrize("number, heard", [(signal.SIGINT, False), (signal.SIGHUP, False), (signal.SIGTERM, True)])
-def test_what_nohup_or_a_background_job_ignores_stays_ignored_but_not_the_batch_systems_signals(handlers, number,
-                                                                                               heard):
+def test_what_nohup_or_a_background_job_ignores_stays_ignored(handlers, number, heard):
+    """But for the signals of batch systems."""
     signal.signal(number, signal.SIG_IGN)
     stop = StopRequest()
     os.kill(os.getpid(), number)

@@ -85,11 +85,12 @@ class DataConfig:
     """Where the shards are, and how they are read."""
 
     train: str = _free("")
-    """Folder of training shards with index and manifest, as tools/convert_imagenet.py writes it."""
+    """Folder of training shards with index and manifest, as vir-convert writes it."""
     val: str = _free("")
-    """Folder of validation shards; its class list must equal the training one."""
-    workers: int = _free(4)
-    """Loader processes per rank; changes speed only, never the data."""
+    """Folder of validation shards; its class list must equal the training one. Nothing is evaluated without it."""
+    workers: Optional[int] = _free(None)
+    """Loader processes per rank; changes speed only, never the data. What its share of the cores allows, at most 16,
+    when not given."""
     prefetch: int = _free(4)
     """Micro-batches each worker prepares ahead; at least those of a step and one more."""
     lanes: int = 64
@@ -100,7 +101,7 @@ class DataConfig:
     """Share of undecodable samples, replaced by substitutes, above which the run stops."""
 
     def __post_init__(self) -> None:
-        _check(self.workers >= 1, "data.workers", self.workers,
+        _check(self.workers is None or self.workers >= 1, "data.workers", self.workers,
                "at least 1: augmentation seeds its generators per sample and must not touch those of the trainer")
         _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 micro-batch")
         _check(self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
@@ -212,8 +213,8 @@ class ScheduleConfig:
 
     name: Literal["cosine", "linear", "step", "constant"] = "cosine"
     """Form of the decay between warm-up and cool-down."""
-    warmup_epochs: float = 20.0
-    """Linear warm-up from warmup_lr to lr, in epochs."""
+    warmup_epochs: Optional[float] = None
+    """Linear warm-up from warmup_lr to lr, in epochs; a fifteenth of the run, at most 20 epochs, when not given."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
@@ -227,7 +228,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         for name in ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs"):
-            _check(getattr(self, name) >= 0, f"schedule.{name}", getattr(self, name), "0 or more")
+            value = getattr(self, name)
+            _check(value is None or value >= 0, f"schedule.{name}", value, "0 or more")
         _check(self.decay_epochs > 0, "schedule.decay_epochs", self.decay_epochs, "positive")
         _check(0 < self.decay_rate <= 1, "schedule.decay_rate", self.decay_rate, "in (0, 1]")
 
@@ -238,6 +240,8 @@ class TrainConfig:
 
     epochs: float = 300.0
     """Length of the run in passes over the training set; it ends after ceil(epochs * samples / batch) steps."""
+    steps: Optional[int] = None
+    """Length of the run in optimizer steps, instead of epochs."""
     global_batch_size: int = 1024
     """Samples per optimizer step over all ranks."""
     micro_batch_size: int = 128
@@ -250,6 +254,8 @@ class TrainConfig:
     """Label smoothing."""
     seed: int = 42
     """Seed of initialisation, order, augmentation and dropout."""
+    fast_dev_run: bool = _free(False)
+    """Try everything in ten steps: train, evaluate ten batches, save, resume; in OUTPUT.fast_dev_run, then removed."""
     log_every: int = _free(50)
     """Steps between lines in metrics.jsonl."""
     wandb: str = _free("")
@@ -264,6 +270,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self.epochs > 0, "train.epochs", self.epochs, "positive")
+        _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
         _check(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "at least 1")
         _check(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "at least 1")
         _check(0 <= self.smoothing < 1, "train.smoothing", self.smoothing, "in [0, 1)")
@@ -297,11 +304,14 @@ class EvalConfig:
 
     every_epochs: float = _free(1.0)
     """Epochs between evaluations on data.val; the end of the run is always evaluated."""
+    every_steps: Optional[int] = _free(None)
+    """Steps between evaluations, instead of every_epochs."""
     batch_size: int = _free(128)
     """Images per forward pass on one rank."""
 
     def __post_init__(self) -> None:
         _check(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "positive")
+        _check(self.every_steps is None or self.every_steps >= 1, "eval.every_steps", self.every_steps, "at least 1")
         _check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
 
 
@@ -311,6 +321,8 @@ class CheckpointConfig:
 
     every_epochs: float = _free(1.0)
     """Epochs between checkpoints; the end of the run and a stop by signal are always saved."""
+    every_steps: Optional[int] = _free(None)
+    """Steps between checkpoints, instead of every_epochs."""
     keep: int = _free(3)
     """Newest checkpoints to keep."""
     keep_every_epochs: Optional[float] = _free(None)
@@ -320,6 +332,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "positive")
+        _check(self.every_steps is None or self.every_steps >= 1, "checkpoint.every_steps", self.every_steps,
+               "at least 1")
         _check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
         _check(self.keep_every_epochs is None or self.keep_every_epochs > 0, "checkpoint.keep_every_epochs",
                self.keep_every_epochs, "positive")
@@ -330,16 +344,20 @@ class RunConfig:
     """All settings of a run."""
 
     deepspeed_config: str = _free("")
-    """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing. A path, or a shipped one's name: zero2_bf16."""
+    """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing. A path, or a shipped one's name: zero2_bf16.
+    When not given zero2_bf16, on GPUs without bf16 zero2_fp16, on CPUs zero2_fp32."""
     output: str = _free("")
-    """Run folder; the same command on it continues the run."""
+    """Run folder; the same command on it continues the run. runs/MODEL when not given."""
     resume: str = _free("auto")
     """auto continues the run in output, where there is one; none refuses a folder that has one; the path of another
-    run or checkpoint folder begins from there, on any number of ranks and any ZeRO stage, until output has its own."""
+    run or checkpoint (runs/a, runs/a/checkpoints/best) begins from there, on any number of ranks and any ZeRO stage,
+    until output has its own."""
     dry_run: bool = _free(False)
-    """Build everything, print the plan with the memory it needs, and stop before the first step."""
+    """Check and build everything, tell the plan with the memory and disk it needs, and stop before the first step."""
     validate_only: bool = _free(False)
-    """Evaluate the newest checkpoint, or model.init_from, and stop."""
+    """Evaluate a checkpoint, or the weights to begin from, and stop."""
+    which: str = _free("latest")
+    """Checkpoint of the run that validate_only evaluates: latest, best, or the number of its step."""
     accept_config_change: bool = _free(False)
     """Continue a run folder although settings that change its results differ from those it began with."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -353,11 +371,14 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        missing = [flag for flag, value in (("deepspeed_config", self.deepspeed_config), ("output", self.output),
-                                            ("data.train", self.data.train), ("data.val", self.data.val)) if not value]
-        if missing:
-            raise SettingsError("not given: " + ", ".join(f"--{flag}" for flag in missing) +
-                                "; see --help, or start from a recipe: --config vir/recipes/vir_small_in1k.yaml")
+        if not self.data.train:
+            raise SettingsError("--data.train is not given: the folder of training shards, which vir-convert makes; "
+                                "see --help, or begin with bash launch/quickstart.sh")
+        if self.validate_only and not self.data.val:
+            raise SettingsError("--validate_only has nothing to evaluate on: give --data.val, a folder of shards")
+        if self.which != "latest" and not self.validate_only:
+            raise SettingsError(f"--which {self.which} names what --validate_only evaluates; to train on from a "
+                                "checkpoint give --resume RUN/checkpoints/best, or its folder, and another --output")
         if self.augment.mixes and self.train.micro_batch_size % 2:
             raise SettingsError(f"--train.micro_batch_size is {self.train.micro_batch_size}; mixup and cutmix pair "
                                 "samples inside a micro-batch, so it must be even (or set --augment.mixup 0 "

@@ -120,8 +120,7 @@ def share_cores(device: torch.device) -> None:
     Without that each would start as many threads as there are cores.
     """
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launcher.local_size()))
 
 
 def stop() -> None:

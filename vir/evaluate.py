@@ -41,12 +41,14 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compare-modes", action="store_true",
                         help="run the three forms on the first batch and print their largest logit difference")
     parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass and process")
-    parser.add_argument("--workers", type=int, default=4, help="loader processes per process")
+    parser.add_argument("--workers", type=int, help="loader processes per process (default: what its "
+                        "share of the cores allows, at most 16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as JSON")
     args = parser.parse_args(argv)
     for name in ("batch_size", "workers"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: {args.json.parent} is not a folder")
     return args

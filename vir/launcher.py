@@ -67,6 +67,12 @@ def local_rank() -> int:
     return int(said) if said.isdigit() else 0
 
 
+def local_size() -> int:
+    """How many processes of the run are on this machine, as the launcher says; 1 where it does not."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return max(1, int(said)) if said.isdigit() else 1
+
+
 def _number(name: str) -> int:
     try:
         return int(os.environ[name])

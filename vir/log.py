@@ -60,13 +60,13 @@ class _LogFile(logging.Handler):
 
 def start(rank: int, file: Path | None = None) -> None:
     """Send `log` to the terminal and, on rank 0, to `file` as well."""
-    layout = logging.Formatter("%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",
-                               datefmt="%H:%M:%S")
-    handlers: list[logging.Handler] = [_PastTheBar()]
+    line = "%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s"
+    terminal = _PastTheBar()
+    terminal.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
+    handlers: list[logging.Handler] = [terminal]
     if file is not None and rank == 0:
         handlers.append(_LogFile(file))
-    for handler in handlers:
-        handler.setFormatter(layout)
+        handlers[-1].setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))  # a run may take weeks
     for old in log.handlers:
         old.close()
     log.handlers[:] = handlers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator
 
@@ -40,12 +40,18 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
-def claim(folder: Path, world: World) -> Iterator[None]:
+def claim(folder: Path, world: World, stays: bool = True) -> Iterator[None]:
     """Make the folder, check that all ranks share it, and keep a second run out while the block runs. Collective.
+
+    Args:
+        stays: False removes in the end what this has made.
 
     Raises:
         SettingsError: it cannot be made or written to, a rank does not see it, another run is writing there.
     """
+    from vir import distributed
+
+    made = distributed.broadcast([path for path in (folder / LOCK, folder, *folder.parents) if not path.exists()])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,6 +64,15 @@ def claim(folder: Path, world: World) -> Iterator[None]:
         if lock in _held:  # not so in a forked process
             _held.remove(lock)
             os.close(lock)
+        if world.is_main and not stays:
+            _remove(made)
+
+
+def _remove(made: list[Path]) -> None:
+    """Files and empty folders, each before the one that it lies in."""
+    for path in made:
+        with suppress(OSError):  # another run has begun in it
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _check_shared(folder: Path, world: World) -> None:

@@ -31,7 +31,7 @@ class StopRequest:
         self._group: Any = None
         heard = [number for number in SIGNALS if number in (signal.SIGTERM, signal.SIGUSR1)
                  or signal.getsignal(number) is not signal.SIG_IGN]
-        # A handler waits for the end of a call into C, such as a collective; the number comes through this pipe at once.
+        # A handler waits for the end of a call into C, such as a collective; the number comes by this pipe at once.
         came, self._numbers = os.pipe()
         os.set_blocking(self._numbers, False)
         self._pipe_before = signal.set_wakeup_fd(self._numbers, warn_on_full_buffer=False)

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vir import launcher
 from vir.config import AugmentConfig
 from vir.data import transforms, worker
 from vir.data.decode import BadSampleError, decode_image
@@ -325,15 +326,22 @@ def _arrived(batch: Any, copied: torch.cuda.Event) -> Any:
     return batch
 
 
+def processes_for(workers: int | None) -> int:
+    """Loader processes of a rank: as given, else one per core of its share but for its own, from 1 to 16."""
+    return workers or min(16, max(1, len(os.sched_getaffinity(0)) // launcher.local_size() - 1))
+
+
 def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfig,
                   model_input: InputSpec, *, seed: int, first_step: int, last_step: int,
-                  global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int,
+                  global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int | None,
                   prefetch: int, device: torch.device, patience: Patience | None = None) -> Batches:
-    """This rank's micro-batches of steps [first_step, last_step), `accumulation` of them per step.
+    """This rank's micro-batches of steps [first_step, last_step), `accumulation` of them per step, by processes_for(
+    workers) processes.
 
     Step s consumes positions [s G, (s + 1) G). Its micro-batches are the same for every world size; only who
     computes which differs.
     """
+    workers = processes_for(workers)
     mix_until = augment.mixup_off_epoch * order.num_samples or float("inf")
     per_rank = global_batch_size // world_size
 
@@ -352,20 +360,22 @@ def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfi
 
 
 def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int, rank: int,
-                 world_size: int, workers: int, device: torch.device, patience: Patience | None = None) -> Batches:
-    """Every sample once over all ranks, the same number of batches on each; padding is marked not `valid`."""
-    total = len(reader)
+                 world_size: int, workers: int | None, device: torch.device, patience: Patience | None = None,
+                 first: int | None = None) -> Batches:
+    """Every sample, or the first so many, once over all ranks, the same number of batches on each; padding is marked
+    not `valid`."""
+    total = len(reader) if first is None else min(first, len(reader))
     batches = -(-total // (batch_size * world_size))
 
     def requests() -> Iterator[Request]:
         for index in range(batches):
-            first = (index * world_size + rank) * batch_size
-            samples = np.arange(first, min(first + batch_size, total))
+            begin = (index * world_size + rank) * batch_size
+            samples = np.arange(begin, min(begin + batch_size, total))
             padding = len(samples) == 0  # ranks beyond the last sample take part with one that is not counted
             yield (np.array([-1]), np.array([0])) if padding else (samples, samples)
 
     make = partial(_eval_batch, reader, transforms.eval_transform(model_input))
-    return Batches(make, requests, workers, 2, device, patience)
+    return Batches(make, requests, processes_for(workers), 2, device, patience)
 
 
 class _Requested:

@@ -94,6 +94,15 @@ REFUSED = {
 }
 
 
+def name_for_this_machine() -> str:
+    """Of the shipped file that a run takes which names none: ZeRO 2, in the type that this machine is made for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "zero2_fp32"
+    return "zero2_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "zero2_fp16"
+
+
 SHIPPED = Path(vir.__file__).parent / "ds_configs"
 """The folder of the JSON files that come with this package."""
 

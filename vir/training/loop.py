@@ -96,9 +96,13 @@ class GlobalStep:
 
 
 class Trainer:
-    """Runs the steps of a plan; between them it evaluates, saves, and asks whether to stop."""
+    """Runs the steps of a plan; between them it evaluates, saves, and asks whether to stop.
 
-    def __init__(self, plan: Plan, global_step: GlobalStep, meter: Meter, validator: Validator, saver: Saver,
+    Args:
+        validator: None where the plan has no evaluations.
+    """
+
+    def __init__(self, plan: Plan, global_step: GlobalStep, meter: Meter, validator: Validator | None, saver: Saver,
                  profiler: Profiler, stop: StopRequest, heartbeat: Heartbeat) -> None:
         self._plan, self._global_step, self._meter = plan, global_step, meter
         self._validator, self._saver, self._profiler, self._stop = validator, saver, profiler, stop
@@ -176,6 +180,7 @@ class Trainer:
 
     def _evaluate(self, done: int) -> Verdict:
         """Evaluate after `done` steps and write the results. Collective."""
+        assert self._validator is not None, "without one the plan has no evaluations"
         results = self._validator.evaluate(done)
         if results is None:
             return Verdict.CUT_SHORT

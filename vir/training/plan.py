@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Iterator
 
 from vir.config import OptimConfig, RunConfig, ScheduleConfig, plan_accumulation
@@ -13,7 +15,8 @@ from vir.engine import optimizer
 from vir.engine.engine import Engine
 from vir.models.spec import ModelSpec
 from vir.reports.throughput import forward_flops, peak_flops
-from vir.training.schedule import learning_rate, total_steps, weight_decay
+from vir.run_folder import CHECKPOINTS
+from vir.training.schedule import cooldown_steps, learning_rate, total_steps, warmup_steps, weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +64,18 @@ class Plan:
 def make_plan(config: RunConfig, train: ShardReader, spec: ModelSpec, world: World, precision: str) -> Plan:
     """Raises SettingsError where the global batch does not divide by micro batch times ranks."""
     num_samples, size = len(train), config.train.global_batch_size
-    total = total_steps(config.train.epochs, num_samples, size)
+    total = total_steps(config.train, num_samples)
+
+    def moments(every_steps: int | None, every_epochs: float) -> frozenset[int]:
+        if every_steps is None:
+            return steps_every(every_epochs, num_samples, size, total)
+        return frozenset(range(every_steps, total, every_steps)) | {total}
+
     return Plan(
         num_samples=num_samples, num_classes=len(spec.classes), global_batch_size=size,
         accumulation=plan_accumulation(size, config.train.micro_batch_size, world.size), total_steps=total,
-        eval_steps=steps_every(config.eval.every_epochs, num_samples, size, total),
-        checkpoint_steps=steps_every(config.checkpoint.every_epochs, num_samples, size, total),
+        eval_steps=moments(config.eval.every_steps, config.eval.every_epochs) if config.data.val else frozenset(),
+        checkpoint_steps=moments(config.checkpoint.every_steps, config.checkpoint.every_epochs),
         forward_flops=forward_flops(spec), peak_flops=peak_flops(world.device, precision, config.train.peak_tflops),
         optim=config.optim, schedule=config.schedule)
 
@@ -79,13 +88,13 @@ def steps_every(epochs: float, num_samples: int, global_batch_size: int, total: 
     return frozenset(step for step in (*ends, total) if 0 < step <= total)
 
 
-def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, train: ShardReader, val: ShardReader,
-             world: World) -> Iterator[str]:
-    """Lines for people: model, parameter groups, data, batches, steps, memory."""
+def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, train: ShardReader,
+             val: ShardReader | None, world: World) -> Iterator[str]:
+    """Lines for people: model, parameter groups, data, batches, steps, learning rate, memory, disk."""
     sizes = {p: getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()}
     parameters, frozen = sum(sizes.values()), sum(size for p, size in sizes.items() if not p.requires_grad)
-    weights, state = model_state_bytes(parameters, frozen, world.size, engine.zero_stage, engine.dtype.itemsize,
-                                       optimizer.states_per_number(config.optim) + engine.has_ema)
+    states = optimizer.states_per_number(config.optim) + engine.has_ema
+    weights, state = model_state_bytes(parameters, frozen, world.size, engine.zero_stage, engine.dtype.itemsize, states)
     groups = (f"{group['name']} {len(group['names'])}" +
               ("" if group["lr_scale"] == 1 else f" lr x{group['lr_scale']:.3g}") for group in engine.groups)
     yield (f"{spec.name}, {parameters / 1e6:.2f} M parameters{f', {frozen / 1e6:.2f} M frozen' if frozen else ''}, "
@@ -94,13 +103,53 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
            f"{world.size} ranks on {world.device.type}")
     yield (f"{config.optim.name}, peak lr {config.optim.peak_lr(plan.global_batch_size):.3g}, tensors per group: "
            + ", ".join(groups))
-    yield (f"{len(train)} training images in {len(train.shard_sizes)} shards, {len(val)} validation images, "
+    yield (f"{len(train)} training images in {len(train.shard_sizes)} shards, "
+           f"{len(val) if val else 'no'} validation images{'' if val else ' (--data.val): no evaluation'}, "
            f"{plan.num_classes} classes")
     yield (f"{plan.total_steps} steps of {plan.global_batch_size} = {plan.accumulation} x "
            f"{config.train.micro_batch_size} x {world.size} ranks; {len(plan.eval_steps)} evaluations, "
            f"{len(plan.checkpoint_steps)} checkpoints")
+    yield _course(plan)
     yield (f"memory per rank: {(weights + state) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients + "
            f"{state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}, without activations")
+    yield _disk(config, plan, checkpoint_bytes(parameters, frozen, engine.zero_stage, engine.dtype.itemsize, states))
+
+
+def _course(plan: Plan) -> str:
+    """Of the learning rate."""
+    total, schedule = plan.total_steps, plan.schedule
+    warmup = warmup_steps(total, plan.steps_per_epoch, schedule)
+    cooldown = cooldown_steps(plan.steps_per_epoch, schedule)
+    parts = [f"from {plan.learning_rate(0):.3g} to {plan.learning_rate(warmup):.3g} over {warmup} steps of warm-up"] * (
+        warmup > 0)
+    decay = total - warmup - cooldown
+    parts.append(f"{schedule.name} from {plan.learning_rate(warmup):.3g} to "
+                 f"{plan.learning_rate(warmup + decay - 1):.3g} over {decay}")
+    parts += [f"{schedule.min_lr:.3g} over {cooldown} of cool-down"] * (cooldown > 0)
+    return "learning rate: " + ", ".join(parts)
+
+
+def _disk(config: RunConfig, plan: Plan, size: int) -> str:
+    """What is kept in the run folder beside what its disk has, in words."""
+    has_best, every = bool(config.checkpoint.best and plan.eval_steps), config.checkpoint.keep_every_epochs
+    for_good = int(plan.epoch(plan.total_steps) / every) if every else 0
+    count = config.checkpoint.keep + has_best + for_good + 1
+    kept = (f"{config.checkpoint.keep} newest{', the best' * has_best}{f', {for_good} for good' if for_good else ''}, "
+            "one being written")
+    folder = Path(config.output).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    present = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
+    lacking = count * size - present - free
+    return (f"disk: {count} checkpoints of {size / 1e6:.1f} MB ({kept}) take {count * size / 1e9:.3g} GB; "
+            f"{present / 1e9:.3g} GB are there, {free / 1e9:.3g} GB are free" +
+            (f": {lacking / 1e9:.3g} GB TOO FEW, lower --checkpoint.keep or free some space" if lacking > 0 else ""))
+
+
+def checkpoint_bytes(parameters: int, frozen: int, zero_stage: int, itemsize: int, states: int) -> int:
+    """Bytes of a checkpoint over all ranks: weights as they compute, and float32 masters with `states` numbers each."""
+    masters = 0 if zero_stage == 0 and itemsize == 4 else 4
+    return itemsize * parameters + (masters + 4 * states) * (parameters - frozen) + 4 * frozen
 
 
 def model_state_bytes(parameters: int, frozen: int, ranks: int, zero_stage: int, itemsize: int,

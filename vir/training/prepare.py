@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import timm
 import yaml
 
 from vir import launcher
-from vir.checkpoints.info import DESCRIPTION, LATEST
+from vir.checkpoints.info import BEST, DESCRIPTION, LATEST
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
 from vir.data.transforms import check_augmentation
@@ -21,6 +21,7 @@ from vir.errors import SettingsError
 from vir.models.build import FORBIDDEN_ARGS  # and vir.models registers our models with timm
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, CONFIG, METRICS
+from vir.training.schedule import check_schedule, total_steps
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,32 @@ class Prepared:
     config: RunConfig
     ds_config: dict[str, Any]
     train: ShardReader
-    val: ShardReader
+    val: ShardReader | None
+    """None: nothing is evaluated."""
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Read the DeepSpeed JSON, open the shards, check batch sizes, model name and run folder.
+    """Fill in what was left open, read the DeepSpeed JSON, open the shards, check batch sizes, model and run folder.
 
     Raises:
         SettingsError, DataError: with the value and the way out.
     """
+    config = replace(config, output=config.output or f"runs/{config.model.name}",
+                     deepspeed_config=config.deepspeed_config or ds_config.name_for_this_machine())
     deepspeed_json = ds_config.read(config.deepspeed_config)
     plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,
                       launcher.adopt().size)
     # The sizes of all shards are looked at once per machine: thousands of shards on a network disk take their time.
     looks = launcher.local_rank() == 0
-    train, val = (ShardReader(folder, check_shards=looks) for folder in (config.data.train, config.data.val))
-    if train.classes != val.classes:
+    train = ShardReader(config.data.train, check_shards=looks)
+    val = ShardReader(config.data.val, check_shards=looks) if config.data.val else None
+    if val is not None and train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise SettingsError(f"--data.train {config.data.train} has {len(train.classes)} classes and --data.val "
                             f"{config.data.val} has {len(val.classes)}" +
                             (f"; not in both: {', '.join(only[:5])}" if only else " in another order") +
                             "; convert both from the same source")
+    check_schedule(total_steps(config.train, len(train)), len(train) / config.train.global_batch_size, config.schedule)
     _check_model(config)
     check_augmentation(config.augment)
     optimizer.check_name(config.optim.name, ds_config.zero_stage(deepspeed_json))
@@ -88,9 +94,9 @@ def _check_folder(config: RunConfig) -> None:
     if config.resume == "none" and not config.validate_only and (saved.is_file() or has_checkpoint):
         raise SettingsError(f"--output {config.output} holds a run and --resume is none; give another --output, or "
                             "leave --resume out to continue it")
-    if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
-        raise SettingsError(f"--resume {config.resume}: no such folder; give auto, none, or the path of a run or of "
-                            f"one of its {CHECKPOINTS}/step-… folders")
+    if config.resume not in ("auto", "none") and not Path(config.resume).exists():
+        raise SettingsError(f"--resume {config.resume}: nothing is there; give auto, none, or the path of a run, "
+                            f"of one of its {CHECKPOINTS}/step-… folders, or of its {CHECKPOINTS}/{BEST}")
     if (Path(config.output) / METRICS).is_file():
         read_metrics(Path(config.output))  # damage is told here by every rank, later it would be rank 0 alone
     if not saved.is_file() or config.validate_only:

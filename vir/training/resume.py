@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vir.checkpoints.info import CheckpointInfo, name_of
+from vir.checkpoints.info import BEST, CheckpointInfo, name_of
 from vir.checkpoints.partitions import Partitions
 from vir.checkpoints.store import select
 from vir.config import RunConfig, differences, to_dict
@@ -20,7 +20,7 @@ def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint:
            world: World) -> CheckpointInfo | None:
     """Load the checkpoint that --output means, or that --resume means where --output has none yet. Collective.
 
-    With validate_only the one that --resume names comes first, and `none` means none.
+    With validate_only the one that --resume names comes first, `none` means none, and --which chooses among a run's.
 
     Returns:
         What it says of itself; None where the run begins.
@@ -31,10 +31,10 @@ def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint:
     """
     is_named = config.resume not in ("auto", "none")
     takes_own = not config.validate_only or config.resume == "auto"
-    selected = select(Path(config.output), world) if takes_own else None
+    selected = select(Path(config.output), world, config.which) if takes_own else None
     is_own = selected is not None
     if selected is None and is_named:
-        selected = _named(config.resume, world)
+        selected = _named(config, world)
     if selected is None:
         return None
     folder, info = selected
@@ -53,10 +53,11 @@ def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint:
     return info
 
 
-def _named(path: str, world: World) -> tuple[Path, CheckpointInfo]:
-    if (selected := select(Path(path), world)) is None:
-        raise CheckpointError(f"--resume {path} is neither a run folder with a checkpoint nor a checkpoint folder; "
-                              f"give auto, none, or a path such as runs/a or runs/a/{CHECKPOINTS}/{name_of(1000)}")
+def _named(config: RunConfig, world: World) -> tuple[Path, CheckpointInfo]:
+    if (selected := select(Path(config.resume), world, config.which)) is None:
+        raise CheckpointError(f"--resume {config.resume} is neither a run folder with a checkpoint nor a checkpoint; "
+                              f"give auto, none, or a path such as runs/a, runs/a/{CHECKPOINTS}/{BEST} or "
+                              f"runs/a/{CHECKPOINTS}/{name_of(1000)}")
     return selected
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from vir.log import log
 from vir.models.build import build
 from vir.models.spec import ModelSpec
 from vir.reports.curves import plot_runs
+from vir.reports.environment import describe_environment
 from vir.reports.metrics import MetricsWriter, read_metrics
 from vir.training.guard import FiniteGuard
 from vir.training.loop import Ending, GlobalStep, Trainer
@@ -36,20 +39,36 @@ from vir.training.resume import resume
 from vir.training.saver import Saver
 from vir.training.validator import Validator
 
+_DEV_STEPS = 10
+"""Of fast_dev_run."""
+
 
 def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     """Train, and return the exit code: 0 when done, EXIT_STOPPED_BY_SIGNAL when a signal ended it after saving.
 
-    With dry_run it only tells the plan, with validate_only it only evaluates; neither writes anything.
+    With dry_run it only tells the plan, with validate_only it only evaluates; neither leaves anything. With
+    fast_dev_run it does both halves of a short run.
     """
-    config, folder = prepared.config, Path(prepared.config.output)
     heartbeat.at("waiting for all ranks to begin", counts=False)
     world = distributed.start()
     stop.join(world.size)
+    if prepared.config.train.fast_dev_run and not prepared.config.dry_run and not prepared.config.validate_only:
+        ending = _try_everything(prepared, world, stop, heartbeat)
+    else:
+        ending = _run(prepared, world, stop, heartbeat)
+    heartbeat.at("waiting for all ranks to end", counts=False)
+    distributed.barrier()
+    return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
+
+
+def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
+    config, folder = prepared.config, Path(prepared.config.output)
     heartbeat.at("building model and engine, compiling", counts=False)
     trains = not (config.dry_run or config.validate_only)
-    with run_folder.claim(folder, world) if trains else nullcontext():
+    with nullcontext() if config.validate_only else run_folder.claim(folder, world, stays=trains):
         logs.start(world.rank, folder / run_folder.LOG if trains else None)
+        for line in describe_environment(world):
+            log.info(line)
         torch.manual_seed(config.train.seed)
         network, spec = build(config.model, prepared.train.classes)
         plan = make_plan(config, prepared.train, spec, world, ds_config.precision(prepared.ds_config))
@@ -63,17 +82,42 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
                 ending = _train(prepared, plan, engine, spec, world, stop, heartbeat)
     if trains and world.is_main:
         _draw_curves(folder)
-        log.info("done: %s", folder) if ending is Ending.DONE else log.info(
-            "stopped by %s; the same command continues: %s", stop.cause, folder)
-    heartbeat.at("waiting for all ranks to end", counts=False)
-    distributed.barrier()
-    return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
+        if ending is Ending.DONE:
+            log.info("done: %s", folder)
+        else:
+            log.info("stopped by %s; the same command continues: %s", stop.cause, folder)
+    return ending
+
+
+def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
+    """Half of the steps, with an evaluation and a checkpoint, then the other half after a resume; remove it all."""
+    config = prepared.config
+    folder = Path(f"{config.output}.fast_dev_run")
+    for steps in (_DEV_STEPS // 2, _DEV_STEPS):
+        short = replace(
+            config, output=str(folder), resume="auto", accept_config_change=True,
+            train=replace(config.train, steps=steps, log_every=1),
+            schedule=replace(config.schedule, warmup_epochs=0.0, cooldown_epochs=0.0))
+        if steps == _DEV_STEPS // 2 and world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # what an attempt before has left
+        distributed.barrier()
+        if (ending := _run(replace(prepared, config=short), world, stop, heartbeat)) is Ending.STOPPED:
+            return ending
+    if world.is_main:
+        logs.start(world.rank)  # no longer to a file there
+        shutil.rmtree(folder)
+        log.info("fast_dev_run: %d steps were trained, evaluated, saved and resumed; %s is removed", _DEV_STEPS, folder)
+    return ending
 
 
 def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World) -> Ending:
-    for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world):
+    config = prepared.config
+    info = resume(config, engine, spec, prepared.train.fingerprint, world)
+    for line in describe(config, plan, engine, spec, prepared.train, prepared.val, world):
         log.info(line)
-    log.info("a dry run: nothing was trained and nothing written")
+    done = info.samples_seen // plan.global_batch_size if info else 0
+    log.info("a dry run: nothing was trained and nothing is left; the run would %s of %d",
+             f"go on after step {done}" if done else "begin at step 1", plan.total_steps)
     return Ending.DONE
 
 
@@ -89,6 +133,7 @@ def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World,
     if info is None and not config.model.init_from:
         raise SettingsError(f"--validate_only: --output {config.output} has no checkpoint to evaluate; name a run "
                             "folder by it or by --resume, or weights by --model.init_from")
+    assert prepared.val is not None, "RunConfig has refused validate_only without data.val"
     patience = _patience(config, stop, world)
     validator = Validator(config, engine, prepared.val, spec.input, world, stop, patience, heartbeat)
     results = validator.evaluate(info.step if info else 0)
@@ -120,7 +165,8 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
                                   num_classes=plan.num_classes, seed=config.train.seed)
         guard = FiniteGuard(order, reader)
         global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank)
-        validator = Validator(config, engine, prepared.val, spec.input, world, stop, patience, heartbeat)
+        validator = None if prepared.val is None else Validator(
+            config, engine, prepared.val, spec.input, world, stop, patience, heartbeat)
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
         trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop, heartbeat)
         ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, folder, world))

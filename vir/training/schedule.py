@@ -5,23 +5,52 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from vir.config import OptimConfig, ScheduleConfig
+from vir.config import OptimConfig, ScheduleConfig, TrainConfig
+from vir.errors import SettingsError
 
 
-def total_steps(epochs: float, num_samples: int, global_batch_size: int) -> int:
-    """Steps of a run: ceil(E N / G). Batches straddle epoch ends; nothing is dropped or padded."""
-    exactly = Fraction(str(epochs))  # as written: 1.1 epochs of 10 samples are 11 samples, in floats they are more
-    return math.ceil(exactly * num_samples / global_batch_size)
+def total_steps(train: TrainConfig, num_samples: int) -> int:
+    """Steps of a run: train.steps, or ceil(E N / G). Batches straddle epoch ends; nothing is dropped or padded."""
+    if train.steps is not None:
+        return train.steps
+    exactly = Fraction(str(train.epochs))  # as written: 1.1 epochs of 10 samples are 11, in floats they are more
+    return math.ceil(exactly * num_samples / train.global_batch_size)
+
+
+def warmup_steps(total: int, steps_per_epoch: float, schedule: ScheduleConfig) -> int:
+    """Steps of warm-up: ceil(warmup_epochs steps_per_epoch); when not given a fifteenth of all, at most 20 epochs."""
+    if schedule.warmup_epochs is None:
+        return min(total // 15, math.ceil(20 * steps_per_epoch - 1e-6))
+    return math.ceil(schedule.warmup_epochs * steps_per_epoch - 1e-6)
+
+
+def cooldown_steps(steps_per_epoch: float, schedule: ScheduleConfig) -> int:
+    """Steps at the end of the run that are spent at min_lr."""
+    return math.ceil(schedule.cooldown_epochs * steps_per_epoch - 1e-6)
+
+
+def check_schedule(total: int, steps_per_epoch: float, schedule: ScheduleConfig) -> None:
+    """Refuse a run in which no step is left between warm-up and cool-down: its lr would never be the one given.
+
+    Raises:
+        SettingsError: with the numbers.
+    """
+    warmup, cooldown = warmup_steps(total, steps_per_epoch, schedule), cooldown_steps(steps_per_epoch, schedule)
+    if warmup + cooldown >= total:
+        raise SettingsError(
+            f"a run of {total} steps ({total / steps_per_epoch:.3g} epochs) with {warmup} steps of warm-up and "
+            f"{cooldown} of cool-down never trains at --optim.lr: lower --schedule.warmup_epochs (null: a fifteenth of "
+            "the run) or --schedule.cooldown_epochs, or lengthen --train.epochs")
 
 
 def learning_rate(step: int, total: int, steps_per_epoch: float, lr: float, schedule: ScheduleConfig) -> float:
     """The rate of global batch `step` (from 0) of `total`: warm-up, decay, cool-down.
 
-    Linear from warmup_lr to lr over ceil(warmup_epochs steps_per_epoch) steps; then to min_lr along a cosine (SGDR,
-    arXiv:1608.03983, one cycle) or a line, by decay_rate each decay_epochs, or constant; min_lr in the cool-down.
+    Linear from warmup_lr to lr; then to min_lr along a cosine (SGDR, arXiv:1608.03983, one cycle) or a line, by
+    decay_rate each decay_epochs, or constant; min_lr in the cool-down.
     """
-    warmup = math.ceil(schedule.warmup_epochs * steps_per_epoch - 1e-6)
-    end = max(warmup, total - math.ceil(schedule.cooldown_epochs * steps_per_epoch - 1e-6))
+    warmup = warmup_steps(total, steps_per_epoch, schedule)
+    end = max(warmup, total - cooldown_steps(steps_per_epoch, schedule))
     if step < warmup:
         return schedule.warmup_lr + (lr - schedule.warmup_lr) * step / warmup
     if step >= end and end < total:

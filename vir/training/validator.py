@@ -18,6 +18,8 @@ from vir.evaluation.classify import Accuracy, classify
 from vir.log import log, shows_bars
 from vir.models.spec import InputSpec
 
+_DEV_BATCHES = 10
+"""That fast_dev_run evaluates."""
 Results = dict[str, float]
 """top1, top5 and loss, and the same of the average with the prefix ema_."""
 
@@ -30,11 +32,12 @@ class Validator:
         self._config, self._engine, self._reader = config, engine, reader
         self._input, self._world, self._stop = model_input, world, stop
         self._patience, self._heartbeat = patience, heartbeat
+        self._first = (_DEV_BATCHES * config.eval.batch_size * world.size if config.train.fast_dev_run else None)
 
     @property
     def images(self) -> int:
         """Of one evaluation."""
-        return len(self._reader)
+        return min(len(self._reader), self._first or len(self._reader))
 
     def evaluate(self, step: int) -> Results | None:
         """The results after `step` steps; None where a signal cut the evaluation short. Collective."""
@@ -52,7 +55,7 @@ class Validator:
         batches = eval_batches(
             self._reader, self._input, batch_size=self._config.eval.batch_size, rank=self._world.rank,
             world_size=self._world.size, workers=self._config.data.workers, device=self._world.device,
-            patience=self._patience)
+            patience=self._patience, first=self._first)
 
         def stop() -> bool:
             self._heartbeat.at(f"evaluating after step {step}")
