@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # How far up in the house each file of vir/ and each room stands; imports go from higher to lower.
 BASE = {"errors": 0, "files": 0, "streams": 0, "config": 1, "launcher": 1, "log": 1, "cli": 2, "distributed": 2,
-        "run_folder": 3}
+        "flags": 2, "run_folder": 3}
 ROOMS = {"cluster": 4, "models": 4, "data": 5, "checkpoints": 5, "engine": 6, "reports": 6, "evaluation": 7,
          "training": 8, "benchmarks": 9}
 ENTRY = 10  # vir/train.py and its like
@@ -163,8 +163,10 @@ def test_import_vir_and_the_entry_modules_bring_no_torch():
 
 
 def test_a_wrong_flag_is_told_before_torch_is_imported():
-    assert loaded("import vir.train\nassert vir.train.main(['--no.such', '1']) == 2", "jsonargparse", "torch") == [
-        "jsonargparse"]
+    statement = ("from vir.train import main\n"
+                 "assert [main(words) for words in (['--no.such', '1'], ['--optim.lr', 'x'], ['--config', 'no.yaml'], "
+                 "['--help', 'no'])] == [2, 2, 2, 2]")
+    assert loaded(statement, "jsonargparse", "torch") == ["jsonargparse"]
 
 
 def test_consolidation_evaluation_and_data_need_no_deepspeed():

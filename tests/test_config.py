@@ -24,11 +24,11 @@ from vir.config import (
     TrainConfig,
     differences,
     dump_yaml,
-    parse,
     plan_accumulation,
     to_dict,
 )
 from vir.errors import SettingsError
+from vir.flags import parse
 
 REQUIRED = ["--deepspeed_config", "ds.json", "--output", "runs/a", "--data.train", "t", "--data.val", "v"]
 SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(RunConfig)
@@ -43,51 +43,6 @@ def run_config(**sections):
 def write(path, text):
     path.write_text(text)
     return str(path)
-
-
-def test_required_flags_alone_give_the_defaults():
-    config = parse(REQUIRED)
-    assert config == run_config()
-    assert config.optim.peak_lr(1024) == 1e-3 and config.augment.scale == (0.08, 1.0) and config.resume == "auto"
-
-
-def test_yaml_sets_and_a_later_flag_wins(tmp_path):
-    recipe = write(tmp_path / "r.yaml", "optim: {lr: 3.0e-4, weight_decay: 0.1}\ntrain: {epochs: 7}\n")
-    config = parse(["--config", recipe, *REQUIRED, "--optim.lr", "5e-4", "--augment.scale", "[0.2, 0.9]"])
-    assert (config.optim.lr, config.optim.weight_decay, config.train.epochs) == (5e-4, 0.1, 7)
-    assert config.augment.scale == (0.2, 0.9) and config.optim.eps == 1e-8
-
-
-def test_model_args_and_null_are_read_as_yaml():
-    config = parse([*REQUIRED, "--model.args", "{patch_size: 4, depth: 6}", "--augment.auto_augment", "null"])
-    assert config.model.args == {"patch_size": 4, "depth": 6} and config.augment.auto_augment is None
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (["--optim.lrr", "1"], "--optim.lrr"),
-    (["--seed", "3"], "--seed"),
-    (["stray"], "stray"),
-    (["--optim", "{lrr: 1}"], "'optim' does not accept option 'lrr'"),
-    (["--optim.lr", "abc"], "optim.lr.*float.*abc"),
-    (["--train.global_batch_size", "1.5"], "train.global_batch_size.*int.*1.5"),
-    (["--train.epochs", "inf"], "train.epochs.*inf"),
-    (["--augment.scale", "[0.5]"], "augment.scale.*2 elements"),
-    (["--train.loss", "hinge"], "train.loss.*'cross_entropy', 'bce'.*hinge"),
-    (["--data.workers", "0"], r"--data.workers is 0; it must be at least 1"),  # a range, through the whole parser
-    (["--config", "/nowhere/r.yaml"], "/nowhere/r.yaml"),
-])
-def test_a_wrong_flag_is_refused_by_name(arguments, said):
-    with pytest.raises(SettingsError, match=f"(?s){said}"):
-        parse([*REQUIRED, *arguments])
-
-
-@pytest.mark.parametrize("text, said", [
-    ("optimm: {lr: 1}", "optimm"), ("optim: {lrr: 1}", "lrr"), ("optim: {lr: fast}", "fast"), ("optim: {lr: 1", "pars"),
-    ("- 1", "config"),
-])
-def test_a_wrong_yaml_key_or_value_is_refused(tmp_path, text, said):
-    with pytest.raises(SettingsError, match=said):
-        parse(["--config", write(tmp_path / "r.yaml", text), *REQUIRED])
 
 
 OUT_OF_RANGE = [
@@ -173,22 +128,6 @@ def test_another_freeze_is_a_changed_setting_and_none_is_that_of_runs_from_befor
     assert differences(before, to_dict(run_config())) == []
 
 
-def test_training_data_is_all_that_must_be_given():
-    assert parse(["--data.train", "t"]) == RunConfig(data=DataConfig(train="t"))
-    with pytest.raises(SettingsError, match="--data.train is not given: the folder of training shards, which vir-conv"):
-        parse(["--output", "o", "--data.val", "v"])
-
-
-@pytest.mark.parametrize("words, said", [
-    (["--data.val", "", "--validate_only"], "--validate_only has nothing to evaluate on: give --data.val"),
-    (["--which", "best"], "--which best names what --validate_only evaluates; to train on from a checkpoint give "
-                          "--resume RUN/checkpoints/best"),
-])
-def test_flags_that_need_another_one_name_it(words, said):
-    with pytest.raises(SettingsError, match=said):
-        parse([*REQUIRED, *words])
-
-
 def test_an_odd_micro_batch_is_refused_only_where_samples_are_mixed():
     odd = TrainConfig(micro_batch_size=3)
     for augment in (AugmentConfig(mixup=0.0), AugmentConfig(cutmix=0.0)):
@@ -228,17 +167,6 @@ def test_differences_name_what_changes_results_and_nothing_else():
         "data.lanes: 64 -> 2", "model.args.depth: 4 -> 6", "model.args.num_heads: None -> 3", "optim.lr: None -> 0.5"]
 
 
-@pytest.mark.parametrize("words, dry, validate", [
-    (["--dry_run"], True, False), (["--dry-run"], True, False), (["--dry-run", "true"], True, False),
-    (["--dry_run", "false"], False, False), (["--dry-run=true"], True, False), (["--dry_run", "True"], True, False),
-    (["--validate-only"], False, True),
-    (["--dry-run", "--validate_only", "--train.seed", "1"], True, True),
-])
-def test_a_switch_needs_no_value_and_takes_one(words, dry, validate):
-    config = parse([*words, *REQUIRED])
-    assert (config.dry_run, config.validate_only) == (dry, validate)
-
-
 @pytest.mark.parametrize("optim, batch, lr", [
     (OptimConfig(), 512, 1e-3), (OptimConfig(lr=0.5), 512, 0.5),
     (OptimConfig(lr_base=0.1), 1024, 0.4), (OptimConfig(lr_base=0.1, lr_base_scale="sqrt"), 1024, 0.2),
@@ -256,18 +184,6 @@ def test_the_peak_rate_follows_from_lr_base_by_timms_rule(optim, batch, lr):
 def test_settings_that_contradict_each_other_are_refused(make, said):
     with pytest.raises(SettingsError, match=said):
         make()
-
-
-RECIPES = sorted((Path(config_module.__file__).parent / "recipes").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_shipped_recipe_parses_and_sets_what_it_says(recipe):
-    found, said = to_dict(parse(["--config", str(recipe), *REQUIRED])), yaml.safe_load(recipe.read_text())
-    assert said
-    for section, values in said.items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            assert found[section][key] == value, f"{section}.{key}"
 
 
 def leaves():

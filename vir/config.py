@@ -387,38 +387,6 @@ class RunConfig:
             raise SettingsError("--checkpoint.best is ema_top1, but --ema.decay 0 keeps no average; use top1 or null")
 
 
-def parse(argv: list[str]) -> RunConfig:
-    """Read flags and `--config FILE.yaml` (flags given after it win) into a RunConfig.
-
-    Raises:
-        SettingsError: an unknown flag or key, a value of the wrong type or out of range, a required one missing.
-        SystemExit: after --help or --print_config.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser, auto_cli, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    try:
-        return auto_cli(RunConfig, args=_with_values(argv), prog="vir.train", exit_on_error=False,
-                        parser_class=ArgumentParser, description="Train a vision backbone under DeepSpeed.")
-    except ArgumentError as error:
-        raise SettingsError(f"{error}\nrun with --help for every flag, its unit and default") from error
-
-
-def _with_values(argv: list[str]) -> list[str]:
-    """`--dry_run`, also written `--dry-run`, alone means `--dry_run true`; so for the other switches of a run."""
-    switches = {"--" + item.name for item in dataclasses.fields(RunConfig) if item.type == "bool"}
-    words = []
-    for word, following in zip(argv, [*argv[1:], ""]):
-        name, equals, value = word[2:].partition("=")
-        flag = "--" + name.replace("-", "_")
-        if flag in switches and word.startswith("--"):
-            words.append(flag + equals + value)
-            words += ["true"] if not equals and following.lower() not in ("true", "false") else []
-        else:
-            words.append(word)
-    return words
-
-
 def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Micro-batches per rank and step.
 

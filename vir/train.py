@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from vir import cli, launcher
 from vir.cluster.signals import StopRequest
-from vir.config import TrainConfig, parse
+from vir.config import TrainConfig
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
+from vir.flags import parse
 from vir.launcher import Place
 
 if TYPE_CHECKING:  # a wrong flag is told before torch is imported

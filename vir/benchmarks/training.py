@@ -24,10 +24,11 @@ import torch
 from vir.benchmarks.checkpoint_size import ema_bytes, folder_bytes, newest
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import IMAGENET, training_report
-from vir.config import parse, plan_accumulation
+from vir.config import plan_accumulation
 from vir.data.reader import ShardReader
 from vir.engine import ds_config
 from vir.errors import DataError, SettingsError
+from vir.flags import parse
 from vir.models.build import architecture
 from vir.reports.metrics import read_metrics
 
