@@ -15,6 +15,20 @@ def test_each_error_is_one_line_and_has_its_code(monkeypatch, capsys, kind, code
     assert capsys.readouterr() == ("", "vir.train: no such thing\n")
 
 
+def test_torchruns_report_gets_the_line(monkeypatch, tmp_path, capsys):
+    """As torchrun reads it."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    cli.tell(errors.DataError("no such thing"), "vir.train", every_rank=False)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=3, error_file=str(file))
+    assert str(ChildFailedError("vir.train", {0: failure})).splitlines()[-2].split(" : ") == [
+        "  traceback", "vir.train: no such thing"]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
+    assert cli.tell(errors.DataError("no such thing"), "vir.train") == 3  # what cannot be written changes nothing
+
+
 def test_the_code_of_a_stop_is_that_of_no_error():
     codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
     assert errors.EXIT_STOPPED_BY_SIGNAL == 75 and errors.EXIT_RANK_LOST == 5 and not codes & {0, 5, 75}

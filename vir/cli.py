@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
 import threading
+import time
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from vir.errors import VirError
@@ -21,8 +24,21 @@ def tell(error: VirError, program: str, every_rank: bool = True) -> int:
         every_rank: False where all ranks have met the error: then only the first rank of each machine prints it.
     """
     if every_rank or local_rank() == 0:
-        print(f"{program}: {error}", file=sys.stderr)
+        with suppress(OSError):  # a terminal that is gone
+            print(f"{program}: {error}", file=sys.stderr)
+    report(f"{program}: {error}")
     return error.exit_code
+
+
+def report(said: str) -> None:
+    """Let torchrun's report, which comes after all that the ranks print, say why this one has ended.
+
+    The file is that of torch.distributed.elastic.multiprocessing.errors, in the form without a traceback. Only torchrun
+    and accelerate ask for it.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": said, "timestamp": int(time.time())}))
 
 
 def end_now(exit_code: int) -> NoReturn:

@@ -89,6 +89,7 @@ def _unforeseen(error: Exception, place: Place, heartbeat: Heartbeat) -> int:
     traceback.print_exception(error)
     said = f"rank {place.rank} {where}: {type(error).__name__}: {' '.join(str(error).split())}"
     print(f"{PROGRAM}: {said}", file=sys.stderr)
+    cli.report(f"{PROGRAM}: {said}")
     heartbeat.failed(f"exit code 1, {said}")
     return 1
 

@@ -306,8 +306,10 @@ class Heartbeat:
         try:
             if word[:1] == "a":
                 self._end_the_lost(_parse(word.encode()))
-            _say(f"{said}. Rank {self._place.rank} {self.where()} ends with it, exit code {EXIT_RANK_LOST}; the same "
-                 "command continues from the last checkpoint")
+            line = (f"{said}. Rank {self._place.rank} {self.where()} ends with it, exit code {EXIT_RANK_LOST}; the "
+                    "same command continues from the last checkpoint")
+            _say(line)
+            cli.report(line)
         finally:
             cli.end_now(EXIT_RANK_LOST)
 

@@ -17,7 +17,7 @@ from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
 from vir.data.transforms import check_augmentation
 from vir.engine import ds_config, optimizer
-from vir.errors import SettingsError
+from vir.errors import DataError, SettingsError
 from vir.models.build import FORBIDDEN_ARGS  # and vir.models registers our models with timm
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, CONFIG, METRICS
@@ -46,10 +46,8 @@ def prepare(config: RunConfig) -> Prepared:
     deepspeed_json = ds_config.read(config.deepspeed_config)
     plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,
                       launcher.adopt().size)
-    # The sizes of all shards are looked at once per machine: thousands of shards on a network disk take their time.
-    looks = launcher.local_rank() == 0
-    train = ShardReader(config.data.train, check_shards=looks)
-    val = ShardReader(config.data.val, check_shards=looks) if config.data.val else None
+    train = _open_shards("--data.train", config.data.train)
+    val = _open_shards("--data.val", config.data.val) if config.data.val else None
     if val is not None and train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise SettingsError(f"--data.train {config.data.train} has {len(train.classes)} classes and --data.val "
@@ -65,6 +63,14 @@ def prepare(config: RunConfig) -> Prepared:
                             "it out")
     _check_folder(config)
     return Prepared(config, deepspeed_json, train, val)
+
+
+def _open_shards(flag: str, folder: str) -> ShardReader:
+    # The sizes of all shards are looked at once per machine: thousands of shards on a network disk take their time.
+    try:
+        return ShardReader(folder, check_shards=launcher.local_rank() == 0)
+    except DataError as error:
+        raise DataError(f"{flag}: {error}") from error
 
 
 def _check_model(config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vir import distributed
+from vir import cli, distributed
 from vir import log as logs
 from vir import run_folder
 from vir.cluster.heartbeat import Heartbeat
@@ -58,7 +58,10 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
         ending = _run(prepared, world, stop, heartbeat)
     heartbeat.at("waiting for all ranks to end", counts=False)
     distributed.barrier()
-    return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
+    if ending is Ending.DONE:
+        return 0
+    cli.report(_stopped(stop))
+    return EXIT_STOPPED_BY_SIGNAL
 
 
 def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
@@ -82,11 +85,12 @@ def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbe
                 ending = _train(prepared, plan, engine, spec, world, stop, heartbeat)
     if trains and world.is_main:
         _draw_curves(folder)
-        if ending is Ending.DONE:
-            log.info("done: %s", folder)
-        else:
-            log.info("stopped by %s; the same command continues: %s", stop.cause, folder)
+        log.info("done: %s" if ending is Ending.DONE else f"{_stopped(stop)}: %s", folder)
     return ending
+
+
+def _stopped(stop: StopRequest) -> str:
+    return f"stopped by {stop.cause}; the same command continues"
 
 
 def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
