@@ -80,6 +80,7 @@ def as_rank(folder):
         (run / "checkpoints" / "step-00000001" / "mp_rank_00_model_states.pt").write_text("MODEL")
     distributed.barrier()
     found["damage"] = told(lambda: store.select(run, world))
+    found["refused"] = [told(lambda: store.select(run, world, which)) for which in ("best", "7", "newest")]
 
     model = nn.BatchNorm1d(1, momentum=1.0)
     statistics = RunningStatistics(model, averages=True)
@@ -150,6 +151,15 @@ def test_a_problem_of_one_rank_gives_the_checkpoint_up_on_both(found):
 def test_damage_that_one_rank_finds_is_told_on_both(found):
     for of_rank in found:
         assert "mp_rank_00_model_states.pt has changed since it was written" in of_rank["damage"]
+
+
+def test_a_checkpoint_that_cannot_be_chosen_is_told_on_both(found):
+    """Rank 0 alone looks for it."""
+    for of_rank in found:
+        best, step, newest = of_rank["refused"]
+        assert best.startswith("CheckpointError: ") and "has no best checkpoint" in best
+        assert step.startswith("CheckpointError: the checkpoint of step 7 of ")
+        assert newest.startswith("SettingsError: --which newest is not latest, best or ")
 
 
 def test_running_statistics_are_the_mean_of_the_ranks(found):

@@ -55,6 +55,7 @@ def test_the_newest_is_what_latest_names_and_lies_in_the_run(tmp_path):
     for text in ("step-00000010\n", "../../elsewhere/step-00000010"):
         (tmp_path / "checkpoints" / "latest").write_text(text)
         assert info.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000010"
+        assert info.named_by(tmp_path, "latest") == info.newest(tmp_path) and info.named_by(tmp_path, "best") is None
 
 
 @pytest.mark.parametrize("latest, first", [

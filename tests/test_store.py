@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo, newest, read_info
 from vir.checkpoints.store import Kept, best_so_far, save, select
 from vir.distributed import World
-from vir.errors import CheckpointError
+from vir.errors import CheckpointError, SettingsError
 from vir.models.spec import InputSpec, ModelSpec
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -358,6 +359,118 @@ def test_a_damaged_checkpoint_that_is_named_is_not_replaced_by_another(tmp_path)
     damage(checkpoint(tmp_path, 2))
     with pytest.raises(CheckpointError, match="step-00000002 is whole: .* has changed"):
         select(tmp_path / "checkpoints" / "step-00000002", WORLD)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Steps 500, 1000 (the best) and 1500."""
+    (tmp_path / "run").mkdir()
+    for step in (500, 1000, 1500):
+        checkpoint(tmp_path / "run", step, best=step == 1000)
+    return tmp_path / "run"
+
+
+THERE = "there are the steps 500, 1000 (best), 1500; --which latest takes the newest that is whole"
+
+
+@pytest.mark.parametrize("which, step", [("latest", 1500), ("best", 1000), ("500", 500), ("00001000", 1000)])
+@pytest.mark.parametrize("world", [WORLD, None], ids=["all ranks", "alone"])
+def test_another_than_the_newest_can_be_chosen(run, which, step, world):
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    assert select(run, world, which) == (folder, read_info(folder))
+
+
+def test_the_pointers_of_a_run_mean_what_they_name(run, monkeypatch):
+    root = run / "checkpoints"
+    assert select(root / "best")[1].step == 1000 == select(root / "best", which="best")[1].step
+    assert select(root / "latest")[1].step == 1500
+    monkeypatch.chdir(root)
+    assert select(Path("best"))[1].step == 1000
+    monkeypatch.chdir(run)
+    assert select(Path("checkpoints/best")) == (folder := Path("checkpoints/step-00001000"), read_info(folder))
+    damage(root / "step-00001500")
+    assert select(root / "latest")[1].step == 1000  # as that of the run folder: the newest that is whole
+
+
+def test_a_folder_that_is_called_like_a_pointer_is_a_run(tmp_path):
+    run = tmp_path / "checkpoints" / "best"
+    run.mkdir(parents=True)
+    checkpoint(run, 3)
+    assert select(run)[1].step == 3
+
+
+@pytest.mark.parametrize("which", ["latest", "best", "1000"])
+def test_where_there_are_no_checkpoints_none_is_meant_whichever_is_asked_for(tmp_path, which):
+    assert select(tmp_path, WORLD, which) is None and select(tmp_path / "checkpoints" / "best") is None
+
+
+@pytest.mark.parametrize("which", ["best", "1000"])
+def test_for_a_chosen_one_that_is_damaged_no_other_is_taken(run, which, caplog):
+    damage(run / "checkpoints" / "step-00001000")
+    called = "the best checkpoint" if which == "best" else "the checkpoint of step 1000"
+    with pytest.raises(CheckpointError) as error:
+        select(run, WORLD, which)
+    assert str(error.value) == (
+        f"{called} of {run} is not whole: {run}/checkpoints/step-00001000/{FILES[0]} has changed since it was written "
+        f"(sha256 differs); take another checkpoint; restore it, or take another: {THERE}")
+    assert not caplog.messages
+
+
+def test_a_step_that_is_not_there_is_told_with_those_that_are(run):
+    (run / "checkpoints" / "latest").write_text("step-00002000")  # names what is not there
+    for step in ("1", "2000"):
+        with pytest.raises(CheckpointError) as error:
+            select(run, WORLD, step)
+        assert str(error.value) == (f"the checkpoint of step {step} of {run} is not there: no folder "
+                                    f"{run}/checkpoints/step-{int(step):08d}; {THERE}")
+
+
+def test_of_many_steps_the_last_are_told(tmp_path):
+    for step in range(20):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="there are the steps …, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19;"):
+        select(tmp_path, which="30")
+
+
+def test_a_best_that_was_never_saved_is_told(tmp_path):
+    checkpoint(tmp_path, 1)
+    for source, which in ((tmp_path, "best"), (tmp_path / "checkpoints" / "best", "latest")):
+        with pytest.raises(CheckpointError, match=f"{tmp_path} has no best checkpoint: none was saved after a "
+                                                  "validation; there are the steps 1; --which latest"):
+            select(source, WORLD, which)
+
+
+def test_a_best_whose_folder_is_gone_is_told(run):
+    shutil.rmtree(run / "checkpoints" / "step-00001000")
+    with pytest.raises(CheckpointError, match=f"the best checkpoint of {run} is not there: no folder .*/step-00001000; "
+                                              "there are the steps 500, 1500; "):
+        select(run, WORLD, "best")
+
+
+@pytest.mark.parametrize("pointer", ["latest", "best"])
+def test_a_pointer_that_is_no_text_is_told(run, pointer):
+    (run / "checkpoints" / pointer).write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match=f"checkpoints/{pointer} cannot be read: .*codec.*; remove it, or write "
+                                              "the name of a checkpoint into it, such as step-00001000"):
+        select(run, WORLD, pointer)
+
+
+def test_what_cannot_choose_is_refused(run):
+    for which in ("newest", "-1", "1.5", "", "step-00001000"):
+        with pytest.raises(SettingsError, match=f"--which {which} is not latest, best or the number of a step"):
+            select(run, WORLD, which)
+    folder = run / "checkpoints" / "step-00000500"
+    with pytest.raises(SettingsError, match="step-00000500 is one checkpoint, of which --which best cannot choose"):
+        select(folder, WORLD, "best")
+    with pytest.raises(SettingsError, match=f"checkpoints/best and --which 500 contradict each other; give the run "
+                                            f"folder {run} with --which"):
+        select(run / "checkpoints" / "best", WORLD, "500")
+
+
+def test_a_best_that_was_being_replaced_is_still_the_best(run):
+    folder = run / "checkpoints" / "step-00001000"
+    kept = folder.rename(folder.with_name(folder.name + ".replaced.part"))
+    assert select(run, which="best") == select(run, which="1000") == (kept, read_info(kept))
 
 
 def test_a_kill_while_a_step_was_replaced_loses_nothing(tmp_path):

@@ -80,8 +80,31 @@ def step_of(folder: Path) -> int:
 
 def newest(run: Path) -> Path | None:
     """The checkpoint that `latest` names, whole or not; None where no checkpoint was ever completed."""
-    latest = run / CHECKPOINTS / LATEST
-    return run / CHECKPOINTS / Path(latest.read_text().strip()).name if latest.is_file() else None
+    return named_by(run, LATEST)
+
+
+def named_by(run: Path, pointer: str) -> Path | None:
+    """The checkpoint that a run's `latest` or `best` names, whole or not; None where there is no such pointer.
+
+    Raises:
+        CheckpointError: the pointer cannot be read.
+    """
+    path = run / CHECKPOINTS / pointer
+    if not path.is_file():
+        return None
+    try:
+        return run / CHECKPOINTS / Path(path.read_text().strip()).name
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; remove it, or write the name of a checkpoint into it, "
+                              f"such as {name_of(1000)}") from error
+
+
+def pointed(path: Path) -> tuple[Path, str | None]:
+    """The run folder and the pointer of RUN/checkpoints/latest or RUN/checkpoints/best; of any other path itself."""
+    root = path.parent if path.parent.name == CHECKPOINTS else path.parent.resolve()
+    if path.name in (LATEST, BEST) and root.name == CHECKPOINTS and not path.is_dir():
+        return root.parent, path.name
+    return path, None
 
 
 def candidates(run: Path) -> list[Path]:

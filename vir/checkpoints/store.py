@@ -9,7 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from vir import distributed
 from vir.checkpoints.info import (
@@ -21,6 +21,8 @@ from vir.checkpoints.info import (
     CheckpointInfo,
     candidates,
     name_of,
+    named_by,
+    pointed,
     read_info,
     sha256,
     step_of,
@@ -28,7 +30,7 @@ from vir.checkpoints.info import (
 )
 from vir.checkpoints.partitions import files_of_rank
 from vir.distributed import World
-from vir.errors import CheckpointError
+from vir.errors import CheckpointError, SettingsError, VirError
 from vir.files import flush, replace_text
 from vir.log import log
 from vir.run_folder import CHECKPOINTS
@@ -199,23 +201,28 @@ def _firsts(root: Path, every_samples: float) -> set[str]:
     return firsts
 
 
-def select(source: Path, world: World | None = None) -> tuple[Path, CheckpointInfo] | None:
-    """The checkpoint that a folder means, for every use: resume, validation, consolidation.
+def select(source: Path, world: World | None = None, which: str = LATEST) -> tuple[Path, CheckpointInfo] | None:
+    """The checkpoint that a path means, for every use: resume, validation, consolidation.
 
     Args:
-        source: a checkpoint folder, which means itself, or a run folder: its newest checkpoint whose files are as
-            written. Damaged ones are passed over, with a warning.
+        source: a checkpoint folder, which means itself; a run folder; or a pointer of a run, RUN/checkpoints/latest or
+            RUN/checkpoints/best, which means that one of the run folder.
         world: ranks that all ask this together, share the reading and get the same answer; None for this process alone.
+        which: of a run folder. latest: the newest whose files are as written; damaged ones are passed over, with a
+            warning. best, or the number of a step: that one and no other.
 
     Returns:
         None where `source` is no checkpoint and holds none.
 
     Raises:
-        CheckpointError: there are some, but all are damaged.
+        CheckpointError: the one that is meant is damaged or not there, but others are; or all are damaged.
+        SettingsError: `which` is none of these, or contradicts `source`.
     """
+    if which not in (LATEST, BEST) and not which.isdecimal():
+        raise SettingsError(f"--which {which} is not {LATEST}, {BEST} or the number of a step, such as 1000")
+    meant = _meant_for_all(source, world, which)
     damaged: list[str] = []
-    folders = _meant(source) if world is None or world.is_main else []
-    for folder in folders if world is None else distributed.broadcast(folders):
+    for folder in meant.folders:
         info, problem = _read_whole(folder, world)
         if info is not None:
             for said in damaged:
@@ -225,13 +232,72 @@ def select(source: Path, world: World | None = None) -> tuple[Path, CheckpointIn
             return folder, info
         damaged.append(problem)
     if damaged:
-        raise CheckpointError(f"no checkpoint of {source} is whole: {'; '.join(damaged)}; restore one, or give another "
-                              "folder")
+        raise CheckpointError(f"{meant.if_damaged}: {'; '.join(damaged)}; {meant.way_out}")
     return None
 
 
-def _meant(source: Path) -> list[Path]:
-    return [source] if (source / DESCRIPTION).is_file() else candidates(source)
+class _Meant(NamedTuple):
+    """What a path means."""
+
+    folders: list[Path]
+    """In the order of trying; none where there are no checkpoints at all."""
+    if_damaged: str
+    """Begins the message where none of these is whole."""
+    way_out: str
+
+
+def _meant_for_all(source: Path, world: World | None, which: str) -> _Meant:
+    """What rank 0 finds, or refuses, on every rank. Collective where there is a world."""
+    meant: _Meant | VirError | None = None
+    if world is None or world.is_main:
+        try:
+            meant = _meant(source, which)
+        except VirError as error:
+            meant = error
+    if world is not None:
+        meant = distributed.broadcast(meant)
+    if isinstance(meant, VirError):
+        raise meant
+    assert meant is not None  # it is what rank 0 has found
+    return meant
+
+
+def _meant(source: Path, which: str) -> _Meant:
+    if (source / DESCRIPTION).is_file():
+        if which != LATEST:
+            raise SettingsError(f"{source} is one checkpoint, of which --which {which} cannot choose; leave --which "
+                                "out, or give the run folder")
+        return _Meant([source], f"no checkpoint of {source} is whole", "restore one, or give another folder")
+    run, pointer = pointed(source)
+    if pointer is not None:
+        if which not in (LATEST, pointer):
+            raise SettingsError(f"{source} and --which {which} contradict each other; give the run folder {run} with "
+                                "--which")
+        which = pointer
+    found = candidates(run)
+    if which == LATEST or not found:
+        return _Meant(found, f"no checkpoint of {run} is whole", "restore one, or give another folder")
+    there = _whats_there(run, found)
+    if which == BEST:
+        best = named_by(run, BEST)
+        if best is None:
+            raise CheckpointError(f"{run} has no best checkpoint: none was saved after a validation; {there}")
+        name, called = best.name, f"the best checkpoint of {run}"
+    else:
+        name, called = name_of(int(which)), f"the checkpoint of step {int(which)} of {run}"
+    folders = [path for path in found if path.name.removesuffix(REPLACED) == name and path.is_dir()]
+    if not folders:
+        raise CheckpointError(f"{called} is not there: no folder {run / CHECKPOINTS / name}; {there}")
+    return _Meant(folders, f"{called} is not whole", f"restore it, or take another: {there}")
+
+
+def _whats_there(run: Path, found: list[Path]) -> str:
+    """The steps of a run to choose from, for messages; of many the last."""
+    steps = sorted({step_of(path) for path in found if path.match(STEPS) and path.is_dir()})
+    best = named_by(run, BEST)
+    listed = ", ".join([*(["…"] if len(steps) > 12 else []), *(
+        f"{step} (best)" if best is not None and best.name == name_of(step) else str(step) for step in steps[-12:])])
+    return f"there are the steps {listed or 'none'}; --which {LATEST} takes the newest that is whole"
 
 
 def _read_whole(folder: Path, world: World | None) -> tuple[CheckpointInfo | None, str]:
@@ -249,10 +315,10 @@ def _read_whole(folder: Path, world: World | None) -> tuple[CheckpointInfo | Non
 
 def best_so_far(run: Path, metric: str | None) -> float:
     """The best value of a metric among the checkpoints that were kept for it; -inf where there is none."""
-    pointer = run / CHECKPOINTS / BEST
-    if metric is None or not pointer.is_file():
-        return float("-inf")
     try:
-        return read_info(run / CHECKPOINTS / pointer.read_text().strip()).metrics.get(metric, float("-inf"))
+        best = named_by(run, BEST)
+        if metric is None or best is None:
+            return float("-inf")
+        return read_info(best).metrics.get(metric, float("-inf"))
     except CheckpointError:
         return float("-inf")
