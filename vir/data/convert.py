@@ -319,3 +319,7 @@ def _checked_samples(task: _Task, skipped: list[SkippedFile]) -> Iterator[ShardS
             skipped.append(SkippedFile(sample.filename, str(error)))
             continue
         yield ShardSample(sample.key, data, extension, width, height, sample.label, sample.filename)
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.convert is a part of the library; the program is vir-convert")

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Sequence
+from typing import Collection, Sequence
 
+from vir.errors import DataError, SettingsError
+from vir.files import try_to_write
 from vir.reports.metrics import read_metrics
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
-    """Write a PNG with loss, accuracy, learning rate and images/s over epochs.
+    """Write a picture with loss, accuracy, learning rate and images/s over epochs.
+
+    Args:
+        output: its ending names the format.
 
     Raises:
+        SettingsError: `output` has no ending of a picture, or cannot be written.
         DataError: a folder that is not a run, or whose metrics are damaged.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    recorded = [(run, read_metrics(run)) for run in runs]
+    _check_output(output, FigureCanvasBase.get_supported_filetypes())
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
     (loss, accuracy), (rate, speed) = axes
-    for run in runs:
+    for run, found in recorded:
         events = [{name: float("nan") if value is None else value for name, value in event.items()}
-                  for event in read_metrics(run)]  # null: no finite loss in that interval
+                  for event in found]  # null: no finite loss in that interval
         train = [event for event in events if event["kind"] == "train"]
         evals = [event for event in events if event["kind"] == "eval"]
         label = f"{run.name}: " if len(runs) > 1 else ""
@@ -48,5 +57,24 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     for axis in (rate, speed):
         axis.set_xlabel("epoch")
     figure.suptitle(", ".join(run.name for run in runs))
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(output, dpi=110)
+    except OSError as error:
+        raise DataError(f"{output} could not be written: {error.strerror}") from error
+    finally:
+        plt.close(figure)
+
+
+def _check_output(output: Path, formats: Collection[str]) -> None:
+    if output.suffix.lower().removeprefix(".") not in formats:
+        raise SettingsError(f"--output {output} has not the ending of a picture; give a name such as "
+                            f"{output.with_suffix('.png').name} (known: {', '.join(sorted(formats))})")
+    try:
+        try_to_write(output)
+    except OSError as error:
+        raise SettingsError(f"--output {output} cannot be written: {error.strerror}; give a file in a folder that is "
+                            "there") from error
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.reports.curves is a part of the library; the program is tools/plot_run.py of the sources")
