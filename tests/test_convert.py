@@ -268,6 +268,16 @@ def test_an_output_that_cannot_be_written(source, tmp_path):
         convert(source, "train", tmp_path / "file/out")
 
 
+@pytest.mark.parametrize("source, output, said", [
+    ("src", "loop/out", "cannot write to .*loop/out: Too many levels of symbolic links; choose another --output"),
+    ("loop", "out", "no such folder: .*loop")])
+def test_links_that_go_round_in_circles_are_told(tmp_path, source, output, said):
+    make_source(tmp_path / "src")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DataError, match=said):
+        convert(tmp_path / source, "train", tmp_path / output)
+
+
 def test_the_command_line_names_what_is_missing(tmp_path):
     failed = run("convert_imagenet.py", "--source", "gone", "--split", "train", "--output", "out", cwd=tmp_path)
     assert (failed.returncode, failed.stdout) == (3, "")
