@@ -40,10 +40,12 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         loss.plot(epochs, [event["loss"] for event in train], label=f"{label}training")
         for name, kind in (("loss", "validation"), ("ema_loss", "validation, EMA")):
             if any(name in event for event in evals):
-                loss.plot(eval_epochs, [event.get(name, float("nan")) for event in evals], "o-", ms=3, label=f"{label}{kind}")
+                loss.plot(eval_epochs, [event.get(name, float("nan")) for event in evals], "o-", ms=3,
+                          label=f"{label}{kind}")
         for name, kind in (("top1", "top-1"), ("ema_top1", "top-1, EMA")):
             if any(name in event for event in evals):
-                accuracy.plot(eval_epochs, [event.get(name, float("nan")) for event in evals], "o-", ms=3, label=f"{label}{kind}")
+                accuracy.plot(eval_epochs, [event.get(name, float("nan")) for event in evals], "o-", ms=3,
+                              label=f"{label}{kind}")
         rate.plot(epochs, [event["lr"] for event in train], label=label.rstrip(": ") or None)
         speed.plot(epochs, [event["images_per_second"] for event in train], label=label.rstrip(": ") or None)
     for axis, title in ((loss, "cross-entropy"), (accuracy, "validation accuracy, %"), (rate, "learning rate"),
