@@ -1,7 +1,13 @@
-"""From an error to a line and an exit code."""
+"""From an error to a line and an exit code; the names of the programs."""
+
+import configparser
+import re
+import runpy
+import sys
 
 import pytest
 
+from support.launchers import ROOT, call
 from vir import cli, errors
 from vir.consolidate import main as consolidate
 
@@ -47,4 +53,33 @@ def test_a_program_ends_with_the_line_and_the_code_of_its_error(monkeypatch, tmp
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert consolidate([str(tmp_path / "nowhere"), "--output", str(tmp_path / "w.safetensors")]) == 3
     said = capsys.readouterr().err
-    assert said.startswith("consolidate_checkpoint: ") and said.count("\n") == 1 and "nowhere" in said
+    assert said.startswith("vir-consolidate: ") and said.count("\n") == 1 and "nowhere" in said
+
+
+# ---- which program is which
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Name -> module of what setup.cfg installs."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return dict(re.findall(r"(\S+) = (\S+):", config["options.entry_points"]["console_scripts"]))
+
+
+def test_the_package_names_its_programs_and_is_none(programs):
+    done = call(sys.executable, "-m", "vir")
+    assert done.returncode == 0
+    assert dict(re.findall(r"^    (vir-\S+) .* python -m (\S+)$", done.stdout, re.MULTILINE)) == programs
+    again = call(sys.executable, "-m", "vir", "train")
+    assert again.returncode == 2 and again.stdout == done.stdout
+
+
+@pytest.mark.parametrize("module, program", [
+    ("vir.data.convert", "vir-convert"), ("vir.data.folder", "vir-convert"), ("vir.data.shards", "vir-convert"),
+    ("vir.checkpoints.consolidate", "vir-consolidate"), ("vir.evaluation.classify", "vir-evaluate"),
+    ("vir.reports.curves", "tools/plot_run.py of the sources")])
+def test_a_module_that_is_no_program_names_the_one_that_is_meant(module, program, programs):
+    assert program in programs or (ROOT / program.split()[0]).is_file()
+    with pytest.raises(SystemExit, match=f"^{module} is a part of the library; the program is {program}$"):
+        runpy.run_path(str(ROOT / (module.replace(".", "/") + ".py")), run_name="__main__")

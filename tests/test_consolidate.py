@@ -310,6 +310,66 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path):
     assert load_file(output).keys() == {*WEIGHTS, "scale"}
 
 
+@pytest.mark.parametrize("output, said", [
+    ("w.pt", "give --output {}/w.safetensors"), ("w.pth", "give --output {}/w.safetensors"),
+    ("w.bin", "give --output {}/w.safetensors"), ("w.ckpt", "give --output {}/w.safetensors"),
+    ("vir_0.5", "give --output {}/vir_0.5.safetensors"), ("weights", "give --output {}/weights.safetensors"),
+    ("folder.safetensors", "cannot be written: it is a folder; give another file"),
+    ("a file/w.safetensors", "cannot be written: Not a directory; give another file"),
+    ("a file/new/w.safetensors", "cannot be written: Not a directory; give another file"),
+    ("null.safetensors", "cannot be written: it is no regular file; give another file"),
+])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, output, said, force):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "a file").touch()
+    (tmp_path / "null.safetensors").symlink_to("/dev/null")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SettingsError) as error:
+        consolidate(tmp_path / "no run", tmp_path / output, force=force)
+    assert str(error.value).startswith(f"--output {tmp_path / output} ") and str(error.value).endswith(
+        said.format(tmp_path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folders_of_the_output_are_made(tmp_path):
+    consolidate(in_run(tmp_path / "run"), tmp_path / "new" / "er" / "w.safetensors")
+    assert os.listdir(tmp_path / "new" / "er") == ["w.safetensors"]
+
+
+def test_the_best_and_any_step_can_be_taken(tmp_path, capsys):
+    """By the flag, or by the path of the pointer."""
+    run, output = in_run(tmp_path / "run"), tmp_path / "w.safetensors"
+    root = run / "checkpoints"
+    write(root / "step-00000020", stage_0(), info(step=20))
+    (root / "best").write_text("step-00000010")
+    (root / "latest").write_text("step-00000020")
+
+    def step(*source):
+        assert main([*map(str, source), "--output", str(output), "--force"]) == 0
+        capsys.readouterr()
+        return read_metadata(output).step
+
+    assert step(run) == step(root / "latest") == step(run, "--which", "latest") == step(run, "--which", "20") == 20
+    assert step(root / "best") == step(run, "--which", "best") == step(run, "--which", "10") == 10
+    there = "there are the steps 10 (best), 20; --which latest takes the newest that is whole"
+    for which, code, said in (("15", 3, f"step 15 of {run} is not there: no folder {root}/step-00000015; {there}"),
+                              ("newest", 2, "--which newest is not latest, best or the number of a step")):
+        assert main([str(run), "--which", which, "--output", str(output), "--force"]) == code
+        assert said in capsys.readouterr().err
+
+
+def test_a_source_that_is_none_is_told(tmp_path):
+    (tmp_path / "w.pt").touch()
+    in_run(tmp_path / "run")
+    for source, said in (("w.pt", "w.pt: a file, and no such folder; give a run folder, one of its checkpoints/step-"),
+                         ("none/checkpoints/best", f"{tmp_path}/none: no such folder"),
+                         ("run/checkpoints", "checkpoints holds no checkpoint.json: it is not a complete"),
+                         ("run/checkpoints/best", f"{tmp_path}/run has no best checkpoint")):
+        with pytest.raises(DataError, match=said):
+            consolidate(tmp_path / source, tmp_path / "w.safetensors")
+
+
 def test_an_average_that_was_not_kept_is_told(tmp_path):
     with pytest.raises(SettingsError, match="without an average of weights.*leave --ema out"):
         consolidate(in_run(tmp_path / "run", described=info(ema=False)), tmp_path / "w.safetensors", ema=True)
@@ -324,7 +384,7 @@ def test_the_command_says_what_it_wrote_and_returns_the_code_of_an_error(tmp_pat
     assert capsys.readouterr().out == (f"{output}: vir_tiny_patch16_224, EMA weights of step 10 in bf16, "
                                        f"{output.stat().st_size / 1e6:.1f} MB\n")
     assert main([str(run), "--output", str(output)]) == 2
-    assert capsys.readouterr().err.startswith(f"consolidate_checkpoint: {output} exists; ")
+    assert capsys.readouterr().err.startswith(f"vir-consolidate: {output} exists; ")
     assert main([str(run), "--output", str(output), "--force"]) == 0
     assert ", raw weights of step 10 in fp32, " in capsys.readouterr().out
     assert main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "other.safetensors")]) == 3

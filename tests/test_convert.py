@@ -143,7 +143,7 @@ def test_the_command_line_reports_a_bad_image_without_a_traceback(source, tmp_pa
     failed = run("convert_imagenet.py", "--source", source, "--split", "train", "--output", "out", "--workers", 2,
                  "--samples-per-shard", 5, cwd=tmp_path)
     assert failed.returncode == 3 and failed.stdout == "" and os.listdir(tmp_path / "out") == []
-    assert f"error: {source}/train/n02/half.JPEG: the image does not decode" in failed.stderr
+    assert f"vir-convert: {source}/train/n02/half.JPEG: the image does not decode" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 
@@ -268,10 +268,20 @@ def test_an_output_that_cannot_be_written(source, tmp_path):
         convert(source, "train", tmp_path / "file/out")
 
 
+@pytest.mark.parametrize("source, output, said", [
+    ("src", "loop/out", "cannot write to .*loop/out: Too many levels of symbolic links; choose another --output"),
+    ("loop", "out", "no such folder: .*loop")])
+def test_links_that_go_round_in_circles_are_told(tmp_path, source, output, said):
+    make_source(tmp_path / "src")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(DataError, match=said):
+        convert(tmp_path / source, "train", tmp_path / output)
+
+
 def test_the_command_line_names_what_is_missing(tmp_path):
     failed = run("convert_imagenet.py", "--source", "gone", "--split", "train", "--output", "out", cwd=tmp_path)
     assert (failed.returncode, failed.stdout) == (3, "")
-    assert failed.stderr == f"error: no such folder: {tmp_path / 'gone'}\n"
+    assert failed.stderr == f"vir-convert: no such folder: {tmp_path / 'gone'}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

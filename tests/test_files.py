@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import os
+import resource
 import stat
+from contextlib import contextmanager
 
 import pytest
 
@@ -99,6 +101,45 @@ def test_a_file_that_cannot_be_flushed_is_an_error(tmp_path, monkeypatch, caplog
     with pytest.raises(OSError) as error:
         files.flush(tmp_path / "a.txt")
     assert error.value.errno == code and not caplog.messages
+
+
+def test_a_trial_leaves_everything_as_it_was(tmp_path):
+    (tmp_path / "old.json").write_text("old")
+    before = os.stat(tmp_path / "old.json")
+    for name in ("new.json", "old.json"):
+        files.try_to_write(tmp_path / name)
+    assert names(tmp_path) == ["old.json"] and (tmp_path / "old.json").read_text() == "old"
+    assert os.stat(tmp_path / "old.json").st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_trial_tells_what_is_in_the_way(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for path, code in ((tmp_path / "none" / "a", errno.ENOENT), (tmp_path / "file" / "a", errno.ENOTDIR),
+                       (tmp_path / "folder", errno.EISDIR), (tmp_path / "pipe", errno.EINVAL),
+                       (tmp_path / ("a" * 300), errno.ENAMETOOLONG)):
+        with pytest.raises(OSError) as error:
+            files.try_to_write(path)
+        assert error.value.errno == code
+    assert names(tmp_path) == ["file", "folder", "pipe"] and names(tmp_path / "folder") == []
+
+
+def test_a_trial_on_a_full_disk_fails_and_leaves_nothing(tmp_path):
+    with files_may_not_grow(), pytest.raises(OSError) as error:
+        files.try_to_write(tmp_path / "a.json")
+    assert error.value.errno == errno.EFBIG and names(tmp_path) == []
+
+
+@contextmanager
+def files_may_not_grow():
+    """A full disk, for this process."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # SIGXFSZ is ignored by Python
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 22) - 1, 1 << 22, (1 << 22) + 1])     # around the block that is read

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -308,5 +309,49 @@ def test_the_tool_draws_several_runs_into_one_picture_and_names_what_is_no_run(t
     runs = [str(write_run(tmp_path / name)) for name in "ab"]
     assert tool([*runs, "--output", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    assert tool([str(tmp_path)]) == 3
-    assert f"{tmp_path} has no metrics.jsonl" in capsys.readouterr().err
+    for run in (tmp_path, tmp_path / "gone", tmp_path / "both.png"):
+        assert tool([str(run)]) == 3
+        assert f"plot_run: {run} has no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_an_average_that_was_given_up_within_the_run_leaves_a_gap(tmp_path):
+    run = write_run(tmp_path / "a")
+    with (run / METRICS).open("a") as file:
+        print(json.dumps({"kind": "eval", "step": 6, "epoch": 3, "loss": 1.0, "top1": 60.0}), file=file)
+    plot_runs([run], tmp_path / "c.png")
+    assert all(count > 100 for count in colours(tmp_path / "c.png"))
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"\xff\xfe\n", "cannot be read: 'utf-8' codec"),
+    (b'{"kind": "train", "step": 7, "epoch": 1, "loss": 2}\n',
+     "the train event of step 7 has no lr, images_per_second; it is not of a run of this version"),
+    (b'{"kind": "eval", "step": 7}\n', "the eval event of step 7 has no epoch; ")])
+def test_metrics_that_are_none_of_ours_are_told(tmp_path, content, said):
+    (tmp_path / METRICS).write_bytes(content)
+    with pytest.raises(DataError, match=f"{tmp_path / METRICS}:? {said}"):
+        plot_runs([tmp_path], tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize("output, said", [
+    ("gone/a.png", "cannot be written: No such file or directory; give a file in a folder that is there"),
+    ("a/metrics.jsonl/a.png", "cannot be written: Not a directory; give"),
+    ("folder.png", "cannot be written: it is a folder; give"),
+    ("a.md", r"has not the ending of a picture; give a name such as a.png \(known: .*jpg,.*pdf, .*png.*\)"),
+    ("picture", "has not the ending of a picture; give a name such as picture.png"),
+])
+def test_the_tool_refuses_an_output_that_it_cannot_write(tmp_path, capsys, output, said):
+    tool = runpy.run_path(str(Path(__file__).parent.parent / "tools" / "plot_run.py"))["main"]
+    run = write_run(tmp_path / "a")
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert tool([str(run), "--output", str(tmp_path / output)]) == 2
+    assert re.search(f"^plot_run: --output {tmp_path}/{output} {said}", capsys.readouterr().err)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_is_full_of_the_picture_is_told(tmp_path):
+    run = write_run(tmp_path / "a")
+    with files_may_not_grow(tmp_path), pytest.raises(DataError, match="c.png could not be written: File too large"):
+        plot_runs([run], tmp_path / "c.png")

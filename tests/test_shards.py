@@ -125,7 +125,7 @@ def change(**fields):
     (change(shards=[], num_samples=0), r"contradicts itself"),
     (lambda folder: (folder / "manifest.json").write_text('{"format_ver'), r"is not valid JSON"),
     (lambda folder: (folder / "manifest.json").write_text("[]"), r"no manifest of shards"),
-    (lambda folder: (folder / "manifest.json").unlink(), r"train has no manifest.json.*tools/convert_imagenet.py"),
+    (lambda folder: (folder / "manifest.json").unlink(), r"train has an index.npy but no manifest.json; copy"),
 ])
 def test_broken_manifests(folder, damage, message):
     damage(folder)
@@ -142,7 +142,7 @@ def test_a_shard_name_cannot_leave_the_folder(folder):
 
 
 def test_folders_that_are_not_a_split(folder, tmp_path):
-    with pytest.raises(DataError, match=r"no such folder: .*gone; convert first: python tools/convert_imagenet.py"):
+    with pytest.raises(DataError, match=r"no such folder: .*gone; convert first: vir-convert --source SRC"):
         read_manifest(tmp_path / "gone")
     with pytest.raises(DataError, match=r"train has: give the folder of one split"):
         read_manifest(tmp_path)
@@ -150,9 +150,31 @@ def test_folders_that_are_not_a_split(folder, tmp_path):
     with pytest.raises(DataError, match=r"looks like an ImageNet folder of 1 class folders \(n01, ...\): convert it "
                                         r"first: .*--source .*src --split train"):
         read_manifest(tmp_path / "src/train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty has no manifest.json: it is no converted split; convert first: vir"):
+        read_manifest(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"index.npy is a file; give the folder of a converted split"):
+        read_manifest(folder / "index.npy")
     (tmp_path / "val.partial").mkdir()
     with pytest.raises(DataError, match=r"no such folder: .*val; .*val.partial is there"):
         read_manifest(tmp_path / "val")
+
+
+@pytest.mark.parametrize("names, said", [
+    (["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"], "2 tar files (imagenet1k-train-0000.tar, ...)"),
+    (["ILSVRC2012_img_train.tar"], "1 tar file (ILSVRC2012_img_train.tar)"),
+    (["ILSVRC2012_devkit_t12.tar.gz", "b.tgz"], "2 tar files (ILSVRC2012_devkit_t12.tar.gz, ...)")])
+def test_tars_that_were_made_elsewhere_are_named_as_what_they_are(tmp_path, names, said):
+    folder = tmp_path / "train"
+    (folder / "a folder.tar").mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    with pytest.raises(DataError) as error:
+        read_manifest(folder)
+    assert str(error.value) == (
+        f"{folder} holds {said} but no manifest.json: shards or archives made elsewhere; today only the shards of "
+        "vir-convert are read: unpack the images to SRC/train/CLASS/ and convert them: vir-convert --source SRC "
+        "--split train --output SHARDS")
 
 
 @pytest.mark.parametrize("damage, message", [

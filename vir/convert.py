@@ -1,7 +1,7 @@
 """Converts an ImageNet folder into WebDataset shards with an index.
 
-    python tools/convert_imagenet.py --source imagenet --split train --output shards --workers 8
-    python tools/convert_imagenet.py --source imagenet --split val --output shards --workers 8
+    vir-convert --source imagenet --split train --output shards --workers 8
+    vir-convert --source imagenet --split val --output shards --workers 8
 
 The first command reads imagenet/train/<class>/<image>. It writes shards/train/imagenet1k-train-000000.tar ... with
 index.npy and manifest.json beside them.
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
                           check=args.check, classes=read_class_list(args.classes) if args.classes else None,
                           stopping=lambda: bool(received))
     except VirError as error:
-        return cli.tell(error, "error")
+        return cli.tell(error, "vir-convert")
     except Stopped:
         print(f"stopped by {received[0].name}; what was written is removed", file=sys.stderr)
         return 128 + received[0]
@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="vir-convert", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="ImageNet folder: SOURCE/SPLIT/<class>/<image>; JPEG, PNG or WebP")
     add("--split", required=True, help="folder in SOURCE to convert, and folder in OUTPUT to write: train, val, ...")

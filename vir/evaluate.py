@@ -1,9 +1,9 @@
 """Evaluate a weights file on a split of shards: top-1, top-5 and loss, every image once.
 
-    accelerate launch -m vir.evaluate --weights vir_small.safetensors --data SHARDS/val
+    vir-evaluate --weights vir_small.safetensors --data SHARDS/val
 
-On one device `python -m vir.evaluate` does, on CPUs `torchrun --nproc_per_node N -m vir.evaluate`. No DeepSpeed is
-needed. Exit codes: 0 done, 2 settings, 3 data.
+That is on one device. On several GPUs `accelerate launch -m vir.evaluate` starts it, on CPUs
+`torchrun --nproc_per_node N -m vir.evaluate`. No DeepSpeed is needed. Exit codes: 0 done, 2 settings, 3 data.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vir import cli
 from vir.config import RetentionMode
-from vir.errors import SettingsError, VirError
-from vir.files import replace_text
+from vir.errors import DataError, SettingsError, VirError
+from vir.files import replace_text, try_to_write
 
 if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is imported
     from accelerate import PartialState
@@ -32,10 +32,10 @@ MODES = get_args(RetentionMode)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="vir.evaluate", description=__doc__,
+    parser = argparse.ArgumentParser(prog="vir-evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE.safetensors",
-                        help="made by tools/consolidate_checkpoint.py; names its model itself")
+                        help="made by vir-consolidate; names its model itself")
     parser.add_argument("--data", type=Path, required=True, metavar="SHARDS/val", help="folder of shards with index")
     parser.add_argument("--mode", choices=MODES, default="auto", help="form of retention (default: auto)")
     parser.add_argument("--compare-modes", action="store_true",
@@ -49,8 +49,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: {args.json.parent} is not a folder")
     return args
 
 
@@ -61,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except VirError as error:  # every process meets it at the door; later, maybe one alone
         from torch import distributed
 
-        return cli.tell(error, "vir.evaluate", every_rank=distributed.is_initialized())
+        return cli.tell(error, "vir-evaluate", every_rank=distributed.is_initialized())
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -76,7 +74,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from vir.models import load
     from vir.models.spec import input_of
 
-    reader = ShardReader(args.data)
+    try:
+        reader = ShardReader(args.data)
+    except DataError as error:
+        raise DataError(f"--data: {error}") from error
     model = load(args.weights)
     metadata: WeightsMetadata = getattr(model, "weights_metadata")
     _check(args, model, metadata, reader)
@@ -85,6 +86,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     distributed.share_cores(state.device)
+    _check_json(args.json, state)
     model.to(state.device)
     model_input = input_of(model)
     batches: dict[str, Any] = dict(batch_size=args.batch_size, rank=state.process_index,
@@ -100,8 +102,15 @@ def _evaluate(args: argparse.Namespace) -> int:
         accuracy = classify(model, eval_batches(reader, model_input, **batches), model_input, state.device, bar)
     assert accuracy is not None, "only a stop cuts it short, and none was given"
     result |= {"images": accuracy.images, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
-    _print_result(args, result, state)
+    if state.is_main_process:
+        _print_result(result)
     state.destroy_process_group()
+    if args.json and state.is_main_process:
+        try:
+            replace_text(args.json, json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise DataError(f"--json {args.json} could not be written: {error.strerror}; the last line on stdout is "
+                            "the result") from error
     return 0
 
 
@@ -114,17 +123,28 @@ def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata
         raise SettingsError(f"{metadata.model.name} has no retention; leave out --mode and --compare-modes")
 
 
-def _print_result(args: argparse.Namespace, result: dict[str, Any], state: PartialState) -> None:
-    if not state.is_main_process:
-        return
+def _check_json(path: Path | None, state: PartialState) -> None:
+    """Whether the result can be written, asked of the process that will write it before the evaluation. Collective."""
+    from vir import distributed
+
+    problem = None
+    if path and state.is_main_process:
+        try:
+            try_to_write(path)
+        except OSError as error:
+            problem = error.strerror
+    if problem := distributed.broadcast(problem):
+        state.destroy_process_group()
+        raise SettingsError(f"--json {path} cannot be written: {problem}; give a file in a folder that is there")
+
+
+def _print_result(result: dict[str, Any]) -> None:
     print(f"{result['model']}{' EMA' if result['ema'] else ''}, step {result['step']}, {result['images']} images, "
           f"{result['processes']} processes: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
           f"loss {result['loss']:.4f}")
     for mode, difference in result.get("mode_differences", {}).items():
         print(f"largest logit difference, {mode} against parallel: {difference:.2e}")
-    print(json.dumps(result))
-    if args.json:
-        replace_text(args.json, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result), flush=True)
 
 
 def _compare(model: nn.Module, batch: Batch, model_input: InputSpec, mode: str) -> dict[str, float]:

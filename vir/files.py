@@ -6,7 +6,7 @@ import errno
 import hashlib
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
 
@@ -51,6 +51,24 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def try_to_write(path: Path) -> None:
+    """Write a file beside `path` and remove it again, to learn before long work whether its result can be written.
+
+    Raises:
+        OSError: that failed, or what is at `path` is no file that could be replaced, such as a folder or a device.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if path.exists() and not path.is_file():  # the renaming would put a file in the place of /dev/null for all
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(b"0")
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Iterator
 
 from torch import Tensor
 
-from vir.checkpoints.info import CheckpointInfo, read_info
+from vir.checkpoints.info import BEST, LATEST, CheckpointInfo, pointed, read_info
 from vir.checkpoints.partitions import EMA, WEIGHT, Partitions
 from vir.checkpoints.store import select
 from vir.errors import CheckpointError, SettingsError
+from vir.files import try_to_write
 from vir.models.weights import DTYPES, WeightsMetadata, save_weights
 from vir.run_folder import CHECKPOINTS, METRICS
 
+ENDING = ".safetensors"
 
-def consolidate(source: Path, output: Path, *, ema: bool = False, dtype: str = "fp32",
+
+def consolidate(source: Path, output: Path, *, which: str = LATEST, ema: bool = False, dtype: str = "fp32",
                 force: bool = False) -> WeightsMetadata:
     """Write the weights of a checkpoint, or their average, as one safetensors file that names its model.
 
     Args:
-        source: a run folder (the checkpoint that a resume would take) or one checkpoint folder.
+        source, which: as of `select`: what a resume would take.
+        output: NAME.safetensors; folders are made as needed.
         dtype: fp32, bf16 or fp16, of the tensors in the file.
         force: replace an existing file.
 
     Raises:
-        SettingsError: the file exists, the checkpoint has no EMA.
+        SettingsError: the file exists, cannot be written or has another ending; the checkpoint has no EMA; `which`
+            does not fit.
         CheckpointError: no complete checkpoint, or only damaged ones.
     """
-    if output.exists() and not force:
-        raise SettingsError(f"{output} exists; give another --output, or --force to replace it")
-    folder, info = _checkpoint(source)
+    _check_output(output, force)
+    folder, info = _checkpoint(source, which)
     if ema and not info.ema:
         raise SettingsError(f"{folder} was trained without an average of weights (--ema.decay 0); leave --ema out")
     metadata = WeightsMetadata(model=info.model, step=info.step, samples_seen=info.samples_seen, ema=ema, dtype=dtype)
@@ -39,12 +44,29 @@ def consolidate(source: Path, output: Path, *, ema: bool = False, dtype: str = "
     return metadata
 
 
-def _checkpoint(source: Path) -> tuple[Path, CheckpointInfo]:
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder; give a run folder or one of its {CHECKPOINTS}/step-… folders")
-    selected = select(source)
+def _check_output(output: Path, force: bool) -> None:
+    """At the door: gathering the weights of a large model takes minutes."""
+    if output.suffix != ENDING:
+        better = output.with_suffix("") if output.suffix in (".pt", ".pth", ".bin", ".ckpt") else output
+        raise SettingsError(f"--output {output} does not end in {ENDING}, the format of the file, by which timm knows "
+                            f"it; give --output {better}{ENDING}")
+    if output.is_file() and not force:
+        raise SettingsError(f"{output} exists; give another --output, or --force to replace it")
+    there = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
+    try:
+        try_to_write(output if output.exists() else there / output.name)
+    except OSError as error:
+        raise SettingsError(f"--output {output} cannot be written: {error.strerror}; give another file") from error
+
+
+def _checkpoint(source: Path, which: str) -> tuple[Path, CheckpointInfo]:
+    selected = select(source, which=which)
     if selected is not None:
         return selected
+    source, _ = pointed(source)
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: {'a file, and ' if source.exists() else ''}no such folder; give a run "
+                              f"folder, one of its {CHECKPOINTS}/step-… folders or its {CHECKPOINTS}/{BEST}")
     if (source / CHECKPOINTS).is_dir() or (source / METRICS).is_file():
         raise CheckpointError(f"{source} has no complete checkpoint yet; let the run reach one "
                               "(--checkpoint.every_epochs)")
@@ -57,3 +79,7 @@ def full_tensors(folder: Path, info: CheckpointInfo, ema: bool) -> Iterator[tupl
     yield from ({**partitions.buffers, **partitions.ema_buffers} if ema else partitions.buffers).items()
     for name in partitions.shapes:
         yield name, partitions.whole(name, EMA if ema else WEIGHT)
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.checkpoints.consolidate is a part of the library; the program is vir-consolidate")

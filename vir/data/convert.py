@@ -140,7 +140,8 @@ def _check_settings(source: Path, split: str, output: Path, name: str, workers: 
     for flag, value, choices in (("--on-error", on_error, ON_ERROR), ("--check", check, CHECKS)):
         if value not in choices:
             raise SettingsError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
-    if (output / split).resolve().is_relative_to((source / split).resolve()):
+    # Unlike resolve, realpath says nothing of links that go round in circles: reading or writing them does.
+    if Path(os.path.realpath(output / split)).is_relative_to(os.path.realpath(source / split)):
         raise SettingsError(f"--output {output} would write into the folder to convert; choose another")
 
 
@@ -319,3 +320,7 @@ def _checked_samples(task: _Task, skipped: list[SkippedFile]) -> Iterator[ShardS
             skipped.append(SkippedFile(sample.filename, str(error)))
             continue
         yield ShardSample(sample.key, data, extension, width, height, sample.label, sample.filename)
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.convert is a part of the library; the program is vir-convert")

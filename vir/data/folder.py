@@ -174,3 +174,7 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
     shown = ", ".join(repr(name) for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (shown + more) or "nothing"
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.folder is a part of the library; the program is vir-convert")

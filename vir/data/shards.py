@@ -228,15 +228,33 @@ def _sample_json(sample: ShardSample) -> bytes:
 
 
 def _why_no_manifest(folder: Path) -> str:
-    convert = "python tools/convert_imagenet.py --source {} --split {} --output SHARDS"
+    convert = "vir-convert --source {} --split {} --output SHARDS"
+    if folder.is_file():
+        return f"{folder} is a file; give the folder of a converted split; convert first: " + \
+            convert.format('SRC', 'SPLIT')
     if not folder.is_dir():
         partial = folder.with_name(folder.name + PARTIAL)
         unfinished = f"; {partial} is there: its conversion is running or was interrupted" if partial.is_dir() else ""
         return f"no such folder: {folder}{unfinished or '; convert first: ' + convert.format('SRC', folder.name)}"
-    folders = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        return f"cannot list {folder}: {error.strerror}"
+    folders = [name for name in found if (folder / name).is_dir()]
     if converted := [name for name in folders if (folder / name / MANIFEST).is_file()]:
         return f"{folder} has no {MANIFEST}, {folder / converted[0]} has: give the folder of one split"
+    if INDEX in found:
+        return f"{folder} has an {INDEX} but no {MANIFEST}; copy the split again or convert it again"
+    if tars := [name for name in found if name.endswith((".tar", ".tar.gz", ".tgz")) and name not in folders]:
+        count = "1 tar file" if len(tars) == 1 else f"{len(tars):,} tar files"
+        return (f"{folder} holds {count} ({tars[0]}{', ...' if tars[1:] else ''}) but no {MANIFEST}: shards or "
+                "archives made elsewhere; today only the shards of vir-convert are read: unpack the images to "
+                f"SRC/{folder.name}/CLASS/ and convert them: {convert.format('SRC', folder.name)}")
     if folders:
         return (f"{folder} has no {MANIFEST}; it looks like an ImageNet folder of {len(folders)} class folders "
                 f"({folders[0]}, ...): convert it first: {convert.format(folder.parent, folder.name)}")
     return f"{folder} has no {MANIFEST}: it is no converted split; convert first: {convert.format('SRC', folder.name)}"
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.shards is a part of the library; the program is vir-convert")

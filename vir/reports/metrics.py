@@ -156,12 +156,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Every event of a run. A last line cut short by a kill is left out.
 
     Raises:
-        DataError: no metrics.jsonl, or a broken line within it.
+        DataError: no metrics.jsonl, one that cannot be read, or a broken line within it.
     """
     path = run / METRICS
     if not path.is_file():
         raise DataError(f"{run} has no {METRICS}: it is not a run folder, or the run has not begun")
-    lines = path.read_text().split("\n")
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     events = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is not a whole line
         try:

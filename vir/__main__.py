@@ -1,0 +1,16 @@
+"""ViR at scale has no one program; these are installed, and each tells its flags with --help:
+
+    vir-convert       turns a folder of images into shards           python -m vir.convert
+    vir-train         trains, continues and validates a backbone     python -m vir.train
+    vir-consolidate   makes one weights file of a checkpoint         python -m vir.consolidate
+    vir-evaluate      tells the accuracy of a weights file           python -m vir.evaluate
+
+Several processes are started by a launcher: deepspeed --module vir.train, torchrun -m vir.train, and the same of
+vir.evaluate.
+"""
+
+import sys
+
+if __name__ == "__main__":
+    print(__doc__, end="")
+    sys.exit(2 if sys.argv[1:] else 0)
