@@ -21,9 +21,14 @@ done
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 ranks=$((gpus == 1 ? 1 : 2)) # a model this small keeps no more busy
 settings=ds_configs/zero2_bf16.json
-if [ "$gpus" -eq 0 ] && ! grep -q bf16 /proc/cpuinfo; then
+slower=
+[ "$gpus" -ne 0 ] || slower=$(python -c '
+from vir.engine.half_precision import measure
+bf16 = measure("bf16")
+print(f"{bf16.times_slower:.1f}" if bf16.is_slow else "")')
+if [ "$slower" ]; then
   settings=ds_configs/zero2_fp32.json
-  echo "This CPU has no bfloat16 instructions, with which PyTorch is many times slower: training in fp32 instead."
+  echo "bf16 is $slower times slower than fp32 on this processor: training in fp32 instead."
 fi
 # glibc would give freed tensors back to the system and fault them in again, at up to half of the time on CPU.
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}

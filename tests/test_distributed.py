@@ -6,6 +6,7 @@ This file is also the program of the ranks: python tests/test_distributed.py FOL
 import json
 import os
 import signal
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -215,6 +216,17 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SettingsError, match="rank 11 is number 3 on its machine, which has 2 GPUs; start at most 2"):
         distributed.gpu_of(Place(11, 16, 3, "node1", 29500))
+
+
+def test_a_port_that_another_process_has_is_named_with_the_flag_that_gives_another(monkeypatch):
+    monkeypatch.setattr(distributed, "_server", None)
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"^rank 0 cannot serve on port {port}, which another process has, "
+                                                "maybe another run; give the launcher another --master_port, or set M"):
+            distributed.serve(Place(0, 2, 0, "127.0.0.1", port))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """DeepSpeed's JSON: each refusal names the file, the key and the way out."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from support.launchers import HANGS, ROOT, call
 from vir.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from vir.engine import ds_config
 from vir.errors import SettingsError
@@ -247,6 +250,87 @@ def test_complete_adds_the_numbers_of_the_run_and_keeps_the_rest():
         "zero_optimization": {"stage": 2}, "train_batch_size": 24, "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 3, "gradient_clipping": 0.5}
     assert given == {"zero_optimization": {"stage": 2}}
+
+
+def completed(config, **fields):
+    run = RunConfig(deepspeed_config="d", output="runs/a", data=DataConfig(train="t", val="v"), **fields)
+    return ds_config.complete(config, run, 1)
+
+
+@pytest.mark.parametrize("given, taken", [
+    ({}, {"output_path": "runs/a/deepspeed", "job_name": "csv_monitor"}),
+    ({"output_path": "", "job_name": "mine"}, {"output_path": "runs/a/deepspeed", "job_name": "mine"}),
+    ({"output_path": "csv"}, {"output_path": "runs/a/csv", "job_name": "csv_monitor"}),
+    ({"output_path": "/logs"}, {"output_path": "/logs", "job_name": "csv_monitor"}),
+])
+def test_a_monitor_writes_into_the_run_folder_unless_its_path_is_absolute(given, taken):
+    assert completed({"csv_monitor": {"enabled": True, **given}})["csv_monitor"] == {"enabled": True, **taken}
+
+
+@pytest.mark.parametrize("given, taken", [("flops.txt", "runs/a/flops.txt"), ("/x/flops.txt", "/x/flops.txt")])
+def test_the_profile_of_operations_is_written_into_the_run_folder(given, taken):
+    found = completed({"flops_profiler": {"enabled": True, "output_file": given}})
+    assert found["flops_profiler"] == {"enabled": True, "output_file": taken}
+    assert completed({"flops_profiler": {"enabled": True}})["flops_profiler"] == {"enabled": True}
+
+
+@pytest.mark.parametrize("switch", ["dry_run", "validate_only"])
+@pytest.mark.parametrize("monitor", ["tensorboard", "csv_monitor", "wandb", "comet", "flops_profiler"])
+def test_a_run_that_writes_nothing_has_no_monitors_and_no_profile(switch, monitor):
+    assert completed({monitor: {"enabled": True}}, **{switch: True})[monitor] == {"enabled": False}
+
+
+@pytest.mark.timeout(2 * HANGS)
+def test_real_engines_leave_nothing_in_the_working_directory_and_refuse_what_this_device_lacks(tmp_path):
+    """One that trains with all that writes, one that only shows its plan, and those that ended in a traceback."""
+    writing = {"tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True, "job_name": "job"},
+               "flops_profiler": {"enabled": True, "profile_step": 0, "output_file": "profiles/flops.txt"},
+               "comms_logger": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    quantized = {"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "zero_hpz_partition_size": 8}}
+    jobs = [(writing, {"output": "run"}), (writing, {"output": "dry", "dry_run": True}), (quantized, {"output": "zpp"})]
+    without = not importlib.util.find_spec("wandb")
+    if without:
+        jobs.append(({"wandb": {"enabled": True}}, {"output": "wandb"}))
+    (tmp_path / "jobs.json").write_text(json.dumps([{"settings": job, "run": fields} for job, fields in jobs]))
+    (tmp_path / "here").mkdir()
+    done = call("env", "-C", tmp_path / "here", sys.executable, ROOT / "tests" / "support" / "one_engine.py",
+                tmp_path / "jobs.json", timeout=HANGS, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout
+    run, dry, refused, *no_wandb = done.stdout.split("== ")[1:]
+    assert "trained" in run and "trained" in dry, done.stdout
+    assert ("refused: --deepspeed_config mine.json sets zero_quantized_weights, for which DeepSpeed needs a GPU; take "
+            "zero3_bf16, or leave it out") in refused
+    if without:
+        assert "refused: DeepSpeed refuses mine.json: No module named 'wandb'" in no_wandb[0]
+    files = [path.relative_to(tmp_path / "here") for path in (tmp_path / "here").rglob("*") if path.is_file()]
+    folders = {str(path.parent) for path in files}
+    assert folders == {"run/deepspeed/tensorboard", "run/deepspeed/job", "run/profiles"}, files
+
+
+@pytest.mark.parametrize("ranks, part, fits", [
+    (8, 8, True), (16, 8, True), (1, 8, True), (4, 8, True), (12, 8, False), (3, 2, False), (5, 1, True)])
+def test_groups_of_ranks_that_do_not_divide_the_world_are_refused(ranks, part, fits):
+    config = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": part}}
+    if fits:
+        return ds_config.check_zero3("x.json", config, False, ranks)
+    with pytest.raises(SettingsError, match=f"^x.json sets zero_hpz_partition_size {part}, into which {ranks} ranks "
+                                            "cannot be divided; give the number of GPUs of one node"):
+        ds_config.check_zero3("x.json", config, False, ranks)
+    config["zero_optimization"]["stage"] = 2
+    ds_config.check_zero3("x.json", config, False, ranks)  # which has no such groups
+
+
+def test_a_quantizer_is_refused_on_cpus_alone_by_all_its_keys():
+    shipped = ds_config.read("zero3pp_bf16")
+    ds_config.check_zero3("x", shipped, False, 8)
+    with pytest.raises(SettingsError, match="^x sets zero_quantized_weights, zero_quantized_gradients, for which "
+                                            "DeepSpeed needs a GPU; take zero3_bf16, or leave them out$"):
+        ds_config.check_zero3("x", shipped, True, 8)
+
+
+@pytest.mark.parametrize("stage, name", [(0, "zero0_fp32"), (1, "zero0_fp32"), (2, "zero2_fp32"), (3, "zero2_fp32")])
+def test_the_shipped_one_in_float32_is_of_this_stage_or_the_nearest_lower(stage, name):
+    assert ds_config.shipped_in_fp32({"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}) == name
 
 
 @pytest.mark.parametrize("content, said", [

@@ -1,12 +1,15 @@
 """The place of a process among those of a run, from what torchrun, deepspeed, accelerate or srun says."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
+from support.launchers import call, free_port
 from vir import launcher
 from vir.errors import SettingsError
-from vir.launcher import Place, adopt, first_host, local_rank
+from vir.launcher import Place, adopt, first_host, local_rank, processes_asked_for
 
 TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]",
@@ -97,3 +100,43 @@ def test_the_first_host_of_a_compressed_list(nodes, first):
 def test_the_number_on_the_machine(environment, said, number):
     environment(**said)
     assert launcher.local_rank() == local_rank() == number
+
+
+@pytest.mark.parametrize("words, number", [
+    ("python /bin/accelerate launch --num_processes 2 -m vir.evaluate", 2),
+    ("python -m accelerate.commands.launch --num-processes=3 -m vir.evaluate", 3),
+    ("accelerate launch --num_processes 2 --num_processes 4 -m x", 4), ("accelerate launch -m x", 0),
+    ("accelerate launch --num_processes 1 -m x", 1), ("accelerate launch -m x --json a--num_processes 2", 0)])
+def test_the_processes_that_accelerate_was_asked_for(words, number):
+    assert processes_asked_for(words.split()) == number
+
+
+@pytest.mark.launcher
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="command lines are seen on Linux only")
+def test_accelerate_that_starts_one_process_instead_of_two_is_told_with_the_command_that_starts_them(tmp_path):
+    """By accelerate itself, without GPUs; with --multi_gpu it starts both, and nothing is said."""
+    script = tmp_path / "script.py"
+    script.write_text("from vir.launcher import tell_of_missing_processes\n"
+                      "tell_of_missing_processes('vir.evaluate')\nprint('ran')\n")
+
+    def said(*options):
+        done = call(Path(sys.executable).parent / "accelerate", "launch", *options, "--mixed_precision", "no",
+                    "--main_process_port", free_port(), script, CUDA_VISIBLE_DEVICES="", timeout=600)
+        assert done.returncode == 0, done.stdout
+        return done.stdout.count("ran\n"), [line for line in done.stdout.splitlines() if "vir.evaluate" in line]
+
+    count, (line,) = said("--num_processes", "2")
+    assert count == 1 and line.startswith("vir.evaluate: accelerate was asked for 2 processes and has started one")
+    assert line.endswith("by: torchrun --nproc_per_node 2 -m vir.evaluate …")
+    assert said("--multi_gpu", "--num_processes", "2") == (2, [])
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="command lines are seen on Linux only")
+@pytest.mark.parametrize("number, environment, is_told", [
+    ("2", {"ACCELERATE_MIXED_PRECISION": "no"}, True), ("1", {"ACCELERATE_MIXED_PRECISION": "no"}, False),
+    ("2", {}, False), ("2", {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"}, False)])
+def test_only_a_process_of_accelerate_alone_that_was_to_have_others_is_told(number, environment, is_told):
+    """Its parent's command line is a real one."""
+    child = f"{sys.executable} -c 'from vir.launcher import tell_of_missing_processes as tell; tell(\"m\")'; true"
+    done = call("sh", "-c", child, "--num_processes", number, **environment)
+    assert done.returncode == 0 and ("m: accelerate was asked for 2" in done.stdout) == is_told, done.stdout

@@ -52,8 +52,10 @@ def serve(place: Place) -> None:
             try:
                 _server = TCPStore(place.address, place.port, is_master=True, wait_for_workers=False, multi_tenant=True)
             except RuntimeError as error:
-                raise SettingsError(f"rank 0 cannot serve on port {place.port} ({str(error).splitlines()[0]}); give "
-                                    "the launcher another --master_port, or set MASTER_PORT") from error
+                taken = "EADDRINUSE" in str(error)
+                raise SettingsError(f"rank 0 cannot serve on port {place.port}" + (
+                    ", which another process has, maybe another run" if taken else f" ({str(error).splitlines()[0]})"
+                ) + "; give the launcher another --master_port, or set MASTER_PORT") from error
 
 
 def connect(place: Place, timeout: timedelta) -> Store:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from vir import cli
+from vir import cli, launcher
 from vir.config import RetentionMode
 from vir.errors import DataError, SettingsError, VirError
 from vir.files import replace_text, try_to_write
@@ -54,6 +54,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
+    launcher.tell_of_missing_processes("vir.evaluate")
     try:
         return _evaluate(args)
     except VirError as error:  # every process meets it at the door; later, maybe one alone

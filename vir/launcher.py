@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from vir.errors import SettingsError
 
@@ -71,6 +73,34 @@ def local_size() -> int:
     """How many processes of the run are on this machine, as the launcher says; 1 where it does not."""
     said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return max(1, int(said)) if said.isdigit() else 1
+
+
+def tell_of_missing_processes(module: str) -> None:
+    """Say on standard error where `accelerate launch` was asked for several processes and has started this one alone.
+
+    It does so where it finds no two GPUs, unless it is told --multi_gpu. Only its command line, which Linux shows,
+    tells how many were asked for.
+
+    Args:
+        module: what is run, e.g. vir.evaluate.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return
+    if (asked := processes_asked_for(words)) > 1:
+        print(f"{module}: accelerate was asked for {asked} processes and has started one, as it does without several "
+              f"GPUs; this goes on with one. Start {asked} by: torchrun --nproc_per_node {asked} -m {module} …",
+              file=sys.stderr)
+
+
+def processes_asked_for(words: list[str]) -> int:
+    """The number in a command line of accelerate; 0 where there is none."""
+    joined = " ".join(words).replace("--num-processes", "--num_processes")
+    found = re.findall(r"(?<!\S)--num_processes[ =](\d+)(?!\S)", joined)
+    return int(found[-1]) if found else 0
 
 
 def _number(name: str) -> int:

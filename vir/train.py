@@ -42,6 +42,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         place = launcher.adopt()
     except VirError as error:
         return cli.tell(error, PROGRAM)
+    launcher.tell_of_missing_processes(PROGRAM)
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
     heartbeat, at_the_door = None, True
     try:

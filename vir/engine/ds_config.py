@@ -22,6 +22,8 @@ OWNED = {
 }
 
 _MONITOR = {"enabled", "output_path", "job_name"}
+_MONITORS_OF_FILES = {"tensorboard", "csv_monitor"}
+_WRITERS = _MONITORS_OF_FILES | {"wandb", "comet", "flops_profiler"}
 
 # DeepSpeed 0.19 ignores a top-level key it does not know, so a typo would pass in silence; in most blocks it refuses
 # one, but does not say what was meant. None: a value, not a block.
@@ -243,12 +245,65 @@ def offloads(config: dict[str, Any]) -> bool:
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") == "cpu"
 
 
+def takes_cpu_adam(config: dict[str, Any], optimizer: str) -> bool:
+    """Whether DeepSpeed's Adam for CPUs steps the weights."""
+    return offloads(config) and optimizer in ("adam", "adamw")
+
+
+def quantized(config: dict[str, Any]) -> list[str]:
+    """The keys that ask ZeRO 3 for a quantizer, which DeepSpeed has for GPUs only."""
+    zero = config.get("zero_optimization", {})
+    return [key for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights",
+                            "zero_quantized_gradients") if zero.get(key) and zero_stage(config) == 3]
+
+
+def check_zero3(named: str, config: dict[str, Any], on_cpu: bool, world: int) -> None:
+    """Refuse what DeepSpeed would end in a traceback for, on this device and number of ranks.
+
+    Args:
+        named: how the message calls the JSON.
+    """
+    if on_cpu and (keys := quantized(config)):
+        raise SettingsError(f"{named} sets {', '.join(keys)}, for which DeepSpeed needs a GPU; take zero3_bf16, or "
+                            f"leave {'it' if len(keys) == 1 else 'them'} out")
+    part = config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if zero_stage(config) == 3 and isinstance(part, int) and part > 1 and world % min(part, world):
+        raise SettingsError(f"{named} sets zero_hpz_partition_size {part}, into which {world} ranks cannot be divided; "
+                            "give the number of GPUs of one node, or start a multiple of it")
+
+
+def shipped_in_fp32(config: dict[str, Any]) -> str:
+    """Name of the shipped JSON that trains in float32 at the stage of this one, or at the nearest lower."""
+    in_fp32 = {zero_stage(content): path.stem for path in sorted(SHIPPED.glob("*.json"))
+               if precision(content := json.loads(path.read_text())) == "fp32"}
+    return in_fp32[max(stage for stage in in_fp32 if stage <= zero_stage(config))]
+
+
 def complete(config: dict[str, Any], run: RunConfig, accumulation: int) -> dict[str, Any]:
-    """The dict handed to DeepSpeed: `config` with batch sizes, accumulation and clipping of the run."""
+    """The dict handed to DeepSpeed: `config` with batch sizes, accumulation and clipping of the run.
+
+    What DeepSpeed writes goes into the run folder; in a run that writes nothing its monitors and its profiler are off.
+    """
     return {
-        **config,
+        **config, **_written(config, run),
         "train_batch_size": run.train.global_batch_size,
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.optim.clip_grad,
     }
+
+
+def _written(config: dict[str, Any], run: RunConfig) -> dict[str, Any]:
+    """The blocks by which DeepSpeed writes files or reports to a service, with paths that begin in the run folder.
+
+    An absolute path stays. By itself DeepSpeed would write into the working directory.
+    """
+    blocks = {key: config[key] for key in _WRITERS if key in config}
+    if run.dry_run or run.validate_only:
+        return {key: {**block, "enabled": False} for key, block in blocks.items()}
+    for key in _MONITORS_OF_FILES & blocks.keys():
+        blocks[key] = {"job_name": key, **blocks[key],
+                       "output_path": str(Path(run.output, blocks[key].get("output_path") or "deepspeed"))}
+    if file := blocks.get("flops_profiler", {}).get("output_file"):
+        blocks["flops_profiler"] = {**blocks["flops_profiler"], "output_file": str(Path(run.output, file))}
+    return blocks

@@ -8,7 +8,6 @@ Facts of DeepSpeed 0.19 that shape this file, each seen by running it (those of 
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
@@ -17,22 +16,23 @@ from typing import AbstractSet, Any, Callable, Iterator
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
-from torch.utils.cpp_extension import get_default_build_root
 
 from vir.checkpoints.info import CheckpointInfo
 from vir.checkpoints.partitions import EMA, EMA_BUFFERS, FROZEN, WEIGHT, Partitions
 from vir.config import RunConfig
+from vir.engine import builds
 from vir.engine import ds_config as ds
-from vir.engine import ema
+from vir.engine import ema, half_precision
 from vir.engine.batch_norm import RunningStatistics, compute_in_float32
 from vir.engine.blocks import compile_blocks, recompute
+from vir.engine.builds import warn_of_killed_builds
 from vir.engine.loss_scale import LossScale
 from vir.engine.optimizer import build, copied, parameter_groups, set_rates
 from vir.engine.zero import LAYOUTS
@@ -40,9 +40,6 @@ from vir.errors import LossScaleError, SettingsError
 from vir.log import log
 
 deepspeed.utils.logger.setLevel("WARNING")
-
-_LOCKS_BY_FILES_BEFORE = "2.15"
-"""Of torch: from then on, a build that is killed gives its lock back (seen in that version; pytorch issue 189245)."""
 
 
 class Update(Enum):
@@ -63,7 +60,7 @@ class Engine:
         accumulation: micro-batches per step.
 
     Raises:
-        SettingsError: a precision that this machine does not have, or what DeepSpeed or the model refuses.
+        SettingsError: what this device, this number of ranks, DeepSpeed or the model does not have or refuses.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, ds_config: dict[str, Any], accumulation: int) -> None:
@@ -73,8 +70,7 @@ class Engine:
         self.updates = 0
         self._accumulation = accumulation
         self._decay_at = partial(ema.decay_at, decay=config.ema.decay, warmup=config.ema.warmup)
-        if self.precision == "fp16":
-            _check_fp16(config.deepspeed_config)
+        _check_device(config, ds_config)
         if "activation_checkpointing" in ds_config:
             recompute(model)
         if self.precision != "fp32":
@@ -82,6 +78,7 @@ class Engine:
         if config.model.compile:
             compile_blocks(model, self.zero_stage)
         warn_of_killed_builds(torch.__version__)
+        builds.load(builds.needed(ds_config, config.optim.name))
         self.groups = parameter_groups(model, config.optim)
         _check_groups(model, self.groups)
         self._optimizer = _optimizer(self.groups, config, ds_config)
@@ -249,21 +246,24 @@ class _Recorder(TorchCheckpointEngine):
             self.problems.append(f"{path}: {error}")
 
 
-def warn_of_killed_builds(torch_version: str) -> None:
-    """Name the lock files for which older versions of torch would wait without a word, until someone removes them."""
-    if TorchVersion(torch_version) >= _LOCKS_BY_FILES_BEFORE:
-        return
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).glob("**/lock"):
-        log.warning("%s is there: another process is building this op of DeepSpeed, and this one waits for it; or a "
-                    "build was killed, and this one would wait for ever: then remove the file", lock)
-
-
-def _check_fp16(deepspeed_config: str) -> None:
-    accelerator = deepspeed.accelerator.get_accelerator()
-    if not accelerator.is_fp16_supported():
-        raise SettingsError(f"--deepspeed_config {deepspeed_config} enables fp16, which this machine's "
-                            f"{accelerator.device_name()} does not support; take a bf16 or fp32 one, such as "
-                            "zero2_bf16")
+def _check_device(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Refuse what this device or this number of ranks does not have, and warn of what it has, but slowly."""
+    accelerator, named = deepspeed.accelerator.get_accelerator(), f"--deepspeed_config {config.deepspeed_config}"
+    on_cpu, precision = accelerator.device_name() == "cpu", ds.precision(ds_config)
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        bf16 = half_precision.measure("bf16") if on_cpu else None
+        raise SettingsError(f"{named} enables fp16, which this machine's {accelerator.device_name()} does not "
+                            "support; take " + (
+                                f"an fp32 one, such as {ds.shipped_in_fp32(ds_config)} (bf16 is "
+                                f"{bf16.times_slower:.1f} times slower than fp32 on this processor)"
+                                if bf16 and bf16.is_slow else "a bf16 or fp32 one, such as zero2_bf16"))
+    ds.check_zero3(named, ds_config, on_cpu, dist.get_world_size() if dist.is_initialized() else 1)
+    if on_cpu and precision != "fp32" and (not dist.is_initialized() or dist.get_rank() == 0):
+        speed = half_precision.measure(precision)
+        if speed.is_slow:
+            log.warning("%s is %.1f times slower than fp32 on this processor (measured: a linear layer takes %.1f ms "
+                        "instead of %.1f ms); take --deepspeed_config %s", precision, speed.times_slower, speed.half,
+                        speed.fp32, ds.shipped_in_fp32(ds_config))
 
 
 def _check_groups(model: nn.Module, groups: list[dict[str, Any]]) -> None:
@@ -297,7 +297,7 @@ def _optimizer(groups: list[dict[str, Any]], config: RunConfig, ds_config: dict[
 
     Its rate is written before each step. Until then it is 0, so that DeepSpeed's own set-up step moves no weight.
     """
-    if ds.offloads(ds_config) and config.optim.name in ("adam", "adamw"):
+    if ds.takes_cpu_adam(ds_config, config.optim.name):
         return DeepSpeedCPUAdam(groups, lr=0.0, betas=config.optim.betas, eps=config.optim.eps,
                                 adamw_mode=config.optim.name == "adamw")
     return build(groups, config.optim)
@@ -310,7 +310,7 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
                 "zero_force_ds_cpu_optimizer": False}  # optimizer.check_name() knows which one is right where
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    except (DeepSpeedConfigError, ValidationError, ZeRORuntimeException, NotImplementedError) as error:
+    except (DeepSpeedConfigError, ValidationError, ZeRORuntimeException, NotImplementedError, ImportError) as error:
         raise SettingsError(f"DeepSpeed refuses {config.deepspeed_config}: {error}") from error
     engine.checkpoint_engine = _Recorder(engine._config)
     engine._copy_recovery_script = lambda folder: None  # data should hold no programs

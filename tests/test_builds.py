@@ -1,0 +1,98 @@
+"""Operators that are built are told before and after, those that are there are not: with a real compiler."""
+
+import logging
+import os
+import time
+
+import pytest
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
+
+from vir.engine import builds
+from vir.errors import SettingsError
+
+ON_CPU = get_accelerator().device_name() == "cpu"
+SOURCE = """
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, TORCH_EXTENSION_NAME_TEXT};
+PyMODINIT_FUNC INITIALISER() { return PyModule_Create(&definition); }
+"""
+
+
+class Tiny(CPUOpBuilder):
+    """An operator that a compiler makes in no time: of no function, without PyTorch's headers."""
+
+    def __init__(self, source, name, flags=()):
+        super().__init__(name=name)
+        self.source, self.flags = source, flags
+
+    def absolute_name(self):
+        return self.name
+
+    def sources(self):
+        return [str(self.source)]
+
+    def cxx_args(self):
+        return ["-O0", f"-DINITIALISER=PyInit_{self.name}", f"-DTORCH_EXTENSION_NAME_TEXT='\"{self.name}\"'",
+                *self.flags]
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
+    (tmp_path / "ops").mkdir()
+    path = tmp_path / "tiny.cpp"
+    path.write_text(SOURCE)
+    os.utime(path, (1e9, 1e9))
+    return path
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "vir"]
+
+
+def test_a_build_is_told_before_and_after_and_what_is_built_is_not(source, caplog):
+    caplog.set_level(logging.INFO)
+    builds.load([Tiny(source, "vir_tiny")])
+    before, after = said(caplog)
+    assert before == "DeepSpeed is building its operator vir_tiny for this machine: once, a minute or two"
+    assert after.startswith("built vir_tiny in ") and after.endswith(" s")
+    assert "vir_tiny" in OpBuilder._loaded_ops
+    builds.load([Tiny(source, "vir_tiny")])
+    assert len(said(caplog)) == 2
+
+
+def test_built_is_what_was_made_of_these_sources_in_this_way(source):
+    tiny = Tiny(source, "vir_tiny_again")
+    assert not builds.is_built(tiny)
+    builds.load([tiny])
+    assert builds.is_built(tiny)
+    assert not builds.is_built(Tiny(source, "vir_tiny_again", flags=("-march=another",)))
+    moved = source.rename(source.with_name("moved.cpp"))
+    assert not builds.is_built(Tiny(moved, "vir_tiny_again"))
+    moved.rename(source)
+    os.utime(source, (time.time() + 60,) * 2)
+    assert not builds.is_built(tiny)
+
+
+def test_a_build_that_fails_is_refused_with_the_way_out_and_the_compilers_words(source):
+    source.write_text("#error no such machine\n")
+    with pytest.raises(SettingsError) as raised:
+        builds.load([Tiny(source, "vir_tiny_wrong")])
+    assert str(raised.value).startswith("DeepSpeed cannot build its operator vir_tiny_wrong; install a C++ compiler")
+    assert "no such machine" in str(raised.value)
+
+
+def test_what_a_run_needs_is_told_by_its_json_its_optimizer_and_the_device():
+    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    quantized = {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}
+    always = ["deepspeed_shm_comm"] if ON_CPU else []
+
+    def names(config, optimizer):
+        return [builder.name for builder in builds.needed(config, optimizer)]
+
+    assert names({}, "adamw") == always
+    assert names(offloaded, "adamw") == names(offloaded, "adam") == ["cpu_adam", *always]
+    assert names(offloaded, "sgd") == always
+    assert names(quantized, "adamw") == (always if ON_CPU else ["quantizer"])

@@ -1,0 +1,75 @@
+"""The operators that DeepSpeed compiles for a machine at their first use: loaded here, so that the wait is told."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, Sequence
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.builder import MissingCUDAException
+from torch.torch_version import TorchVersion
+from torch.utils import cpp_extension
+
+from vir.engine import ds_config as ds
+from vir.errors import SettingsError
+from vir.log import log
+
+_LOCKS_BY_FILES_BEFORE = "2.15"
+"""Of torch: from then on, a build that is killed gives its lock back (seen in that version; pytorch issue 189245)."""
+
+
+def needed(ds_config: dict[str, Any], optimizer: str) -> list[Any]:
+    """DeepSpeed's builders of the operators that a run with this JSON uses on this device."""
+    on_cpu = get_accelerator().device_name() == "cpu"
+    return [get_accelerator().create_op_builder(name) for name, used in (
+        ("CPUAdamBuilder", ds.takes_cpu_adam(ds_config, optimizer)),
+        ("QuantizerBuilder", not on_cpu and ds.quantized(ds_config)),
+        ("ShareMemCommBuilder", on_cpu and deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm", False)),
+    ) if used]
+
+
+def load(builders: Sequence[Any]) -> None:
+    """Build the operators that are not there yet, and tell of each before and after.
+
+    DeepSpeed would do the same a moment later, without a word.
+
+    Raises:
+        SettingsError: one cannot be built; most often there is no compiler.
+    """
+    for builder in builders:
+        try:
+            if is_built(builder):
+                continue  # DeepSpeed finds it
+            log.info("DeepSpeed is building its operator %s for this machine: once, a minute or two", builder.name)
+            begin = time.monotonic()
+            builder.load(verbose=False)
+            log.info("built %s in %.0f s", builder.name, time.monotonic() - begin)
+        except (RuntimeError, OSError, MissingCUDAException) as error:
+            raise SettingsError(f"DeepSpeed cannot build its operator {builder.name}; install a C++ compiler (g++), "
+                                f"ninja and, on a GPU, nvcc. What the build said: {str(error)[:2000]}") from error
+
+
+def is_built(builder: Any) -> bool:
+    """Whether an operator is installed, or was built of these sources in this way, as ninja decides it."""
+    if deepspeed.git_version_info.installed_ops.get(builder.name, False):
+        return True
+    folder = Path(cpp_extension._get_build_directory(builder.name, False))
+    library, rules = folder / f"{builder.name}.so", folder / "build.ninja"
+    if not (library.is_file() and rules.is_file()):
+        return False
+    sources = [builder.deepspeed_src_path(source) for source in builder.strip_empty_entries(builder.sources())]
+    words, built = rules.read_text(), library.stat().st_mtime
+    return (all(os.stat(source).st_mtime <= built for source in sources) and
+            all(word in words for word in (*sources, *builder.strip_empty_entries(builder.cxx_args()))))
+
+
+def warn_of_killed_builds(torch_version: str) -> None:
+    """Name the lock files for which older versions of torch would wait without a word, until someone removes them."""
+    if TorchVersion(torch_version) >= _LOCKS_BY_FILES_BEFORE:
+        return
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()).glob("**/lock"):
+        log.warning("%s is there: another process is building this op of DeepSpeed, and this one waits for it; or a "
+                    "build was killed, and this one would wait for ever: then remove the file", lock)
