@@ -48,7 +48,10 @@ class ModelConfig:
     crop_pct: Optional[float] = None
     """Side of the centre crop in evaluation as a share of the resized image; the model's own default when not given."""
     init_from: str = ""
-    """Weights file to begin from, .safetensors or a timm checkpoint; a head of another class count begins at random."""
+    """Weights file to begin from, .safetensors or a timm checkpoint; a head of other classes begins at random."""
+    pretrained: bool = False
+    """Begin from timm's own pretrained weights, fetched once into its cache; a head of another class count begins at
+    random."""
     freeze: Optional[str] = None
     """Regular expression of parameters not to train, from their names' start, e.g. 'patch_embed|blocks\\.[0-5]\\.'."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +76,9 @@ class ModelConfig:
         except re.error as error:
             raise SettingsError(f"--model.freeze is {self.freeze!r}; it must be a regular expression, but {error}"
                                 ) from error
+        if self.pretrained and self.init_from:
+            raise SettingsError(f"--model.pretrained true and --model.init_from {self.init_from} are both given; a run "
+                                "begins from one of them: leave the other out")
         for name in ("num_classes", "img_size", "drop_path_rate"):
             if name in self.args:
                 raise SettingsError(f"--model.args sets {name!r}; " + (
