@@ -173,6 +173,15 @@ def test_another_freeze_is_a_changed_setting_and_none_is_that_of_runs_from_befor
     assert differences(before, to_dict(run_config())) == []
 
 
+def test_settings_that_a_run_began_without_are_at_their_defaults():
+    before = to_dict(run_config())
+    del before["model"]["pretrained"], before["optim"]["betas"]
+    assert differences(before, to_dict(run_config())) == []
+    changed = run_config(model=ModelConfig(pretrained=True), optim=OptimConfig(betas=(0.8, 0.9)))
+    assert differences(before, to_dict(changed)) == [
+        "model.pretrained: False -> True", "optim.betas: [0.9, 0.999] -> [0.8, 0.9]"]
+
+
 @pytest.mark.parametrize("flag", REQUIRED[::2])
 def test_a_required_flag_that_is_missing_is_named_alone(flag):
     at = REQUIRED.index(flag)

@@ -422,36 +422,44 @@ def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain YAML and JSON types."""
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
+    return dict(_plain(dataclasses.asdict(config)))
 
-    return plain(dataclasses.asdict(config))
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def dump_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def _free_flags(kind: Any, prefix: str = "") -> set[str]:
-    """Names of the settings under a dataclass that _free() marks, e.g. data.workers."""
-    flags = {prefix + item.name for item in dataclasses.fields(kind) if item.metadata.get("free")}
+def _settings(kind: Any, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """The settings under a dataclass by their names, e.g. data.workers."""
+    found = {}
     for item in dataclasses.fields(kind):
         if dataclasses.is_dataclass(item.default_factory):
-            flags |= _free_flags(item.default_factory, f"{prefix}{item.name}.")
-    return flags
+            found |= _settings(item.default_factory, f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = item
+    return found
 
 
-FREE = frozenset(_free_flags(RunConfig))
+SETTINGS = _settings(RunConfig)
+FREE = frozenset(flag for flag, item in SETTINGS.items() if item.metadata.get("free"))
 """The settings with which a run folder may be continued although they differ from those it began with."""
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """`flag: before -> after` for each setting that changes the results of a run."""
+    """`flag: before -> after` for each setting that changes the results of a run.
+
+    One that `before` does not have is at its default there: the run began with a version that did not know it.
+    """
     changed = []
     for key in sorted(before.keys() | after.keys()):
-        flag, old, new = prefix + key, before.get(key), after.get(key)
+        flag, new = prefix + key, after.get(key)
+        old = before.get(key, _plain(SETTINGS[flag].default) if flag in SETTINGS else None)
         if flag in FREE or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
