@@ -135,7 +135,7 @@ def test_others_may_read_the_file_as_the_umask_says(tmp_path):
 
 @pytest.mark.parametrize("read", [read_metadata, load])
 def test_a_missing_file_is_named(read, tmp_path):
-    with pytest.raises(DataError, match="no weights file at .*gone.safetensors; tools/consolidate_checkpoint.py"):
+    with pytest.raises(DataError, match="no weights file at .*gone.safetensors; vir-consolidate"):
         read(tmp_path / "gone.safetensors")
     with pytest.raises(DataError, match="no weights file at"):
         read(tmp_path)

@@ -106,19 +106,19 @@ def read(path: str | os.PathLike[str]) -> tuple[WeightsMetadata, dict[str, Tenso
 
 def _open(path: str | os.PathLike[str]) -> Any:
     if not Path(path).is_file():
-        raise DataError(f"no weights file at {path}; tools/consolidate_checkpoint.py makes one from a run folder")
+        raise DataError(f"no weights file at {path}; vir-consolidate makes one from a run folder")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise DataError(f"{path} is not a safetensors file or is cut short ({error}); copy it again, or make it anew "
-                        f"with tools/consolidate_checkpoint.py") from error
+                        "with vir-consolidate") from error
 
 
 def _parse(path: str | os.PathLike[str], header: dict[str, str] | None) -> WeightsMetadata:
     text = (header or {}).get(METADATA_KEY)
     if text is None:
-        raise DataError(f"{path} is a safetensors file but does not say which model it holds; files made by tools/"
-                        f"consolidate_checkpoint.py do, others load with timm.create_model(name, checkpoint_path=…)")
+        raise DataError(f"{path} is a safetensors file but does not say which model it holds; files made by "
+                        "vir-consolidate do, others load with timm.create_model(name, checkpoint_path=…)")
     try:
         version = int(json.loads(text)["format_version"])
         if version > FORMAT_VERSION:
@@ -126,7 +126,7 @@ def _parse(path: str | os.PathLike[str], header: dict[str, str] | None) -> Weigh
         return WeightsMetadata.from_json(text)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} has damaged metadata ({type(error).__name__}: {error}); make it anew with "
-                        f"tools/consolidate_checkpoint.py") from error
+                        "vir-consolidate") from error
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

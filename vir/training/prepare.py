@@ -68,7 +68,7 @@ def _check_model(config: RunConfig) -> None:
                             "those of --model.init_from or --model.pretrained: leave them out")
     if config.model.init_from and not Path(config.model.init_from).is_file() and not continues(config):
         raise SettingsError(f"--model.init_from {config.model.init_from}: no such file; give a .safetensors file of "
-                            "tools/consolidate_checkpoint.py or a timm checkpoint")
+                            "vir-consolidate or a timm checkpoint")
     if not timm.is_model(config.model.name):
         near = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
         raise SettingsError(f"--model.name {config.model.name}: no such model" + (
