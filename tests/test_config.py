@@ -128,6 +128,15 @@ def test_another_freeze_is_a_changed_setting_and_none_is_that_of_runs_from_befor
     assert differences(before, to_dict(run_config())) == []
 
 
+def test_settings_that_a_run_began_without_are_at_their_defaults():
+    before = to_dict(run_config())
+    del before["model"]["pretrained"], before["optim"]["betas"]
+    assert differences(before, to_dict(run_config())) == []
+    changed = run_config(model=ModelConfig(pretrained=True), optim=OptimConfig(betas=(0.8, 0.9)))
+    assert differences(before, to_dict(changed)) == [
+        "model.pretrained: False -> True", "optim.betas: [0.9, 0.999] -> [0.8, 0.9]"]
+
+
 def test_an_odd_micro_batch_is_refused_only_where_samples_are_mixed():
     odd = TrainConfig(micro_batch_size=3)
     for augment in (AugmentConfig(mixup=0.0), AugmentConfig(cutmix=0.0)):

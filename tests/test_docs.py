@@ -7,10 +7,12 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from support.launchers import HANGS, ROOT, call
+from support.launchers import HANGS, ROOT, call, torchrun
+from vir.checkpoints.consolidate import consolidate
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
@@ -129,6 +131,37 @@ def test_a_link_leads_somewhere(page, target):
     aim = page.parent / path if path else page
     assert aim.exists(), path
     assert not anchor or anchor in anchors(aim), f"{aim.name} has no heading {anchor}"
+
+
+PYTHON = [pytest.param(page, block, id=f"{page.relative_to(ROOT)}: {number}") for page in PAGES
+          for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))]
+
+
+@pytest.fixture(scope="module")
+def in_folder_of_weights(shards, tmp_path_factory) -> Path:
+    """Where vir_small.safetensors lies, just trained for a step of two images."""
+    tmp = tmp_path_factory.mktemp("user")
+    done = torchrun("-m", "vir.train", "--data.train", shards / "train", "--data.val", shards / "val", "--output",
+                    tmp / "run", "--deepspeed_config", "zero2_fp32", "--data.workers", "1", "--train.epochs", "0.005",
+                    "--train.global_batch_size", "2", "--train.micro_batch_size", "2", "--model.name",
+                    "vir_small_patch16_224", "--ema.decay", "0", ranks=1)
+    assert done.returncode == 0, done.stdout[-6000:]
+    consolidate(tmp / "run", tmp / "vir_small.safetensors")
+    return tmp
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+@pytest.mark.parametrize("page, block", PYTHON)
+def test_python_on_the_pages_runs_on_a_file_just_trained(page, block, in_folder_of_weights, monkeypatch):
+    monkeypatch.chdir(in_folder_of_weights)
+    names: dict[str, Any] = {}
+    exec(compile(block, str(page), "exec"), names)
+    assert names["logits"].shape == (1, 10) and names["logits"].isfinite().all()
+
+
+def test_there_is_python_on_the_pages():
+    assert {page.values[0].name for page in PYTHON} >= {"README.md", "retention.md"}
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda path: path.name)

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vir.models
-from vir.errors import DataError
+from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, load, read_metadata, save_weights
 from vir.models.spec import InputSpec, ModelSpec
+from vir.models.weights import read, stated_metadata
 
 torch.set_num_threads(1)
 
@@ -134,7 +135,7 @@ def test_others_may_read_the_file_as_the_umask_says(tmp_path):
 
 @pytest.mark.parametrize("read", [read_metadata, load])
 def test_a_missing_file_is_named(read, tmp_path):
-    with pytest.raises(DataError, match="no weights file at .*gone.safetensors; tools/consolidate_checkpoint.py"):
+    with pytest.raises(DataError, match="no weights file at .*gone.safetensors; vir-consolidate"):
         read(tmp_path / "gone.safetensors")
     with pytest.raises(DataError, match="no weights file at"):
         read(tmp_path)
@@ -179,6 +180,80 @@ def test_a_file_cannot_make_its_reader_open_other_weights(path, key):
         load(rewritten(path, model_args=TINY | {key: "elsewhere.pth"}))
 
 
+def test_timm_sees_the_class_count_of_the_file(path):
+    model = load(path)
+    assert model.pretrained_cfg["num_classes"] == model.default_cfg["num_classes"] == 3
+
+
+# ---- other arguments than the file's
+
+
+IMAGES = torch.randn(2, 3, 32, 48)
+
+
+def test_a_model_is_loaded_for_images_of_another_size(path):
+    """As set_input_size makes it of the same model."""
+    expected = load(path)
+    expected.set_input_size((32, 48))
+    model = load(path, img_size=(32, 48))
+    assert model(IMAGES).equal(expected(IMAGES))
+    assert model.pretrained_cfg["input_size"] == (3, 32, 48) == model.weights_metadata.model.input.size
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 48)
+    assert model.weights_metadata.model.args["img_size"] == (32, 48) and model.weights_metadata.step == METADATA.step
+    again = timm.create_model(MODEL.name, **model.weights_metadata.model.args)
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_positions_are_resampled_from_their_own_grid_where_another_has_as_many_places(path):
+    model = load(path, img_size=(48, 8))  # 6x1 places, 2x3 in the file
+    assert model.pos_embed.shape == (1, 6, 16) and not torch.allclose(model.pos_embed, load(path).pos_embed)
+
+
+def test_a_model_is_loaded_for_images_of_any_size(path):
+    model = load(path, dynamic_img_size=True)
+    assert model(IMAGES).allclose(load(path, img_size=(32, 48))(IMAGES), atol=1e-5)
+    assert model.pretrained_cfg["input_size"] == (3, 16, 24)
+
+
+def test_patches_are_resampled_with_the_positions(tmp_path):
+    model = timm.create_model(MODEL.name, **TINY | {"img_size": 16})
+    save_weights(tmp_path / "a.safetensors", model.state_dict(), dataclasses.replace(
+        METADATA, model=dataclasses.replace(MODEL, args=TINY | {"img_size": 16})))
+    loaded = load(tmp_path / "a.safetensors", patch_size=4)
+    assert loaded.patch_embed.proj.weight.shape == (16, 3, 4, 4) and loaded.pos_embed.shape == (1, 16, 16)
+    assert loaded.norm.weight.equal(model.norm.weight)
+
+
+def test_a_timm_model_is_loaded_for_another_size_too(tmp_path):
+    for name, size in (("test_vit", 160), ("test_resnet", 160)):
+        model = timm.create_model(name, num_classes=3).eval()
+        save_weights(tmp_path / name, model.state_dict(), dataclasses.replace(METADATA, model=dataclasses.replace(
+            MODEL, name=name, args={"num_classes": 3}, input=dataclasses.replace(INPUT, size=(3, size, size)))))
+        if name == "test_vit":
+            model.set_input_size(img_size=(80, 96))
+        loaded, images = load(tmp_path / name, img_size=(80, 96)), torch.randn(1, 3, 80, 96)
+        assert loaded(images).equal(model(images)) and loaded.pretrained_cfg["input_size"] == (3, 80, 96)
+
+
+@pytest.mark.parametrize("args, said", [
+    ({"img_size": (32, 50)}, r"cannot be created with {'img_size': \(32, 50\)} in their place: .*32x50 is not divis"
+                             r"ible by patch_size 8x8; the nearest that is: img_size=\(32, 48\)"),
+    ({"no_such": 1}, "with model_args .* cannot be created with {'no_such': 1} in their place: .*no_such"),
+    ({"num_classes": 10}, r"has a head of 3 classes, not of num_classes=10; .*model.reset_classifier\(…\) after load"),
+    ({"depth": 1}, r"does not fit \w+ with {'depth': 1} in the place of its model_args .*: 14 tensors unexpected"),
+    ({"depth": 3, "img_size": 32}, r"does not fit \w+ with .*: 14 tensors missing .* leave out what changes other"),
+    ({"patch_size": 4, "img_size": 16}, "does not fit .* 6 places, which make no square"),
+    ({"checkpoint_path": "x.pth"}, "checkpoint_path would fetch other weights than the file's; leave it out"),
+], ids=str)
+def test_arguments_that_do_not_go_with_the_file_are_told(path, args, said):
+    with pytest.raises(SettingsError, match=f"{path.name}.*{said}"):
+        load(path, **args)
+
+
+def test_the_class_count_of_the_file_may_be_given(path):
+    assert load(path, num_classes=3).num_classes == 3
+
+
 @pytest.mark.parametrize("extra", [{"no_such_argument": 1}, {"num_heads": 5}, {"img_size": 17}], ids=str)
 def test_arguments_that_the_model_refuses_are_told(path, extra):
     with pytest.raises(DataError, match="cannot create 'vir_small_patch16_224' with model_args"):
@@ -197,6 +272,16 @@ def test_tensors_that_do_not_fit_are_told(path):
 def test_classes_that_are_not_the_logits_are_told(path):
     with pytest.raises(DataError, match="names 2 classes but its model has 3 logits"):
         load(rewritten(path, classes=["a", "b"]))
+
+
+def test_a_file_is_asked_whether_it_is_ours(path, tmp_path):
+    assert stated_metadata(path) == METADATA == read(path)[0]
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text").write_text("no weights")
+    for other in ("other.safetensors", "text", "missing"):
+        assert stated_metadata(tmp_path / other) is None
+    with pytest.raises(DataError, match="damaged metadata"):
+        stated_metadata(rewritten(path, classes=3))
 
 
 def test_the_loader_is_exported():

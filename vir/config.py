@@ -48,7 +48,10 @@ class ModelConfig:
     crop_pct: Optional[float] = None
     """Side of the centre crop in evaluation as a share of the resized image; the model's own default when not given."""
     init_from: str = ""
-    """Weights file to begin from, .safetensors or a timm checkpoint; a head of another class count begins at random."""
+    """Weights file to begin from, .safetensors or a timm checkpoint; a head of other classes begins at random."""
+    pretrained: bool = False
+    """Begin from timm's own pretrained weights, fetched once into its cache; a head of another class count begins at
+    random."""
     freeze: Optional[str] = None
     """Regular expression of parameters not to train, from their names' start, e.g. 'patch_embed|blocks\\.[0-5]\\.'."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +76,9 @@ class ModelConfig:
         except re.error as error:
             raise SettingsError(f"--model.freeze is {self.freeze!r}; it must be a regular expression, but {error}"
                                 ) from error
+        if self.pretrained and self.init_from:
+            raise SettingsError(f"--model.pretrained true and --model.init_from {self.init_from} are both given; a run "
+                                "begins from one of them: leave the other out")
         for name in ("num_classes", "img_size", "drop_path_rate"):
             if name in self.args:
                 raise SettingsError(f"--model.args sets {name!r}; " + (
@@ -405,36 +411,44 @@ def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain YAML and JSON types."""
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
+    return dict(_plain(dataclasses.asdict(config)))
 
-    return plain(dataclasses.asdict(config))
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def dump_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def _free_flags(kind: Any, prefix: str = "") -> set[str]:
-    """Names of the settings under a dataclass that _free() marks, e.g. data.workers."""
-    flags = {prefix + item.name for item in dataclasses.fields(kind) if item.metadata.get("free")}
+def _settings(kind: Any, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """The settings under a dataclass by their names, e.g. data.workers."""
+    found = {}
     for item in dataclasses.fields(kind):
         if dataclasses.is_dataclass(item.default_factory):
-            flags |= _free_flags(item.default_factory, f"{prefix}{item.name}.")
-    return flags
+            found |= _settings(item.default_factory, f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = item
+    return found
 
 
-FREE = frozenset(_free_flags(RunConfig))
+SETTINGS = _settings(RunConfig)
+FREE = frozenset(flag for flag, item in SETTINGS.items() if item.metadata.get("free"))
 """The settings with which a run folder may be continued although they differ from those it began with."""
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """`flag: before -> after` for each setting that changes the results of a run."""
+    """`flag: before -> after` for each setting that changes the results of a run.
+
+    One that `before` does not have is at its default there: the run began with a version that did not know it.
+    """
     changed = []
     for key in sorted(before.keys() | after.keys()):
-        flag, old, new = prefix + key, before.get(key), after.get(key)
+        flag, new = prefix + key, after.get(key)
+        old = before.get(key, _plain(SETTINGS[flag].default) if flag in SETTINGS else None)
         if flag in FREE or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vir.config import PRECISIONS
 from vir.errors import DataError
 from vir.files import replacing
-from vir.models.build import FORBIDDEN_ARGS, NotBuiltError, create, mismatches
 from vir.models.spec import InputSpec, ModelSpec
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16)))
@@ -90,43 +88,37 @@ def read_metadata(path: str | os.PathLike[str]) -> WeightsMetadata:
         return _parse(path, file.metadata())
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
-    """The model in the file, float32, in eval mode, on `device`; any model that timm knows, not only ViR.
+def stated_metadata(path: str | os.PathLike[str]) -> WeightsMetadata | None:
+    """What the header says; None where the file is of another kind and names no model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    return _parse(path, header) if METADATA_KEY in header else None
 
-    What it is and how it was trained is at `model.weights_metadata` (a WeightsMetadata); the preprocessing is
-    also in `model.pretrained_cfg`, where timm.data.resolve_model_data_config finds it.
-    """
+
+def read(path: str | os.PathLike[str]) -> tuple[WeightsMetadata, dict[str, Tensor]]:
+    """What the header says, and the tensors. DataError where the file is not one of ours."""
     with _open(path) as file:
-        metadata = _parse(path, file.metadata())
-        model = _create(path, metadata.model)
-        state_dict = {name: file.get_tensor(name) for name in file.keys()}
-    if problems := mismatches(state_dict, model.state_dict()):
-        raise DataError(f"{path} does not fit {metadata.model.name} with model_args {metadata.model.args}: {problems}; "
-                        f"correct the model_args where the file is made")
-    num_classes = getattr(model, "num_classes", None)
-    if metadata.model.classes and len(metadata.model.classes) != num_classes:
-        raise DataError(f"{path} names {len(metadata.model.classes)} classes but its model has {num_classes} logits; "
-                        f"save it with the classes that it was trained on, or with none")
-    model.load_state_dict(state_dict)
-    setattr(model, "weights_metadata", metadata)
-    return model.to(device).eval()
+        return _parse(path, file.metadata()), {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _open(path: str | os.PathLike[str]) -> Any:
     if not Path(path).is_file():
-        raise DataError(f"no weights file at {path}; tools/consolidate_checkpoint.py makes one from a run folder")
+        raise DataError(f"no weights file at {path}; vir-consolidate makes one from a run folder")
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise DataError(f"{path} is not a safetensors file or is cut short ({error}); copy it again, or make it anew "
-                        f"with tools/consolidate_checkpoint.py") from error
+                        "with vir-consolidate") from error
 
 
 def _parse(path: str | os.PathLike[str], header: dict[str, str] | None) -> WeightsMetadata:
     text = (header or {}).get(METADATA_KEY)
     if text is None:
-        raise DataError(f"{path} is a safetensors file but does not say which model it holds; files made by tools/"
-                        f"consolidate_checkpoint.py do, others load with timm.create_model(name, checkpoint_path=…)")
+        raise DataError(f"{path} is a safetensors file but does not say which model it holds; files made by "
+                        "vir-consolidate do, others load with timm.create_model(name, checkpoint_path=…)")
     try:
         version = int(json.loads(text)["format_version"])
         if version > FORMAT_VERSION:
@@ -134,21 +126,7 @@ def _parse(path: str | os.PathLike[str], header: dict[str, str] | None) -> Weigh
         return WeightsMetadata.from_json(text)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} has damaged metadata ({type(error).__name__}: {error}); make it anew with "
-                        f"tools/consolidate_checkpoint.py") from error
-
-
-def _create(path: str | os.PathLike[str], model: ModelSpec) -> nn.Module:
-    if not timm.is_model(model.name):
-        raise DataError(f"{path} holds a {model.name!r}, which timm {timm.__version__} does not know; install the timm "
-                        f"that wrote it, or import the package that registers this model first")
-    if forbidden := sorted(FORBIDDEN_ARGS & model.args.keys()):
-        raise DataError(f"{path} has model_args {forbidden}, which would fetch other weights; remove them where the "
-                        f"file is made")
-    try:
-        return create(model.name, model.args, pretrained_cfg_overlay=model.input.timm_cfg())
-    except NotBuiltError as error:
-        raise DataError(f"{path}: timm {timm.__version__} cannot create {model.name!r} with model_args {model.args} "
-                        f"({error}); install the versions of vir and timm that wrote it") from error
+                        "vir-consolidate") from error
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

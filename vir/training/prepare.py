@@ -12,13 +12,14 @@ import timm
 import yaml
 
 from vir import launcher
-from vir.checkpoints.info import BEST, DESCRIPTION, LATEST
+from vir.checkpoints.info import BEST, DESCRIPTION, LATEST, candidates
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
 from vir.data.transforms import check_augmentation
 from vir.engine import ds_config, optimizer
 from vir.errors import DataError, SettingsError
 from vir.models.build import FORBIDDEN_ARGS  # and vir.models registers our models with timm
+from vir.models.initialize import check_pretrained
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, CONFIG, METRICS
 from vir.training.schedule import check_schedule, total_steps
@@ -76,10 +77,10 @@ def _open_shards(flag: str, folder: str) -> ShardReader:
 def _check_model(config: RunConfig) -> None:
     if forbidden := sorted(FORBIDDEN_ARGS & config.model.args.keys()):
         raise SettingsError(f"--model.args sets {', '.join(forbidden)}; a run begins with random weights, or with "
-                            "those of --model.init_from: leave them out")
-    if config.model.init_from and not Path(config.model.init_from).is_file():
+                            "those of --model.init_from or --model.pretrained: leave them out")
+    if config.model.init_from and not Path(config.model.init_from).is_file() and not continues(config):
         raise SettingsError(f"--model.init_from {config.model.init_from}: no such file; give a .safetensors file of "
-                            "tools/consolidate_checkpoint.py or a timm checkpoint")
+                            "vir-consolidate or a timm checkpoint")
     if not timm.is_model(config.model.name):
         near = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
         raise SettingsError(f"--model.name {config.model.name}: no such model" + (
@@ -88,6 +89,15 @@ def _check_model(config: RunConfig) -> None:
         timm.get_pretrained_cfg(config.model.name)
     except RuntimeError as error:
         raise SettingsError(f"--model.name {config.model.name}: {error}; leave the part after the dot out") from error
+    if config.model.pretrained:
+        check_pretrained(config.model.name)
+
+
+def continues(config: RunConfig) -> bool:
+    """Whether the weights will be those of a checkpoint, so that none to begin from are needed."""
+    if config.resume not in ("auto", "none"):
+        return True
+    return (config.resume == "auto" or not config.validate_only) and bool(candidates(Path(config.output)))
 
 
 def _check_folder(config: RunConfig) -> None:

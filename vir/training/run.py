@@ -33,7 +33,7 @@ from vir.training.guard import FiniteGuard
 from vir.training.loop import Ending, GlobalStep, Trainer
 from vir.training.meter import Meter
 from vir.training.plan import Plan, describe, make_plan
-from vir.training.prepare import Prepared
+from vir.training.prepare import Prepared, continues
 from vir.training.profiler import Profiler
 from vir.training.resume import resume
 from vir.training.saver import Saver
@@ -73,7 +73,8 @@ def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbe
         for line in describe_environment(world):
             log.info(line)
         torch.manual_seed(config.train.seed)
-        network, spec = build(config.model, prepared.train.classes)
+        fresh = not distributed.broadcast(continues(config))
+        network, spec = build(config.model, prepared.train.classes, fresh)
         plan = make_plan(config, prepared.train, spec, world, ds_config.precision(prepared.ds_config))
         engine = Engine(network.to(world.device), config, prepared.ds_config, plan.accumulation)
         with closing(engine):
@@ -134,7 +135,7 @@ def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World,
               heartbeat: Heartbeat) -> Ending:
     config = prepared.config
     info = resume(config, engine, spec, prepared.train.fingerprint, world)
-    if info is None and not config.model.init_from:
+    if info is None and not (config.model.init_from or config.model.pretrained):
         raise SettingsError(f"--validate_only: --output {config.output} has no checkpoint to evaluate; name a run "
                             "folder by it or by --resume, or weights by --model.init_from")
     assert prepared.val is not None, "RunConfig has refused validate_only without data.val"

@@ -1,0 +1,325 @@
+"""The weights that training begins from: what is taken, what is said of it, and what is refused."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import vir.models  # noqa: F401  registers the models
+from support.launchers import HANGS, call
+from support.tiny_runs import command, launch
+from vir.config import ModelConfig
+from vir.errors import DataError, SettingsError
+from vir.models import WeightsMetadata, save_weights
+from vir.models.build import build
+from vir.models.initialize import check_pretrained, initialize_from, mismatches, resampled
+
+torch.set_num_threads(1)
+VIR = "vir_tiny_patch16_224"
+TINY = dict(patch_size=14, embed_dim=16, depth=2, num_heads=2)
+
+
+def config(**changed):
+    return ModelConfig(**{"name": VIR, "img_size": 28, "args": TINY} | changed)
+
+
+def of_ours(path: Path, classes: str, **changed) -> tuple[dict[str, torch.Tensor], str]:
+    """A file of ours with those classes, and its tensors."""
+    model, spec = build(config(**changed), classes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    save_weights(path, model.state_dict(), WeightsMetadata(model=spec, step=7, samples_seen=56, ema=True, dtype="fp32"))
+    return model.state_dict(), str(path)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file that names neither model nor classes, which are two."""
+    model, _ = build(config(), ["a", "b"])
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    return model.state_dict(), str(tmp_path / "w.pth")
+
+
+@pytest.fixture
+def said(caplog):
+    """The lines of the log so far."""
+    caplog.set_level(logging.INFO, logger="vir")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "vir"]
+
+
+def test_training_begins_from_the_weights_of_a_file(weights, said):
+    expected, path = weights
+    model, _ = build(config(init_from=path), ["x", "y"])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert said() == [
+        f"initial weights: {len(expected)} tensors from {path}",
+        "initial weights: the head is taken, for it has as many classes, 2; whether they are the same is not known"]
+
+
+def test_weights_of_a_checkpoint_to_come_make_those_of_a_file_needless(weights):
+    torch.manual_seed(7)
+    expected, _ = build(config(), "ab")
+    torch.manual_seed(7)
+    model, _ = build(config(init_from="/no/such/file"), "ab", fresh=False)
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+    build(ModelConfig(name="test_resnet", pretrained=True), "ab", fresh=False)
+
+
+def begun(path, classes, **changed) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What is begun with, and what would be without the file."""
+    torch.manual_seed(7)
+    fresh, _ = build(config(**changed), classes)
+    torch.manual_seed(7)
+    model, _ = build(config(init_from=path, **changed), classes)
+    return model.state_dict(), fresh.state_dict()
+
+
+def check_body(model, expected):
+    for name in expected:
+        assert name.startswith("head.") or torch.equal(model[name], expected[name]), name
+
+
+def test_a_head_of_another_class_count_begins_at_random_and_the_rest_does_not(weights, said):
+    model, fresh = begun(weights[1], "abc")
+    check_body(model, weights[0])
+    assert all(torch.equal(model[name], fresh[name]) for name in ("head.weight", "head.bias"))
+    assert said()[-1] == "initial weights: the head begins at random: 2 classes there, 3 here"
+
+
+@pytest.mark.parametrize("classes, line", [
+    ("abcd", "is taken: the same 4 classes"),
+    ("dbca", "is taken row by row: all 4 classes are among the 4 there"),
+    ("cb", "is taken row by row: all 2 classes are among the 4 there"),
+    ("abce", "begins at random: 4 classes there, 4 here, of which 1 are not there (e)"),
+    ("wxyz", "begins at random: 4 classes there, 4 here, of which 4 are not there (w, x, y, …)"),
+    ("abcde", "begins at random: 4 classes there, 5 here, of which 1 are not there (e)"),
+])
+def test_the_head_of_a_file_that_names_its_classes_is_taken_by_their_names(tmp_path, said, classes, line):
+    expected, path = of_ours(tmp_path / "w.safetensors", "abcd")
+    model, fresh = begun(path, classes)
+    check_body(model, expected)
+    for name in ("head.weight", "head.bias"):
+        rows = torch.stack([expected[name]["abcd".index(one)] for one in classes]) if "taken" in line else fresh[name]
+        assert torch.equal(model[name], rows)
+    assert said() == [f"initial weights: {len(expected)} tensors from {path}, a {VIR} (EMA weights of step 7)",
+                      f"initial weights: the head {line}"]
+
+
+def test_a_file_without_a_head_leaves_it_at_random(weights, tmp_path, said):
+    expected, _ = weights
+    save_file({name: tensor.contiguous() for name, tensor in expected.items() if not name.startswith("head.")},
+              tmp_path / "body.safetensors")
+    model, fresh = begun(str(tmp_path / "body.safetensors"), "abc")
+    check_body(model, expected)
+    assert torch.equal(model["head.weight"], fresh["head.weight"])
+    assert said()[-1] == "initial weights: the head begins at random: there is none in it"
+
+
+def test_positions_are_resampled_and_the_log_says_from_which_size(tmp_path, said):
+    expected, path = of_ours(tmp_path / "w.safetensors", "ab", img_size=56)
+    model, _ = build(config(init_from=path, img_size=84), "ab")
+    assert model.pos_embed.shape == (1, 36, 16) and torch.equal(model.norm.weight, expected["norm.weight"])
+    assert ("initial weights: resampled for images of 56x56 -> 84x84 pixels: pos_embed [1, 16, 16] -> [1, 36, 16]"
+            ) in said()
+
+
+def test_weights_of_another_architecture_are_refused_by_name(weights, tmp_path):
+    deeper = {"args": {**TINY, "depth": 3}}
+    with pytest.raises(DataError, match=r"w.pth does not fit: this run builds a vir_tiny_\w+: \d+ tensors missing "
+                                        r"\(blocks.2.*give weights of the same architecture$"):
+        build(config(init_from=weights[1], **deeper), "ab")
+    _, path = of_ours(tmp_path / "w.safetensors", "ab")
+    with pytest.raises(DataError, match=rf"step 7\) does not fit: it holds a {VIR} with .*'depth': 2.*, this run "
+                                        rf"builds a {VIR}: \d+ tensors missing \(blocks.2.*or the same --model.args$"):
+        build(config(init_from=path, **deeper), "ab")
+    with pytest.raises(DataError, match=f"it holds a {VIR} with .*, this run builds a test_vit: .*--model.name {VIR}$"):
+        build(ModelConfig(name="test_vit", init_from=path), "ab")
+
+
+def test_a_table_of_positions_that_cannot_be_resampled_is_told(tmp_path):
+    model = timm.create_model(VIR, **TINY, img_size=(28, 42), num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(DataError, match=f"w.pth does not fit: this run builds a {VIR}: .* 6 places, which make no"):
+        build(config(init_from=str(tmp_path / "w.pth")), "ab")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights"])
+def test_a_file_that_holds_no_weights_is_told(tmp_path, content):
+    path = tmp_path / "w.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match="w.safetensors cannot be read as weights: "):
+        build(config(init_from=str(path)), "ab")
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    torch.save({"state_dict": Payload(tmp_path / "it-ran")}, tmp_path / "w.pth")
+    with pytest.raises(DataError, match="w.pth cannot be read as weights: "):
+        build(config(init_from=str(tmp_path / "w.pth")), "ab")
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_without_classes_the_head_is_judged_by_their_count(tmp_path):
+    expected, path = of_ours(tmp_path / "w.safetensors", "ab")
+    model, _ = build(config(), "xy")
+    initialize_from(model, path)
+    assert torch.equal(model.head.weight, expected["head.weight"])
+
+
+def test_only_families_that_know_how_resample():
+    tensors = {"a": torch.zeros(1)}
+    assert resampled(tensors, torch.nn.Linear(1, 1)) == tensors
+
+
+def test_mismatches_are_counted_by_kind_and_the_first_are_named():
+    def tensors(**shapes):
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    assert mismatches(tensors(a=1, b=2), tensors(a=1, b=2)) == ""
+    said = mismatches(tensors(a=1, b=2, x=1), tensors(a=(3, 1), b=2, c=1, d=1, e=1, f=1))
+    assert said == ("4 tensors missing (c, d, e, …); 1 tensors unexpected (x); "
+                    "1 tensors of another shape (a is [1], not [3, 1])")
+
+
+# ---- pretrained
+
+
+@pytest.mark.parametrize("name, line", [
+    (VIR, "no pretrained weights of vir_tiny_patch16_224; timm.list_pretrained.* --model.init_from"),
+    ("vit_tiny_patch16_384", None),
+    ("vit_small_patch16_36x1_224", r"no pretrained weights of vit_small_\w+; there are some of vit_\w+\.\w+, .*, …$"),
+])
+def test_a_model_without_pretrained_weights_is_refused_and_others_are_named(name, line):
+    if line is None:
+        assert check_pretrained(name).hf_hub_id.startswith(f"timm/{name}.")
+        return
+    with pytest.raises(SettingsError, match=f"--model.pretrained: timm has {line}"):
+        check_pretrained(name)
+
+
+def test_one_of_the_two_beginnings_is_given():
+    with pytest.raises(SettingsError, match="--model.pretrained true and --model.init_from w.pth are both given"):
+        ModelConfig(pretrained=True, init_from="w.pth")
+
+
+def hub_cache(home: Path, name: str) -> dict[str, torch.Tensor]:
+    """A cache of Hugging Face as a download leaves it, with random weights in the place of the published ones."""
+    torch.manual_seed(1)
+    tensors = timm.create_model(name).state_dict()
+    repository = home / "hub" / f"models--{timm.get_pretrained_cfg(name).hf_hub_id.replace('/', '--')}"
+    (repository / "snapshots" / "0123abcd").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    save_file(tensors, repository / "snapshots" / "0123abcd" / "model.safetensors")
+    return tensors
+
+
+BUILD = """
+import sys
+import torch
+from vir import cli, log
+from vir.config import ModelConfig
+from vir.errors import VirError
+from vir.models.build import build
+
+log.start(0)
+for word in sys.argv[2:]:
+    name, size, count = word.split("/")
+    print("##", word, flush=True)
+    try:
+        model, _ = build(ModelConfig(name=name, img_size=int(size), pretrained=True), list(map(str, range(int(count)))))
+        torch.save(model.state_dict(), f"{sys.argv[1]}/{name}-{count}.pt")
+    except VirError as error:
+        print(cli.tell(error, "build"))
+"""
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Networks with timm's own weights, one after another in a process that has a cache and no network: their tensors,
+    those of the cache, and what was said of each."""
+    tmp = tmp_path_factory.mktemp("pretrained")
+    published = {name: hub_cache(tmp / "home", name) for name in ("test_resnet", "test_vit", "test_efficientnet")}
+    damaged = next(tmp.glob("home/hub/*test_efficientnet*/snapshots/*/model.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    words = ["test_resnet/64/10", "test_resnet/64/1000", "test_vit/80/10", "test_efficientnet/64/10",
+             "test_convnext/64/10", "gcvit_xxtiny/224/10"]
+    # The last one has a web address alone, and the proxy is a port where nobody listens.
+    done = call(sys.executable, "-c", BUILD, tmp, *words, HF_HOME=str(tmp / "home"), HF_HUB_OFFLINE="1",
+                TORCH_HOME=str(tmp / "torch"), https_proxy="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stdout
+    said = {part.split("\n")[0]: part for part in done.stdout.split("## ")[1:]}
+    assert list(said) == words
+    return tmp, published, said
+
+
+@pytest.mark.parametrize("word, own, lines", [
+    ("test_resnet/64/10", {"fc.weight", "fc.bias"}, ["the head begins at random: 1000 classes there, 10 here"]),
+    ("test_resnet/64/1000", set(), ["the head is taken, for it has as many classes, 1000; "]),
+    ("test_vit/80/10", {"head.weight", "head.bias", "pos_embed"}, [
+        "the head begins at random: 1000 classes there, 10 here",
+        "resampled for images of 160x160 -> 80x80 pixels: pos_embed [1, 101, 64] -> [1, 26, 64]"]),
+])
+def test_timms_own_weights_come_from_its_cache(pretrained, word, own, lines):
+    tmp, published, said = pretrained
+    name, _, count = word.split("/")
+    found, expected = torch.load(tmp / f"{name}-{count}.pt"), published[name]
+    assert {key for key in found if not torch.equal(found[key], expected[key])} == own
+    for line in (f"{len(expected)} tensors from timm's pretrained {name}.r160_in1k", *lines):
+        assert f" initial weights: {line}" in said[word]
+
+
+@pytest.mark.parametrize("word, place", [
+    ("test_convnext/64/10", "test_convnext.r160_in1k (huggingface.co/timm/test_convnext.r160_in1k) come neither from "
+                            "the network nor from the cache {tmp}/home/hub (HF_HOME moves it): "),
+    ("test_efficientnet/64/10", "from the cache {tmp}/home/hub (HF_HOME moves it): "),
+    ("gcvit_xxtiny/224/10", "come neither from the network nor from the cache {tmp}/torch/hub/checkpoints (TORCH_HOME "
+                            "moves it): "),
+], ids=["absent", "damaged", "absent on the web"])
+def test_weights_that_cannot_be_had_are_told_in_one_line(pretrained, word, place):
+    tmp, _, said = pretrained
+    *_, line, code = said[word].splitlines()
+    assert code == "3" and "Traceback" not in said[word]
+    assert "--model.pretrained: the weights of " in line and place.format(tmp=tmp) in line
+    assert f"timm.create_model('{word.split('/')[0]}', pretrained=True)" in line
+    assert line.endswith("or give a file by --model.init_from FILE")
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+def test_a_run_with_a_checkpoint_goes_on_without_the_weights_it_began_from(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub_cache(tmp_path / "home", "test_resnet")
+    _, path = of_ours(tmp_path / "w.safetensors", "ab", args=dict(
+        patch_size=14, embed_dim=128, depth=2, num_heads=2))
+    ways = {"pretrained": ["--model.name", "test_resnet", "--model.img_size", "64", "--model.args", "{}",
+                           "--model.pretrained", "true"],
+            "file": ["--model.init_from", path]}
+    more = ["--train.epochs", "0.12", "--eval.every_epochs", "100"]
+    commands = [command(shards, tmp_path / way, "zero0_fp32", *words, *more) for way, words in ways.items()]
+    codes, said = launch(tmp_path / "first", commands, ranks=1)
+    assert codes == [0, 0], said[-6000:]
+    assert "initial weights: " in said and "from timm's pretrained test_resnet.r160_in1k" in said
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    Path(path).unlink()
+    new = command(shards, tmp_path / "new", "zero0_fp32", *ways["file"], *more)
+    nowhere = command(shards, tmp_path / "new", "zero0_fp32", "--model.pretrained", "true", *more)
+    codes, said = launch(tmp_path / "second", [*commands, new, nowhere], ranks=1)
+    assert codes == [0, 0, 2, 2], said[-6000:]
+    assert f"--model.pretrained: timm has no pretrained weights of {VIR}; " in said
+    assert "initial weights: " not in said and f"--model.init_from {path}: no such file" in said

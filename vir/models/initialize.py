@@ -1,0 +1,198 @@
+"""The weights that training begins from: a file of ours, a file that timm reads, or timm's own pretrained weights."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from vir.errors import DataError, SettingsError
+from vir.log import log
+from vir.models.spec import input_of
+from vir.models.weights import stated_metadata
+
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError,
+              SafetensorError)
+"""What readers of weights raise on a file that is missing, damaged or of another kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What is known of weights apart from their tensors."""
+
+    title: str
+    model: str = ""
+    """As timm knows it; empty where unknown."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    """Empty where unknown."""
+    size: tuple[int, ...] = ()
+    """Height and width of the images; empty where unknown."""
+
+
+def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Sequence[str] = ()) -> None:
+    """Begin training from weights in a file: one of ours, or any that timm reads (weights only, no code is run).
+
+    Position tables and patches are resampled where the model's family knows how. The head is taken where the file's
+    classes are those of this run; where they are more, its rows are taken by name; else it keeps its random start. A
+    file that names no classes is judged by their count. Everything else must be there. The log says what was done.
+
+    Args:
+        classes: of the model's logits, in order; empty where unknown.
+
+    Raises:
+        DataError: a file that cannot be read, or that holds weights of another architecture.
+    """
+    try:
+        state_dict = timm.models.load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise DataError(f"{path} cannot be read as weights: {error}") from error
+    if (metadata := stated_metadata(path)) is None:
+        source = _Source(title=str(path))
+    else:
+        spec = metadata.model
+        title = f"{path}, a {spec.name} ({'EMA' if metadata.ema else 'raw'} weights of step {metadata.step})"
+        source = _Source(title=title, model=spec.name, args=spec.args, classes=spec.classes, size=spec.input.size[1:])
+    _begin(model, classes, state_dict, source)
+
+
+def initialize_pretrained(model: nn.Module, name: str, classes: Sequence[str] = ()) -> None:
+    """Begin training from timm's own weights of that model, from its cache or the network; as initialize_from.
+
+    Raises:
+        SettingsError: timm has none.
+        DataError: they are not in the cache and cannot be fetched, or do not fit `model`.
+    """
+    cfg = check_pretrained(name)
+    place = f"huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+    full_name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
+    try:
+        # As they were trained: timm checks every tensor then, and with another class count it would check none.
+        source = timm.create_model(name, pretrained=True)
+    except UNREADABLE as error:
+        raise DataError(
+            f"--model.pretrained: the weights of {full_name} ({place}) come neither from the network nor from "
+            f"{_cache(bool(cfg.hf_hub_id))}: {' '.join(str(error).split())}; where there is a network, run `python -c "
+            f"\"import timm; timm.create_model('{name}', pretrained=True)\"` and copy that folder, or give a file by "
+            "--model.init_from FILE") from error
+    _begin(model, classes, source.state_dict(), _Source(
+        title=f"timm's pretrained {full_name}", model=name, size=input_of(source).size[1:]))
+
+
+def _cache(is_on_hub: bool) -> str:
+    """Where timm keeps what it fetched, and what moves it."""
+    if is_on_hub:
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        return f"the cache {HF_HUB_CACHE} (HF_HOME moves it)"
+    return f"the cache {torch.hub.get_dir()}/checkpoints (TORCH_HOME moves it)"
+
+
+def check_pretrained(name: str) -> PretrainedCfg:
+    """Where timm has the weights of that model.
+
+    Raises:
+        SettingsError: nowhere; it names models that have some.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.has_weights:
+        return cfg
+    architecture = name.partition(".")[0]
+    near = timm.list_pretrained(architecture) or timm.list_pretrained(f"{architecture.partition('_')[0]}_*")
+    raise SettingsError(f"--model.pretrained: timm has no pretrained weights of {name}; " + (
+        f"there are some of {_some(near)}" if near else
+        "timm.list_pretrained() tells what has some; a file of your own is given by --model.init_from"))
+
+
+def _begin(model: nn.Module, classes: Sequence[str], state_dict: dict[str, Tensor], source: _Source) -> None:
+    """Put tensors into a model and say what was done."""
+    own, cfg = model.state_dict(), getattr(model, "default_cfg", None) or {}
+    architecture = cfg.get("architecture") or type(model).__name__
+    builds = f"this run builds a {architecture}"
+    if source.model:
+        builds = f"it holds a {source.model}{f' with {source.args}' if source.args else ''}, {builds}"
+    try:
+        fitted = resampled(state_dict, model)
+    except UNREADABLE as error:
+        raise DataError(f"{source.title} does not fit: {builds}: {error}") from error
+    head = _fit_head(fitted, own, cfg.get("classifier") or (), classes, source)
+    if problems := mismatches(fitted, own):
+        raise DataError(f"{source.title} does not fit: {builds}: {problems}; give weights of the same architecture" + (
+            f", or --model.name {source.model}" if source.model and source.model.partition(".")[0] != architecture
+            else ", or the same --model.args" if source.args else ""))
+    model.load_state_dict(fitted)
+    log.info("initial weights: %d tensors from %s", len(fitted), source.title)
+    changed = [f"{name} {list(state_dict[name].shape)} -> {list(fitted[name].shape)}" for name in fitted
+               if name in state_dict and fitted[name].shape != state_dict[name].shape and name not in head.names]
+    if changed:
+        sizes = " -> ".join("x".join(map(str, size)) for size in (source.size, input_of(model).size[1:]) if size)
+        log.info("initial weights: resampled for images of %s pixels: %s", sizes, _some(changed))
+    if head.said:
+        log.info("initial weights: the head %s", head.said)
+
+
+@dataclass(frozen=True)
+class _Head:
+    names: tuple[str, ...]
+    said: str
+
+
+def _fit_head(given: dict[str, Tensor], own: Mapping[str, Tensor], heads: str | Sequence[str], classes: Sequence[str],
+              source: _Source) -> _Head:
+    """Make the tensors of the classifier in `given` those of this run's classes, in place where possible.
+
+    Returns:
+        Their names, and what was done with them.
+    """
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    names = tuple(name for name in own if name.rsplit(".", 1)[0] in heads)
+    if not names:
+        return _Head((), "")
+    if given.keys().isdisjoint(names):
+        given |= {name: own[name] for name in names}
+        return _Head(names, "begins at random: there is none in it")
+    theirs, count = source.classes, given[names[0]].shape[0] if names[0] in given else 0
+    if not theirs or not classes:
+        differing = [name for name in names if name in given and given[name].shape != own[name].shape]
+        given |= {name: own[name] for name in differing}
+        return _Head(names, f"begins at random: {count} classes there, {own[names[0]].shape[0]} here" if differing else
+                     f"is taken, for it has as many classes, {count}; whether they are the same is not known")
+    if tuple(classes) == theirs:
+        return _Head(names, f"is taken: the same {len(theirs)} classes")
+    if unknown := sorted(set(classes) - set(theirs)):
+        given |= {name: own[name] for name in names}
+        return _Head(names, f"begins at random: {len(theirs)} classes there, {len(classes)} here, of which "
+                            f"{len(unknown)} are not there ({_some(unknown)})")
+    if count == len(theirs):  # else mismatches tells it
+        rows = [theirs.index(name) for name in classes]
+        given |= {name: given[name][rows] for name in names if name in given}
+    return _Head(names, f"is taken row by row: all {len(classes)} classes are among the {len(theirs)} there")
+
+
+def resampled(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors with position tables and patches at the model's sizes, where its family knows how."""
+    resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return dict(resample(dict(state_dict), model)) if resample else dict(state_dict)
+
+
+def mismatches(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What keeps tensors from being a model's state_dict; empty where nothing does."""
+    shapes = [f"{name} is {list(given[name].shape)}, not {list(expected[name].shape)}"
+              for name in given.keys() & expected.keys() if given[name].shape != expected[name].shape]
+    missing, unexpected = expected.keys() - given.keys(), given.keys() - expected.keys()
+    problems: dict[str, Iterable[str]] = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return "; ".join(f"{len(list(names))} tensors {kind} ({_some(names)})" for kind, names in problems.items() if names)
+
+
+def _some(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
