@@ -78,8 +78,17 @@ def test_the_package_names_its_programs_and_is_none(programs):
 @pytest.mark.parametrize("module, program", [
     ("vir.data.convert", "vir-convert"), ("vir.data.folder", "vir-convert"), ("vir.data.shards", "vir-convert"),
     ("vir.checkpoints.consolidate", "vir-consolidate"), ("vir.evaluation.classify", "vir-evaluate"),
-    ("vir.reports.curves", "tools/plot_run.py of the sources")])
+    ("vir.reports.curves", "tools/plot_run.py of the sources"), ("vir.training.run", "vir-train")])
 def test_a_module_that_is_no_program_names_the_one_that_is_meant(module, program, programs):
     assert program in programs or (ROOT / program.split()[0]).is_file()
     with pytest.raises(SystemExit, match=f"^{module} is a part of the library; the program is {program}$"):
         runpy.run_path(str(ROOT / (module.replace(".", "/") + ".py")), run_name="__main__")
+
+
+def test_messages_name_programs_that_are_installed(programs):
+    """The scripts of tools/ are in the sources alone; the modules of the benchmarks serve no other."""
+    for path in sorted((ROOT / "vir").rglob("*.py")):
+        if "benchmarks" not in path.parts:
+            text = path.read_text()
+            assert not re.findall(r"tools/\s*\"?\s*f?\"?(?:convert|consolidate)\w*", text), path
+            assert set(re.findall(r"\bvir-(?:train|ev\w+|con\w+)", text)) <= programs.keys(), path

@@ -68,6 +68,8 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
     shutil.rmtree(step(tmp / "missing", 12))
     took_back(base, tmp / "hopeless", 4)
     next(path for path in step(tmp / "hopeless", 4).glob("*optim_states.pt")).unlink()
+    took_back(base, tmp / "dry again", 12)
+    (tmp / "a file").touch()
 
     def of(name, config, *more, steps=STEPS):
         return command(shards, tmp / name, config, *FIXED, *more, steps=steps)
@@ -78,6 +80,10 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
         "damaged": of("damaged", "zero2_fp32"), "missing": of("missing", "zero2_fp32"),
         "hopeless": of("hopeless", "zero2_fp32"),
         "dry": of("dry", "zero3_bf16", "--dry-run"),
+        "dry again": of("dry again", "zero2_fp32", "--dry_run"),
+        "dry changed": of("dry changed", "zero2_fp32", "--dry_run", "--resume", str(base), "--train.seed", "7"),
+        "dry hopeless": of("hopeless", "zero2_fp32", "--dry_run"),
+        "dry in a file": of("a file/run", "zero2_fp32", "--dry_run"),
         "validate": of("validate", "zero2_fp32", "--validate_only", "--resume", str(base)),
         "validate another": of("missing", "zero2_fp32", "--validate_only", "--resume", str(step(base, FIRST))),
         "validate own": of("missing", "zero2_fp32", "--validate_only"),
@@ -97,9 +103,26 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
             "--model.mean", "[0.1, 0.2, 0.3]", "--model.crop_pct", "0.9", "--train.profile", "6",
             "--train.peak_tflops", "0.1", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs", epochs(6),
             "--eval.every_epochs", epochs(4), "--ema.decay", "0", steps=14),
+        "which best": of("settings", "zero1_bf16", "--optim.name", "lion", "--validate_only", "--which", "best"),
+        "which 8": of("other", "zero1_bf16", "--optim.name", "lion", "--validate_only", "--resume",
+                      str(tmp / "settings"), "--which", "8"),
+        "which 9": of("settings", "zero1_bf16", "--optim.name", "lion", "--validate_only", "--which", "9"),
+        "from best": of("from best", "zero2_fp32", "--dry_run", "--resume",
+                        str(tmp / "missing" / "checkpoints" / "best")),
+        "steps": of("steps", "zero0_fp32", "--train.steps", "3", "--checkpoint.every_steps", "2", "--eval.every_steps",
+                    "2"),
+        "no validation": of("no validation", "zero0_fp32", "--data.val", "", "--train.steps", "2"),
+        "dev": of("dev", "zero2_fp32", "--train.fast_dev_run", "--eval.batch_size", "4"),
     }
+    before = listing(tmp / "dry again")
     codes, said = launch(tmp, list(jobs.values()), ranks=1)
+    assert listing(tmp / "dry again") == before
     return tmp, dict(zip(jobs, codes)), said
+
+
+def listing(folder: Path) -> dict[Path, int]:
+    """When each file of a folder was changed last."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def same_losses(run: Path, base: Path, first: int, tolerance: float) -> None:
@@ -156,6 +179,58 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(single):
     assert "memory per rank: 9.5 MB = 1.9 weights and gradients + 7.6 optimizer and EMA" in plan
 
 
+def test_a_dry_run_goes_through_the_door_of_the_run_and_tells_where_that_would_go_on(base, single):
+    tmp, codes, said = single
+    assert codes["dry again"] == 0 and f"taking up {step(tmp / 'dry again', 12)}" in said
+    assert "a dry run: nothing was trained and nothing is left; the run would go on after step 12 of 24" in said
+    assert re.search(r"disk: 102 checkpoints of 9.5 MB \(100 newest, the best, one being written\) take 0.97 GB; "
+                     r"0.0\d+ GB are there, \S+ GB are free", said)
+    measured = sum(file["bytes"] for file in read_info(step(base, 12)).files.values())
+    assert measured == pytest.approx(9.5e6, rel=0.05)
+    assert codes["dry changed"] == 2 and not (tmp / "dry changed").exists()
+    assert codes["dry hopeless"] == 3 and codes["dry in a file"] == 2
+    assert f"--output {tmp / 'a file' / 'run'} cannot be made: Not a directory; give another folder" in said
+
+
+def test_the_best_and_any_other_checkpoint_can_be_named(single):
+    tmp, codes, said = single
+    evals = {event["step"]: event["top1"] for event in read_metrics(tmp / "settings") if event["kind"] == "eval"}
+    best = int((tmp / "settings" / "checkpoints" / "best").read_text().removeprefix("step-"))
+    assert codes["which best"] == codes["which 8"] == 0
+    for number in (best, 8):  # in the run, and again
+        assert said.count(f"step {number}: top1 {evals[number]:.3f}, top5") == (3 if best == 8 else 2)
+    assert codes["which 9"] == 3 and f"{tmp / 'settings'} has no checkpoint of step 9; there are the steps " in said
+    assert codes["from best"] == 0 and f"taking up {step(tmp / 'missing', STEPS)}, as --output has no checkp" in said
+
+
+def test_length_and_intervals_in_steps(single):
+    tmp, codes, said = single
+    assert codes["steps"] == 0, said
+    assert [event["step"] for event in read_metrics(tmp / "steps") if event["kind"] == "eval"] == [2, 3]
+    assert {path.name for path in (tmp / "steps" / "checkpoints").glob("step-*")} == {
+        step(tmp, 2).name, step(tmp, 3).name}
+
+
+def test_a_run_without_validation_data_trains_and_says_so(single):
+    tmp, codes, said = single
+    assert codes["no validation"] == 0, said
+    assert [(event["kind"], event["step"]) for event in read_metrics(tmp / "no validation")] == [
+        ("train", 1), ("train", 2)]
+    lines = [line.split(" ", 2)[2] for line in (tmp / "no validation" / "log.txt").read_text().splitlines()]
+    assert "400 training images in 7 shards, no validation images (--data.val): no evaluation, 10 classes" in lines
+    assert lines[0].startswith("command: ") and lines[1].startswith("vir-at-scale ") and lines[2].startswith("ranks: 1")
+    assert (tmp / "no validation" / "curves.png").is_file()
+
+
+def test_a_fast_dev_run_trains_evaluates_saves_resumes_and_leaves_nothing(single):
+    tmp, codes, said = single
+    folder = tmp / "dev.fast_dev_run"
+    assert codes["dev"] == 0 and not folder.exists() and not (tmp / "dev").exists(), said[-3000:]
+    assert f"taking up {step(folder, 5)}" in said
+    assert [int(number) for number in re.findall(r"step (\d+): top1 .*, on 40 images", said)] == [5, 10]
+    assert f"fast_dev_run: 10 steps were trained, evaluated, saved and resumed; {folder} is removed" in said
+
+
 def test_validate_only_evaluates_and_leaves_nothing(base, single):
     tmp, codes, said = single
     assert codes["validate"] == 0 and not (tmp / "validate").exists()
@@ -192,7 +267,7 @@ def test_a_loss_scale_at_its_floor_ends_the_run_with_a_code_of_its_own(single):
 
 @pytest.mark.parametrize("job, code, why", [
     ("changed", 2, "was trained with other settings: train.seed: 42 -> 7; --accept_config_change true goes on"),
-    ("no checkpoint", 3, "is neither a run folder with a checkpoint nor a checkpoint folder"),
+    ("no checkpoint", 3, "is neither a run folder with a checkpoint nor a checkpoint; give auto, none, or a path such"),
     ("bf16", 2, "was trained in fp32, --deepspeed_config"),
     ("other optimizer", 2, "holds the state of adamw, which --optim.name lion cannot continue"),
     ("other freeze", 2, "trained with other parameters frozen (2 differ: patch_embed.proj.bias, patch_embed.proj.weig"),
@@ -336,7 +411,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoints_before(base, shards
     process = start("bash", "-c", 'ulimit -f 2000; exec "$@"', "bash", sys.executable, "-m", "vir.train", *words)
     said = end(process)
     assert process.returncode == 3, said
-    assert f"{step(run, 12)} could not be written: rank 0: " in said and "free some space" in said
+    assert re.search(rf"{step(run, 12)} could not be written: rank 0: \S+: \[Errno 27\] File too large "
+                     r"\(.* MB are free there\); .*: free some space", said), said[-3000:]
     assert newest(run) == step(run, 8) and not list((run / "checkpoints").glob("*.part"))
     verify(step(run, 8), read_info(step(run, 8)))
 

@@ -233,7 +233,10 @@ class Engine:
 
 
 class _Recorder(TorchCheckpointEngine):
-    """Writes files by torch.save and remembers what failed, because the other ranks wait for this one further on."""
+    """Writes files by torch.save and remembers what failed, because the other ranks wait for this one further on.
+
+    Into a file of Python's: where torch opens it itself, a full disk is an "unexpected pos" or an "iostream error".
+    """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -241,7 +244,8 @@ class _Recorder(TorchCheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
-            super().save(state_dict, path)
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
         except (OSError, RuntimeError) as error:
             self.problems.append(f"{path}: {error}")
 

@@ -215,3 +215,7 @@ def _draw_curves(folder: Path) -> None:
         plot_runs([folder], folder / run_folder.CURVES)
     except (OSError, VirError, RuntimeError) as error:  # the run is done, with or without its picture
         log.warning("%s was not drawn: %s", run_folder.CURVES, error)
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.training.run is a part of the library; the program is vir-train")

@@ -48,7 +48,8 @@ class Validator:
             if accuracy is None:
                 return None
             results |= {f"{prefix}top1": accuracy.top1, f"{prefix}top5": accuracy.top5, f"{prefix}loss": accuracy.loss}
-        log.info("step %d: %s", step, ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
+        log.info("step %d: %s, on %d images", step, ", ".join(f"{name} {value:.3f}" for name, value in results.items()),
+                 self.images)
         return results
 
     def _classify(self, forward: Callable[[Tensor], Tensor], title: str, step: int) -> Accuracy | None:
