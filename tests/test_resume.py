@@ -74,6 +74,15 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
     def of(name, config, *more, steps=STEPS):
         return command(shards, tmp / name, config, *FIXED, *more, steps=steps)
 
+    def with_settings(name, *more):
+        return of(
+            name, "zero1_bf16", "--optim.name", "lion", "--optim.lr", "null", "--optim.lr_base", "1e-3",
+            "--optim.layer_decay", "0.7", "--optim.weight_decay_end", "0.2", "--schedule.name", "linear",
+            "--schedule.cooldown_epochs", "0.24", "--train.loss", "bce", "--train.bce_target_thresh", "0.2",
+            "--model.mean", "[0.1, 0.2, 0.3]", "--model.crop_pct", "0.9", "--train.profile", "6",
+            "--train.peak_tflops", "0.1", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs", epochs(6),
+            "--eval.every_epochs", epochs(4), "--ema.decay", "0", *more, steps=14)
+
     fp16 = stage(tmp, 1, fp16={"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1})
     jobs = {
         "elsewhere": of("elsewhere", stage(tmp, 3), "--resume", str(step(base, FIRST))),
@@ -96,22 +105,16 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
                               "--accept_config_change", "true"),
         "other freeze": of("freeze", "zero2_fp32", "--resume", str(base), "--model.freeze", "patch_embed",
                            "--accept_config_change", "true"),
-        "settings": of(
-            "settings", "zero1_bf16", "--optim.name", "lion", "--optim.lr", "null", "--optim.lr_base", "1e-3",
-            "--optim.layer_decay", "0.7", "--optim.weight_decay_end", "0.2", "--schedule.name", "linear",
-            "--schedule.cooldown_epochs", "0.24", "--train.loss", "bce", "--train.bce_target_thresh", "0.2",
-            "--model.mean", "[0.1, 0.2, 0.3]", "--model.crop_pct", "0.9", "--train.profile", "6",
-            "--train.peak_tflops", "0.1", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs", epochs(6),
-            "--eval.every_epochs", epochs(4), "--ema.decay", "0", steps=14),
-        "which best": of("settings", "zero1_bf16", "--optim.name", "lion", "--validate_only", "--which", "best"),
-        "which 8": of("other", "zero1_bf16", "--optim.name", "lion", "--validate_only", "--resume",
-                      str(tmp / "settings"), "--which", "8"),
-        "which 9": of("settings", "zero1_bf16", "--optim.name", "lion", "--validate_only", "--which", "9"),
+        "settings": with_settings("settings"),
+        "which best": with_settings("settings", "--validate_only", "--which", "best"),
+        "which 8": with_settings("other", "--validate_only", "--resume", str(tmp / "settings"), "--which", "8"),
+        "which 9": with_settings("settings", "--validate_only", "--which", "9"),
         "from best": of("from best", "zero2_fp32", "--dry_run", "--resume",
                         str(tmp / "missing" / "checkpoints" / "best")),
         "steps": of("steps", "zero0_fp32", "--train.steps", "3", "--checkpoint.every_steps", "2", "--eval.every_steps",
                     "2"),
-        "no validation": of("no validation", "zero0_fp32", "--data.val", "", "--train.steps", "2"),
+        "no validation": of("no validation", "zero0_fp32", "--data.val", "", "--train.steps", "2",
+                            "--schedule.warmup_epochs", "null"),
         "dev": of("dev", "zero2_fp32", "--train.fast_dev_run", "--eval.batch_size", "4"),
     }
     before = listing(tmp / "dry again")
@@ -183,7 +186,7 @@ def test_a_dry_run_goes_through_the_door_of_the_run_and_tells_where_that_would_g
     tmp, codes, said = single
     assert codes["dry again"] == 0 and f"taking up {step(tmp / 'dry again', 12)}" in said
     assert "a dry run: nothing was trained and nothing is left; the run would go on after step 12 of 24" in said
-    assert re.search(r"disk: 102 checkpoints of 9.5 MB \(100 newest, the best, one being written\) take 0.97 GB; "
+    assert re.search(r"disk: 102 checkpoints of 9.5 MB \(100 newest, the best, one being written\) take 0.968 GB; "
                      r"0.0\d+ GB are there, \S+ GB are free", said)
     measured = sum(file["bytes"] for file in read_info(step(base, 12)).files.values())
     assert measured == pytest.approx(9.5e6, rel=0.05)
@@ -199,7 +202,7 @@ def test_the_best_and_any_other_checkpoint_can_be_named(single):
     assert codes["which best"] == codes["which 8"] == 0
     for number in (best, 8):  # in the run, and again
         assert said.count(f"step {number}: top1 {evals[number]:.3f}, top5") == (3 if best == 8 else 2)
-    assert codes["which 9"] == 3 and f"{tmp / 'settings'} has no checkpoint of step 9; there are the steps " in said
+    assert codes["which 9"] == 3 and f"the checkpoint of step 9 of {tmp / 'settings'} is not there: " in said
     assert codes["from best"] == 0 and f"taking up {step(tmp / 'missing', STEPS)}, as --output has no checkp" in said
 
 

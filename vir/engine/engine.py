@@ -247,7 +247,15 @@ class _Recorder(TorchCheckpointEngine):
             with open(path, "wb") as file:
                 torch.save(state_dict, file)
         except (OSError, RuntimeError) as error:
-            self.problems.append(f"{path}: {error}")
+            self.problems.append(f"{path}: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What the system said, where torch has put an error of its own on top of it."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return found or error
 
 
 def _check_device(config: RunConfig, ds_config: dict[str, Any]) -> None:
