@@ -115,6 +115,9 @@ def single(base, shards, tmp_path_factory) -> tuple[Path, dict[str, int], str]:
                     "2"),
         "no validation": of("no validation", "zero0_fp32", "--data.val", "", "--train.steps", "2",
                             "--schedule.warmup_epochs", "null"),
+        "no recipe": ["--model.name", "resnet18", "--model.img_size", "32", "--data.train", str(shards / "train"),
+                      "--train.epochs", "1", "--train.global_batch_size", "16", "--train.micro_batch_size", "16",
+                      "--train.log_every", "1", "--output", str(tmp / "no recipe")],
         "dev": of("dev", "zero2_fp32", "--train.fast_dev_run", "--eval.batch_size", "4"),
     }
     before = listing(tmp / "dry again")
@@ -212,6 +215,16 @@ def test_length_and_intervals_in_steps(single):
     assert [event["step"] for event in read_metrics(tmp / "steps") if event["kind"] == "eval"] == [2, 3]
     assert {path.name for path in (tmp / "steps" / "checkpoints").glob("step-*")} == {
         step(tmp, 2).name, step(tmp, 3).name}
+
+
+def test_a_short_run_without_a_recipe_reaches_its_learning_rate_and_comes_down_again(single):
+    tmp, codes, said = single
+    assert codes["no recipe"] == 0, said
+    events = train_events(tmp / "no recipe")
+    rates = [event["lr"] for event in events]
+    assert len(rates) == 25 and rates[0] == 1e-6 and rates[1] == 1e-3  # 25 // 15 steps of warm-up
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] < 2e-5
+    assert "ZeRO 2, fp32" in said and "learning rate: from 1e-06 to 0.001 over 1 steps of warm-up, cosine from" in said
 
 
 def test_a_run_without_validation_data_trains_and_says_so(single):
