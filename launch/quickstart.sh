@@ -30,6 +30,7 @@ if [ "$slower" ]; then
   settings=ds_configs/zero2_fp32.json
   echo "bf16 is $slower times slower than fp32 on this processor: training in fp32 instead."
 fi
+[ ! -f "$run/ds_config.json" ] || settings=$run/ds_config.json # a run goes on as it began
 # glibc would give freed tensors back to the system and fault them in again, at up to half of the time on CPU.
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
 port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }

@@ -76,6 +76,17 @@ def test_built_is_what_was_made_of_these_sources_in_this_way(source):
     assert not builds.is_built(tiny)
 
 
+def test_a_library_that_cannot_be_loaded_is_refused_with_its_folder(source):
+    """As one that was built with another torch: a symbol is missing."""
+    source.write_text(SOURCE.replace("{ return", "{ of_an_older_torch(); return").replace(
+        "PyMODINIT", 'extern "C" void of_an_older_torch();\nPyMODINIT'))
+    builder = Tiny(source, "tiny_of_another_torch")
+    for _ in range(2):  # as it is built, and later
+        with pytest.raises(SettingsError, match="operator tiny_of_another_torch was built and cannot be loaded: .*"
+                                                "of_an_older_torch.*; remove .*tiny_of_another_torch, and it is built"):
+            builds.load([builder])
+
+
 def test_a_build_that_fails_is_refused_with_the_way_out_and_the_compilers_words(source):
     source.write_text("#error no such machine\n")
     with pytest.raises(SettingsError) as raised:

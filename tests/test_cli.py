@@ -17,8 +17,8 @@ from vir.consolidate import main as consolidate
     (errors.LossScaleError, 6)])
 def test_each_error_is_one_line_and_has_its_code(monkeypatch, capsys, kind, code):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert cli.tell(kind("no such thing"), "vir.train") == code
-    assert capsys.readouterr() == ("", "vir.train: no such thing\n")
+    assert cli.tell(kind("no such thing"), "vir-train") == code
+    assert capsys.readouterr() == ("", "vir-train: no such thing\n")
 
 
 def test_torchruns_report_gets_the_line(monkeypatch, tmp_path, capsys):
@@ -27,12 +27,12 @@ def test_torchruns_report_gets_the_line(monkeypatch, tmp_path, capsys):
 
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    cli.tell(errors.DataError("no such thing"), "vir.train", every_rank=False)
+    cli.tell(errors.DataError("no such thing"), "vir-train", every_rank=False)
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=3, error_file=str(file))
     assert str(ChildFailedError("vir.train", {0: failure})).splitlines()[-2].split(" : ") == [
-        "  traceback", "vir.train: no such thing"]
+        "  traceback", "vir-train: no such thing"]
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "error.json"))
-    assert cli.tell(errors.DataError("no such thing"), "vir.train") == 3  # what cannot be written changes nothing
+    assert cli.tell(errors.DataError("no such thing"), "vir-train") == 3  # what cannot be written changes nothing
 
 
 def test_the_code_of_a_stop_is_that_of_no_error():

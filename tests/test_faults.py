@@ -172,17 +172,17 @@ FAULTS = {
     "rank 0 stopped": (stop_rank_0, "srun", [-9, 5],
                        (1, LOST.format(lost=0, how=r"its store has not answered for \d+ s", other=1))),
     "worker killed": (kill_a_worker, "srun", [5, 3],
-                      (1, r"vir.train: loader process 2 at digits-train-\S+ of \S+ was killed by SIGKILL; SIGKILL is "
+                      (1, r"vir-train: loader process 2 at digits-train-\S+ of \S+ was killed by SIGKILL; SIGKILL is "
                           r"mostly the system's answer to a lack of memory: lower --data.workers")),
     "worker crashed": (crash_a_worker, "srun", [3, 5],
                        (1, r"rank 0 .* ended with exit code 3, loader process 1 at .* was killed by SIGSEGV")),
     "a defect": (meet_a_defect, "srun", [5, 1],
-                 (1, r"^vir.train: rank 1 \(\S+\) at step \d+, positions \d+ to \d+, compiling: KeyError: "
+                 (1, r"^vir-train: rank 1 \(\S+\) at step \d+, positions \d+ to \d+, compiling: KeyError: "
                      r"'of nobody'$")),
     "reads that hang": (let_reads_hang, "srun", [75, 75],
                         (1, NO_BATCH + r" \d+ s, waiting for loader process \d at digits-\w+-\d+.tar:\S+@\d+ of ")),
     "disk full": (fill_the_disk, "srun", [3, 3],
-                  (0, r"vir.train: the checkpoint .* could not be written: .* \(0.0 MB are free there\); those before "
+                  (0, r"vir-train: the checkpoint .* could not be written: .* \(0.0 MB are free there\); those before "
                       r"it are whole: free some space and run the same command again")),
     "asked to stop in an evaluation, torchrun": (stop_in_evaluation, "torchrun", [1], (0, STOPPED)),
     "asked to stop in an evaluation, deepspeed": (warn_of_preemption_in_evaluation, "deepspeed", [75], (0, STOPPED)),

@@ -75,7 +75,7 @@ def test_a_shipped_recipe_parses_and_sets_what_it_says(recipe):
     (["--dry_run"], True, False), (["--dry-run"], True, False), (["--dry-run", "true"], True, False),
     (["--dry_run", "false"], False, False), (["--dry-run=true"], True, False), (["--dry_run", "True"], True, False),
     (["--validate-only"], False, True), (["--dry_run", "no"], False, False),
-    (["--dry-run", "--validate_only", "--train.seed", "1"], True, True),
+    (["--dry-run", "--train.seed", "1"], True, False),
 ])
 def test_a_switch_needs_no_value_and_takes_one(words, dry, validate):
     config = parse([*words, *REQUIRED])
@@ -194,6 +194,9 @@ def test_training_data_is_all_that_must_be_given():
 
 @pytest.mark.parametrize("words, said", [
     (["--data.val", "", "--validate_only"], "--validate_only has nothing to evaluate on: give --data.val"),
+    (["--dry_run", "--validate_only"], "exclude each other; keep one"),
+    (["--dry_run", "--train.fast_dev_run"], "exclude each other"),
+    (["--validate_only", "--train.fast_dev_run"], "exclude each other"),
     (["--which", "best"], "--which best names what --validate_only evaluates; to train on from a checkpoint give "
                           "--resume RUN/checkpoints/best"),
 ])
@@ -254,8 +257,8 @@ def test_the_program_ends_with_one_line_and_code_2(capsys, tmp_path):
     assert main([*REQUIRED, "--lr", "1"]) == 2
     assert main([*REQUIRED, "--config", write(tmp_path / "r.yaml", "optim: 3")]) == 2
     assert capsys.readouterr().err == (
-        "vir.train: no such flag: --lr (use --optim.lr)\n"
-        f"vir.train: {tmp_path}/r.yaml, line 1: optim is 3; it must be a mapping, e.g. optim: {{name: 3}}, or a YAML "
+        "vir-train: no such flag: --lr (use --optim.lr)\n"
+        f"vir-train: {tmp_path}/r.yaml, line 1: optim is 3; it must be a mapping, e.g. optim: {{name: 3}}, or a YAML "
         "file of settings\n")
 
 

@@ -165,7 +165,7 @@ def agent():
     yield server.port
 
 
-LOST = (r"^vir.train: rank {lost} \(\S+\) {where} \(process \d+\) is lost: (?:{why})\. Rank {rank} \(\S+\) at step "
+LOST = (r"^vir-train: rank {lost} \(\S+\) {where} \(process \d+\) is lost: (?:{why})\. Rank {rank} \(\S+\) at step "
         r"\d+ ends with it, exit code 5; the same command continues from the last checkpoint$")
 
 
@@ -249,7 +249,7 @@ def a_rank_that_never_begins(tmp_path):
         codes, said, _ = ranks.end()
     assert codes == [5, 5]
     for rank in (0, 1):
-        assert re.search(r"vir.train: rank 2 has not begun within 5 s of this one; see what its node says\. Rank",
+        assert re.search(r"vir-train: rank 2 has not begun within 5 s of this one; see what its node says\. Rank",
                          said[rank]), said
 
 
@@ -281,7 +281,7 @@ def without_progress_the_stacks_are_told_once_for_each_place(tmp_path):
         codes, said, _ = ranks.end()
     assert codes == [0, 0]
     for rank, text in enumerate(said):
-        assert len(re.findall(rf"vir.train: rank {rank} \(\S+\) at step 7: no progress for \d+ s; it goes on waiting, "
+        assert len(re.findall(rf"vir-train: rank {rank} \(\S+\) at step 7: no progress for \d+ s; it goes on waiting, "
                               r"and these are the stacks of its threads:", text)) == 1, text
         assert text.count("no progress") == 1 and re.search(r'File ".*test_heartbeat.py", line \d+ in stall', text)
 

@@ -8,6 +8,7 @@ import pytest
 
 from support.launchers import call, free_port
 from vir import launcher
+from vir.data.loader import processes_for
 from vir.errors import SettingsError
 from vir.launcher import Place, adopt, first_host, local_rank, processes_asked_for
 
@@ -93,6 +94,22 @@ def test_jobs_and_steps_that_follow_each_other_have_ports_of_their_own(environme
     ("rack[2-3]-gpu", "rack2-gpu"), ("c-2-[001-100]", "c-2-001")])
 def test_the_first_host_of_a_compressed_list(nodes, first):
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("said, cores", [
+    ({}, 16), ({"LOCAL_WORLD_SIZE": "4"}, 4), ({"LOCAL_SIZE": "3"}, 5), ({"LOCAL_WORLD_SIZE": "64"}, 1),
+    ({"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "16"}, 16),  # srun has bound each task to its own
+    ({"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "64"}, 16),
+    ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": ""}, 8),
+])
+def test_the_cores_of_a_rank(environment, monkeypatch, said, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.cores() == cores
+    assert processes_for(None) == min(16, max(1, cores - 1)) and processes_for(3) == 3
 
 
 @pytest.mark.parametrize("said, number", [({}, 0), ({"LOCAL_RANK": "3"}, 3), ({"SLURM_LOCALID": "2"}, 2),

@@ -41,6 +41,21 @@ def test_a_claim_that_shall_not_stay_leaves_nothing_of_its_own(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"notes", run_folder.LOCK}
 
 
+def test_who_opened_a_lock_file_that_is_then_removed_takes_the_new_one(tmp_path, monkeypatch):
+    """As the run does that comes between the removal and the release of a dry run."""
+    locks, path = fcntl.flock, tmp_path / run_folder.LOCK
+
+    def flock(descriptor, operation):
+        monkeypatch.setattr(fcntl, "flock", locks)
+        path.unlink()
+        locks(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with run_folder.claim(tmp_path, WORLD):
+        with pytest.raises(SettingsError, match="another run is writing there"), run_folder.claim(tmp_path, WORLD):
+            pass
+
+
 def test_a_second_run_is_kept_out_until_the_first_has_ended(tmp_path):
     with run_folder.claim(tmp_path, WORLD):
         with pytest.raises(SettingsError, match=f"--output {tmp_path}: another run is writing there"):

@@ -122,7 +122,7 @@ def share_cores(device: torch.device) -> None:
     Without that each would start as many threads as there are cores.
     """
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launcher.local_size()))
+        torch.set_num_threads(launcher.cores())
 
 
 def stop() -> None:

@@ -75,6 +75,13 @@ def local_size() -> int:
     return max(1, int(said)) if said.isdigit() else 1
 
 
+def cores() -> int:
+    """How many cores this process may use: its share of those of its machine, or what srun has given it alone."""
+    allowed = len(os.sched_getaffinity(0))
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(allowed, int(given)) if given.isdigit() and int(given) else max(1, allowed // local_size())
+
+
 def tell_of_missing_processes(module: str) -> None:
     """Say on standard error where `accelerate launch` was asked for several processes and has started this one alone.
 

@@ -52,26 +52,28 @@ def claim(folder: Path, world: World, stays: bool = True) -> Iterator[None]:
     from vir import distributed
 
     made = distributed.broadcast([path for path in (folder / LOCK, folder, *folder.parents) if not path.exists()])
+    lock = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"--output {folder} cannot be made: {error.strerror}; give another folder") from error
-    _check_shared(folder, world)
-    lock = _lock(folder, world)
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--output {folder} cannot be made: {error.strerror}; give another folder") from error
+        _check_shared(folder, world)
+        lock = _lock(folder, world)
         yield
     finally:
-        if lock in _held:  # not so in a forked process
+        is_ours = lock in _held  # not so in a forked process
+        if world.is_main and not stays:
+            _remove([path for path in made if is_ours or path != folder / LOCK])
+        if lock is not None and is_ours:
             _held.remove(lock)
             os.close(lock)
-        if world.is_main and not stays:
-            _remove(made)
 
 
 def _remove(made: list[Path]) -> None:
-    """Files and empty folders, each before the one that it lies in."""
+    """A file and empty folders, each before the one that it lies in."""
     for path in made:
-        with suppress(OSError):  # another run has begun in it
+        with suppress(OSError):  # it is not there, or another run has begun in it
             path.rmdir() if path.is_dir() else path.unlink()
 
 
@@ -118,7 +120,7 @@ def _locked(path: Path) -> int:
     """A descriptor of the file with its lock, where the file system has locks.
 
     A file that is open for writing, not the folder: NFS refuses a lock to any other descriptor. It stays after the
-    run: of two runs that come as it is removed, one would lock the old file and one the new.
+    run; where a dry run removes it while it holds it, whoever has opened the old file finds that out and takes the new.
 
     Raises:
         BlockingIOError: another process has the lock.
@@ -134,4 +136,8 @@ def _locked(path: Path) -> int:
         raise
     except OSError:  # no locks here
         pass
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        _held.remove(descriptor)
+        os.close(descriptor)
+        return _locked(path)
     return descriptor

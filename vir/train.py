@@ -20,13 +20,11 @@ from vir import cli, launcher
 from vir.cluster.signals import StopRequest
 from vir.config import TrainConfig
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
-from vir.flags import parse
+from vir.flags import PROGRAM, parse
 from vir.launcher import Place
 
 if TYPE_CHECKING:  # a wrong flag is told before torch is imported
     from vir.cluster.heartbeat import Heartbeat
-
-PROGRAM = "vir.train"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +40,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         place = launcher.adopt()
     except VirError as error:
         return cli.tell(error, PROGRAM)
-    launcher.tell_of_missing_processes(PROGRAM)
+    launcher.tell_of_missing_processes("vir.train")
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
     heartbeat, at_the_door = None, True
     try:
@@ -96,8 +94,8 @@ def _unforeseen(error: Exception, place: Place, heartbeat: Heartbeat) -> int:
 
 
 def command() -> int:
-    """main() as a program of its own: the process group ends with it."""
-    code = main()
+    """main() as a program of its own: the process group ends with it, and signals are heeded until the very end."""
+    code = _main(sys.argv[1:], StopRequest())
     if code not in (0, EXIT_STOPPED_BY_SIGNAL):
         cli.end_now(code)  # the other ranks may be waiting elsewhere, and a group ends by all of them
     from vir import distributed

@@ -322,7 +322,7 @@ class Heartbeat:
 
 def _say(line: str) -> None:
     with suppress(OSError):  # nobody may read it any more
-        os.write(2, f"vir.train: {line}\n".encode(errors="backslashreplace"))  # at once: lines of ranks do not mix
+        os.write(2, f"vir-train: {line}\n".encode(errors="backslashreplace"))  # at once: lines of ranks do not mix
 
 
 def _parse(heard: bytes) -> _Word:

@@ -12,8 +12,10 @@ from vir import cli, launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """From a person or a batch system, SLURM's warning before preemption, Ctrl-C, and a terminal that was closed."""
-_SECOND_AFTER_S = 2.0
+_SECOND_AFTER_S = 3.0
 """Seconds from which on a Ctrl-C is a second one: torchrun passes on what the terminal has sent to its ranks too."""
+_NONE = 128
+"""Above all numbers of signals."""
 _NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (a closed terminal)"}
 
 
@@ -21,8 +23,8 @@ class StopRequest:
     """Remembers a signal on this rank from its making on; `agree` asks all ranks whether any has got one.
 
     Made before torch is imported, so that a signal during start-up is not lost. A second Ctrl-C ends the process at
-    once, wherever it is. What was started to ignore Ctrl-C or a closed terminal (nohup, a job in a script's background)
-    goes on ignoring it.
+    once, wherever it is. A process that was started to ignore Ctrl-C or a closed terminal (by nohup, or in a script's
+    background) goes on ignoring it; launchers start their ranks anew, to heed both.
     """
 
     def __init__(self) -> None:
@@ -68,9 +70,9 @@ class StopRequest:
             import torch
             import torch.distributed as dist
 
-            number = torch.tensor([self._number])
-            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
-            self._agreed = int(number.item())
+            number = torch.tensor([self._number or _NONE])
+            dist.all_reduce(number, op=dist.ReduceOp.MIN, group=self._group)
+            self._agreed = int(number.item()) % _NONE  # Ctrl-C before the SIGTERM of a launcher that was met elsewhere
         return bool(self._agreed)
 
     def close(self) -> None:
@@ -90,9 +92,9 @@ def _heed_interrupts(numbers: int) -> None:
                 continue
             if first is None:
                 first = time.monotonic()
-                _say("Ctrl-C: the step in hand is finished and saved; a second Ctrl-C ends without saving")
+                _say("Ctrl-C: stopping as soon as what was done is saved; a second Ctrl-C ends at once")
             elif time.monotonic() - first > _SECOND_AFTER_S:
-                _say("ended by a second Ctrl-C; the same command goes on from the last checkpoint")
+                _say("ended by a second Ctrl-C, without saving")
                 cli.end_now(128 + signal.SIGINT)
 
 

@@ -328,7 +328,7 @@ def _arrived(batch: Any, copied: torch.cuda.Event) -> Any:
 
 def processes_for(workers: int | None) -> int:
     """Loader processes of a rank: as given, else one per core of its share but for its own, from 1 to 16."""
-    return workers or min(16, max(1, len(os.sched_getaffinity(0)) // launcher.local_size() - 1))
+    return workers or min(16, max(1, launcher.cores() - 1))
 
 
 def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfig,

@@ -41,22 +41,30 @@ def load(builders: Sequence[Any]) -> None:
     """
     for builder in builders:
         try:
-            if is_built(builder):
-                continue  # DeepSpeed finds it
-            log.info("DeepSpeed is building its operator %s for this machine: once, a minute or two", builder.name)
             begin = time.monotonic()
+            if not (built := is_built(builder)):
+                log.info("DeepSpeed is building its operator %s for this machine: once, a minute or two", builder.name)
             builder.load(verbose=False)
-            log.info("built %s in %.0f s", builder.name, time.monotonic() - begin)
+            if not built:
+                log.info("built %s in %.0f s", builder.name, time.monotonic() - begin)
+        except ImportError as error:  # the torch that it was built with is another one
+            raise SettingsError(f"DeepSpeed's operator {builder.name} was built and cannot be loaded: {error}; remove "
+                                f"{_folder(builder)}, and it is built anew") from error
         except (RuntimeError, OSError, MissingCUDAException) as error:
             raise SettingsError(f"DeepSpeed cannot build its operator {builder.name}; install a C++ compiler (g++), "
                                 f"ninja and, on a GPU, nvcc. What the build said: {str(error)[:2000]}") from error
+
+
+def _folder(builder: Any) -> Path:
+    """Where it is built."""
+    return Path(cpp_extension._get_build_directory(builder.name, False))
 
 
 def is_built(builder: Any) -> bool:
     """Whether an operator is installed, or was built of these sources in this way, as ninja decides it."""
     if deepspeed.git_version_info.installed_ops.get(builder.name, False):
         return True
-    folder = Path(cpp_extension._get_build_directory(builder.name, False))
+    folder = _folder(builder)
     library, rules = folder / f"{builder.name}.so", folder / "build.ninja"
     if not (library.is_file() and rules.is_file()):
         return False

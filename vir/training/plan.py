@@ -132,14 +132,18 @@ def _course(plan: Plan) -> str:
 def _disk(config: RunConfig, plan: Plan, size: int) -> str:
     """What is kept in the run folder beside what its disk has, in words."""
     has_best, every = bool(config.checkpoint.best and plan.eval_steps), config.checkpoint.keep_every_epochs
+    newest = min(config.checkpoint.keep, len(plan.checkpoint_steps | plan.eval_steps))
     for_good = int(plan.epoch(plan.total_steps) / every) if every else 0
-    count = config.checkpoint.keep + has_best + for_good + 1
-    kept = (f"{config.checkpoint.keep} newest{', the best' * has_best}{f', {for_good} for good' if for_good else ''}, "
+    count = newest + has_best + for_good + 1
+    kept = (f"{newest} newest{', the best' * has_best}{f', {for_good} for good' if for_good else ''}, "
             "one being written")
     folder = Path(config.output).absolute()
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
-    present = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
+    try:
+        free = shutil.disk_usage(there).free
+        present = sum(path.stat().st_size for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
+    except OSError as error:
+        return f"disk: {there} does not tell its free space: {error.strerror}"
     lacking = count * size - present - free
     return (f"disk: {count} checkpoints of {size / 1e6:.1f} MB ({kept}) take {count * size / 1e9:.3g} GB; "
             f"{present / 1e9:.3g} GB are there, {free / 1e9:.3g} GB are free" +

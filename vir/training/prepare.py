@@ -124,4 +124,5 @@ def _check_folder(config: RunConfig) -> None:
     changed = differences(before, to_dict(config))
     if changed and not config.accept_config_change:
         raise SettingsError(f"--output {config.output} began with other settings: " + "; ".join(changed) +
-                            "; give another --output, or --accept_config_change true to go on with the new ones")
+                            "; give the old ones to go on, another --output to begin anew, or --accept_config_change "
+                            "true to go on with the new ones")

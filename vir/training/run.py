@@ -49,19 +49,20 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     With dry_run it only tells the plan, with validate_only it only evaluates; neither leaves anything. With
     fast_dev_run it does both halves of a short run.
     """
+    config = prepared.config
+    leaves_nothing = config.dry_run or config.validate_only or config.train.fast_dev_run
     heartbeat.at("waiting for all ranks to begin", counts=False)
     world = distributed.start()
     stop.join(world.size)
-    if prepared.config.train.fast_dev_run and not prepared.config.dry_run and not prepared.config.validate_only:
-        ending = _try_everything(prepared, world, stop, heartbeat)
-    else:
-        ending = _run(prepared, world, stop, heartbeat)
+    begin = _try_everything if config.train.fast_dev_run else _run
+    ending = begin(prepared, world, stop, heartbeat)
+    if ending is Ending.STOPPED:
+        goes_on = "" if leaves_nothing else f"; the same command continues: {config.output}"
+        log.info(f"stopped by {stop.cause}{goes_on}")
+        cli.report(f"stopped by {stop.cause}{goes_on}")
     heartbeat.at("waiting for all ranks to end", counts=False)
     distributed.barrier()
-    if ending is Ending.DONE:
-        return 0
-    cli.report(_stopped(stop))
-    return EXIT_STOPPED_BY_SIGNAL
+    return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
 
 
 def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
@@ -79,51 +80,59 @@ def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbe
         engine = Engine(network.to(world.device), config, prepared.ds_config, plan.accumulation)
         with closing(engine):
             if config.dry_run:
-                ending = _show_plan(prepared, plan, engine, spec, world)
+                ending = _show_plan(prepared, plan, engine, spec, world, stop)
             elif config.validate_only:
                 ending = _validate(prepared, engine, spec, world, stop, heartbeat)
             else:
                 ending = _train(prepared, plan, engine, spec, world, stop, heartbeat)
     if trains and world.is_main:
         _draw_curves(folder)
-        log.info("done: %s" if ending is Ending.DONE else f"{_stopped(stop)}: %s", folder)
+        if ending is Ending.DONE:
+            log.info("done: %s", folder)
     return ending
-
-
-def _stopped(stop: StopRequest) -> str:
-    return f"stopped by {stop.cause}; the same command continues"
 
 
 def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
     """Half of the steps, with an evaluation and a checkpoint, then the other half after a resume; remove it all."""
     config = prepared.config
-    folder = Path(f"{config.output}.fast_dev_run")
+    folder = Path(f"{Path(config.output)}.fast_dev_run")  # beside it, also where it was given as runs/a/
+    with run_folder.claim(folder, world, stays=False):  # it is no other's that goes on
+        if world.is_main:
+            for left in folder.iterdir():  # by an attempt that was killed
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     for steps in (_DEV_STEPS // 2, _DEV_STEPS):
         short = replace(
             config, output=str(folder), resume="auto", accept_config_change=True,
-            train=replace(config.train, steps=steps, log_every=1),
+            train=replace(config.train, steps=steps, log_every=1, wandb=""),
             schedule=replace(config.schedule, warmup_epochs=0.0, cooldown_epochs=0.0))
-        if steps == _DEV_STEPS // 2 and world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # what an attempt before has left
-        distributed.barrier()
-        if (ending := _run(replace(prepared, config=short), world, stop, heartbeat)) is Ending.STOPPED:
-            return ending
+        ending = _run(replace(prepared, config=short), world, stop, heartbeat)
+        if ending is Ending.STOPPED:
+            break
+    logs.start(world.rank)  # no longer to a file there
     if world.is_main:
-        logs.start(world.rank)  # no longer to a file there
-        shutil.rmtree(folder)
-        log.info("fast_dev_run: %d steps were trained, evaluated, saved and resumed; %s is removed", _DEV_STEPS, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    log.info("fast_dev_run: %s; %s is removed", "stopped before its end" if ending is Ending.STOPPED else
+             f"{_DEV_STEPS} steps were trained, evaluated, saved and resumed", folder)
     return ending
 
 
-def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World) -> Ending:
+def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World,
+               stop: StopRequest) -> Ending:
     config = prepared.config
     info = resume(config, engine, spec, prepared.train.fingerprint, world)
-    for line in describe(config, plan, engine, spec, prepared.train, prepared.val, world):
-        log.info(line)
+    if stop.agree():
+        return Ending.STOPPED
+    _describe(prepared, plan, engine, spec, world)
     done = info.samples_seen // plan.global_batch_size if info else 0
     log.info("a dry run: nothing was trained and nothing is left; the run would %s of %d",
              f"go on after step {done}" if done else "begin at step 1", plan.total_steps)
     return Ending.DONE
+
+
+def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World) -> None:
+    if world.is_main:  # it looks at the disk
+        for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world):
+            log.info(line)
 
 
 def _patience(config: RunConfig, stop: StopRequest, world: World) -> Patience:
@@ -153,8 +162,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
     saver = Saver(config, plan, engine, spec, reader.fingerprint, world, heartbeat, first)
     writer = _begin_writing(prepared, plan, first, world)
     with closing(writer) if writer else nullcontext():
-        for line in describe(config, plan, engine, spec, reader, prepared.val, world):
-            log.info(line)
+        _describe(prepared, plan, engine, spec, world)
         if first:
             log.info("continuing after step %d", first)
         order = SampleOrder(config.train.seed, reader.shard_sizes, config.data.lanes, config.data.window)
