@@ -313,6 +313,8 @@ def test_an_existing_file_is_replaced_only_by_force(tmp_path):
 @pytest.mark.parametrize("output, said", [
     ("w.pt", "give --output {}/w.safetensors"), ("w.pth", "give --output {}/w.safetensors"),
     ("w.bin", "give --output {}/w.safetensors"), ("w.ckpt", "give --output {}/w.safetensors"),
+    ("W.SAFETENSORS", "give --output {}/W.safetensors"),
+    (250 * "a" + ".safetensors", "cannot be written: File name too long; give another file"),
     ("vir_0.5", "give --output {}/vir_0.5.safetensors"), ("weights", "give --output {}/weights.safetensors"),
     ("folder.safetensors", "cannot be written: it is a folder; give another file"),
     ("a file/w.safetensors", "cannot be written: Not a directory; give another file"),

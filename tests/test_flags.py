@@ -197,6 +197,7 @@ def test_training_data_is_all_that_must_be_given():
     (["--dry_run", "--validate_only"], "exclude each other; keep one"),
     (["--dry_run", "--train.fast_dev_run"], "exclude each other"),
     (["--validate_only", "--train.fast_dev_run"], "exclude each other"),
+    (["--which", "best", "--validate_only", "--resume", "none"], "--which best chooses among checkpoints, and --res"),
     (["--which", "best"], "--which best names what --validate_only evaluates; to train on from a checkpoint give "
                           "--resume RUN/checkpoints/best"),
 ])

@@ -177,6 +177,14 @@ def test_tars_that_were_made_elsewhere_are_named_as_what_they_are(tmp_path, name
         "--split train --output SHARDS")
 
 
+def test_archives_beside_what_was_unpacked_from_them_are_an_image_folder(tmp_path):
+    for name in ("n01", "n02"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / f"{name}.tar").touch()
+    with pytest.raises(DataError, match="it looks like an ImageNet folder of 2 class folders"):
+        read_manifest(tmp_path / "train")
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda path: path.unlink(), "no such file: .*index.npy"),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), "index.npy is damaged"),

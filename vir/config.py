@@ -384,6 +384,9 @@ class RunConfig:
             raise SettingsError("--validate_only has nothing to evaluate on: give --data.val, a folder of shards")
         if self.train.fast_dev_run and (self.dry_run or self.validate_only) or self.dry_run and self.validate_only:
             raise SettingsError("--dry_run, --validate_only and --train.fast_dev_run exclude each other; keep one")
+        if self.which != "latest" and self.resume == "none":
+            raise SettingsError(f"--which {self.which} chooses among checkpoints, and --resume none takes none; leave "
+                                "one of them out")
         if self.which != "latest" and not self.validate_only:
             raise SettingsError(f"--which {self.which} names what --validate_only evaluates; to train on from a "
                                 "checkpoint give --resume RUN/checkpoints/best, or its folder, and another --output")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -96,7 +97,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         "weights": str(args.weights), "data": str(args.data), "model": metadata.model.name, "step": metadata.step,
         "ema": metadata.ema, "dtype": metadata.dtype, "mode": args.mode, "processes": state.num_processes}
     if args.compare_modes:
-        first = next(eval_batches(reader, model_input, **batches))
+        with closing(eval_batches(reader, model_input, **batches)) as first_of:
+            first = next(first_of)
         assert first is not None, "nothing makes the loader give up"
         result["mode_differences"] = _compare(model, first, model_input, args.mode)
     with tqdm(total=len(reader), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:

@@ -47,13 +47,14 @@ def consolidate(source: Path, output: Path, *, which: str = LATEST, ema: bool = 
 def _check_output(output: Path, force: bool) -> None:
     """At the door: gathering the weights of a large model takes minutes."""
     if output.suffix != ENDING:
-        better = output.with_suffix("") if output.suffix in (".pt", ".pth", ".bin", ".ckpt") else output
+        is_other = output.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt", ENDING)
+        better = output.parent / ((output.stem if is_other else output.name) or "weights")
         raise SettingsError(f"--output {output} does not end in {ENDING}, the format of the file, by which timm knows "
                             f"it; give --output {better}{ENDING}")
-    if output.is_file() and not force:
-        raise SettingsError(f"{output} exists; give another --output, or --force to replace it")
     there = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
     try:
+        if output.is_file() and not force:
+            raise SettingsError(f"{output} exists; give another --output, or --force to replace it")
         try_to_write(output if output.exists() else there / output.name)
     except OSError as error:
         raise SettingsError(f"--output {output} cannot be written: {error.strerror}; give another file") from error

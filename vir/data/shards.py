@@ -245,7 +245,9 @@ def _why_no_manifest(folder: Path) -> str:
         return f"{folder} has no {MANIFEST}, {folder / converted[0]} has: give the folder of one split"
     if INDEX in found:
         return f"{folder} has an {INDEX} but no {MANIFEST}; copy the split again or convert it again"
-    if tars := [name for name in found if name.endswith((".tar", ".tar.gz", ".tgz")) and name not in folders]:
+    # An archive that was unpacked beside itself is none of them.
+    if tars := [name for name in found if name.endswith((".tar", ".tar.gz", ".tgz")) and name not in folders
+                and name.split(".")[0] not in folders]:
         count = "1 tar file" if len(tars) == 1 else f"{len(tars):,} tar files"
         return (f"{folder} holds {count} ({tars[0]}{', ...' if tars[1:] else ''}) but no {MANIFEST}: shards or "
                 "archives made elsewhere; today only the shards of vir-convert are read: unpack the images to "
