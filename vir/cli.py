@@ -33,12 +33,13 @@ def tell(error: VirError, program: str, every_rank: bool = True) -> int:
 def report(said: str) -> None:
     """Let torchrun's report, which comes after all that the ranks print, say why this one has ended.
 
-    The file is that of torch.distributed.elastic.multiprocessing.errors, in the form without a traceback. Only torchrun
-    and accelerate ask for it.
+    The file is as torch.distributed.elastic.multiprocessing.errors.record leaves it, with the line in the traceback's
+    place. Only torchrun and accelerate ask for it.
     """
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"py_callstack": said, "timestamp": str(int(time.time()))}
         with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": said, "timestamp": int(time.time())}))
+            Path(path).write_text(json.dumps({"message": {"message": said, "extraInfo": more}}))
 
 
 def end_now(exit_code: int) -> NoReturn:
