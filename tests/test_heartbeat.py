@@ -170,7 +170,7 @@ LOST = (r"^vir-train: rank {lost} \(\S+\) {where} \(process \d+\) is lost: (?:{w
 
 
 def assert_lost(said, rank, lost, why, where=r"at step \d+"):
-    lines = [line for line in said[rank].splitlines() if line.startswith("vir.train")]  # torch's store has its own
+    lines = [line for line in said[rank].splitlines() if line.startswith("vir-train")]  # torch's store has its own
     assert len(lines) == 1 and re.search(LOST.format(lost=lost, where=where, why=why, rank=rank), lines[0]), said
 
 
@@ -318,7 +318,7 @@ def test_a_port_that_is_taken_is_told_on_one_line(monkeypatch, capsys, tmp_path)
             monkeypatch.setenv(name, value)
         code = main(["--deepspeed_config", "zero2_fp32", "--output", str(tmp_path), "--data.train", "t", "--data.val",
                      "v"])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vir.train")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vir-train")]
     assert code == 2 and len(said) == 1
     assert "rank 0 cannot serve on port" in said[0] and "give the launcher another --master_port" in said[0]
 

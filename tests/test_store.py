@@ -1,6 +1,7 @@
 """Checkpoints are published whole, or not at all; which are kept, and which one a folder means. Without DeepSpeed."""
 
 import hashlib
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -23,6 +24,12 @@ INFO = CheckpointInfo(
     metrics={}, config={"a": [1, 2]}, data_fingerprint="f",
     model=ModelSpec(name="test_vit", args={}, classes=("x", "y"), input=InputSpec(
         size=(3, 28, 28), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.9)))
+
+
+@pytest.fixture(autouse=True)
+def warnings_alone(caplog):
+    """A run within pytest may have switched the lines for people on."""
+    caplog.set_level(logging.WARNING, "vir")
 
 
 def writing(content="weights", problems=()):

@@ -55,7 +55,9 @@ class Ranks:
     def __init__(self, arguments: list[str], run: Path, log: Path, launcher: str = "srun", program=("-m", "vir.train"),
                  **environment: str):
         self.run, self.began, self.launcher, port = run, time.time(), launcher, free_port()
-        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        # Without what a run of one process within pytest has left there: it would make each rank one of its own.
+        own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        self._environment = {**own, "OMP_NUM_THREADS": "1", **environment}
         self._port = port
         self.logs, self.processes = [], []
         bin = Path(sys.executable).parent
