@@ -114,6 +114,26 @@ def test_a_switch_that_may_be_null_is_one_too(monkeypatch):
     ("--optim.l 1", "--optim.l (vir-train --help optim lists all)"),  # no flag is shortened
     ("--train.glob 8", "--train.glob (vir-train --help train lists all)"),
     ("--train.lr 1", "--train.lr (use --optim.lr)"),
+    ("--eval.epochs 1", "--eval.epochs (did you mean --eval.every_epochs)"),
+    ("--checkpoint.steps 1", "--checkpoint.steps (did you mean --checkpoint.every_steps)"),
+    ("--optim.decay 1", "--optim.decay (did you mean --optim.weight_decay or --optim.layer_decay)"),
+    ("--data.name x", "--data.name (vir-train --help data lists all)"),
+    ("--eval.loss x", "--eval.loss (vir-train --help eval lists all)"),
+    ("--model.patch_size 4", "--model.patch_size (use --model.args '{patch_size: 4}')"),
+    ("--patch-size 4", "--patch-size (use --model.args '{patch_size: 4}')"),
+    ("--model.mlp_ratio 4", "--model.mlp_ratio (use --model.args '{mlp_ratio: 4}')"),
+    ("--drop-rate 0.1", "--drop-rate (use --model.args '{drop_rate: 0.1}')"),
+    ("--model.depth 6", "--model.depth (use --model.args '{depth: 6}')"),
+    ("--gp avg", "--gp (use --model.args '{global_pool: avg}')"),
+    ("--lr-warmup-decay 0.1", "--lr-warmup-decay (no factor here: --schedule.warmup_lr is the learning rate of the "
+                              "first step)"),
+    ("--warmup 5", "--warmup (use --schedule.warmup_epochs, which may be a fraction; not given: a fifteenth of the "
+                   "run)"),
+    ("--schedule.warmup 5", "--schedule.warmup (use --schedule.warmup_epochs, which may be a fraction; not given: a "
+                            "fifteenth of the run)"),
+    *((flag, f"{flag} (vir-train --help lists all)") for flag in (
+        "--lr-k-decay", "--norm-weight-decay", "--bias-weight-decay", "--no-prefetcher", "--clip-grad-mode")),
+    ("--model.args.a.b 3 --lr 1", "--lr (use --optim.lr)"),
     ("--deepspeed_confg x", "--deepspeed_confg (did you mean --deepspeed_config)"),
     ("--print-config", "--print-config (use --print_config)"),
     ("--zzz", "--zzz (vir-train --help lists all)"),
@@ -171,6 +191,16 @@ def test_each_json_that_the_table_names_is_shipped():
                                               f"that name is {ROOT}/vir/recipes/vir_small_in1k.yaml"),
     (["--config", "r.yml"], f"--config r.yml: there is no such file; the recipes in {ROOT}/vir/recipes are "
                             + ", ".join(path.name for path in RECIPES)),
+    (["--config", "x" * 300], f"--config {'x' * 300}: there is no such file; the recipes in {ROOT}/vir/recipes are "
+                              + ", ".join(path.name for path in RECIPES)),
+    (["--config", "a\0b"], f"--config a\0b: there is no such file; the recipes in {ROOT}/vir/recipes are "
+                           + ", ".join(path.name for path in RECIPES)),
+    (["--model", f"{{name: {'x' * 300}, foo: 1}}"],
+     f"--model {{name: {'x' * 300}, foo: 1}}, line 1: there is no setting model.foo "
+     "(vir-train --help model lists all)"),
+    (["--config", ""], "--config is ''; it must be a YAML file of settings"),
+    (["--optim", "no.yaml"], "--optim no.yaml: there is no such file"),
+    (["--print_config", "foo"], "--print_config takes no value, or as --print_config=skip_default"),
     (["--config", "/"], "--config is '/', a folder; it must be a YAML file"),
 ])
 def test_a_wrong_value_is_told_with_what_was_expected(words, said):
@@ -180,6 +210,16 @@ def test_a_wrong_value_is_told_with_what_was_expected(words, said):
 def test_a_stray_word_is_told():
     with pytest.raises(SettingsError, match="^'stray' belongs to no flag; settings are given as --NAME VALUE$"):
         parse(["stray", *REQUIRED])
+
+
+@pytest.mark.parametrize("words", [["--print_completion", "bash"], ["--print_completion"]])
+def test_the_shells_of_completion_are_told(words):
+    said = "--print_completion takes shtab-bash, shtab-zsh, shtab-tcsh, shtab-fish, shtab-powershell, jsonschema"
+    assert refusal(*words) == said
+
+
+def test_a_negative_number_is_a_value():
+    assert refusal("--optim.lr", "-1e-3") == "--optim.lr is -0.001; it must be positive"
 
 
 def test_a_range_is_checked_through_the_whole_parser():
@@ -219,6 +259,10 @@ def test_flags_that_need_another_one_name_it(words, said):
     ("optim:\n  lr: fast", ", line 2: optim.lr is fast; it must be a number or null"),
     ("optim:\n  betas:\n  - 1\n", ", line 2: optim.betas is [1]; it must be 2 numbers in brackets, '[0.5, 0.9]'"),
     ("output: 3", ", line 1: output is 3; it must be text, so in quotes"),
+    ("optim: [1, 2]", ", line 1: optim is [1, 2]; it must be a mapping, or a YAML file of settings"),
+    ("optim: no.yaml", ", line 1: optim is no.yaml; there is no such file"),
+    (f"optim: [{', '.join('1' * 300)}]", f", line 1: optim is [{', '.join('1' * 300)}]; it must be a mapping, or a "
+                                         "YAML file of settings"),
     ("optim: {<<: {lrr: 1}}", ", line 1: there is no setting optim.lrr (did you mean optim.lr)"),
     ("optim:\ntrain: {seed: 1}", ", line 1: optim is empty; it must be a mapping, or a YAML file of settings"),
     ("train: 3", ", line 1: train is 3; it must be a mapping, or a YAML file of settings"),
@@ -252,6 +296,22 @@ def test_a_value_out_of_range_is_told_with_the_line_that_sets_it(tmp_path):
     said = "--eval.batch_size is 0; it must be at least 1"
     assert refusal("--config", file) == f"{said} ({file}, line 3)"
     assert refusal("--config", file, "--eval.batch_size", "0") == said  # the flag is what counts
+
+
+def test_the_place_of_a_value_is_that_of_the_last_word_that_sets_it(tmp_path):
+    right, wrong = write(tmp_path / "pos.yaml", "\noptim: {lr: 3}\n"), write(tmp_path / "neg.yaml", "lr: -2\n")
+    said = "--optim.lr is -2.0; it must be positive"
+    assert refusal("--config", right, "--optim", "{lr: -2}") == said
+    assert refusal("--config", right, "--optim", wrong) == f"{said} ({wrong}, line 1)"
+    assert refusal("--config", write(tmp_path / "in.yaml", "optim: neg.yaml\n")) == f"{said} ({wrong}, line 1)"
+    dotted = write(tmp_path / "dotted.yaml", "train: {seed: 1}\noptim.lr: -2\n")
+    assert refusal("--config", dotted) == f"{said} ({dotted}, line 2)"
+
+
+def test_an_anchor_that_holds_itself_is_told(tmp_path):
+    file = write(tmp_path / "r.yaml", "model: &a {args: {b: *a}}\n")
+    assert refusal("--config", file) == (f"--config {file}: an anchor of this YAML holds itself; write out what it "
+                                         "stands for")
 
 
 def test_the_program_ends_with_one_line_and_code_2(capsys, tmp_path):

@@ -7,6 +7,7 @@ says what was expected: the name here of a flag that other training scripts have
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ from vir.errors import SettingsError
 
 PROGRAM = "vir-train"
 _RECIPES = Path(__file__).resolve().parent / "recipes"
+_YAML = (".yaml", ".yml")
 _HELP = ("-h", "--help")
 _PRINTING = (*_HELP, "--print_config", "--print_completion")
 """Flags that print and end the program."""
+_COMPLETIONS = ("shtab-bash", "shtab-zsh", "shtab-tcsh", "shtab-fish", "shtab-powershell", "jsonschema")
 
 
 def _kinds(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -45,6 +48,7 @@ _SHARDS = "use --data.train and --data.val, folders of shards that vir-convert w
 _CLASSES = "the class list of the training shards decides it"
 _RECOMPUTE = "the DeepSpeed JSON decides it, e.g. --deepspeed_config zero2_bf16_ckpt"
 _OFFLOAD = "the DeepSpeed JSON decides it, e.g. --deepspeed_config zero2_offload_bf16"
+_WARMUP = "--schedule.warmup_epochs, which may be a fraction; not given: a fifteenth of the run"
 _ZERO = "the DeepSpeed JSON decides it, e.g. --deepspeed_config zero3_bf16"
 
 ELSEWHERE = {
@@ -66,8 +70,10 @@ ELSEWHERE = {
     # schedule
     "sched": "--schedule.name", "scheduler": "--schedule.name", "lr_scheduler": "--schedule.name",
     "lr_scheduler_type": "--schedule.name", "warmup_epochs": "--schedule.warmup_epochs",
-    "lr_warmup_epochs": "--schedule.warmup_epochs", "warmup_steps": "--schedule.warmup_epochs, which may be a fraction",
-    "lr_warmup_decay": "--schedule.warmup_lr", "lr_min": "--schedule.min_lr", "lr_step_size": "--schedule.decay_epochs",
+    "lr_warmup_epochs": "--schedule.warmup_epochs", "warmup": _WARMUP, "warmup_steps": _WARMUP,
+    "warmup_iters": _WARMUP, "warmup_ratio": _WARMUP,
+    "lr_warmup_decay": "no factor here: --schedule.warmup_lr is the learning rate of the first step",
+    "lr_min": "--schedule.min_lr", "lr_step_size": "--schedule.decay_epochs",
     "lr_gamma": "--schedule.decay_rate",
     # model
     "-a": "--model.name", "arch": "--model.name", "model_kwargs": "--model.args",
@@ -75,6 +81,11 @@ ELSEWHERE = {
     "train_crop_size": "--model.img_size", "val_crop_size": "--model.img_size and --model.crop_pct",
     "val_resize_size": "--model.img_size and --model.crop_pct", "num_classes": _CLASSES, "nb_classes": _CLASSES,
     "drop_path": "--model.drop_path_rate", "drop": "--model.args '{drop_rate: 0.1}'",
+    "drop_rate": "--model.args '{drop_rate: 0.1}'", "patch_size": "--model.args '{patch_size: 4}'",
+    "embed_dim": "--model.args '{embed_dim: 384}'", "depth": "--model.args '{depth: 6}'",
+    "num_heads": "--model.args '{num_heads: 6}'", "mlp_ratio": "--model.args '{mlp_ratio: 4}'",
+    "gp": "--model.args '{global_pool: avg}'", "global_pool": "--model.args '{global_pool: avg}'",
+    "in_chans": "no setting: images are RGB, so --model.args keeps in_chans at 3",
     "initial_checkpoint": "--model.init_from", "finetune": "--model.init_from", "weights": "--model.init_from",
     "torchcompile": "--model.compile", "torch_compile": "--model.compile",
     # data and augmentation
@@ -134,7 +145,7 @@ def parse(argv: list[str]) -> RunConfig:
             exit_on_error=False, allow_abbrev=False)
     except SettingsError as error:
         raise SettingsError(f"{error}{_origin(words, str(error))}") from error
-    except (ArgumentError, TypeError, UnicodeError) as error:  # a section that is no mapping, a file that is no text
+    except (ArgumentError, TypeError, ValueError, OSError, RecursionError) as error:  # jsonargparse lets each through
         said = _complaint(words)
         if said is None and not isinstance(error, ArgumentError):
             raise
@@ -143,15 +154,20 @@ def parse(argv: list[str]) -> RunConfig:
 
 
 def _with_values(argv: list[str]) -> list[str]:
-    """`--dry_run`, also written `--dry-run`, alone means `--dry_run true`; so for every switch."""
+    """`--dry_run`, also written `--dry-run`, alone means `--dry_run true`; so for every switch.
+
+    A flag and a negative number after it become one word, as argparse takes -1e-3 for a flag.
+    """
     switches = {"--" + name for name, kind in KINDS.items() if kind in (bool, Optional[bool])}
-    words = []
+    words: list[str] = []
     for at, word in enumerate(argv):
         name, equals, value = word.partition("=")
         flag = "--" + name[2:].replace("-", "_")
         if word.startswith("--") and flag in switches:
             words.append(flag + equals + value)
             words += ["true"] if not equals and (at + 1 == len(argv) or _is_flag(argv[at + 1])) else []
+        elif re.match(r"-\.?\d", word) and words and words[-1].startswith("--") and "=" not in words[-1]:
+            words[-1] += "=" + word
         else:
             words.append(word)
     return words
@@ -194,7 +210,14 @@ def _complaint(words: list[str]) -> str | None:
     unknown = [f"{flag} ({_suggestion(flag)})" for flag, _ in groups if flag and not _is_known(flag)]
     if unknown:
         return f"no such flag: {', '.join(unknown)}"
-    return next((said for flag, values in groups if (said := _complaint_of_flag(flag, values))), None)
+    for flag, values in groups:
+        try:
+            said = _complaint_of_flag(flag, values)
+        except RecursionError:
+            said = f"{flag} {' '.join(values)}: an anchor of this YAML holds itself; write out what it stands for"
+        if said:
+            return said
+    return None
 
 
 def _groups(words: list[str]) -> list[tuple[str, list[str]]]:
@@ -212,10 +235,14 @@ def _groups(words: list[str]) -> list[tuple[str, list[str]]]:
 def _is_known(flag: str) -> bool:
     name = flag.removeprefix("--")
     return flag in (*_PRINTING, "--config") or flag.startswith("--") and (
-        name in KINDS or KINDS.get(name.rpartition(".")[0]) == dict[str, Any])
+        name in KINDS or any(kind == dict[str, Any] and name.startswith(f"{key}.") for key, kind in KINDS.items()))
 
 
 def _complaint_of_flag(flag: str, values: list[str]) -> str | None:
+    if flag == "--print_completion":
+        return None if values and values[0] in _COMPLETIONS else f"{flag} takes {', '.join(_COMPLETIONS)}"
+    if flag == "--print_config" and values:
+        return None if values[0].startswith("skip_") else f"{flag} takes no value, or as {flag}=skip_default"
     if not flag or flag in _PRINTING:
         return f"{values[0]!r} belongs to no flag; settings are given as --NAME VALUE" if values else None
     name = flag[2:]
@@ -236,13 +263,17 @@ def _complaint_of_flag(flag: str, values: list[str]) -> str | None:
 def _complaint_of_mapping(flag: str, value: str) -> str | None:
     """On what --config or a section is given: a YAML file, or YAML itself."""
     prefix = "" if flag == "--config" else flag[2:] + "."
-    if Path(value).is_file():
+    if os.path.isfile(value):  # False also for what can be no path; pathlib raises
         return _complaint_of_yaml(value, _read(Path(value)), prefix)
     if value.lstrip().startswith("{"):
         return _complaint_of_yaml(f"{flag} {value}", value, prefix)
+    if prefix and value.endswith(_YAML):
+        return f"{flag} {value}: there is no such file"
     if prefix:
         return f"{flag} is {value!r}, but {flag[2:]} is a section: {_of_section(flag[2:], value)}"
-    if Path(value).is_dir():
+    if not value:
+        return f"--config is ''; it must be {_in_words(None)}"
+    if os.path.isdir(value):
         return f"--config is {value!r}, a folder; it must be a YAML file"
     recipes = sorted(_RECIPES.glob("*.yaml"))
     same = [str(path) for path in recipes if path.stem == Path(value).stem]
@@ -292,9 +323,12 @@ def _complaint_of_section(place: str, line: str, section: str, node: yaml.Node) 
     if isinstance(node, yaml.MappingNode):
         return _complaint_of_node(place, node, section + ".")
     file = Path(place).parent / _shown(node)
-    if file.is_file():
+    if os.path.isfile(file):
         return _complaint_of_yaml(str(file), _read(file), section + ".")
-    example = f", e.g. {section}: {{name: {node.value}}}" if node.value and section + ".name" in KINDS else ""
+    scalar = isinstance(node, yaml.ScalarNode) and node.value
+    if scalar and scalar.endswith(_YAML):
+        return f"{line}: {section} is {scalar}; there is no such file"
+    example = f", e.g. {section}: {{name: {scalar}}}" if scalar and section + ".name" in KINDS else ""
     return f"{line}: {section} is {_shown(node)}; it must be a mapping{example}, or a YAML file of settings"
 
 
@@ -363,23 +397,26 @@ def _suggestion(flag: str) -> str:
         return f"use {_as_given(flag, [name])}"
     if f"--{name}" in _PRINTING:
         return f"use --{name}"
-    if section in SECTIONS and (close := _close(last, [other for other in KINDS if other.startswith(section + ".")])):
-        return f"did you mean {_as_given(flag, close)}"
     if said := ELSEWHERE.get(flag) or ELSEWHERE.get(last):
         said = said if flag.startswith("-") else re.sub(r"--(?=[a-z_]+\.)", "", said)
         return f"use {said}" if said.split()[0].lstrip("-").rstrip(";,") in KINDS else said
+    if section in SECTIONS:  # the last part alone means another thing in another section
+        inside = [other for other in KINDS if other.startswith(section + ".")]
+        if close := _close(last, inside, 0.7) or [other for other in inside if other.endswith("_" + last)]:
+            return f"did you mean {_as_given(flag, close)}"
+        return f"{PROGRAM} --help {section} lists all"
     if same := [other for other in KINDS if other.rpartition(".")[2] == last]:
         return f"use {_as_given(flag, same)}"
-    if close := _close(last if section in SECTIONS else name, list(KINDS)):
+    if close := _close(name, list(KINDS), 0.85):
         return f"did you mean {_as_given(flag, close)}"
-    return f"{PROGRAM} --help {section} lists all" if section in SECTIONS else f"{PROGRAM} --help lists all"
+    return f"{PROGRAM} --help lists all"
 
 
-def _close(name: str, among: list[str]) -> list[str]:
+def _close(name: str, among: list[str], least: float) -> list[str]:
     """Up to three settings that are written much like that, or their last part where it has no dot."""
     alike = {other: difflib.SequenceMatcher(None, name, other if "." in name else other.rpartition(".")[2]).ratio()
              for other in among}
-    least = max(0.7, max(alike.values()) - 0.1)
+    least = max(least, max(alike.values()) - 0.1)
     return sorted((other for other in among if alike[other] >= least), key=lambda other: -alike[other])[:3]
 
 
@@ -391,19 +428,28 @@ def _as_given(flag: str, names: list[str]) -> str:
 def _origin(words: list[str], said: str) -> str:
     """Where a setting that is out of range comes from, if from a YAML file: its name and line in brackets."""
     found = re.match(r"--([\w.]+) is ", said)
-    place = ""
+    if not found:
+        return ""
+    setting, place = found[1], ""
     for flag, values in _groups(words):
-        if found and flag == f"--{found[1]}":
-            place = ""
-        elif found and flag == "--config" and values and Path(values[0]).is_file():
-            node: Any = yaml.compose(Path(values[0]).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-            place = _line_of(node, found[1], values[0]) or place
+        if flag == "--config":
+            place = values and _line_of(values[0], setting) or place
+        elif f"{setting}.".startswith(f"{flag[2:]}."):  # it, or its section
+            place = values and _line_of(values[0], setting[len(flag) - 1:]) or ""
     return place
 
 
-def _line_of(node: yaml.Node, name: str, file: str) -> str:
-    first, _, rest = name.partition(".")
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        if key.value == first:
-            return _line_of(value, rest, file) if rest else f" ({file}, line {key.start_mark.line + 1})"
-    return ""
+def _line_of(file: str, name: str) -> str:
+    """Where a YAML file, or one that it names for a section, sets that; empty if it does not or is no file."""
+    if not name or not os.path.isfile(file):
+        return ""
+    node: yaml.Node | None = yaml.compose(_read(Path(file)), Loader=yaml.SafeLoader)
+    while isinstance(node, yaml.MappingNode):
+        entries, node = node.value, None
+        for key, value in entries:
+            if key.value == name:
+                return f" ({file}, line {key.start_mark.line + 1})"
+            if name.startswith(f"{key.value}."):
+                node, rest = value, name[len(key.value) + 1:]
+        name = rest if node else name
+    return _line_of(str(Path(file).parent / node.value), name) if isinstance(node, yaml.ScalarNode) else ""
