@@ -188,6 +188,26 @@ def test_what_set_input_size_would_make_of_another_shape_is_left_to_timms_filter
     assert fitted.keys() == given.keys() and all(torch.equal(fitted[name], given[name]) for name in given)
 
 
+def test_a_family_without_a_grid_of_patches_is_left_to_timms_filter():
+    """Such a model does not tell which size of images it was built for, by which MaxViT's windows grow."""
+    source, model = (timm.create_model("maxvit_pico_rw_256", img_size=side, num_classes=2) for side in (64, 128))
+    given = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    assert mismatches(given, model.state_dict()) and not mismatches(resampled(given, model, source), model.state_dict())
+
+
+def test_vir_takes_patches_of_another_size():
+    torch.manual_seed(1)
+    model = timm.create_model(VIR, **TINY, img_size=(28, 56))
+    table, weight = model.pos_embed.detach(), model.patch_embed.proj.weight.detach()
+    model.set_input_size((28, 84), patch_size=7)
+    assert torch.equal(model.pos_embed, resample_abs_pos_embed(table, [4, 12], [2, 4], num_prefix_tokens=0))
+    assert torch.equal(model.patch_embed.proj.weight, resample_patch_embed(weight, [7, 7]))
+    assert {info["reduction"] for info in model.feature_info} == {7}
+    assert model(torch.zeros(1, 3, 28, 84)).shape == (1, 1000)
+    with pytest.raises(SettingsError, match="patch_size is 0x0; it must be at least 1x1"):
+        model.set_input_size(28, patch_size=0)
+
+
 @pytest.mark.parametrize("changed, said", [
     ({"name": "hf-hub:someone/model"}, "holds a 'hf-hub:someone/model', which timm .* does not know"),
     ({"args": {"checkpoint_path": "x.pth"}}, r"has model_args \['checkpoint_path'\], which would fetch other weight"),

@@ -237,11 +237,13 @@ def resampled(state_dict: dict[str, Tensor], model: nn.Module, source: nn.Module
             places are as many. It is used up. None where there is none: timm assumes the grid of its pretrained
             weights, or a square.
     """
-    if source is not None and hasattr(source, "set_input_size"):
-        own = model.state_dict()
+    grid: Any = getattr(model, "patch_embed", None)
+    if source is not None and hasattr(source, "set_input_size") and hasattr(grid, "img_size"):
+        own, patch = model.state_dict(), grid.patch_size
+        is_kept = patch == getattr(source, "patch_embed").patch_size  # not every family can change it
         try:
             source.load_state_dict(state_dict)
-            getattr(source, "set_input_size")(**_sizes(source, model))
+            getattr(source, "set_input_size")(img_size=grid.img_size, **{} if is_kept else {"patch_size": patch})
         except UNREADABLE:  # not of this family or of these sizes; mismatches tells it
             found = {}
         else:
@@ -251,15 +253,6 @@ def resampled(state_dict: dict[str, Tensor], model: nn.Module, source: nn.Module
             return found  # else it resized what `model` has not, like the windows of Swin
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return dict(resample(dict(state_dict), model)) if resample else dict(state_dict)
-
-
-def _sizes(source: nn.Module, model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Arguments with which source.set_input_size makes its sizes those of `model`."""
-    ours, theirs = (getattr(network, "patch_embed", None) for network in (model, source))
-    size = getattr(ours, "img_size", None) or getattr(model, "pretrained_cfg")["input_size"][1:]
-    patch = getattr(ours, "patch_size", None)
-    is_changed = patch is not None and patch != getattr(theirs, "patch_size", None)
-    return {"img_size": size} | ({"patch_size": patch} if is_changed else {})
 
 
 def mismatches(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

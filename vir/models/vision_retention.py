@@ -166,7 +166,7 @@ class VisionRetention(nn.Module):
         """Take images of this size from now on, in patches of that size; positions and patches are resampled, bicubic.
         """
         size: tuple[int, int] = to_2tuple(img_size)
-        patch: tuple[int, int] = to_2tuple(patch_size or self.patch_embed.patch_size)
+        patch: tuple[int, int] = to_2tuple(self.patch_embed.patch_size if patch_size is None else patch_size)
         check_patches(size, patch)
         old_grid = self.patch_embed.grid_size
         self.patch_embed.set_input_size(img_size=size, patch_size=patch)
