@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import vir.models  # noqa: F401  registers the models
 from support.launchers import HANGS, call
@@ -17,7 +18,8 @@ from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, save_weights
 from vir.models.build import build
-from vir.models.initialize import check_pretrained, initialize_from, mismatches, resampled
+from vir.models.initialize import check_pretrained, initialize_from, mismatches, network_of, resampled, some, timm_cfg
+from vir.models.spec import ModelSpec, input_of
 
 torch.set_num_threads(1)
 VIR = "vir_tiny_patch16_224"
@@ -124,9 +126,107 @@ def test_a_file_without_a_head_leaves_it_at_random(weights, tmp_path, said):
 def test_positions_are_resampled_and_the_log_says_from_which_size(tmp_path, said):
     expected, path = of_ours(tmp_path / "w.safetensors", "ab", img_size=56)
     model, _ = build(config(init_from=path, img_size=84), "ab")
-    assert model.pos_embed.shape == (1, 36, 16) and torch.equal(model.norm.weight, expected["norm.weight"])
+    table = resample_abs_pos_embed(expected["pos_embed"], [6, 6], [4, 4], num_prefix_tokens=0)
+    assert torch.equal(model.pos_embed, table) and torch.equal(model.norm.weight, expected["norm.weight"])
     assert ("initial weights: resampled for images of 56x56 -> 84x84 pixels: pos_embed [1, 16, 16] -> [1, 36, 16]"
             ) in said()
+
+
+def of_size(path: Path, name: str, size: tuple[int, int], dtype: str = "fp32") -> dict[str, torch.Tensor]:
+    """A file of ours for images of that size, with patches of 8x8, and its tensors."""
+    args = dict(img_size=size, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    model = timm.create_model(name, **args)
+    torch.nn.init.normal_(model.pos_embed)
+    kept = {key: x.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]) for key, x in model.state_dict().items()}
+    save_weights(path, kept, WeightsMetadata(
+        model=ModelSpec(name=name, args=args, input=input_of(model), classes=("a", "b")), step=7, samples_seen=56,
+        ema=False, dtype=dtype))
+    return kept
+
+
+@pytest.mark.parametrize("name, prefix", [(VIR, 0), ("vit_tiny_patch16_224", 1)])
+@pytest.mark.parametrize("old, new, patch", [
+    ((16, 64), (32, 32), 8), ((32, 32), (16, 64), 8),  # 2x8 and 4x4 places, and back
+    ((16, 64), (64, 16), 8), ((16, 64), (32, 64), 8), ((16, 64), (64, 128), 16), ((32, 32), (64, 64), 16),
+    ((56, 224), (56, 224), 8),  # 7x28, as many as the 14x14 of timm's pretrained weights
+    ((56, 224), (112, 112), 8),
+])
+def test_positions_are_resampled_from_the_grid_of_the_file(tmp_path, said, name, prefix, old, new, patch):
+    """With the class token's place first in timm's table and none for it in ours."""
+    given = of_size(tmp_path / "w.safetensors", name, old)
+    model = timm.create_model(name, img_size=new, patch_size=patch, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    initialize_from(model, tmp_path / "w.safetensors", "ab")
+    grids = [[side // step for side in size] for size, step in ((old, 8), (new, patch))]
+    table = resample_abs_pos_embed(given["pos_embed"], grids[1], grids[0], num_prefix_tokens=prefix)
+    weight = given["patch_embed.proj.weight"]
+    assert torch.equal(model.pos_embed, table)
+    assert torch.equal(model.patch_embed.proj.weight,
+                       weight if patch == 8 else resample_patch_embed(weight, [patch, patch]))
+    lines = [line for line in said() if "resampled for" in line]
+    sizes = "{}x{} -> {}x{}".format(*old, *new)
+    assert len(lines) == (old != new) and all(f"for images of {sizes} pixels: " in line for line in lines)
+    assert all(("pos_embed [" in line) == (grids[0] != grids[1]) for line in lines)
+
+
+def test_only_what_is_resampled_is_told_of_a_file_of_half_precision(tmp_path, said):
+    given = of_size(tmp_path / "w.safetensors", VIR, (16, 64), "bf16")
+    model = timm.create_model(VIR, img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    initialize_from(model, tmp_path / "w.safetensors", "ab")
+    table = resample_abs_pos_embed(given["pos_embed"].float(), [4, 4], [2, 8], num_prefix_tokens=0)
+    assert torch.equal(model.pos_embed, table)
+    assert [line for line in said() if "resampled for" in line] == [
+        "initial weights: resampled for images of 16x64 -> 32x32 pixels: pos_embed [1, 16, 16] -> [1, 16, 16]"]
+
+
+def test_what_set_input_size_would_make_of_another_shape_is_left_to_timms_filter():
+    """Swin would scale its windows with the images; the run's are those of its arguments, the file's too."""
+    args = dict(window_size=4, patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2), num_classes=2)
+    source = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, **args)
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, **args)
+    given = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    fitted = resampled(given, model, source)
+    assert fitted.keys() == given.keys() and all(torch.equal(fitted[name], given[name]) for name in given)
+
+
+def test_a_family_without_a_grid_of_patches_is_left_to_timms_filter():
+    """Such a model does not tell which size of images it was built for, by which MaxViT's windows grow."""
+    source, model = (timm.create_model("maxvit_pico_rw_256", img_size=side, num_classes=2) for side in (64, 128))
+    given = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    assert mismatches(given, model.state_dict()) and not mismatches(resampled(given, model, source), model.state_dict())
+
+
+def test_vir_takes_patches_of_another_size():
+    torch.manual_seed(1)
+    model = timm.create_model(VIR, **TINY, img_size=(28, 56))
+    table, weight = model.pos_embed.detach(), model.patch_embed.proj.weight.detach()
+    model.set_input_size((28, 84), patch_size=7)
+    assert torch.equal(model.pos_embed, resample_abs_pos_embed(table, [4, 12], [2, 4], num_prefix_tokens=0))
+    assert torch.equal(model.patch_embed.proj.weight, resample_patch_embed(weight, [7, 7]))
+    assert {info["reduction"] for info in model.feature_info} == {7}
+    assert model(torch.zeros(1, 3, 28, 84)).shape == (1, 1000)
+    with pytest.raises(SettingsError, match="patch_size is 0x0; it must be at least 1x1"):
+        model.set_input_size(28, patch_size=0)
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"name": "hf-hub:someone/model"}, "holds a 'hf-hub:someone/model', which timm .* does not know"),
+    ({"args": {"checkpoint_path": "x.pth"}}, r"has model_args \['checkpoint_path'\], which would fetch other weight"),
+    ({"args": {"num_hats": 2}}, "timm .* cannot create 'vir_tiny_patch16_224' with .*num_hats.*; install the versions"),
+])
+def test_a_file_opens_no_other_weights_and_says_what_it_holds(changed, said):
+    image = input_of(timm.create_model("test_vit"))
+    spec = ModelSpec(**{"name": VIR, "args": {}, "input": image, "classes": ()} | changed)
+    with pytest.raises(DataError, match=f"w.safetensors:? {said}"):
+        network_of("w.safetensors", spec)
+
+
+def test_timm_is_told_the_images_of_a_file_and_its_class_count():
+    image = input_of(timm.create_model("test_vit"))
+    spec = ModelSpec(name=VIR, args={"depth": 1}, input=image, classes=())
+    assert timm_cfg(spec) == image.timm_cfg()
+    assert network_of("w", spec).pretrained_cfg["input_size"] == (3, 160, 160)
+    spec = ModelSpec(name=VIR, args={"depth": 1, "num_classes": 7}, input=image, classes=())
+    assert timm_cfg(spec) == image.timm_cfg() | {"num_classes": 7}
 
 
 def test_weights_of_another_architecture_are_refused_by_name(weights, tmp_path):
@@ -149,13 +249,27 @@ def test_a_table_of_positions_that_cannot_be_resampled_is_told(tmp_path):
         build(config(init_from=str(tmp_path / "w.pth")), "ab")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no weights"])
-def test_a_file_that_holds_no_weights_is_told(tmp_path, content):
-    path = tmp_path / "w.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match="w.safetensors cannot be read as weights: "):
+@pytest.mark.parametrize("name, content, reason", [
+    ("w.safetensors", b"", "SafetensorError: .*header"),
+    ("w.safetensors", b"no weights", "SafetensorError: .*header"),
+    ("w.pth", b"", "EOFError"),
+    ("w.pth", b"hello", "KeyError: 101"),
+    ("w.pth", [1, 2], "AttributeError: 'list' object"),
+    ("w.pth", torch.zeros(3), "AttributeError: 'Tensor' object"),
+    ("w.pth", {"state_dict": "x"}, "AttributeError: 'str' object"),
+], ids=str)
+def test_a_file_that_holds_no_weights_is_told(tmp_path, name, content, reason):
+    path = tmp_path / name
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(DataError, match=f"{name} cannot be read as weights: {reason}.*; give a .safetensors file, or "
+                                        r"one that torch.save wrote of a model's state_dict\(\)$"):
         build(config(init_from=str(path)), "ab")
+
+
+@pytest.mark.parametrize("name", ["missing.pth", ".", "x" * 300])
+def test_where_there_is_no_file_it_is_told(tmp_path, name):
+    with pytest.raises(DataError, match="no weights file at .*; vir-consolidate makes one from a run folder"):
+        initialize_from(torch.nn.Linear(1, 1), tmp_path / name)
 
 
 class Payload:
@@ -183,6 +297,10 @@ def test_without_classes_the_head_is_judged_by_their_count(tmp_path):
 def test_only_families_that_know_how_resample():
     tensors = {"a": torch.zeros(1)}
     assert resampled(tensors, torch.nn.Linear(1, 1)) == tensors
+
+
+def test_the_first_three_names_are_told():
+    assert some("cab") == "a, b, c" and some("dcab") == "a, b, c, …"
 
 
 def test_mismatches_are_counted_by_kind_and_the_first_are_named():

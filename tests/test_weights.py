@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import vir.models
 from vir.errors import DataError, SettingsError
@@ -139,6 +140,8 @@ def test_a_missing_file_is_named(read, tmp_path):
         read(tmp_path / "gone.safetensors")
     with pytest.raises(DataError, match="no weights file at"):
         read(tmp_path)
+    with pytest.raises(DataError, match="no weights file at"):
+        read(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize("read", [read_metadata, load])
@@ -204,24 +207,54 @@ def test_a_model_is_loaded_for_images_of_another_size(path):
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
-def test_positions_are_resampled_from_their_own_grid_where_another_has_as_many_places(path):
-    model = load(path, img_size=(48, 8))  # 6x1 places, 2x3 in the file
-    assert model.pos_embed.shape == (1, 6, 16) and not torch.allclose(model.pos_embed, load(path).pos_embed)
+def stored(path, name, **args):
+    """A file of a small model with these arguments, and its tensors."""
+    args = dict(num_classes=3) | args
+    model = timm.create_model(name, **args)
+    size = (3, *timm.layers.to_2tuple(args.get("img_size", model.default_cfg["input_size"][1:])))
+    save_weights(path, model.state_dict(), dataclasses.replace(METADATA, model=dataclasses.replace(
+        MODEL, name=name, args=args, input=dataclasses.replace(INPUT, size=size))))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name, prefix", [(MODEL.name, 0), ("vit_tiny_patch16_224", 1)])
+@pytest.mark.parametrize("old, args, grids", [
+    ((16, 24), dict(img_size=(48, 8)), ([2, 3], [6, 1])),
+    ((32, 32), dict(img_size=(16, 64)), ([4, 4], [2, 8])),
+    ((16, 64), dict(img_size=32), ([2, 8], [4, 4])),
+    ((16, 64), dict(img_size=[32, 64]), ([2, 8], [4, 8])),
+    ((16, 64), dict(patch_size=4), ([2, 8], [4, 16])),
+    ((16, 64), dict(patch_size=4, img_size=32), ([2, 8], [8, 8])),
+    ((16, 64), dict(patch_size=(4, 16)), ([2, 8], [4, 4])),
+    ((32, 32), dict(patch_size=4, img_size=16), ([4, 4], [4, 4])),
+    ((56, 224), dict(dynamic_img_size=True), ([7, 28], [7, 28])),  # as many as timm's pretrained 14x14
+], ids=str)
+def test_positions_and_patches_are_resampled_once_from_the_grid_of_the_file(tmp_path, name, prefix, old, args, grids):
+    """As timm resamples them, with the class token's place first in its table and none for it in ours."""
+    given = stored(tmp_path / "w", name, img_size=old, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    model = load(tmp_path / "w", **args)
+    assert model.pos_embed.equal(
+        resample_abs_pos_embed(given["pos_embed"], grids[1], grids[0], num_prefix_tokens=prefix))
+    weight, patch = given["patch_embed.proj.weight"], list(timm.layers.to_2tuple(args.get("patch_size", 8)))
+    assert model.patch_embed.proj.weight.equal(weight if patch == [8, 8] else resample_patch_embed(weight, patch))
+    assert model.norm.weight.equal(given["norm.weight"])
+    assert model.patch_embed.grid_size == tuple(grids[1])
+    images = torch.randn(1, *model.pretrained_cfg["input_size"])
+    assert model(images).shape == (1, 3)
+
+
+def test_windows_that_would_grow_with_the_images_stay_as_they_are(tmp_path):
+    args = dict(img_size=32, window_size=4, patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2))
+    given = stored(tmp_path / "w", "swin_tiny_patch4_window7_224", **args)
+    loaded = load(tmp_path / "w", img_size=64)
+    assert all(tensor.equal(given[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
 def test_a_model_is_loaded_for_images_of_any_size(path):
     model = load(path, dynamic_img_size=True)
     assert model(IMAGES).allclose(load(path, img_size=(32, 48))(IMAGES), atol=1e-5)
     assert model.pretrained_cfg["input_size"] == (3, 16, 24)
-
-
-def test_patches_are_resampled_with_the_positions(tmp_path):
-    model = timm.create_model(MODEL.name, **TINY | {"img_size": 16})
-    save_weights(tmp_path / "a.safetensors", model.state_dict(), dataclasses.replace(
-        METADATA, model=dataclasses.replace(MODEL, args=TINY | {"img_size": 16})))
-    loaded = load(tmp_path / "a.safetensors", patch_size=4)
-    assert loaded.patch_embed.proj.weight.shape == (16, 3, 4, 4) and loaded.pos_embed.shape == (1, 16, 16)
-    assert loaded.norm.weight.equal(model.norm.weight)
 
 
 def test_a_timm_model_is_loaded_for_another_size_too(tmp_path):
@@ -242,7 +275,12 @@ def test_a_timm_model_is_loaded_for_another_size_too(tmp_path):
     ({"num_classes": 10}, r"has a head of 3 classes, not of num_classes=10; .*model.reset_classifier\(…\) after load"),
     ({"depth": 1}, r"does not fit \w+ with {'depth': 1} in the place of its model_args .*: 14 tensors unexpected"),
     ({"depth": 3, "img_size": 32}, r"does not fit \w+ with .*: 14 tensors missing .* leave out what changes other"),
-    ({"patch_size": 4, "img_size": 16}, "does not fit .* 6 places, which make no square"),
+    ({"img_size": None}, "img_size=None is no size of images; give the pixels of one side or of .height, width.,"),
+    ({"img_size": 0}, "img_size=0 is no size of images"),
+    ({"img_size": (16,)}, r"img_size=\(16,\) is no size of images"),
+    ({"img_size": (16, 16, 16)}, r"img_size=\(16, 16, 16\) is no size of images"),
+    ({"img_size": 16.0}, "img_size=16.0 is no size of images"),
+    ({"img_size": "x"}, "img_size='x' is no size of images; .* leave it out for the size in the file"),
     ({"checkpoint_path": "x.pth"}, "checkpoint_path would fetch other weights than the file's; leave it out"),
 ], ids=str)
 def test_arguments_that_do_not_go_with_the_file_are_told(path, args, said):
@@ -250,8 +288,22 @@ def test_arguments_that_do_not_go_with_the_file_are_told(path, args, said):
         load(path, **args)
 
 
-def test_the_class_count_of_the_file_may_be_given(path):
+def test_a_family_whose_positions_timm_does_not_resample_is_told(tmp_path):
+    stored(tmp_path / "w", "convit_tiny", img_size=32, embed_dim=16, depth=1, local_up_to_layer=1, num_heads=2)
+    with pytest.raises(SettingsError, match=r"another shape \(pos_embed is .*; timm resamples no positions for this "
+                                            "family; leave img_size out$"):
+        load(tmp_path / "w", img_size=64)
+
+
+def test_the_class_count_of_the_file_may_be_given(tmp_path, path):
     assert load(path, num_classes=3).num_classes == 3
+    args = {key: value for key, value in TINY.items() if key != "num_classes"}  # then it is the model's own
+    model = timm.create_model(MODEL.name, **args)
+    save_weights(tmp_path / "w", model.state_dict(), dataclasses.replace(
+        METADATA, model=dataclasses.replace(MODEL, args=args, classes=())))
+    assert load(tmp_path / "w", num_classes=1000).num_classes == 1000
+    with pytest.raises(SettingsError, match="has a head of 1000 classes, not of num_classes=3; leave it out"):
+        load(tmp_path / "w", num_classes=3)
 
 
 @pytest.mark.parametrize("extra", [{"no_such_argument": 1}, {"num_heads": 5}, {"img_size": 17}], ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,28 +15,23 @@ from torch import Tensor, nn
 
 from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
-from vir.models.initialize import UNREADABLE, initialize_from, initialize_pretrained, mismatches, resampled
+from vir.models.initialize import (
+    FORBIDDEN_ARGS,
+    UNREADABLE,
+    NotBuiltError,
+    create,
+    initialize_from,
+    initialize_pretrained,
+    mismatches,
+    network_of,
+    resampled,
+    some,
+    timm_cfg,
+)
 from vir.models.spec import InputSpec, ModelSpec, input_of
 from vir.models.weights import read
 
-FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-"""Arguments of timm.create_model with which a file could make its reader fetch or open other weights."""
-
-
-class NotBuiltError(SettingsError):
-    """timm cannot create a model with the arguments that were given."""
-
-
-def create(name: str, args: Mapping[str, Any], **more: Any) -> nn.Module:
-    """The timm model of that name with random weights.
-
-    Raises:
-        NotBuiltError: timm, or the model, refuses the arguments.
-    """
-    try:
-        return timm.create_model(name, **args, **more)
-    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise NotBuiltError(str(error)) from error
+__all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "load"]
 
 
 def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True) -> tuple[nn.Module, ModelSpec]:
@@ -88,34 +83,21 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", **arg
 
     Args:
         args: for timm.create_model, in the place of those that the file names, e.g. img_size=(8192, 256) or
-            dynamic_img_size=True; position table and patches are resampled, everything else must fit.
+            dynamic_img_size=True; position table and patches are resampled, everything else must fit. Some models of
+            timm take no img_size, yet images of their own size alone (efficientformer_l1): these fail when called.
 
     Raises:
         DataError: the file cannot be read or does not hold what it says.
         SettingsError: the model does not take `args`, or the file's weights do not fit it then.
     """
     metadata, state_dict = read(path)
-    file_spec = metadata.model
-    if not timm.is_model(file_spec.name):
-        raise DataError(f"{path} holds a {file_spec.name!r}, which timm {timm.__version__} does not know; install the "
-                        f"timm that wrote it, or import the package that registers this model first")
-    if forbidden := sorted(FORBIDDEN_ARGS & file_spec.args.keys()):
-        raise DataError(f"{path} has model_args {forbidden}, which would fetch other weights; remove them where the "
-                        f"file is made")
-    spec = _changed(path, file_spec, args)
-    try:
-        model = create(spec.name, spec.args, pretrained_cfg_overlay=_timm_cfg(spec))
-    except NotBuiltError as error:
-        if args:
-            raise SettingsError(f"{path}: {spec.name} with model_args {file_spec.args} cannot be created with {args} "
-                                f"in their place: {error}") from error
-        raise DataError(f"{path}: timm {timm.__version__} cannot create {spec.name!r} with model_args {spec.args} "
-                        f"({error}); install the versions of vir and timm that wrote it") from error
-    if args:
-        state_dict = _at_sizes_of(model, state_dict, path, file_spec, args)
-    elif problems := mismatches(state_dict, model.state_dict()):
+    spec = metadata.model
+    model = network_of(path, spec)
+    if problems := mismatches(state_dict, model.state_dict()):
         raise DataError(f"{path} does not fit {spec.name} with model_args {spec.args}: {problems}; "
                         f"correct the model_args where the file is made")
+    if args:
+        model, spec, state_dict = _changed(path, model, spec, state_dict, args)
     num_classes = getattr(model, "num_classes", None)
     if spec.classes and len(spec.classes) != num_classes:
         raise DataError(f"{path} names {len(spec.classes)} classes but its model has {num_classes} logits; "
@@ -125,60 +107,56 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", **arg
     return model.to(device).eval()
 
 
-def _at_sizes_of(model: nn.Module, state_dict: dict[str, Tensor], path: str | os.PathLike[str], spec: ModelSpec,
-                 args: dict[str, Any]) -> dict[str, Tensor]:
-    """A file's tensors with position table and patches as a model with `args` in the place of spec.args has them.
+def _changed(path: str | os.PathLike[str], source: nn.Module, spec: ModelSpec, state_dict: dict[str, Tensor],
+             args: Mapping[str, Any]) -> tuple[nn.Module, ModelSpec, dict[str, Tensor]]:
+    """The network of a file with other arguments, what it is, and the file's tensors at its sizes.
+
+    Args:
+        source: the network of the file; it is used up.
 
     Raises:
-        SettingsError: other tensors do not fit it.
-    """
-    problems = ""
-    try:
-        if "img_size" in args and hasattr(model, "set_input_size"):
-            # By its own hand, which knows the grid that it comes from: 4x4 and 2x8 places are as many.
-            source = create(spec.name, spec.args | {key: args[key] for key in args.keys() - {"img_size"}})
-            state_dict = resampled(state_dict, source)
-            if not (problems := mismatches(state_dict, source.state_dict())):
-                source.load_state_dict(state_dict)
-                getattr(source, "set_input_size")(args["img_size"])
-                state_dict = source.state_dict()
-        else:
-            state_dict = resampled(state_dict, model)
-        problems = problems or mismatches(state_dict, model.state_dict())
-    except UNREADABLE as error:
-        problems = str(error)
-    if problems:
-        raise SettingsError(f"{path} does not fit {spec.name} with {args} in the place of its model_args {spec.args}: "
-                            f"{problems}; only position table and patches are resampled: leave out what changes "
-                            "other tensors")
-    return state_dict
-
-
-def _changed(path: str | os.PathLike[str], spec: ModelSpec, args: Mapping[str, Any]) -> ModelSpec:
-    """What the file holds, with other arguments.
-
-    Raises:
-        SettingsError: one of them cannot be changed.
+        SettingsError: one of them cannot be changed, or other tensors than position table and patches do not fit.
     """
     if forbidden := sorted(FORBIDDEN_ARGS & args.keys()):
         raise SettingsError(f"{path}: {', '.join(forbidden)} would fetch other weights than the file's; leave it out")
-    own = spec.args.get("num_classes")
-    if "num_classes" in args and args["num_classes"] != own:
+    own = getattr(source, "num_classes", None)
+    if args.get("num_classes", own) != own:
         raise SettingsError(f"{path} has a head of {own} classes, not of num_classes={args['num_classes']}; leave it "
                             "out and call model.reset_classifier(…) after loading, or train a new head with "
                             "--model.init_from")
     changed, image = {**spec.args, **args}, spec.input
-    if size := args.get("img_size"):
-        height, width = to_2tuple(size)
+    if "img_size" in args:
+        height, width = _sides(path, args["img_size"])
         image = replace(image, size=(image.size[0], height, width))
         if not _is_told_its_size(spec.name):
             del changed["img_size"]
-    return replace(spec, args=changed, input=image)
+    new = replace(spec, args=changed, input=image)
+    try:
+        model = create(new.name, new.args, pretrained_cfg_overlay=timm_cfg(new))
+    except NotBuiltError as error:
+        raise SettingsError(f"{path}: {spec.name} with model_args {spec.args} cannot be created with {args} "
+                            f"in their place: {error}") from error
+    try:
+        fitted = resampled(state_dict, model, source)
+        problems = mismatches(fitted, model.state_dict())
+    except UNREADABLE as error:
+        problems = str(error) or type(error).__name__
+    if problems:
+        raise SettingsError(f"{path} does not fit {spec.name} with {args} in the place of its model_args {spec.args}: "
+                            f"{problems}; " + (
+                                "timm resamples no positions for this family; leave img_size out"
+                                if args.keys() == {"img_size"} else
+                                "only position table and patches are resampled: leave out what changes other tensors"))
+    return model, new, fitted
 
 
-def _timm_cfg(spec: ModelSpec) -> dict[str, Any]:
-    """The fields of timm's pretrained_cfg that the file knows better than timm."""
-    return spec.input.timm_cfg() | {key: spec.args[key] for key in {"num_classes"} & spec.args.keys()}
+def _sides(path: str | os.PathLike[str], size: Any) -> tuple[int, int]:
+    """Height and width of images; SettingsError where `size` tells none."""
+    sides = to_2tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise SettingsError(f"{path}: img_size={size!r} is no size of images; give the pixels of one side or of "
+                            "(height, width), or leave it out for the size in the file")
+    return sides[0], sides[1]
 
 
 def _input_as_set(model: ModelConfig, own: InputSpec) -> InputSpec:
@@ -199,14 +177,9 @@ def freeze(model: nn.Module, pattern: str) -> None:
     frozen = [name for name in parameters if re.match(pattern, name)]
     if not frozen:
         raise SettingsError(f"--model.freeze {pattern!r} matches no parameter of {type(model).__name__} from the start "
-                            f"of its name; it has {_some(parameters)}")
+                            f"of its name; it has {some(parameters)}")
     for name in frozen:
         parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise SettingsError(f"--model.freeze {pattern!r} leaves no parameter of {type(model).__name__} to train; it "
-                            f"matches {_some(frozen)}")
-
-
-def _some(names: Iterable[str]) -> str:
-    first = sorted(names)
-    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
+                            f"matches {some(frozen)}")

@@ -17,12 +17,31 @@ from torch import Tensor, nn
 
 from vir.errors import DataError, SettingsError
 from vir.log import log
-from vir.models.spec import input_of
+from vir.models.spec import ModelSpec, input_of
 from vir.models.weights import stated_metadata
 
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, pickle.UnpicklingError,
-              SafetensorError)
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+              pickle.UnpicklingError, SafetensorError)
 """What readers of weights raise on a file that is missing, damaged or of another kind."""
+
+FORBIDDEN_ARGS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+"""Arguments of timm.create_model with which a file could make its reader fetch or open other weights."""
+
+
+class NotBuiltError(SettingsError):
+    """timm cannot create a model with the arguments that were given."""
+
+
+def create(name: str, args: Mapping[str, Any], **more: Any) -> nn.Module:
+    """The timm model of that name with random weights.
+
+    Raises:
+        NotBuiltError: timm, or the model, refuses the arguments.
+    """
+    try:
+        return timm.create_model(name, **args, **more)
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise NotBuiltError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +56,15 @@ class _Source:
     """Empty where unknown."""
     size: tuple[int, ...] = ()
     """Height and width of the images; empty where unknown."""
+    network: nn.Module | None = None
+    """One that takes the tensors as they are; None where unknown."""
 
 
 def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Sequence[str] = ()) -> None:
     """Begin training from weights in a file: one of ours, or any that timm reads (weights only, no code is run).
 
-    Position tables and patches are resampled where the model's family knows how. The head is taken where the file's
+    Position tables and patches are resampled where the model's family knows how; from the grid of a file of ours, and
+    from that of timm's pretrained weights or a square where a file does not say it. The head is taken where the file's
     classes are those of this run; where they are more, its rows are taken by name; else it keeps its random start. A
     file that names no classes is judged by their count. Everything else must be there. The log says what was done.
 
@@ -52,16 +74,20 @@ def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Seq
     Raises:
         DataError: a file that cannot be read, or that holds weights of another architecture.
     """
+    if not os.path.isfile(path):
+        raise DataError(f"no weights file at {path}; vir-consolidate makes one from a run folder")
     try:
         state_dict = timm.models.load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as weights: {error}") from error
+        raise DataError(f"{path} cannot be read as weights: {_reason(error)}; give a .safetensors file, or one that "
+                        "torch.save wrote of a model's state_dict()") from error
     if (metadata := stated_metadata(path)) is None:
         source = _Source(title=str(path))
     else:
         spec = metadata.model
         title = f"{path}, a {spec.name} ({'EMA' if metadata.ema else 'raw'} weights of step {metadata.step})"
-        source = _Source(title=title, model=spec.name, args=spec.args, classes=spec.classes, size=spec.input.size[1:])
+        source = _Source(title=title, model=spec.name, args=spec.args, classes=spec.classes, size=spec.input.size[1:],
+                         network=network_of(path, spec) if hasattr(model, "set_input_size") else None)
     _begin(model, classes, state_dict, source)
 
 
@@ -85,7 +111,7 @@ def initialize_pretrained(model: nn.Module, name: str, classes: Sequence[str] = 
             f"\"import timm; timm.create_model('{name}', pretrained=True)\"` and copy that folder, or give a file by "
             "--model.init_from FILE") from error
     _begin(model, classes, source.state_dict(), _Source(
-        title=f"timm's pretrained {full_name}", model=name, size=input_of(source).size[1:]))
+        title=f"timm's pretrained {full_name}", model=name, size=input_of(source).size[1:], network=source))
 
 
 def _cache(is_on_hub: bool) -> str:
@@ -109,7 +135,7 @@ def check_pretrained(name: str) -> PretrainedCfg:
     architecture = name.partition(".")[0]
     near = timm.list_pretrained(architecture) or timm.list_pretrained(f"{architecture.partition('_')[0]}_*")
     raise SettingsError(f"--model.pretrained: timm has no pretrained weights of {name}; " + (
-        f"there are some of {_some(near)}" if near else
+        f"there are some of {some(near)}" if near else
         "timm.list_pretrained() tells what has some; a file of your own is given by --model.init_from"))
 
 
@@ -121,9 +147,9 @@ def _begin(model: nn.Module, classes: Sequence[str], state_dict: dict[str, Tenso
     if source.model:
         builds = f"it holds a {source.model}{f' with {source.args}' if source.args else ''}, {builds}"
     try:
-        fitted = resampled(state_dict, model)
+        fitted = resampled(state_dict, model, source.network)
     except UNREADABLE as error:
-        raise DataError(f"{source.title} does not fit: {builds}: {error}") from error
+        raise DataError(f"{source.title} does not fit: {builds}: {_reason(error)}") from error
     head = _fit_head(fitted, own, cfg.get("classifier") or (), classes, source)
     if problems := mismatches(fitted, own):
         raise DataError(f"{source.title} does not fit: {builds}: {problems}; give weights of the same architecture" + (
@@ -132,10 +158,11 @@ def _begin(model: nn.Module, classes: Sequence[str], state_dict: dict[str, Tenso
     model.load_state_dict(fitted)
     log.info("initial weights: %d tensors from %s", len(fitted), source.title)
     changed = [f"{name} {list(state_dict[name].shape)} -> {list(fitted[name].shape)}" for name in fitted
-               if name in state_dict and fitted[name].shape != state_dict[name].shape and name not in head.names]
+               if name in state_dict and name not in head.names
+               and not torch.equal(fitted[name], state_dict[name].to(fitted[name]))]
     if changed:
         sizes = " -> ".join("x".join(map(str, size)) for size in (source.size, input_of(model).size[1:]) if size)
-        log.info("initial weights: resampled for images of %s pixels: %s", sizes, _some(changed))
+        log.info("initial weights: resampled for images of %s pixels: %s", sizes, some(changed))
     if head.said:
         log.info("initial weights: the head %s", head.said)
 
@@ -171,15 +198,59 @@ def _fit_head(given: dict[str, Tensor], own: Mapping[str, Tensor], heads: str | 
     if unknown := sorted(set(classes) - set(theirs)):
         given |= {name: own[name] for name in names}
         return _Head(names, f"begins at random: {len(theirs)} classes there, {len(classes)} here, of which "
-                            f"{len(unknown)} are not there ({_some(unknown)})")
+                            f"{len(unknown)} are not there ({some(unknown)})")
     if count == len(theirs):  # else mismatches tells it
         rows = [theirs.index(name) for name in classes]
         given |= {name: given[name][rows] for name in names if name in given}
     return _Head(names, f"is taken row by row: all {len(classes)} classes are among the {len(theirs)} there")
 
 
-def resampled(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors with position tables and patches at the model's sizes, where its family knows how."""
+def network_of(path: str | os.PathLike[str], spec: ModelSpec) -> nn.Module:
+    """The network that a file of ours says it holds, with random weights.
+
+    Raises:
+        DataError: it cannot be created here, or would fetch other weights.
+    """
+    if not timm.is_model(spec.name):
+        raise DataError(f"{path} holds a {spec.name!r}, which timm {timm.__version__} does not know; install the "
+                        f"timm that wrote it, or import the package that registers this model first")
+    if forbidden := sorted(FORBIDDEN_ARGS & spec.args.keys()):
+        raise DataError(f"{path} has model_args {forbidden}, which would fetch other weights; remove them where the "
+                        f"file is made")
+    try:
+        return create(spec.name, spec.args, pretrained_cfg_overlay=timm_cfg(spec))
+    except NotBuiltError as error:
+        raise DataError(f"{path}: timm {timm.__version__} cannot create {spec.name!r} with model_args {spec.args} "
+                        f"({error}); install the versions of vir and timm that wrote it") from error
+
+
+def timm_cfg(spec: ModelSpec) -> dict[str, Any]:
+    """The fields of timm's pretrained_cfg that a file knows better than timm."""
+    return spec.input.timm_cfg() | {key: spec.args[key] for key in {"num_classes"} & spec.args.keys()}
+
+
+def resampled(state_dict: dict[str, Tensor], model: nn.Module, source: nn.Module | None = None) -> dict[str, Tensor]:
+    """The tensors with position tables and patches at the model's sizes, where its family knows how.
+
+    Args:
+        source: a network that takes the tensors as they are, so that it knows the grid that they come from: 4x4 and 2x8
+            places are as many. It is used up. None where there is none: timm assumes the grid of its pretrained
+            weights, or a square.
+    """
+    grid: Any = getattr(model, "patch_embed", None)
+    if source is not None and hasattr(source, "set_input_size") and hasattr(grid, "img_size"):
+        own, patch = model.state_dict(), grid.patch_size
+        is_kept = patch == getattr(source, "patch_embed").patch_size  # not every family can change it
+        try:
+            source.load_state_dict(state_dict)
+            getattr(source, "set_input_size")(img_size=grid.img_size, **{} if is_kept else {"patch_size": patch})
+        except UNREADABLE:  # not of this family or of these sizes; mismatches tells it
+            found = {}
+        else:
+            found = source.state_dict()
+        if found and all(found[name].shape == own[name].shape for name in found.keys() & own.keys()
+                         if found[name].shape != state_dict[name].shape):
+            return found  # else it resized what `model` has not, like the windows of Swin
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     return dict(resample(dict(state_dict), model)) if resample else dict(state_dict)
 
@@ -190,9 +261,15 @@ def mismatches(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> s
               for name in given.keys() & expected.keys() if given[name].shape != expected[name].shape]
     missing, unexpected = expected.keys() - given.keys(), given.keys() - expected.keys()
     problems: dict[str, Iterable[str]] = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    return "; ".join(f"{len(list(names))} tensors {kind} ({_some(names)})" for kind, names in problems.items() if names)
+    return "; ".join(f"{len(list(names))} tensors {kind} ({some(names)})" for kind, names in problems.items() if names)
 
 
-def _some(names: Iterable[str]) -> str:
+def _reason(error: BaseException) -> str:
+    """What an error says; the name of its type too, for many say a number or nothing."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of them."""
     first = sorted(names)
     return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")

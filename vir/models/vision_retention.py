@@ -162,12 +162,16 @@ class VisionRetention(nn.Module):
         for block in cast(Iterable[Block], self.blocks):
             block.retention.set_mode(mode, chunk_size)
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of this size from now on; the position embedding is resampled, bicubic."""
+    def set_input_size(self, img_size: int | tuple[int, int], patch_size: int | tuple[int, int] | None = None) -> None:
+        """Take images of this size from now on, in patches of that size; positions and patches are resampled, bicubic.
+        """
         size: tuple[int, int] = to_2tuple(img_size)
-        check_patches(size, self.patch_embed.patch_size)
+        patch: tuple[int, int] = to_2tuple(self.patch_embed.patch_size if patch_size is None else patch_size)
+        check_patches(size, patch)
         old_grid = self.patch_embed.grid_size
-        self.patch_embed.set_input_size(img_size=size)
+        self.patch_embed.set_input_size(img_size=size, patch_size=patch)
+        for info in self.feature_info:
+            info["reduction"] = max(patch)
         if self.patch_embed.grid_size != old_grid:
             resampled = resample_abs_pos_embed(
                 self.pos_embed.detach(), self.patch_embed.grid_size, old_grid, num_prefix_tokens=0)

@@ -105,7 +105,7 @@ def read(path: str | os.PathLike[str]) -> tuple[WeightsMetadata, dict[str, Tenso
 
 
 def _open(path: str | os.PathLike[str]) -> Any:
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise DataError(f"no weights file at {path}; vir-consolidate makes one from a run folder")
     try:
         return safe_open(path, framework="pt")
