@@ -41,13 +41,16 @@ def test_a_claim_that_shall_not_stay_leaves_nothing_of_its_own(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"notes", run_folder.LOCK}
 
 
-def test_who_opened_a_lock_file_that_is_then_removed_takes_the_new_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_who_opened_a_lock_file_that_is_then_removed_takes_the_new_one(tmp_path, monkeypatch, made_anew):
     """As the run does that comes between the removal and the release of a dry run."""
     locks, path = fcntl.flock, tmp_path / run_folder.LOCK
 
     def flock(descriptor, operation):
         monkeypatch.setattr(fcntl, "flock", locks)
         path.unlink()
+        if made_anew:  # by a third run
+            path.touch()
         locks(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
