@@ -64,11 +64,6 @@ def stop_in_start_up(ranks):
     ranks.ask_to_stop()
 
 
-def stop_in_evaluation(ranks):
-    wait_for_evaluation(ranks)
-    ranks.ask_to_stop()
-
-
 def warn_of_preemption_in_evaluation(ranks):
     wait_for_evaluation(ranks)
     ranks.ask_to_stop(signal.SIGUSR1)
@@ -160,8 +155,7 @@ NO_BATCH = "no batch for"
 """Said again after each further silence."""
 # What is done, under which launcher, the exit codes, and which process must say what.
 FAULTS = {
-    "asked to stop in start-up, torchrun": (stop_in_start_up, "torchrun", [1], (0, STOPPED)),
-    "asked to stop in start-up, deepspeed": (stop_in_start_up, "deepspeed", [75], (0, STOPPED)),
+    "asked to stop in start-up": (stop_in_start_up, "torchrun", [1], (0, STOPPED)),
     "killed in start-up": (kill_in_start_up, "srun", [5, -9], (0, LOST.format(lost=1, how=GONE, other=0))),
     "killed in a step": (kill_in_a_step, "srun", [5, -9], (0, LOST.format(lost=1, how=GONE, other=0))),
     "rank 0 killed in a step": (kill_rank_0_in_a_step, "srun", [-9, 5],
@@ -184,8 +178,7 @@ FAULTS = {
     "disk full": (fill_the_disk, "srun", [3, 3],
                   (0, r"vir-train: the checkpoint .* could not be written: .* \(0.0 MB are free there\); those before "
                       r"it are whole: free some space and run the same command again")),
-    "asked to stop in an evaluation, torchrun": (stop_in_evaluation, "torchrun", [1], (0, STOPPED)),
-    "asked to stop in an evaluation, deepspeed": (warn_of_preemption_in_evaluation, "deepspeed", [75], (0, STOPPED)),
+    "warned of preemption in an evaluation": (warn_of_preemption_in_evaluation, "deepspeed", [75], (0, STOPPED)),
 }
 
 

@@ -428,7 +428,7 @@ def test_a_run_with_a_checkpoint_goes_on_without_the_weights_it_began_from(shard
     ways = {"pretrained": ["--model.name", "test_resnet", "--model.img_size", "64", "--model.args", "{}",
                            "--model.pretrained", "true"],
             "file": ["--model.init_from", path]}
-    more = ["--train.epochs", "0.12", "--eval.every_epochs", "100"]
+    more = ["--train.epochs", "0.12", "--schedule.warmup_epochs", "null", "--eval.every_epochs", "100"]
     commands = [command(shards, tmp_path / way, "zero0_fp32", *words, *more) for way, words in ways.items()]
     codes, said = launch(tmp_path / "first", commands, ranks=1)
     assert codes == [0, 0], said[-6000:]
