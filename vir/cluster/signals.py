@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from vir import cli, launcher
@@ -101,7 +102,5 @@ def _heed_interrupts(numbers: int) -> None:
 def _say(line: str) -> None:
     """Straight to the file: the stream may be in the middle of a write of the main thread."""
     if launcher.local_rank() == 0:
-        try:
+        with suppress(OSError):  # a terminal that is gone
             os.write(2, f"\n{line}\n".encode())
-        except OSError:  # a terminal that is gone
-            pass
