@@ -44,7 +44,7 @@ TESTED_ELSEWHERE = {
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
     "vir.data.worker": "test_loader.py: in processes that are its workers",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",
-    "vir.engine.blocks": "test_engine.py: in processes of its own", "vir.engine.zero": "test_engine.py: as blocks",
+    "vir.engine.blocks": "test_engine.py: in processes of its own",
     "vir.engine.engine": "test_engine.py: as blocks",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",
     "vir.evaluation.classify": "test_train.py: against what training saw; its bar in test_evaluate.py",

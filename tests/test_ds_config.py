@@ -248,8 +248,10 @@ def test_complete_adds_the_numbers_of_the_run_and_keeps_the_rest():
                     train=TrainConfig(global_batch_size=24, micro_batch_size=4), optim=OptimConfig(clip_grad=0.5))
     assert ds_config.complete(given, run, 3) == {
         "zero_optimization": {"stage": 2}, "train_batch_size": 24, "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 3, "gradient_clipping": 0.5}
+        "gradient_accumulation_steps": 3, "gradient_clipping": 0.5, "timers": {"throughput": {"enabled": False}}}
     assert given == {"zero_optimization": {"stage": 2}}
+    timed = {"timers": {"throughput": {"enabled": True}}}
+    assert ds_config.complete(timed, run, 3)["timers"] == timed["timers"]  # who asks for it pays for it
 
 
 def completed(config, **fields):

@@ -282,9 +282,11 @@ def shipped_in_fp32(config: dict[str, Any]) -> str:
 def complete(config: dict[str, Any], run: RunConfig, accumulation: int) -> dict[str, Any]:
     """The dict handed to DeepSpeed: `config` with batch sizes, accumulation and clipping of the run.
 
+    Its throughput timer, which waits for the device twice per micro-batch, is off unless `config` asks for it.
     What DeepSpeed writes goes into the run folder; in a run that writes nothing its monitors and its profiler are off.
     """
     return {
+        "timers": {"throughput": {"enabled": False}},
         **config, **_written(config, run),
         "train_batch_size": run.train.global_batch_size,
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,

@@ -6,6 +6,9 @@ Facts of DeepSpeed 0.19 that shape them, each seen by running it:
 - without ZeRO, bf16 creates the optimizer state by a step on zero gradients, which Adam counts;
 - without ZeRO, fp16 divides the gradient by the loss scale but never multiplies the loss by it;
 - without ZeRO, fp32 lets a non-finite gradient into the weights; every other mode skips the step;
+- without ZeRO and in stages 1 and 2 it looks for numbers that are not finite twice: in every gradient by a dozen
+  operators (of which it waits for one, without ZeRO), then in their norm, which none of them leaves finite;
+- in stage 3 its stream for gathering weights never waits for the stream that has changed them;
 - under ZeRO 1 and 2 a rank may hold nothing but the padding of a group, and steps it all the same.
 """
 
@@ -100,6 +103,7 @@ class Unsharded(Layout):
         self._exchanged = False  # whether weights and average have changed places
         if precision != "fp32":
             optimizer.state.clear()
+            deepspeed.optimizer.overflow_checker.check = lambda: False  # the norm tells
 
     def backward(self, loss: Tensor) -> None:
         super().backward(loss.float() * self.loss_scale.value if self.precision == "fp16" else loss)
@@ -107,7 +111,7 @@ class Unsharded(Layout):
     def step(self) -> bool:
         if self.precision == "fp32":
             gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
-            self._norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._norm = float(torch.nn.utils.get_total_norm(gradients))  # waits for the device
             if not math.isfinite(self._norm):
                 self.deepspeed.zero_grad()
                 self.deepspeed.micro_steps += 1
@@ -151,6 +155,22 @@ class Unsharded(Layout):
 class Partitioned(Layout):
     """ZeRO 1 and 2: the masters of each group are one flat vector, of which a rank holds one partition."""
 
+    def __init__(self, deepspeed: Any, optimizer: Optimizer, precision: str, loss_scale: LossScale) -> None:
+        super().__init__(deepspeed, optimizer, precision, loss_scale)
+        wrapper = deepspeed.optimizer
+        self._device_norm = wrapper.scaled_global_norm
+        wrapper.scaled_global_norm = self._host_norm
+        wrapper.has_overflow = lambda partition_gradients: False  # the norm tells
+        wrapper.update_offload_overflow_tracker = lambda gradient: None
+
+    def _host_norm(self) -> Tensor:
+        """Of the scaled gradient, where DeepSpeed reads it again for each group. The one wait for the device in a step.
+        """
+        wrapper = self.deepspeed.optimizer
+        if wrapper.cpu_offload and (norms := wrapper.norm_for_param_grads):  # of which it would read one by one
+            wrapper.norm_for_param_grads = dict(zip(norms, torch.stack(list(norms.values())).cpu()))
+        return self._device_norm().cpu()
+
     @torch.no_grad()
     def show(self, key: str) -> None:
         wrapper, rank = self.deepspeed.optimizer, self.deepspeed.global_rank
@@ -177,6 +197,17 @@ class Partitioned(Layout):
 class Sharded(Layout):
     """ZeRO 3: weights and masters of each parameter are cut into one piece per rank."""
 
+    def step(self) -> bool:
+        applied = super().step()
+        self._order_gathers()
+        return applied
+
+    def _order_gathers(self) -> None:
+        """Let the next gathers wait for the weights as they were just written. The host waits for nothing."""
+        stream = getattr(self.deepspeed.optimizer.parameter_offload, "_DeepSpeedZeRoOffload__allgather_stream")
+        if stream is not None:  # on a GPU
+            stream.wait_stream(torch.cuda.current_stream())
+
     @torch.no_grad()
     def show(self, key: str) -> None:
         wrapper = self.deepspeed.optimizer
@@ -186,6 +217,7 @@ class Sharded(Layout):
             begun = key in self.optimizer.state[wrapper.fp32_partitioned_groups_flat[group]]
             getattr(parameter, "ds_tensor").copy_(safe_get_local_optimizer_state(parameter, key) if begun
                                                   else safe_get_local_fp32_param(parameter))
+        self._order_gathers()
         wrapper.checkpoint_event_epilogue()  # gathers the small ones, which stay so
 
     @torch.no_grad()
@@ -197,6 +229,7 @@ class Sharded(Layout):
             start = self.deepspeed.global_rank * held.numel()
             stop = max(start, min(start + held.numel(), getattr(parameter, "ds_numel")))
             held[:stop - start].copy_(read(name, start, stop))
+        self._order_gathers()
         wrapper.checkpoint_event_epilogue()
 
     def pieces(self) -> Iterator[Piece]:
