@@ -17,14 +17,16 @@ import torch
 from torch import nn
 
 from support.launchers import call, free_port
-from vir import distributed, run_folder
+from vir import distributed, evaluate, run_folder
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
 from vir.cluster.signals import StopRequest
+from vir.config import DataConfig, RunConfig
 from vir.engine.batch_norm import RunningStatistics
 from vir.errors import SettingsError, VirError
 from vir.launcher import Place
 from vir.models.spec import InputSpec, ModelSpec
+from vir.training.prepare import prepare
 
 INFO = CheckpointInfo(
     samples_seen=0, step=1, updates=0, world_size=2, zero_stage=2, precision="bf16", ema=False, loss_scaler={},
@@ -202,6 +204,66 @@ def test_a_launchers_word_and_a_gpu_leave_the_threads_as_they_are(threads, monke
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
     distributed.share_cores(torch.device(device))
     assert torch.get_num_threads() == 3
+
+
+DRIVERS = {
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\nGCC version: 9\n":
+    "470.57.02",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder@U22)\n":
+    "580.95.05",
+    "something else\n": "of unknown version",
+}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Paths of a driver's version and of a folder of devices, on a machine with two GPUs that torch cannot use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("version", "nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).write_text(next(iter(DRIVERS)))
+    return tmp_path / "version", tmp_path
+
+
+@pytest.mark.parametrize("said, version", DRIVERS.items())
+@pytest.mark.parametrize("built, way_out", [
+    ("13.2", "it was built for CUDA 13.2; install a newer driver (nvidia-smi shows the newest CUDA that one runs), or "
+             "a wheel of torch for an older CUDA (https"),
+    (None, "it was built without CUDA; install a wheel of torch with CUDA (https")])
+def test_gpus_that_torch_cannot_use_are_refused_with_both_versions(machine, monkeypatch, said, version, built, way_out):
+    monkeypatch.setattr(torch.version, "cuda", built)
+    machine[0].write_text(said)
+    with pytest.raises(SettingsError) as error:
+        distributed.check_driver(*machine)
+    assert str(error.value).startswith(f"this machine has NVIDIA GPUs with driver {version}, but torch "
+                                       f"{torch.__version__} cannot use them: {way_out}")
+    assert str(error.value).endswith(", or give --device cpu to compute on the CPU")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_hidden_gpus_are_not_refused(machine, monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    distributed.check_driver(*machine)
+
+
+@pytest.mark.parametrize("gone", [["version"], ["nvidia0", "nvidia1"]])
+def test_a_machine_without_driver_and_a_container_without_gpus_are_not_refused(machine, gone):
+    for name in gone:
+        (machine[1] / name).unlink()
+    distributed.check_driver(*machine)
+
+
+def test_gpus_that_torch_can_use_are_not_refused(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    distributed.check_driver(*machine)
+
+
+def test_a_run_and_an_evaluation_ask_before_anything_else(machine, monkeypatch, capsys):
+    monkeypatch.setattr(distributed.check_driver, "__defaults__", machine)
+    with pytest.raises(SettingsError, match="driver 470.57.02"):
+        prepare(RunConfig(data=DataConfig(train="none")))
+    assert evaluate.main(["--weights", "none", "--data", "none"]) == 2
+    assert "driver 470.57.02" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seen, number, gpu", [(8, 3, 3), (1, 3, 0), (1, 0, 0)])

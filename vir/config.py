@@ -352,6 +352,8 @@ class RunConfig:
     deepspeed_config: str = _free("")
     """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing. A path, or a shipped one's name: zero2_bf16.
     When not given zero2_bf16, on GPUs without bf16 zero2_fp16, on CPUs zero2_fp32."""
+    device: Literal["auto", "cpu"] = _free("auto")
+    """auto takes the GPUs, and CPUs on a machine without one; cpu takes CPUs on any machine."""
     output: str = _free("")
     """Run folder; the same command on it continues the run. runs/MODEL when not given."""
     resume: str = _free("auto")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Sequence
 
 import torch
@@ -32,6 +34,9 @@ class World:
 
 TIMEOUT = timedelta(hours=1)
 """Of a collective. Longer than any save or evaluation that others wait for; a lost rank is found by the heartbeat."""
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Where an NVIDIA driver tells its version."""
 
 _server: Store | None = None
 """Keeps serving while it is referred to."""
@@ -99,6 +104,31 @@ def start() -> World:
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=place.rank, world_size=place.size,
                                 timeout=TIMEOUT, device_id=device if cuda else None)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def check_driver(driver: Path = DRIVER, devices: Path = Path("/dev")) -> None:
+    """Refuse to compute on CPU in silence on a machine whose GPUs torch cannot use: a driver too old, another wheel.
+
+    A container that was given no GPU sees the driver of its machine, but no device. Without the driver, or where the
+    GPUs are hidden (--device cpu hides them), nothing is refused.
+
+    Raises:
+        SettingsError: with the driver's version and the CUDA version that torch was built for.
+    """
+    if torch.cuda.is_available() or launcher.gpus_are_hidden() or not any(devices.glob("nvidia[0-9]*")):
+        return
+    try:
+        said = driver.read_text(errors="replace")
+    except OSError:
+        return
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", said)
+    version, built = found[1] if found else "of unknown version", torch.version.cuda
+    raise SettingsError(f"this machine has NVIDIA GPUs with driver {version}, but torch {torch.__version__} cannot use "
+                        "them: it was built " + (
+                            f"for CUDA {built}; install a newer driver (nvidia-smi shows the newest CUDA that one "
+                            "runs), or a wheel of torch for an older CUDA" if built else
+                            "without CUDA; install a wheel of torch with CUDA") +
+                        " (https://pytorch.org/get-started), or give --device cpu to compute on the CPU")
 
 
 def gpu_of(place: Place) -> torch.device:

@@ -44,6 +44,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass and process")
     parser.add_argument("--workers", type=int, help="loader processes per process (default: what its "
                         "share of the cores allows, at most 16)")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
+                        help="auto takes a GPU, and the CPU on a machine without one (default: auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as JSON")
     args = parser.parse_args(argv)
     for name in ("batch_size", "workers"):
@@ -56,6 +58,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     launcher.tell_of_missing_processes("vir.evaluate")
+    if args.device == "cpu":
+        launcher.hide_gpus()
     try:
         return _evaluate(args)
     except VirError as error:  # every process meets it at the door; later, maybe one alone
@@ -76,6 +80,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from vir.models import load
     from vir.models.spec import input_of
 
+    distributed.check_driver()
     try:
         reader = ShardReader(args.data)
     except DataError as error:
@@ -86,7 +91,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if hasattr(model, "set_retention_mode"):
         getattr(model, "set_retention_mode")(args.mode)
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     distributed.share_cores(state.device)
     _check_json(args.json, state)
     model.to(state.device)
