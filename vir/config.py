@@ -260,6 +260,12 @@ class TrainConfig:
     """Label smoothing."""
     seed: int = 42
     """Seed of initialisation, order, augmentation and dropout."""
+    tf32: bool = False
+    """Let GPUs round float32 to TF32 in matrix products and convolutions: faster in fp32, errors of 1e-3. Half
+    precision computes as before."""
+    deterministic: bool = False
+    """Compute the same bits each time, so that a resumed run on GPUs equals an uninterrupted one bit for bit; slower.
+    An operator that cannot ends the run."""
     fast_dev_run: bool = _free(False)
     """Try everything in ten steps: train, evaluate ten batches, save, resume; in OUTPUT.fast_dev_run, then removed."""
     log_every: int = _free(50)

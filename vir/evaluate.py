@@ -73,7 +73,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from vir import distributed
+    from vir import arithmetic, distributed
     from vir.data.loader import eval_batches
     from vir.data.reader import ShardReader
     from vir.evaluation.classify import classify
@@ -85,6 +85,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         reader = ShardReader(args.data)
     except DataError as error:
         raise DataError(f"--data: {error}") from error
+    arithmetic.set_up()
     model = load(args.weights)
     metadata: WeightsMetadata = getattr(model, "weights_metadata")
     _check(args, model, metadata, reader)
