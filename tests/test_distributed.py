@@ -53,6 +53,7 @@ def as_rank(folder):
     world = distributed.start()
     stop.join(world.size)
     rank, found = world.rank, {"world": [world.rank, world.size, world.device.type, world.is_main]}
+    found["interface"] = os.environ.get("GLOO_SOCKET_IFNAME")
     found["broadcast"] = distributed.broadcast({"from": rank})
     found["gather"] = distributed.gather({"from": rank})
     found["sum"] = distributed.sum_over_ranks([(2**52, 0.1), (1, 0.2)][rank % 2], world.device)
@@ -104,7 +105,7 @@ def found(tmp_path_factory):
     with ThreadPoolExecutor() as pool:
         ranks = [pool.submit(call, sys.executable, __file__, folder, timeout=180, RANK=f"{rank}", LOCAL_RANK=f"{rank}",
                              WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
-                             CUDA_VISIBLE_DEVICES="") for rank in range(2)]
+                             CUDA_VISIBLE_DEVICES="", NCCL_SOCKET_IFNAME="=lo") for rank in range(2)]
     for rank in ranks:
         assert rank.result().returncode == 0, rank.result().stdout[-4000:]
     return [json.loads((folder / f"found2-{rank}.json").read_text()) for rank in range(2)]
@@ -112,6 +113,10 @@ def found(tmp_path_factory):
 
 def test_each_rank_knows_its_place(found):
     assert [of_rank["world"] for of_rank in found] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
+
+
+def test_gloo_takes_the_interface_that_nccl_was_told_to_take(found):
+    assert [of_rank["interface"] for of_rank in found] == ["lo", "lo"]
 
 
 def test_rank_0_is_heard_by_all_and_all_by_each(found):
@@ -181,7 +186,8 @@ def test_alone_everything_is_ones_own():
 
 @pytest.fixture
 def threads(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID",
+                 "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -190,20 +196,48 @@ def threads(monkeypatch):
 
 
 @pytest.mark.parametrize("environment, processes", [
-    ({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "100000"}, 100000)])
+    ({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "100000"}, 100000),
+    ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 2),
+    ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1)])
 def test_the_processes_of_a_node_share_its_cores(threads, monkeypatch, environment, processes):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    distributed.share_cores(torch.device("cpu"))
+    distributed.share_cores()
     assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-@pytest.mark.parametrize("device, omp", [("cpu", "3"), ("cuda", None)])
-def test_a_launchers_word_and_a_gpu_leave_the_threads_as_they_are(threads, monkeypatch, device, omp):
-    if omp:
-        monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    distributed.share_cores(torch.device(device))
+@pytest.mark.parametrize("environment", [
+    {"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "7"}, {"OMP_NUM_THREADS": "7", "TORCHELASTIC_RUN_ID": "none"}])
+def test_the_threads_that_somebody_has_asked_for_are_left_as_they_are(threads, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.share_cores()
     assert torch.get_num_threads() == 3
+
+
+INTERFACES = ["lo", "docker0", "eth0", "eth1", "ib0"]
+
+
+@pytest.mark.parametrize("said, name", [
+    ("eth0", "eth0"), ("eth", "eth0"), ("ib,eth1", "eth1"), ("=eth1", "eth1"), ("=eth", None), ("=ib0,eth1", "eth1"),
+    ("^docker", "eth0"), ("^docker,lo", "eth0"), ("^=docker0,eth0", "eth1"), ("^docker,eth,ib", None), ("lo", "lo"),
+    ("wlan", None)])
+def test_the_interface_is_the_first_that_nccl_would_take(said, name):
+    assert distributed.interface_of(said, INTERFACES) == name
+
+
+def test_gloo_is_left_alone_without_a_word_to_nccl_or_with_one_of_its_own(monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")  # so that it is taken back
+    distributed.follow_nccl()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "l")
+    distributed.follow_nccl()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")
+    distributed.follow_nccl()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 DRIVERS = {

@@ -93,7 +93,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         getattr(model, "set_retention_mode")(args.mode)
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
     state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
-    distributed.share_cores(state.device)
+    distributed.share_cores()
     _check_json(args.json, state)
     model.to(state.device)
     model_input = input_of(model)

@@ -82,6 +82,13 @@ def cores() -> int:
     return min(allowed, int(given)) if given.isdigit() and int(given) else max(1, allowed // local_size())
 
 
+def threads_are_said() -> bool:
+    """Whether OMP_NUM_THREADS is somebody's word; torchrun and accelerate write a 1 where nobody has said anything."""
+    said = os.environ.get("OMP_NUM_THREADS")
+    unsaid = "1" if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
+    return said not in (None, unsaid)
+
+
 def hide_gpus() -> None:
     """Let this process and its children compute on CPU, whatever GPUs there are. Before torch or deepspeed look.
 
