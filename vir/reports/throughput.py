@@ -15,8 +15,8 @@ from vir.models.build import NotBuiltError, create
 from vir.models.spec import ModelSpec
 
 # Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, summed in float32, from the vendor's
-# data sheets and architecture papers. Whole names, as torch.cuda.get_device_name gives them: a part of one also fits its
-# MIG slices and laptop versions.
+# data sheets and architecture papers. Whole names, as torch.cuda.get_device_name gives them: a part of one also fits
+# its MIG slices and laptop versions.
 PEAK_TFLOPS = {
     "NVIDIA GB200": 2500.0, "NVIDIA B200": 2250.0, "NVIDIA GH200 480GB": 989.0, "NVIDIA H200": 989.0,
     "NVIDIA H200 NVL": 835.5, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 NVL": 835.5, "NVIDIA H100 PCIe": 756.0,
