@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from support.exactness import TOLERANCE, assert_close, value_and_gradients
 from vir.models.retention import (
@@ -89,6 +90,33 @@ def test_long_sequences_equal_the_definition(form, num_tokens, dtype):
     found = value_and_gradients(lambda q, k, v: FORMS[form](q, k, v, decay), tensors)
     tensors = [x.detach().double().requires_grad_() for x in tensors]
     assert_close(found, value_and_gradients(partial(reference, scale=KEY**-0.5), tensors), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("num_tokens", "chunk_size"), [
+    (1, 1), (2, 1), (3, 1), (7, 1), (64, 1), (65, 1), (128, 1), (129, 1), (388, 3), (4096, 1), (12287, 3), (4097, 1)])
+def test_any_number_of_chunks_equals_few_chunks_in_value_and_gradient(num_tokens, chunk_size, dtype):
+    """Beyond 128 chunks, the state is carried from group to group; beyond 4,096, from group to group of groups."""
+    decay, tensors = retention_decay(2), [*inputs(num_tokens, batch=1, heads=2), *inputs(KEY, batch=1, heads=2)[2:]]
+
+    def run(chunk_size, q, k, v, state):
+        out, state = chunkwise_retention(q, k, v, decay, chunk_size, state)
+        return torch.cat([out.flatten(), state.flatten()])
+
+    tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    found = value_and_gradients(partial(run, chunk_size), tensors)
+    tensors = [x.detach().double().requires_grad_() for x in tensors]
+    assert_close(found, value_and_gradients(partial(run, 512), tensors), TOLERANCE[dtype])
+
+
+def test_the_work_of_small_chunks_grows_with_the_number_of_tokens():
+    def multiplications(num_tokens):
+        tensors = inputs(num_tokens, torch.float32, batch=1, heads=1)
+        with FlopCounterMode(display=False) as counter:
+            chunkwise_retention(*tensors, retention_decay(1), chunk_size=4)[0].sum().backward()
+        return counter.get_total_flops()
+
+    assert multiplications(32_768) < 8.5 * multiplications(4096)
 
 
 @pytest.mark.parametrize("num_tokens", [197, 1025])
