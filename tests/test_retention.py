@@ -155,6 +155,29 @@ def test_torch_compile_and_export_trace_the_form(form):
     assert_close([exported(*tensors)], expected[:1], 1e-12)
 
 
+def test_torch_func_derives_the_chunkwise_form_for_each_sample_and_of_any_order():
+    *tensors, state = (x.detach() for x in (*inputs(20), *inputs(KEY)[2:]))
+    decay = retention_decay(HEADS)
+    age = decay.double()[:, None, None] ** torch.arange(1, 21)[:, None]
+
+    def whole(q, k, v, state):
+        return parallel_retention(q, k, v, decay) + (q * KEY**-0.5 * age) @ state
+
+    def chunks(q, k, v, state):
+        return chunkwise_retention(q, k, v, decay, 7, state)[0]
+
+    def derivatives(form):
+        def loss(*sample):
+            return form(*(x[None] for x in sample)).square().sum()
+
+        first = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*tensors, state)
+        second = torch.func.grad(lambda *x: sum(y.square().sum() for y in torch.func.grad(loss, (0, 1))(*x)), (1, 2))
+        _, forward = torch.func.jvp(form, (*tensors, state), (*tensors, state))
+        return [*first, *second(*(x[0] for x in (*tensors, state))), forward]
+
+    assert_close(derivatives(chunks), derivatives(whole), 1e-10)
+
+
 def test_the_backward_pass_ignores_autocast_too():
     decay, tensors = retention_decay(HEADS), inputs(20, torch.float32)
     expected = value_and_gradients(lambda q, k, v: FORMS["chunkwise-7"](q, k, v, decay), tensors)

@@ -139,7 +139,10 @@ def chunkwise_retention(
     _check_shapes(q, k, v, decay)
     if initial_state is not None:
         _check_state(initial_state, k, v)
-    return _Chunkwise.apply(q, k, v, decay, initial_state, chunk_size, _scale(q, scale))
+    inputs = q, k, v, decay, initial_state, chunk_size, _scale(q, scale)
+    if torch._C._are_functorch_transforms_active():
+        return _chunkwise_by_autograd(*inputs)
+    return _Chunkwise.apply(*inputs)
 
 
 class _ChunkwiseContext(FunctionCtx):
@@ -169,25 +172,14 @@ class _Chunkwise(torch.autograd.Function):
         chunk_size: int,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        num_tokens, dtype, state_dtype = q.shape[2], _compute_dtype(v), _state_dtype(v)
-        num_chunks = math.ceil(num_tokens / chunk_size)
-        chunk_size = math.ceil(num_tokens / num_chunks)  # even chunks: 197 tokens are 4 x 50, not 4 x 64
+        ctx.num_tokens = q.shape[2]
         ctx.dtypes = q.dtype, k.dtype, v.dtype, None if initial_state is None else initial_state.dtype
         with _own_precision(q):
-            tables = _chunk_tables(decay, num_tokens, num_chunks, chunk_size, scale, state_dtype)
-            mask, q_age, k_age, start_age, last_fade, *carries = tables
-            q, k, v = (_split(x, num_chunks, chunk_size, dtype) for x in (q, k, v))  # [B, H, M, C, K or V]
-            scores = (q @ k.mT).mul_(mask)
-            sums = ((k * k_age).to(dtype).mT @ v).to(state_dtype)  # [B, H, M, K, V]
-            states = _carry(sums.flatten(3), carries).view_as(sums)
-            if initial_state is not None:
-                states.addcmul_(start_age, initial_state.to(state_dtype)[:, :, None])
-            last_state = torch.addcmul(sums[:, :, -1], last_fade, states[:, :, -1])
-            states = states.to(dtype)
-            out = _add_product((q * q_age).to(dtype) @ states, scores, v)
-        ctx.num_tokens = num_tokens
-        ctx.save_for_backward(q, k, v, scores, states, *tables)
-        return _join(out, num_tokens, ctx.dtypes[2]), last_state
+            last_state, parts = _chunks(q, k, v, decay, initial_state, chunk_size, scale)
+            q, k, v, scores, states, _, q_age, *_ = parts
+            out = _add_product((q * q_age).to(q.dtype) @ states, scores, v)
+        ctx.save_for_backward(*parts)
+        return _join(out, ctx.num_tokens, ctx.dtypes[2]), last_state
 
     @staticmethod
     @once_differentiable
@@ -208,6 +200,37 @@ class _Chunkwise(torch.autograd.Function):
             d_v = _add_product((k * k_age).to(dtype) @ d_sums, scores.mT, d_out)
         d_q, d_k, d_v = (_join(x, ctx.num_tokens, dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes[:3]))
         return d_q, d_k, d_v, None, d_initial, None, None
+
+
+def _chunkwise_by_autograd(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, chunk_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """_Chunkwise without its gradient, for the transforms of torch.func: they differentiate and map each operator."""
+    num_tokens, dtype = q.shape[2], v.dtype
+    with _own_precision(q):
+        last_state, parts = _chunks(q, k, v, decay, initial_state, chunk_size, scale)
+        q, k, v, scores, states, _, q_age, *_ = parts
+        out = (q * q_age).to(q.dtype) @ states + scores @ v
+    return _join(out, num_tokens, dtype), last_state
+
+
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, chunk_size: int, scale: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The last state; and q, k and v in chunks, scores [B, H, M, C, C], states [B, H, M, K, V] and _chunk_tables."""
+    num_tokens, dtype, state_dtype = q.shape[2], _compute_dtype(v), _state_dtype(v)
+    num_chunks = math.ceil(num_tokens / chunk_size)
+    chunk_size = math.ceil(num_tokens / num_chunks)  # even chunks: 197 tokens are 4 x 50, not 4 x 64
+    tables = _chunk_tables(decay, num_tokens, num_chunks, chunk_size, scale, state_dtype)
+    mask, _, k_age, start_age, last_fade, *carries = tables
+    q, k, v = (_split(x, num_chunks, chunk_size, dtype) for x in (q, k, v))  # [B, H, M, C, K or V]
+    scores = (q @ k.mT).mul_(mask)
+    sums = ((k * k_age).to(dtype).mT @ v).to(state_dtype)  # [B, H, M, K, V]
+    states = _carry(sums.flatten(3), carries).view_as(sums)
+    if initial_state is not None:
+        states = torch.addcmul(states, start_age, initial_state.to(state_dtype)[:, :, None])
+    last_state = torch.addcmul(sums[:, :, -1], last_fade, states[:, :, -1])
+    return last_state, (q, k, v, scores, states.to(dtype), *tables)
 
 
 def _chunk_tables(
