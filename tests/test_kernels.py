@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import pytest
 import torch
 
-from support.exactness import assert_close, value_and_gradients
+from support.exactness import assert_close, assert_saturates, value_and_gradients
 from support.launchers import call
 from vir.models import kernels
 from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
@@ -167,6 +167,9 @@ class TestFused:
         out = fused_retention(q, q, v, retention_decay(1).to(DEVICE), scale=1.0)
         assert_close([out], [reference(q, q, v, scale=1.0)], TOLERANCE[torch.float16])
 
+    def test_saturates_float16_as_the_other_forms_do(self):
+        assert_saturates(partial(fused_retention, decay=retention_decay(2).to(DEVICE)), DEVICE)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_decays_exactly_far_beyond_the_integers_of_bfloat16(self, dtype):
         one = torch.ones(1, 1, 300, 16, dtype=dtype, device=DEVICE)
@@ -233,6 +236,10 @@ def test_pytorch_takes_over_from_fla(monkeypatch):
     assert_close(found, chunkwise_retention(*tensors, decay), 1e-6)
 
 
+def test_the_operators_that_take_over_saturate_float16(without_kernels):
+    assert_saturates(partial(fused_retention, decay=retention_decay(2)))
+
+
 def test_the_operators_that_take_over_keep_their_precision(without_kernels):
     decay, tensors = retention_decay(HEADS), inputs(40, device="cpu")
     with torch.autocast("cpu", torch.bfloat16):
@@ -242,14 +249,14 @@ def test_the_operators_that_take_over_keep_their_precision(without_kernels):
 @pytest.mark.parametrize("grid", [None, (13, 3)], ids=["1d", "2d"])
 def test_fused_is_a_well_made_operator(without_kernels, grid):
     for reverse in (False, True):
-        arguments = *inputs(40, device="cpu"), retention_decay(HEADS), 0.3, *(grid or (1, 40)), reverse
+        arguments = *inputs(40, device="cpu"), retention_decay(HEADS), 0.3, *(grid or (1, 40)), reverse, True
         torch.library.opcheck(kernels._retention, arguments)
 
 
 def test_fused_and_the_predicates_are_traced_whole(monkeypatch, without_kernels):
     kernels._broken.clear()  # the predicates run to their ends
     monkeypatch.setattr(kernels, "_launch", lambda q, k, v, out, *rest: out.copy_(
-        kernels._retention_by_pytorch(q, k, v, *rest)))
+        kernels._retention_by_pytorch(q, k, v, *rest[:-1])))
 
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
@@ -341,7 +348,8 @@ def test_the_kernel_compiles_for_hopper(dtype, precision, width, reverse, schedu
         pytest.skip(f"no ptxas: {error}")
     kernel, schedule = kernels._retention_kernel.fn, kernels._retention_kernel.configs[schedule]
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    constants = {"REVERSE": reverse, **kernels._constants(width, width, torch_dtype, precision)}
+    constants = {"REVERSE": reverse, "SATURATE": dtype == "fp16",
+                 **kernels._constants(width, width, torch_dtype, precision)}
     strides = ("i32", "i32", "i32", "constexpr")
     types = {"rates": "*fp32", "scale": "fp32", **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
              **dict.fromkeys(constants, "constexpr")}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from support.exactness import TOLERANCE, assert_close, value_and_gradients
+from support.exactness import TOLERANCE, assert_close, assert_saturates, value_and_gradients
 from vir.models.retention import (
     _compute_dtype,
     chunkwise_retention,
@@ -265,6 +265,11 @@ def test_states_are_float32_and_outgrow_float16(form, dtype):
     assert state.dtype == torch.float32 and out.dtype == dtype
     assert torch.isfinite(out).all() and torch.isfinite(state).all()
     assert state.max() > 65504
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float16_saturates_where_the_sum_is_finite(form):
+    assert_saturates(partial(FORMS[form], decay=retention_decay(2)))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,8 +8,9 @@ vir.models.retention_2d has the same forms for decay over rows and columns.
 
 All forms compute the powers of decay in float32 (float64 for float64 inputs) and keep states in that precision. They
 ignore an autocast around them: the dtypes of the tensors alone decide the precision of a result. float16 is computed in
-float32, because sums over tokens exceed its largest number. bfloat16 is computed in float32 on CPUs that have no
-instructions for it.
+float32, because sums over tokens exceed its largest number; an output that does becomes that number, 65504, so that a
+training step does not meet an infinity that the sum is not (_rounded). bfloat16 is computed in float32 on CPUs that
+have no instructions for it.
 """
 
 import math
@@ -54,7 +55,7 @@ def parallel_retention(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: fl
     _check_shapes(q, k, v, decay)
     with _own_precision(q):
         mask = _decay_matrix(decay, q.shape[2], _state_dtype(v)) * _scale(q, scale)
-        return _masked_product(q, k, v, mask).to(v.dtype)
+        return _rounded(_masked_product(q, k, v, mask), v.dtype)
 
 
 def recurrent_retention(
@@ -107,7 +108,8 @@ def retention_step(
         dtype = _state_dtype(v)
         update = k.to(dtype)[..., :, None] * v.to(dtype)[..., None, :]
         state = decay.to(dtype)[:, None, None] * state.to(dtype) + update
-        return ((q.to(dtype) * _scale(q, scale))[..., None, :] @ state).squeeze(-2).to(v.dtype), state
+        out = ((q.to(dtype) * _scale(q, scale))[..., None, :] @ state).squeeze(-2)
+        return _rounded(out, v.dtype), state
 
 
 def chunkwise_retention(
@@ -179,7 +181,7 @@ class _Chunkwise(torch.autograd.Function):
             q, k, v, scores, states, _, q_age, *_ = parts
             out = _add_product((q * q_age).to(q.dtype) @ states, scores, v)
         ctx.save_for_backward(*parts)
-        return _join(out, ctx.num_tokens, ctx.dtypes[2]), last_state
+        return _rounded(_join(out, ctx.num_tokens), ctx.dtypes[2]), last_state
 
     @staticmethod
     @once_differentiable
@@ -198,7 +200,7 @@ class _Chunkwise(torch.autograd.Function):
             d_q = _add_product(((d_out @ states.mT) * q_age).to(dtype), d_scores, k)
             d_k = _add_product(((v @ d_sums.mT) * k_age).to(dtype), d_scores.mT, q)
             d_v = _add_product((k * k_age).to(dtype) @ d_sums, scores.mT, d_out)
-        d_q, d_k, d_v = (_join(x, ctx.num_tokens, dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes[:3]))
+        d_q, d_k, d_v = (_join(x, ctx.num_tokens).to(dtype) for x, dtype in zip((d_q, d_k, d_v), ctx.dtypes[:3]))
         return d_q, d_k, d_v, None, d_initial, None, None
 
 
@@ -211,7 +213,7 @@ def _chunkwise_by_autograd(
         last_state, parts = _chunks(q, k, v, decay, initial_state, chunk_size, scale)
         q, k, v, scores, states, _, q_age, *_ = parts
         out = (q * q_age).to(q.dtype) @ states + scores @ v
-    return _join(out, num_tokens, dtype), last_state
+    return _rounded(_join(out, num_tokens), dtype), last_state
 
 
 def _chunks(
@@ -288,9 +290,9 @@ def _split(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> T
     return out.unflatten(2, (num_chunks, chunk_size))
 
 
-def _join(x: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """[B, H, M, C, D] -> [B, H, N, D] in dtype."""
-    return x.flatten(2, 3)[:, :, :num_tokens].to(dtype)
+def _join(x: Tensor, num_tokens: int) -> Tensor:
+    """[B, H, M, C, D] -> [B, H, N, D]."""
+    return x.flatten(2, 3)[:, :, :num_tokens]
 
 
 def _add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -325,6 +327,19 @@ def _masked_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         scores = (block @ k[:, :, :end].mT).mul_(mask[:, start:end, :end])  # in place: saves a copy of them
         outputs.append((scores @ v[:, :, :end]).transpose(1, 2))
     return torch.cat(outputs, dim=1).transpose(1, 2)  # in memory [B, N, H, V]: the next layer merges the heads
+
+
+def _rounded(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """An output in dtype. Finite numbers that float16 cannot hold become its largest, -65504 or 65504.
+
+    Infinities and NaN stay: the guard of a run looks for them. The gradient is that of the sum, so that it can bring a
+    number back; gradients themselves overflow to infinity in float16, by which the loss scale finds its place.
+    """
+    rounded = out.to(dtype)
+    if dtype == torch.float16:
+        largest, out = torch.finfo(dtype).max, out.detach()
+        rounded.detach().copy_(torch.where(out.isinf(), out, out.clamp(-largest, largest)))
+    return rounded
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
