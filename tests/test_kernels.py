@@ -7,6 +7,7 @@ defined), and every kernel is compiled for Hopper ahead of time.
 import subprocess
 import sys
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ torch.set_num_threads(1)
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
 
+SCHEDULES = kernels._retention_kernel.configs
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -170,6 +172,27 @@ class TestFused:
     def test_saturates_float16_as_the_other_forms_do(self):
         assert_saturates(partial(fused_retention, decay=retention_decay(2).to(DEVICE)), DEVICE)
 
+    @pytest.mark.parametrize("full", [False, True])
+    def test_times_schedules_once_for_a_number_of_tokens_and_does_without_on_a_full_gpu(self, full, monkeypatch):
+        timed = []
+
+        def do_bench(run, quantiles):
+            timed.append(run)
+            if full:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return [1 / len(timed)] * 3
+
+        tuner = kernels._retention_kernel
+        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+        monkeypatch.setattr(tuner, "configs", SCHEDULES)
+        monkeypatch.setattr(tuner, "cache", {})
+        for batch, times in ((1, 3), (2, 3)):
+            q, k, v = (x.detach() for x in inputs(20, batch=batch))
+            assert_close([fused_retention(q, k, v, retention_decay(HEADS).to(DEVICE))], [reference(q, k, v)], 1e-5)
+            assert len(timed) == times and tuner.best_config is SCHEDULES[0 if full else 2]
+        fused_retention(*(x.detach() for x in inputs(21)), retention_decay(HEADS).to(DEVICE))
+        assert len(timed) == 6
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_decays_exactly_far_beyond_the_integers_of_bfloat16(self, dtype):
         one = torch.ones(1, 1, 300, 16, dtype=dtype, device=DEVICE)
@@ -280,6 +303,8 @@ def test_predicates_name_what_each_kernel_is_made_for(monkeypatch, request):
 
     monkeypatch.setattr(kernels, "_broken", set())
     monkeypatch.setattr(kernels, "_HAS_FLA", True)
+    gpu = SimpleNamespace(major=8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     half, single = on_gpu(torch.bfloat16), on_gpu(torch.float32)
     assert fused_supports(half, half) and fused_supports(single, single)
     assert all(fused_supports(half, on_gpu(half.dtype, width)) for width in (16, 80, 128))
@@ -291,6 +316,9 @@ def test_predicates_name_what_each_kernel_is_made_for(monkeypatch, request):
     assert not fla_supports(single, single)  # its products would be TF32
     request.getfixturevalue("tf32")
     assert fla_supports(single, single)
+    gpu.major = 7
+    assert not fused_supports(half, half) and not fla_supports(half, half)
+    gpu.major = 9
     seen = []
     torch.func.grad(lambda x: seen.extend([fused_supports(half, half), fla_supports(half, half)]) or x)(torch.ones(()))
     assert seen == [False, False]

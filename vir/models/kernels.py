@@ -17,6 +17,7 @@ program computes each sum in a fixed order: no atomics and no scores in memory, 
 from __future__ import annotations  # the kernels' signatures name triton, which may be missing
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -51,11 +52,11 @@ _broken: set[str] = set()
 def fused_supports(q: Tensor, v: Tensor) -> bool:
     """Whether fused_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V].
 
-    torch.func cannot differentiate it: no custom operator of torch can.
+    torch.func cannot differentiate a custom operator. GPUs before Ampere (8.0) have too little shared memory for it.
     """
     if torch._C._are_functorch_transforms_active():
         return False
-    return triton is not None and "fused" not in _broken and _fits(q, q, v) and q.is_cuda
+    return triton is not None and "fused" not in _broken and _fits(q, q, v) and _on_ampere_or_later(q)
 
 
 def fla_supports(q: Tensor, v: Tensor) -> bool:
@@ -70,7 +71,7 @@ def fla_supports(q: Tensor, v: Tensor) -> bool:
         return False
     precise = q.dtype == torch.bfloat16 or (q.dtype == torch.float32 and _precision(q.dtype) == "tf32")
     fits = q.shape[-1] in FLA_WIDTHS and v.shape[-1] in FLA_WIDTHS and 0 < max(q.numel(), v.numel()) < 2**31
-    return precise and q.dtype == v.dtype and fits and q.is_cuda
+    return precise and q.dtype == v.dtype and fits and _on_ampere_or_later(q)
 
 
 def fused_retention(
@@ -138,6 +139,10 @@ def fla_retention(
 def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     known = q.dtype in (torch.bfloat16, torch.float16, torch.float32) and q.dtype == k.dtype == v.dtype
     return known and q.shape[-1] in FUSED_WIDTHS and v.shape[-1] in FUSED_WIDTHS
+
+
+def _on_ampere_or_later(q: Tensor) -> bool:
+    return q.is_cuda and torch.cuda.get_device_properties(q.device).major >= 8  # torch has them: no call to the device
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -253,12 +258,26 @@ def _jit(function: _Function) -> _Function:
 
 
 def _tuned(kernel: Callable[..., None]) -> triton.runtime.KernelInterface:
-    """Time a few schedules for each shape. All use the same tiles, so the order of a sum does not depend on the choice.
+    """Time a few schedules for each number of tokens, whatever the batch.
+
+    All use the same tiles, so the order of a sum does not depend on the choice.
     """
     if triton is None:
         return kernel
     schedules = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 2), (4, 3), (8, 2))]
-    return triton.autotune(schedules, key=["num_tokens", "KEY", "VALUE", "REVERSE", "PRECISION"])(kernel)
+    key = ["num_tokens", "KEY", "VALUE", "REVERSE", "PRECISION"]
+    return triton.autotune(schedules, key, do_bench=_time)(kernel)
+
+
+def _time(run: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
+    """Milliseconds of a schedule; infinity for all, so that the first is used, where the GPU has no room to time them.
+
+    The timer's buffer, which empties the cache between runs, takes 256 MB.
+    """
+    try:
+        return triton.testing.do_bench(run, quantiles=quantiles)
+    except torch.OutOfMemoryError:
+        return [math.inf] * len(quantiles)
 
 
 @_tuned
