@@ -1,7 +1,7 @@
 """The GPU kernels of retention against the definition, in value and gradient.
 
 Without a GPU, the same tests run in Triton's interpreter (in a process of their own: it is chosen when the kernels are
-defined), and every kernel is compiled for Hopper ahead of time.
+defined), and the kernel is compiled for Ampere, Ada and Hopper ahead of time.
 """
 
 import subprocess
@@ -351,20 +351,33 @@ def test_models_do_without_triton_and_import_fla_only_to_use_it():
     assert "False False False" in done.stdout and "triton is not installed" in done.stdout
 
 
-COMPILED = [  # dtype, precision of float32, width, reverse, number of the schedule
-    ("bf16", "ieee", 64, False, 0),
-    ("bf16", "ieee", 80, False, 2),
-    ("bf16", "ieee", 128, True, 1),
-    ("fp16", "tf32", 128, True, 1),
-    ("fp32", "ieee", 64, False, 2),
-    ("fp32", "ieee", 128, True, 1),
-    ("fp32", "tf32", 128, False, 1),
+COMPILED = [  # architecture, dtype, precision of float32, width, reverse, number of the schedule
+    (90, "bf16", "ieee", 64, False, 1),
+    (90, "bf16", "ieee", 80, False, 0),
+    (90, "bf16", "ieee", 128, True, 2),
+    (90, "fp16", "tf32", 128, True, 2),
+    (90, "fp32", "ieee", 64, False, 0),
+    (90, "fp32", "ieee", 128, True, 2),
+    (90, "fp32", "tf32", 64, False, 2),
+    (80, "bf16", "ieee", 64, False, 1),
+    (80, "fp16", "tf32", 128, False, 2),
+    (80, "fp16", "tf32", 128, True, 0),
+    (89, "bf16", "ieee", 128, False, 2),
+    (89, "bf16", "ieee", 128, True, 0),
+    (89, "fp16", "tf32", 128, True, 0),
+    (89, "fp32", "ieee", 128, True, 0),
+    (89, "fp32", "tf32", 128, True, 0),
 ]
+
+SHARED_KIB = {80: 163, 89: 99, 90: 227}
+"""Shared memory of a block: A100; L4, L40 and RTX 40; H100."""
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize(("dtype", "precision", "width", "reverse", "schedule"), COMPILED)
-def test_the_kernel_compiles_for_hopper(dtype, precision, width, reverse, schedule, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("architecture", "dtype", "precision", "width", "reverse", "schedule"), COMPILED)
+def test_the_kernel_compiles_for_gpus(
+    architecture, dtype, precision, width, reverse, schedule, tmp_path, monkeypatch, capfd
+):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -390,11 +403,12 @@ def test_the_kernel_compiles_for_hopper(dtype, precision, width, reverse, schedu
             aligned.update({(place, axis): [["tt.divisibility", 16]] for axis in range(3)})
         elif signature[name].startswith("*"):
             aligned[place,] = [["tt.divisibility", 16]]
-    compiled = triton.compile(ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32),
+    compiled = triton.compile(ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", architecture, 32),
                               options={"num_warps": schedule.num_warps, "num_stages": schedule.num_stages})
     assert compiled.asm["cubin"]
-    assert ("wgmma" in compiled.asm["ptx"]) == ((dtype, precision) != ("fp32", "ieee"))  # on Hopper's tensor cores
-    assert compiled.metadata.shared <= 227 * 1024
+    tensor_cores = "wgmma" if architecture == 90 else "mma.sync"
+    assert (tensor_cores in compiled.asm["ptx"]) == ((dtype, precision) != ("fp32", "ieee"))
+    assert compiled.metadata.shared <= SHARED_KIB[architecture] * 1024
     assert " 0 bytes spill stores, 0 bytes spill loads" in "".join(capfd.readouterr())
 
 
