@@ -14,6 +14,7 @@ from PIL import Image
 import vir.models  # noqa: F401, registers the models
 from support.launchers import ROOT, call
 from vir.benchmarks.model import free_mixer
+from vir.benchmarks.stopwatch import Limits, Stopwatch
 
 torch.set_num_threads(1)
 
@@ -91,6 +92,22 @@ def test_runs_beyond_the_limits_are_told_and_left_out():
     assert table["parallel", "4097"] == "out of memory"
     assert table["chunkwise", "4098"] == "over time"
     assert float(table["chunkwise", "4097"].split()[0]) > 0
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), torch.AcceleratorError("an illegal memory access"),
+    RuntimeError("CUDA error: an illegal memory access was encountered")], ids=repr)
+def test_only_a_lack_of_memory_is_told_as_one(error):
+    def run():
+        raise error
+
+    watch = Stopwatch(Limits(rounds=0), torch.device("cpu"))
+    point = dict(size=1, batch=1, dtype="fp32")
+    if "illegal" in str(error):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            list(watch.results({"row": run}, "forward", **point))
+    else:
+        assert [result.failed for result in watch.results({"row": run}, "forward", **point)] == ["out of memory"]
 
 
 def test_the_free_mixer_mixes_nothing():

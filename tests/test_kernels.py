@@ -1,17 +1,18 @@
 """The GPU kernels of retention against the definition, in value and gradient.
 
 Without a GPU, the same tests run in Triton's interpreter (in a process of their own: it is chosen when the kernels are
-defined), and every kernel is compiled for Hopper ahead of time.
+defined), and the kernel is compiled for Ampere, Ada and Hopper ahead of time.
 """
 
 import subprocess
 import sys
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from support.exactness import assert_close, value_and_gradients
+from support.exactness import assert_close, assert_saturates, value_and_gradients
 from support.launchers import call
 from vir.models import kernels
 from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
@@ -23,6 +24,7 @@ torch.set_num_threads(1)
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
 
+SCHEDULES = kernels._retention_kernel.configs
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -167,6 +169,30 @@ class TestFused:
         out = fused_retention(q, q, v, retention_decay(1).to(DEVICE), scale=1.0)
         assert_close([out], [reference(q, q, v, scale=1.0)], TOLERANCE[torch.float16])
 
+    def test_saturates_float16_as_the_other_forms_do(self):
+        assert_saturates(partial(fused_retention, decay=retention_decay(2).to(DEVICE)), DEVICE)
+
+    @pytest.mark.parametrize("full", [False, True])
+    def test_times_schedules_once_for_a_number_of_tokens_and_does_without_on_a_full_gpu(self, full, monkeypatch):
+        timed = []
+
+        def do_bench(run, quantiles):
+            timed.append(run)
+            if full:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return [1 / len(timed)] * 3
+
+        tuner = kernels._retention_kernel
+        monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+        monkeypatch.setattr(tuner, "configs", SCHEDULES)
+        monkeypatch.setattr(tuner, "cache", {})
+        for batch, times in ((1, 3), (2, 3)):
+            q, k, v = (x.detach() for x in inputs(20, batch=batch))
+            assert_close([fused_retention(q, k, v, retention_decay(HEADS).to(DEVICE))], [reference(q, k, v)], 1e-5)
+            assert len(timed) == times and tuner.best_config is SCHEDULES[0 if full else 2]
+        fused_retention(*(x.detach() for x in inputs(21)), retention_decay(HEADS).to(DEVICE))
+        assert len(timed) == 6
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_decays_exactly_far_beyond_the_integers_of_bfloat16(self, dtype):
         one = torch.ones(1, 1, 300, 16, dtype=dtype, device=DEVICE)
@@ -233,6 +259,10 @@ def test_pytorch_takes_over_from_fla(monkeypatch):
     assert_close(found, chunkwise_retention(*tensors, decay), 1e-6)
 
 
+def test_the_operators_that_take_over_saturate_float16(without_kernels):
+    assert_saturates(partial(fused_retention, decay=retention_decay(2)))
+
+
 def test_the_operators_that_take_over_keep_their_precision(without_kernels):
     decay, tensors = retention_decay(HEADS), inputs(40, device="cpu")
     with torch.autocast("cpu", torch.bfloat16):
@@ -242,14 +272,14 @@ def test_the_operators_that_take_over_keep_their_precision(without_kernels):
 @pytest.mark.parametrize("grid", [None, (13, 3)], ids=["1d", "2d"])
 def test_fused_is_a_well_made_operator(without_kernels, grid):
     for reverse in (False, True):
-        arguments = *inputs(40, device="cpu"), retention_decay(HEADS), 0.3, *(grid or (1, 40)), reverse
+        arguments = *inputs(40, device="cpu"), retention_decay(HEADS), 0.3, *(grid or (1, 40)), reverse, True
         torch.library.opcheck(kernels._retention, arguments)
 
 
 def test_fused_and_the_predicates_are_traced_whole(monkeypatch, without_kernels):
     kernels._broken.clear()  # the predicates run to their ends
     monkeypatch.setattr(kernels, "_launch", lambda q, k, v, out, *rest: out.copy_(
-        kernels._retention_by_pytorch(q, k, v, *rest)))
+        kernels._retention_by_pytorch(q, k, v, *rest[:-1])))
 
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
@@ -273,6 +303,8 @@ def test_predicates_name_what_each_kernel_is_made_for(monkeypatch, request):
 
     monkeypatch.setattr(kernels, "_broken", set())
     monkeypatch.setattr(kernels, "_HAS_FLA", True)
+    gpu = SimpleNamespace(major=8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     half, single = on_gpu(torch.bfloat16), on_gpu(torch.float32)
     assert fused_supports(half, half) and fused_supports(single, single)
     assert all(fused_supports(half, on_gpu(half.dtype, width)) for width in (16, 80, 128))
@@ -284,6 +316,12 @@ def test_predicates_name_what_each_kernel_is_made_for(monkeypatch, request):
     assert not fla_supports(single, single)  # its products would be TF32
     request.getfixturevalue("tf32")
     assert fla_supports(single, single)
+    gpu.major = 7
+    assert not fused_supports(half, half) and not fla_supports(half, half)
+    gpu.major = 9
+    seen = []
+    torch.func.grad(lambda x: seen.extend([fused_supports(half, half), fla_supports(half, half)]) or x)(torch.ones(()))
+    assert seen == [False, False]
     kernels._broken.update({"fused", "fla"})
     assert not fused_supports(half, half) and not fla_supports(half, half)
 
@@ -313,20 +351,33 @@ def test_models_do_without_triton_and_import_fla_only_to_use_it():
     assert "False False False" in done.stdout and "triton is not installed" in done.stdout
 
 
-COMPILED = [  # dtype, precision of float32, width, reverse, number of the schedule
-    ("bf16", "ieee", 64, False, 0),
-    ("bf16", "ieee", 80, False, 2),
-    ("bf16", "ieee", 128, True, 1),
-    ("fp16", "tf32", 128, True, 1),
-    ("fp32", "ieee", 64, False, 2),
-    ("fp32", "ieee", 128, True, 1),
-    ("fp32", "tf32", 128, False, 1),
+COMPILED = [  # architecture, dtype, precision of float32, width, reverse, number of the schedule
+    (90, "bf16", "ieee", 64, False, 1),
+    (90, "bf16", "ieee", 80, False, 0),
+    (90, "bf16", "ieee", 128, True, 2),
+    (90, "fp16", "tf32", 128, True, 2),
+    (90, "fp32", "ieee", 64, False, 0),
+    (90, "fp32", "ieee", 128, True, 2),
+    (90, "fp32", "tf32", 64, False, 2),
+    (80, "bf16", "ieee", 64, False, 1),
+    (80, "fp16", "tf32", 128, False, 2),
+    (80, "fp16", "tf32", 128, True, 0),
+    (89, "bf16", "ieee", 128, False, 2),
+    (89, "bf16", "ieee", 128, True, 0),
+    (89, "fp16", "tf32", 128, True, 0),
+    (89, "fp32", "ieee", 128, True, 0),
+    (89, "fp32", "tf32", 128, True, 0),
 ]
+
+SHARED_KIB = {80: 163, 89: 99, 90: 227}
+"""Shared memory of a block: A100; L4, L40 and RTX 40; H100."""
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize(("dtype", "precision", "width", "reverse", "schedule"), COMPILED)
-def test_the_kernel_compiles_for_hopper(dtype, precision, width, reverse, schedule, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("architecture", "dtype", "precision", "width", "reverse", "schedule"), COMPILED)
+def test_the_kernel_compiles_for_gpus(
+    architecture, dtype, precision, width, reverse, schedule, tmp_path, monkeypatch, capfd
+):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -338,7 +389,8 @@ def test_the_kernel_compiles_for_hopper(dtype, precision, width, reverse, schedu
         pytest.skip(f"no ptxas: {error}")
     kernel, schedule = kernels._retention_kernel.fn, kernels._retention_kernel.configs[schedule]
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    constants = {"REVERSE": reverse, **kernels._constants(width, width, torch_dtype, precision)}
+    constants = {"REVERSE": reverse, "SATURATE": dtype == "fp16",
+                 **kernels._constants(width, width, torch_dtype, precision)}
     strides = ("i32", "i32", "i32", "constexpr")
     types = {"rates": "*fp32", "scale": "fp32", **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}"),
              **dict.fromkeys(constants, "constexpr")}
@@ -351,11 +403,12 @@ def test_the_kernel_compiles_for_hopper(dtype, precision, width, reverse, schedu
             aligned.update({(place, axis): [["tt.divisibility", 16]] for axis in range(3)})
         elif signature[name].startswith("*"):
             aligned[place,] = [["tt.divisibility", 16]]
-    compiled = triton.compile(ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", 90, 32),
+    compiled = triton.compile(ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", architecture, 32),
                               options={"num_warps": schedule.num_warps, "num_stages": schedule.num_stages})
     assert compiled.asm["cubin"]
-    assert ("wgmma" in compiled.asm["ptx"]) == ((dtype, precision) != ("fp32", "ieee"))  # on Hopper's tensor cores
-    assert compiled.metadata.shared <= 227 * 1024
+    tensor_cores = "wgmma" if architecture == 90 else "mma.sync"
+    assert (tensor_cores in compiled.asm["ptx"]) == ((dtype, precision) != ("fp32", "ieee"))
+    assert compiled.metadata.shared <= SHARED_KIB[architecture] * 1024
     assert " 0 bytes spill stores, 0 bytes spill loads" in "".join(capfd.readouterr())
 
 

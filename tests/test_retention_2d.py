@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 import pytest
 import torch
 
-from support.exactness import TOLERANCE, assert_close, value_and_gradients
+from support.exactness import TOLERANCE, assert_close, assert_saturates, value_and_gradients
 from vir.models.retention import _compute_dtype, retention_decay
 from vir.models.retention_2d import chunkwise_retention_2d, parallel_retention_2d, recurrent_retention_2d
 
@@ -169,6 +169,11 @@ def test_half_precision_is_near_and_autocast_changes_nothing(form, dtype):
     assert_close([out], [reference(*tensors, grid)], 2**-6 if dtype == torch.bfloat16 else 2**-9)
     with torch.autocast("cpu", torch.bfloat16):
         assert FORMS[form](*tensors, decay, grid).equal(out)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float16_saturates_where_the_sum_is_finite(form):
+    assert_saturates(partial(FORMS[form], decay=retention_decay(2), grid=(9, 11)))
 
 
 def test_errors_name_the_value_and_the_way_out():

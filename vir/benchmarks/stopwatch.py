@@ -76,8 +76,8 @@ class Stopwatch:
         for row in runs.keys() - failed.keys():
             try:
                 seconds, peaks[row] = self._first_run(runs[row])
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "memory" not in str(error):
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
                     raise
                 failed[row] = "out of memory"
                 continue
@@ -115,6 +115,13 @@ class Stopwatch:
         finally:
             resource.setrlimit(resource.RLIMIT_DATA, old)
         return seconds, _status_mib("VmHWM") - before
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The allocator of the CPU raises a plain RuntimeError; an illegal access to memory raises one, too."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
 
 
 def _status_mib(field: str) -> float:

@@ -17,6 +17,7 @@ program computes each sum in a fixed order: no atomics and no scores in memory, 
 from __future__ import annotations  # the kernels' signatures name triton, which may be missing
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from vir.models.retention import _check_shapes, _check_state, _own_precision, chunkwise_retention
+from vir.models.retention import _check_shapes, _check_state, _own_precision, _rounded, chunkwise_retention
 from vir.models.retention_2d import _check_grid, parallel_retention_2d
 
 try:
@@ -49,21 +50,28 @@ _broken: set[str] = set()
 
 
 def fused_supports(q: Tensor, v: Tensor) -> bool:
-    """Whether fused_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V]."""
-    return triton is not None and "fused" not in _broken and _fits(q, q, v) and q.is_cuda
+    """Whether fused_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V].
+
+    torch.func cannot differentiate a custom operator. GPUs before Ampere (8.0) have too little shared memory for it.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return triton is not None and "fused" not in _broken and _fits(q, q, v) and _on_ampere_or_later(q)
 
 
 def fla_supports(q: Tensor, v: Tensor) -> bool:
     """Whether fla_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V].
 
-    torch.compile cannot trace it. It multiplies float32 as TF32. It keeps states in the inputs' precision, so those of
-    float16 could exceed the largest number. It counts elements in 32 bits.
+    torch.compile and torch.func cannot trace it. It multiplies float32 as TF32. It keeps states in the inputs'
+    precision, so those of float16 could exceed the largest number. It counts elements in 32 bits.
     """
-    if torch.compiler.is_compiling() or not _HAS_FLA or "fla" in _broken:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if not _HAS_FLA or "fla" in _broken:
         return False
     precise = q.dtype == torch.bfloat16 or (q.dtype == torch.float32 and _precision(q.dtype) == "tf32")
     fits = q.shape[-1] in FLA_WIDTHS and v.shape[-1] in FLA_WIDTHS and 0 < max(q.numel(), v.numel()) < 2**31
-    return precise and q.dtype == v.dtype and fits and q.is_cuda
+    return precise and q.dtype == v.dtype and fits and _on_ampere_or_later(q)
 
 
 def fused_retention(
@@ -93,7 +101,7 @@ def fused_retention(
     if grid is None:
         grid = 1, q.shape[2]  # a sequence is a picture of one row
     _check_grid(q, grid)
-    return _retention(q, k, v, decay, q.shape[-1] ** -0.5 if scale is None else scale, *grid, False)
+    return _retention(q, k, v, decay, q.shape[-1] ** -0.5 if scale is None else scale, *grid, False, True)
 
 
 def fla_retention(
@@ -133,6 +141,10 @@ def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return known and q.shape[-1] in FUSED_WIDTHS and v.shape[-1] in FUSED_WIDTHS
 
 
+def _on_ampere_or_later(q: Tensor) -> bool:
+    return q.is_cuda and torch.cuda.get_device_properties(q.device).major >= 8  # torch has them: no call to the device
+
+
 def _precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies float32 numbers. TF32 holds float16 exactly, and products too large for float16."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -150,22 +162,26 @@ def _give_up(name: str, error: Exception) -> None:
 
 @torch.library.custom_op("vir::retention", mutates_args=())
 def _retention(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool, saturate: bool
 ) -> Tensor:
-    """Retention on a grid of patches. With reverse, a token sees exactly those tokens that see it without reverse."""
-    out = _empty_output(q, k, v, decay, scale, rows, columns, reverse)
+    """Retention on a grid of patches. With reverse, a token sees exactly those tokens that see it without reverse.
+
+    With saturate, outputs are rounded to float16 as in vir.models.retention._rounded; gradients are not.
+    """
+    out = _empty_output(q, k, v, decay, scale, rows, columns, reverse, saturate)
     if out.numel() and "fused" not in _broken:
         try:
-            _launch(q, k, v, out, decay, scale, rows, columns, reverse)
+            _launch(q, k, v, out, decay, scale, rows, columns, reverse, saturate)
             return out
         except Exception as error:
             _give_up("fused", error)
-    return out.copy_(_retention_by_pytorch(q, k, v, decay, scale, rows, columns, reverse))
+    result = _retention_by_pytorch(q, k, v, decay, scale, rows, columns, reverse)
+    return out.copy_(_rounded(result, out.dtype) if saturate else result)
 
 
 @_retention.register_fake
 def _empty_output(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool, saturate: bool
 ) -> Tensor:
     batch, num_heads, num_tokens, width = v.shape
     return v.new_empty(batch, num_tokens, num_heads, width).transpose(1, 2)  # so that merging the heads copies nothing
@@ -181,19 +197,19 @@ class _Context(FunctionCtx):
 
 
 def _save_inputs(
-    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float, int, int, bool], output: Tensor
+    ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float, int, int, bool, bool], output: Tensor
 ) -> None:
-    q, k, v, decay, scale, rows, columns, ctx.reverse = inputs
+    q, k, v, decay, scale, rows, columns, ctx.reverse, _ = inputs
     ctx.options = scale, rows, columns
     ctx.save_for_backward(q, k, v, decay)
 
 
 def _gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, decay = ctx.saved_tensors
-    d_q = _retention(d_out, v, k, decay, *ctx.options, ctx.reverse)
-    d_k = _retention(v, d_out, q, decay, *ctx.options, not ctx.reverse)
-    d_v = _retention(k, q, d_out, decay, *ctx.options, not ctx.reverse)
-    return d_q, d_k, d_v, None, None, None, None, None
+    d_q = _retention(d_out, v, k, decay, *ctx.options, ctx.reverse, False)
+    d_k = _retention(v, d_out, q, decay, *ctx.options, not ctx.reverse, False)
+    d_v = _retention(k, q, d_out, decay, *ctx.options, not ctx.reverse, False)
+    return d_q, d_k, d_v, None, None, None, None, None, None
 
 
 _retention.register_autograd(_gradient, setup_context=_save_inputs)
@@ -211,7 +227,8 @@ def _retention_by_pytorch(
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, decay: Tensor, scale: float, rows: int, columns: int, reverse: bool,
+    saturate: bool,
 ) -> None:
     """Run the kernel; it writes to out."""
     batch, num_heads, num_tokens, width = v.shape
@@ -225,13 +242,16 @@ def _launch(
     with torch.cuda.device_of(q):
         _retention_kernel[programs](
             q, k, v, out, rates, q.stride(), k.stride(), v.stride(), out.stride(), num_heads, num_tokens,
-            rows * columns, columns, scale, REVERSE=reverse,
+            rows * columns, columns, scale, REVERSE=reverse, SATURATE=saturate and out.dtype == torch.float16,
             **_constants(q.shape[-1], width, q.dtype, _precision(q.dtype)))
 
 
 def _constants(key: int, value: int, dtype: torch.dtype, precision: str) -> dict[str, int | str]:
-    """The constants that are compiled into the kernel. Products of exact float32 need more registers: smaller tiles."""
-    tile = 32 if dtype == torch.float32 and precision == "ieee" else 64
+    """The constants that are compiled into the kernel.
+
+    Exact products of float32 need more registers, wide tiles of float32 more shared memory than the 99 KiB of sm_89.
+    """
+    tile = 32 if dtype == torch.float32 and (precision == "ieee" or max(key, value) > 64) else 64
     padded = {"KEY_BLOCK": triton.next_power_of_2(key), "VALUE_BLOCK": triton.next_power_of_2(value)}
     return {"KEY": key, "VALUE": value, "PRECISION": precision, "TILE": tile, **padded}
 
@@ -241,12 +261,27 @@ def _jit(function: _Function) -> _Function:
 
 
 def _tuned(kernel: Callable[..., None]) -> triton.runtime.KernelInterface:
-    """Time a few schedules for each shape. All use the same tiles, so the order of a sum does not depend on the choice.
+    """Time a few schedules for each number of tokens, whatever the batch.
+
+    All use the same tiles, so the order of a sum does not depend on the choice.
     """
     if triton is None:
         return kernel
-    schedules = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((4, 2), (4, 3), (8, 2))]
-    return triton.autotune(schedules, key=["num_tokens", "KEY", "VALUE", "REVERSE", "PRECISION"])(kernel)
+    schedules = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in ((8, 2), (4, 2), (4, 3))]
+    key = ["num_tokens", "KEY", "VALUE", "REVERSE", "PRECISION"]
+    return triton.autotune(schedules, key, do_bench=_time)(kernel)
+
+
+def _time(run: Callable[[], object], quantiles: tuple[float, ...]) -> list[float]:
+    """Milliseconds of a schedule; infinity for all, so that the first is used, where the GPU has no room to time them.
+
+    The first spills no registers on the GPUs that tests/test_kernels.py compiles for. The timer's buffer, which empties
+    the cache between runs, takes 256 MB.
+    """
+    try:
+        return triton.testing.do_bench(run, quantiles=quantiles)
+    except torch.OutOfMemoryError:
+        return [math.inf] * len(quantiles)
 
 
 @_tuned
@@ -255,7 +290,7 @@ def _retention_kernel(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, rates: tl.tensor,
     q_strides: tl.tuple, k_strides: tl.tuple, v_strides: tl.tuple, out_strides: tl.tuple,
     num_heads: tl.tensor, num_tokens: tl.tensor, num_patches: tl.tensor, columns: tl.tensor, scale: tl.tensor,
-    KEY: tl.constexpr, VALUE: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, REVERSE: tl.constexpr, SATURATE: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ) -> None:
     """A tile of out [TILE, V] of one head of one sample, from all tiles of k and v that it sees.
@@ -300,7 +335,10 @@ def _retention_kernel(
     channel = tl.arange(0, VALUE_BLOCK)
     places = out + here[:, None].to(tl.int64) * out_strides[2] + channel[None, :] * out_strides[3]
     inside = (here < num_tokens)[:, None] & (channel < VALUE)[None, :]
-    tl.store(places, (sums * scale).to(out.dtype.element_ty), mask=inside)
+    sums *= scale
+    if SATURATE:  # as _rounded does for float16: a comparison with NaN is false
+        sums = tl.where(tl.abs(sums) < float("inf"), tl.minimum(tl.maximum(sums, -65504.0), 65504.0), sums)
+    tl.store(places, sums.to(out.dtype.element_ty), mask=inside)
 
 
 @_jit

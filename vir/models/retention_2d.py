@@ -24,6 +24,7 @@ from vir.models.retention import (
     _masked_product,
     _own_precision,
     _powers,
+    _rounded,
     _scale,
     _state_dtype,
     retention_step,
@@ -49,7 +50,7 @@ def parallel_retention_2d(
     _check_grid(q, grid)
     with _own_precision(q):
         mask = _decay_matrix_2d(decay, grid, q.shape[2], _state_dtype(v)) * _scale(q, scale)
-        return _masked_product(q, k, v, mask).to(v.dtype)
+        return _rounded(_masked_product(q, k, v, mask), v.dtype)
 
 
 def recurrent_retention_2d(
@@ -87,7 +88,7 @@ def recurrent_retention_2d(
             update = k[:, :, n, :, None].to(dtype) * v[:, :, n, None, :].to(dtype)
             along_row = update + (factor * along_row if column else 0)
             states[column] = factor * states[column] + along_row
-            outputs.append(((q[:, :, n, None].to(dtype) * _scale(q, scale)) @ states[column]).to(v.dtype))
+            outputs.append(_rounded((q[:, :, n, None].to(dtype) * _scale(q, scale)) @ states[column], v.dtype))
         return _with_class_token(q, k, v, decay, outputs, torch.stack(states, dim=2), scale)
 
 
@@ -140,7 +141,7 @@ def chunkwise_retention_2d(
                 aged_q = q_block * (powers[:, :, 1:height + 1] * _scale(q, scale))  # [B, H, C, height, K]
                 from_above = aged_q.to(dtype) @ states.to(dtype)
                 out = out + from_above.transpose(2, 3).flatten(2, 3)
-            outputs.append(out.to(v.dtype))
+            outputs.append(_rounded(out, v.dtype))
             aged_k = k_block * powers[:, :, :height].flip(2)
             sums = (aged_k.to(dtype).mT @ v_block).to(state_dtype)  # [B, H, C, K, V], of each column
             sums = (along_row @ sums.flatten(3)).view_as(sums)
