@@ -33,11 +33,11 @@ def test_normalize_against_a_loop():
 
 
 BOXES = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0], [0, 0, 8, 8], [7, 7, 1, 1]])
-POSITIONS = torch.tensor([10, 11, 500, 3])
+SEEDS = torch.tensor([10, -11, 2**31 - 1, 3], dtype=torch.int32)
 
 
-def erased(images, mode, seed=0, boxes=BOXES, positions=POSITIONS):
-    return device.erase(images.clone(), boxes, positions, seed, mode)
+def erased(images, mode, boxes=BOXES, seeds=SEEDS):
+    return device.erase(images, boxes, seeds, mode)
 
 
 def in_box(images):
@@ -67,16 +67,14 @@ def test_erase_fills_in_zeros_one_colour_or_noise():
 
 
 @pytest.mark.parametrize("mode", ["rand", "pixel"])
-def test_erase_depends_on_seed_and_position_not_on_the_batch(mode):
+def test_erase_depends_on_the_samples_seed_not_on_the_batch(mode):
     images = floats(4, 3, 8, 8)
     together = erased(images, mode)
     torch.manual_seed(99)
     for i in range(4):
-        assert torch.equal(erased(images[i:i + 1], mode, boxes=BOXES[i:i + 1], positions=POSITIONS[i:i + 1])[0],
-                           together[i])
-    assert torch.equal(erased(images.flip(0), mode, boxes=BOXES.flip(0), positions=POSITIONS.flip(0)).flip(0), together)
-    assert not torch.equal(erased(images, mode, seed=1), together)
-    assert not torch.equal(erased(images, mode, positions=POSITIONS + 1), together)
+        assert torch.equal(erased(images[i:i + 1], mode, BOXES[i:i + 1], SEEDS[i:i + 1])[0], together[i])
+    assert torch.equal(erased(images.flip(0), mode, BOXES.flip(0), SEEDS.flip(0)).flip(0), together)
+    assert not torch.equal(erased(images, mode, seeds=SEEDS + 1), together)
 
 
 # Pairs: mixup, CutMix, whole (lam 1).
@@ -128,16 +126,16 @@ def test_soft_targets_of_an_odd_batch_are_not_mixed():
     (0, 0, 0, 0.1), (1, 0, 0, 0.1), (0, 1, 0, 0.0), (0, 0, 1, 0.1), (1, 1, 1, 0.0)])
 def test_a_batch_is_normalised_then_erased_then_mixed_where_the_settings_say_so(reprob, mixup, cutmix, smoothing):
     images, labels = pixels(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
-    boxes, positions = torch.tensor([[1, 2, 3, 4]] * 6), torch.arange(6)
-    batch = Batch(images=images, labels=labels, positions=positions, valid=torch.ones(6, dtype=torch.bool),
-                  erase=boxes, lam=LAM, cut=CUT, bad=[])
+    boxes, seeds = torch.tensor([[1, 2, 3, 4]] * 6), torch.arange(6, dtype=torch.int32)
+    batch = Batch(images=images, labels=labels, positions=torch.arange(6), valid=torch.ones(6, dtype=torch.bool),
+                  erase=boxes, noise=seeds, lam=LAM, cut=CUT, bad=[])
     augment = AugmentConfig(reprob=reprob, remode="pixel", mixup=mixup, cutmix=cutmix)
     expected = device.normalize(images, INPUT)
     if reprob:
-        expected = device.erase(expected, boxes, positions, 5, "pixel")
+        expected = device.erase(expected, boxes, seeds, "pixel")
     if mixup or cutmix:
         expected = device.mix(expected, LAM, CUT)
-    prepare = Preparation(model_input=INPUT, augment=augment, smoothing=smoothing, num_classes=3, seed=5)
+    prepare = Preparation(model_input=INPUT, augment=augment, smoothing=smoothing, num_classes=3)
     found, targets = prepare(batch)
     assert torch.equal(found, expected)
     assert torch.equal(targets, device.soft_targets(labels, LAM, 3, smoothing))

@@ -1,6 +1,6 @@
 """From uint8 batches to what a model trains on: normalising, erasing and mixing on the device.
 
-All numbers are drawn per sample out of (seed, position): the same pixels on every topology.
+All numbers follow from what was drawn per sample out of (seed, position): the same pixels on every topology.
 """
 
 # Dimension key: B batch, C channels, H height, W width, K classes.
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vir.config import AugmentConfig
 from vir.data.loader import Batch
+from vir.data.noise import normal_noise
 from vir.models.spec import InputSpec
-from vir.streams import NOISE, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,12 @@ class Preparation:
     augment: AugmentConfig
     smoothing: float
     num_classes: int
-    seed: int
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Pixels [B, C, H, W] float32, normalised, erased and mixed, and soft targets [B, K]."""
         images = normalize(batch.images, self.model_input)
         if self.augment.reprob:
-            erase(images, batch.erase, batch.positions, self.seed, self.augment.remode)
+            images = erase(images, batch.erase, batch.noise, self.augment.remode)
         if self.augment.mixes:
             images = mix(images, batch.lam, batch.cut)
         return images, soft_targets(batch.labels, batch.lam, self.num_classes, self.smoothing)
@@ -60,21 +59,20 @@ def normalize(images: Tensor, model_input: InputSpec) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def erase(images: Tensor, boxes: Tensor, positions: Tensor, seed: int, mode: str) -> Tensor:
-    """Fill each sample's box in normalised [B, C, H, W] with zeros, one colour or noise per pixel, in place."""
-    _, channels, _, _ = images.shape
-    numbers = torch.Generator(device=images.device)
-    for i, (position, (top, left, h, w)) in enumerate(zip(positions.tolist(), boxes.tolist())):
-        if not h:
-            continue
-        box = images[i, :, top:top + h, left:left + w]
-        if mode == "const":
-            box.zero_()
-            continue
-        numbers.manual_seed(int(generator(seed, position, NOISE).integers(2**63)))
-        shape = (channels, h, w) if mode == "pixel" else (channels, 1, 1)
-        box.copy_(torch.randn(shape, generator=numbers, device=images.device).expand_as(box))
-    return images
+def erase(images: Tensor, boxes: Tensor, noise: Tensor, mode: str) -> Tensor:
+    """Fill each sample's box in normalised [B, C, H, W]: by zeros, one colour or noise per pixel.
+
+    Args:
+        boxes: [B, 4], top, left, height and width, which may be 0.
+        noise: [B] int32, a seed for each sample.
+        mode: const, rand or pixel, as of timm's RandomErasing.
+    """
+    _, channels, height, width = images.shape
+    inside = _inside(boxes, height, width)
+    if mode == "const":
+        return images.masked_fill(inside, 0)
+    size = (height, width) if mode == "pixel" else (1, 1)
+    return torch.where(inside, normal_noise(noise, channels, *size), images)
 
 
 def mix(images: Tensor, lam: Tensor, boxes: Tensor) -> Tensor:
