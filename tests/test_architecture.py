@@ -47,7 +47,6 @@ TESTED_ELSEWHERE = {
     "vir.engine.blocks": "test_engine.py: in processes of its own",
     "vir.engine.engine": "test_engine.py: as blocks",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",
-    "vir.evaluation.classify": "test_train.py: against what training saw; its bar in test_evaluate.py",
     "vir.models.block": "test_vision_retention.py", "vir.models.strips": "test_streaming.py",
     "vir.reports.curves": "test_metrics.py",
     "vir.training.loop": "test_train.py: the loop is seen at work", "vir.training.meter": "test_train.py: as the loop",

@@ -6,11 +6,13 @@ counted on a CPU, where the same Python runs.
 
 from collections import Counter
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select",
           "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::allclose"}
 """Operators whose result or its size the host must know before it goes on."""
+_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_"}
 _NO_KERNEL = {"aten::view", "aten::_unsafe_view", "aten::detach", "aten::alias", "aten::t", "aten::transpose.int",
               "aten::permute", "aten::expand", "aten::slice.Tensor", "aten::select.int", "aten::unsqueeze",
               "aten::squeeze.dim", "aten::squeeze", "aten::as_strided", "aten::split.Tensor", "aten::unbind.int",
@@ -39,5 +41,7 @@ class Dispatches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         schema = func._schema
+        if schema.name in _INDEXED and any(index is not None and index.dtype is torch.bool for index in args[1]):
+            self.operators["aten::nonzero"] += 1  # which it calls below where it would be seen
         self.operators[".".join(filter(None, (schema.name, schema.overload_name)))] += 1
         return func(*args, **(kwargs or {}))

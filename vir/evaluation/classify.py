@@ -37,26 +37,31 @@ def classify(forward: Callable[[Tensor], Tensor], batches: Batches, model_input:
         progress: shown by rank 0 alone: images that all ranks together have done.
         stop: asked before each batch, the same answer on every rank; None is returned when it says yes.
     """
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right in 1, right in 5, images
+    total = torch.zeros(4, dtype=torch.float64, device=device)
     try:
         for batch in batches:
             if stop is not None and stop():
                 return None
             assert batch is not None, "the loader gives up where `stop` says yes, and not without one"
             # The ranks take turns in the order of the samples: where rank 0 goes on, those before are done by all.
-            progress.update(int(batch.positions[0]) - progress.n)
-            logits, labels, valid = forward(normalize(batch.images, model_input)).float(), batch.labels, batch.valid
-            best = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.view(-1, 1)) & valid.view(-1, 1)
-            counts += torch.stack([best[:, 0].sum(), best.sum(), valid.sum()])
-            losses = nn.functional.cross_entropy(logits, labels, reduction="none").double()
-            loss += losses.where(valid, 0).sum()  # a mask, not an index: the host does not wait for the device
+            progress.update(int(batch.positions.numpy()[0]) - progress.n)
+            total += tally(forward(normalize(batch.images, model_input)), batch.labels, batch.valid)
     finally:
         batches.close()
-    right1, right5, images, total_loss = distributed.sum_over_ranks([*counts.tolist(), loss.item()], device)
+    # The only wait of the host for the device, once for all batches.
+    right1, right5, images, loss = distributed.sum_over_ranks(total.tolist(), device)
     progress.update(int(images) - progress.n)
-    return Accuracy(top1=100 * right1 / images, top5=100 * right5 / images, loss=total_loss / images,
-                    images=int(images))
+    return Accuracy(top1=100 * right1 / images, top5=100 * right5 / images, loss=loss / images, images=int(images))
+
+
+def tally(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
+    """[4] float64, on the device, of the samples of a batch that are `valid` ([B] bool): how many the model has right
+    in 1 and in 5, how many there are, and the sum of their cross-entropies."""
+    logits = logits.float()
+    right = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.view(-1, 1)) & valid.view(-1, 1)
+    # A mask, not an index: the host would wait to know how many there are.
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none").double().where(valid, 0)
+    return torch.stack([right[:, 0].sum(), right.sum(), valid.sum(), losses.sum()])
 
 
 if __name__ == "__main__":

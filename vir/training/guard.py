@@ -38,6 +38,7 @@ class FiniteGuard:
             NotFiniteError: three such steps in a row.
         """
         self._in_a_row += 1
+        # The losses are read, which waits for the device: in a step that is lost anyway, and in none that is applied.
         keys = self._keys([int(position) for loss, part in zip(losses, positions) if not torch.isfinite(loss)
                            for position in part])
         keys_of_rank = {rank: keys for rank, keys in enumerate(distributed.gather(keys)) if keys}

@@ -89,6 +89,7 @@ class GlobalStep:
 
     def _update(self, step: int, lr: float, weight_decay: float) -> Update:
         try:
+            # Waits for the device once in a global batch: whether to apply it is decided here, by the gradient's norm.
             return self._engine.step(lr, weight_decay)
         except LossScaleError as error:
             raise LossScaleError(f"step {step + 1}: {error}: lower --optim.lr, lengthen --schedule.warmup_epochs "
