@@ -31,7 +31,7 @@ from vir.engine import builds
 from vir.engine import ds_config as ds
 from vir.engine import ema, half_precision
 from vir.engine.batch_norm import RunningStatistics, compute_in_float32
-from vir.engine.blocks import compile_blocks, recompute
+from vir.engine.blocks import compile_blocks, gather_by_block, recompute
 from vir.engine.builds import warn_of_killed_builds
 from vir.engine.loss_scale import LossScale
 from vir.engine.optimizer import build, copied, parameter_groups, set_rates
@@ -75,8 +75,10 @@ class Engine:
             recompute(model)
         if self.precision != "fp32":
             compute_in_float32(model)
+        if self.zero_stage == 3:
+            gather_by_block(model)
         if config.model.compile:
-            compile_blocks(model, self.zero_stage)
+            compile_blocks(model)
         warn_of_killed_builds(torch.__version__)
         builds.load(builds.needed(ds_config, config.optim.name))
         self.groups = parameter_groups(model, config.optim)
