@@ -272,7 +272,13 @@ def _check_device(config: RunConfig, ds_config: dict[str, Any]) -> None:
                                 f"{bf16.times_slower:.1f} times slower than fp32 on this processor)"
                                 if bf16 and bf16.is_slow else "a bf16 or fp32 one, such as zero2_bf16"))
     ds.check_zero3(named, ds_config, on_cpu, dist.get_world_size() if dist.is_initialized() else 1)
-    if on_cpu and precision != "fp32" and (not dist.is_initialized() or dist.get_rank() == 0):
+    if dist.is_initialized() and dist.get_rank():
+        return  # rank 0 warns
+    if accelerator.device_name() == "cuda" and (
+            other := half_precision.instead_of_emulation(ds_config, torch.cuda.get_device_capability())):
+        log.warning("bf16 is emulated on %s, a GPU before Ampere; take --deepspeed_config %s",
+                    torch.cuda.get_device_name(), other)
+    if on_cpu and precision != "fp32":
         speed = half_precision.measure(precision)
         if speed.is_slow:
             log.warning("%s is %.1f times slower than fp32 on this processor (measured: a linear layer takes %.1f ms "
