@@ -7,6 +7,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from support.dispatches import Dispatches
 from vir.engine.batch_norm import RunningStatistics, batch_norms, compute_in_float32
 
 torch.set_num_threads(1)
@@ -163,6 +164,42 @@ def test_restored_statistics_go_on_as_if_there_had_been_no_stop(model):
     step(model, statistics, 1)
     step(other, restored, 1)
     assert equal(state(other), state(model)) and equal(restored.average, statistics.average)
+
+
+def loop(live, kept, average, applied, decay, world):
+    """A step of the bookkeeping buffer by buffer; a rank's statistics are `rank` greater than those of rank 0."""
+    for name, buffer in live.items():
+        if not applied:
+            buffer.copy_(kept[name])
+            continue
+        if buffer.is_floating_point():
+            buffer.copy_((buffer * world + sum(range(world))) / world)
+        kept[name].copy_(buffer)
+        if name in average:
+            average[name].lerp_(buffer, 1 - decay)
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_the_bookkeeping_is_that_of_a_loop_over_the_buffers_in_a_few_launches(world, monkeypatch):
+    """Other ranks are played by a sum, which is exact for numbers of few bits."""
+    model = nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(width), Table()) for width in (1, 3, 64, 2)))
+    statistics = RunningStatistics(model, averages=True)
+    live, kept = state(model), state(model)
+    average = copy.deepcopy(statistics.average)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: world)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(world).add_(sum(range(world))))
+    numbers = torch.Generator().manual_seed(1)
+    for applied in (True, False, True, True):
+        for name, buffer in model.state_dict().items():
+            if name in live:
+                buffer.copy_(torch.randint(-64, 64, buffer.shape, generator=numbers))
+                live[name].copy_(buffer)
+        with Dispatches() as asked:
+            statistics.after_step(applied, 0.75)
+        assert asked.launches <= (3 if world == 1 else 9) and asked.waits == 0
+        loop(live, kept, average, applied, 0.75, world)
+        assert equal(state(model), live) and equal(statistics.average, average)
 
 
 def test_a_model_without_statistics_costs_nothing():

@@ -59,20 +59,18 @@ class RunningStatistics:
         if not self._floats:
             return
         if not applied:
-            for name, buffer in self._live.items():
-                buffer.copy_(self._kept[name])
+            _copy(self._live, self._kept)
             return
+        floats = [self._live[name] for name in self._floats]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([self._live[name].reshape(-1).float() for name in self._floats])
+            flat = torch.cat([buffer.reshape(-1).float() for buffer in floats])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
-            sizes = [self._live[name].numel() for name in self._floats]
-            for name, mean in zip(self._floats, flat.split(sizes)):
-                self._live[name].copy_(mean.view_as(self._live[name]))
-        for name, buffer in self._live.items():
-            self._kept[name].copy_(buffer)
-            if name in self.average:
-                self.average[name].lerp_(buffer, 1 - decay)
+            means = flat.split([buffer.numel() for buffer in floats])
+            torch._foreach_copy_(floats, [mean.view_as(buffer) for mean, buffer in zip(means, floats)])
+        _copy(self._kept, self._live)
+        if self.average:
+            torch._foreach_lerp_(list(self.average.values()), floats, 1 - decay)
 
     @torch.no_grad()
     def restore(self, live: dict[str, Tensor], average: dict[str, Tensor]) -> None:
@@ -93,6 +91,13 @@ class RunningStatistics:
             live = self._live[name].clone()
             self._live[name].copy_(average)
             average.copy_(live)
+
+
+def _copy(into: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    """In a launch for each type: a list of several would be copied tensor by tensor on a GPU."""
+    for dtype in {tensor.dtype for tensor in into.values()}:
+        names = [name for name, tensor in into.items() if tensor.dtype == dtype]
+        torch._foreach_copy_([into[name] for name in names], [source[name] for name in names])
 
 
 def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
