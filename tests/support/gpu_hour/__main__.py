@@ -42,7 +42,7 @@ def main() -> int:
 
 def _preload() -> None:
     """Import once, on CPU, what the tiny steps would take most of their time to import."""
-    os.environ.update(CUDA_VISIBLE_DEVICES="-1", DS_ACCELERATOR="cpu")
+    os.environ.update(CUDA_VISIBLE_DEVICES="-1", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     from deepspeed.accelerator import get_accelerator
 
     import vir.training.run  # noqa: F401

@@ -37,7 +37,7 @@ class Sizes:
     log_every: int = 5
     workers: int = 12
     loader: tuple[str, ...] = ("--images", "12800")
-    tokens: tuple[str, ...] = ("197", "1025", "4097", "16385")
+    operator: tuple[str, ...] = ("--sizes", "197", "1025", "4097", "16385")
     model: tuple[str, ...] = ("--batch-size", "128")
     bare: tuple[str, ...] = ("--steps", "60", "--log_every", "10", "--repeats", "2")
 
@@ -48,7 +48,7 @@ REHEARSAL = Sizes(
     resumed_steps=4,
     network=("--model.img_size", "32", "--model.args", "{depth: 1, embed_dim: 64, num_heads: 1}", "--train.peak_tflops",
              "0.1"),
-    batch=4, steps=3, log_every=1, workers=2, loader=("--images", "32", "--model.img_size", "32"), tokens=("17", "65"),
+    batch=4, steps=3, log_every=1, workers=2, loader=("--images", "32", "--model.img_size", "32"), operator=("--sizes", "17", "--batch-size", "1", "--rounds", "1"),
     model=("--batch-size", "2", "--rounds", "1", "--model-args", '{"depth": 1}'),
     bare=("--steps", "3", "--log_every", "1", "--repeats", "1"))
 
@@ -146,7 +146,7 @@ class Hour:
             *self._loop_flags(), *self._sizes.network])
 
     def _operator(self) -> Step:
-        return self._benchmark("operator", 90, "operator", "--sizes", *self._sizes.tokens)
+        return self._benchmark("operator", 90, "operator", *self._sizes.operator)
 
     def _models(self) -> list[Step]:
         """Forward and backward alone, without a loop."""
