@@ -12,24 +12,38 @@ cd "$(dirname "$0")/.."
 source launch/setup.sh demo
 
 run=runs/quickstart data=data/digits shards=data/digits-shards
-before=
+device=auto before=
 for word in "$@"; do
-  [ "$before" != --output ] || run=$word
-  case $word in --output=*) run=${word#--output=} ;; esac
+  case $before in --output) run=$word ;; --device) device=$word ;; esac
+  case $word in --output=*) run=${word#--output=} ;; --device=*) device=${word#--device=} ;; esac
   before=$word
 done
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-ranks=$((gpus == 1 ? 1 : 2)) # a model this small keeps no more busy
-settings=ds_configs/zero2_bf16.json
-slower=
-[ "$gpus" -ne 0 ] || slower=$(python -c '
+chosen=$(python - "$device" <<'PYTHON'
+import sys
+import torch
+from vir import cli, distributed, launcher
+from vir.engine.ds_config import name_for_this_machine
 from vir.engine.half_precision import measure
-bf16 = measure("bf16")
-print(f"{bf16.times_slower:.1f}" if bf16.is_slow else "")')
-if [ "$slower" ]; then
-  settings=ds_configs/zero2_fp32.json
-  echo "bf16 is $slower times slower than fp32 on this processor: training in fp32 instead."
-fi
+from vir.errors import SettingsError
+
+if sys.argv[1] == "cpu":
+    launcher.hide_gpus()
+try:
+    distributed.check_driver()
+except SettingsError as error:
+    sys.exit(cli.tell(error, "launch/quickstart.sh"))
+gpus, settings = torch.cuda.device_count(), name_for_this_machine()
+if not gpus:
+    bf16 = measure("bf16")
+    settings = "zero2_fp32" if bf16.is_slow else "zero2_bf16"
+    if bf16.is_slow:
+        print(f"bf16 is {bf16.times_slower:.1f} times slower than fp32 on this processor: training in fp32 instead.",
+              file=sys.stderr)
+# A model this small keeps no more than two busy.
+print(*(("auto", min(gpus, 2)) if gpus else ("cpu", 2)), f"ds_configs/{settings}.json")
+PYTHON
+)
+read -r device ranks settings <<<"$chosen"
 [ ! -f "$run/ds_config.json" ] || settings=$run/ds_config.json # a run goes on as it began
 # glibc would give freed tensors back to the system and fault them in again, at up to half of the time on CPU.
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
@@ -46,7 +60,7 @@ done
 step "training on $ranks processes with $settings"
 deepspeed --num_accelerators "$ranks" --master_port "$(port)" --module vir.train \
   --config vir/recipes/quickstart.yaml --deepspeed_config "$settings" \
-  --data.train "$shards/train" --data.val "$shards/val" --output "$run" "$@"
+  --data.train "$shards/train" --data.val "$shards/val" --output "$run" --device "$device" "$@"
 
 step "consolidation"
 python tools/consolidate_checkpoint.py "$run" --output "$run/vir.safetensors" --force
@@ -58,7 +72,7 @@ several=()
 for weights in vir vir_ema; do
   accelerate launch "${several[@]}" --num_processes "$ranks" --num_machines 1 --mixed_precision no --dynamo_backend no \
     --main_process_port "$(port)" -m vir.evaluate --weights "$run/$weights.safetensors" --data "$shards/val" \
-    --workers 1 --json "$run/$weights.json"
+    --device "$device" --workers 1 --json "$run/$weights.json"
 done
 
 python - "$run" <<'PYTHON'

@@ -5,9 +5,12 @@ import os
 import time
 
 import pytest
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
+from deepspeed.ops.op_builder.quantizer import QuantizerBuilder
+from torch.utils import cpp_extension
 
 from vir.engine import builds
 from vir.errors import SettingsError
@@ -93,6 +96,19 @@ def test_a_build_that_fails_is_refused_with_the_way_out_and_the_compilers_words(
         builds.load([Tiny(source, "vir_tiny_wrong")])
     assert str(raised.value).startswith("DeepSpeed cannot build its operator vir_tiny_wrong; install a C++ compiler")
     assert "no such machine" in str(raised.value)
+
+
+@pytest.mark.parametrize("home, why", [
+    (None, "CUDA_HOME does not exist"), ("/none", "Unable to run /none/bin/nvcc")])
+def test_the_quantizer_is_refused_without_nvcc_with_its_place_and_another_json(source, monkeypatch, home, why):
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+    with pytest.raises(SettingsError) as raised:
+        builds.load([QuantizerBuilder()])
+    said = str(raised.value)
+    assert said.startswith("DeepSpeed's operator quantizer, which a JSON with zero_quantized_weights or another such ")
+    assert f"nvcc, the compiler of CUDA {torch.version.cuda}, is not there to build it (CUDA_HOME is {home}): " in said
+    assert why in said
+    assert said.endswith("or take --deepspeed_config zero3_bf16")
 
 
 def test_what_a_run_needs_is_told_by_its_json_its_optimizer_and_the_device():

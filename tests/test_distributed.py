@@ -17,14 +17,16 @@ import torch
 from torch import nn
 
 from support.launchers import call, free_port
-from vir import distributed, run_folder
+from vir import distributed, evaluate, run_folder
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
 from vir.cluster.signals import StopRequest
+from vir.config import DataConfig, RunConfig
 from vir.engine.batch_norm import RunningStatistics
 from vir.errors import SettingsError, VirError
 from vir.launcher import Place
 from vir.models.spec import InputSpec, ModelSpec
+from vir.training.prepare import prepare
 
 INFO = CheckpointInfo(
     samples_seen=0, step=1, updates=0, world_size=2, zero_stage=2, precision="bf16", ema=False, loss_scaler={},
@@ -51,6 +53,7 @@ def as_rank(folder):
     world = distributed.start()
     stop.join(world.size)
     rank, found = world.rank, {"world": [world.rank, world.size, world.device.type, world.is_main]}
+    found["interface"] = os.environ.get("GLOO_SOCKET_IFNAME")
     found["broadcast"] = distributed.broadcast({"from": rank})
     found["gather"] = distributed.gather({"from": rank})
     found["sum"] = distributed.sum_over_ranks([(2**52, 0.1), (1, 0.2)][rank % 2], world.device)
@@ -102,7 +105,7 @@ def found(tmp_path_factory):
     with ThreadPoolExecutor() as pool:
         ranks = [pool.submit(call, sys.executable, __file__, folder, timeout=180, RANK=f"{rank}", LOCAL_RANK=f"{rank}",
                              WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
-                             CUDA_VISIBLE_DEVICES="") for rank in range(2)]
+                             CUDA_VISIBLE_DEVICES="", NCCL_SOCKET_IFNAME="=lo") for rank in range(2)]
     for rank in ranks:
         assert rank.result().returncode == 0, rank.result().stdout[-4000:]
     return [json.loads((folder / f"found2-{rank}.json").read_text()) for rank in range(2)]
@@ -110,6 +113,10 @@ def found(tmp_path_factory):
 
 def test_each_rank_knows_its_place(found):
     assert [of_rank["world"] for of_rank in found] == [[0, 2, "cpu", True], [1, 2, "cpu", False]]
+
+
+def test_gloo_takes_the_interface_that_nccl_was_told_to_take(found):
+    assert [of_rank["interface"] for of_rank in found] == ["lo", "lo"]
 
 
 def test_rank_0_is_heard_by_all_and_all_by_each(found):
@@ -179,7 +186,8 @@ def test_alone_everything_is_ones_own():
 
 @pytest.fixture
 def threads(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID",
+                 "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -188,20 +196,108 @@ def threads(monkeypatch):
 
 
 @pytest.mark.parametrize("environment, processes", [
-    ({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "100000"}, 100000)])
+    ({}, 1), ({"LOCAL_WORLD_SIZE": "2"}, 2), ({"LOCAL_SIZE": "2"}, 2), ({"LOCAL_WORLD_SIZE": "100000"}, 100000),
+    ({"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 2),
+    ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1)])
 def test_the_processes_of_a_node_share_its_cores(threads, monkeypatch, environment, processes):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    distributed.share_cores(torch.device("cpu"))
+    distributed.share_cores()
     assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-@pytest.mark.parametrize("device, omp", [("cpu", "3"), ("cuda", None)])
-def test_a_launchers_word_and_a_gpu_leave_the_threads_as_they_are(threads, monkeypatch, device, omp):
-    if omp:
-        monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    distributed.share_cores(torch.device(device))
+@pytest.mark.parametrize("environment", [
+    {"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "7"}, {"OMP_NUM_THREADS": "7", "TORCHELASTIC_RUN_ID": "none"}])
+def test_the_threads_that_somebody_has_asked_for_are_left_as_they_are(threads, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.share_cores()
     assert torch.get_num_threads() == 3
+
+
+INTERFACES = ["lo", "docker0", "eth0", "eth1", "ib0"]
+
+
+@pytest.mark.parametrize("said, name", [
+    ("eth0", "eth0"), ("eth", "eth0"), ("ib,eth1", "eth1"), ("=eth1", "eth1"), ("=eth", None), ("=ib0,eth1", "eth1"),
+    ("^docker", "eth0"), ("^docker,lo", "eth0"), ("^=docker0,eth0", "eth1"), ("^docker,eth,ib", None), ("lo", "lo"),
+    ("wlan", None)])
+def test_the_interface_is_the_first_that_nccl_would_take(said, name):
+    assert distributed.interface_of(said, INTERFACES) == name
+
+
+def test_gloo_is_left_alone_without_a_word_to_nccl_or_with_one_of_its_own(monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")  # so that it is taken back
+    distributed.follow_nccl()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "l")
+    distributed.follow_nccl()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")
+    distributed.follow_nccl()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+DRIVERS = {
+    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\nGCC version: 9\n":
+    "470.57.02",
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs-builder@U22)\n":
+    "580.95.05",
+    "something else\n": "of unknown version",
+}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Paths of a driver's version and of a folder of devices, on a machine with two GPUs that torch cannot use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("version", "nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).write_text(next(iter(DRIVERS)))
+    return tmp_path / "version", tmp_path
+
+
+@pytest.mark.parametrize("said, version", DRIVERS.items())
+@pytest.mark.parametrize("built, way_out", [
+    ("13.2", "it was built for CUDA 13.2; install a newer driver (nvidia-smi shows the newest CUDA that one runs), or "
+             "a wheel of torch for an older CUDA (https"),
+    (None, "it was built without CUDA; install a wheel of torch with CUDA (https")])
+def test_gpus_that_torch_cannot_use_are_refused_with_both_versions(machine, monkeypatch, said, version, built, way_out):
+    monkeypatch.setattr(torch.version, "cuda", built)
+    machine[0].write_text(said)
+    with pytest.raises(SettingsError) as error:
+        distributed.check_driver(*machine)
+    assert str(error.value).startswith(f"this machine has NVIDIA GPUs with driver {version}, but torch "
+                                       f"{torch.__version__} cannot use them: {way_out}")
+    assert str(error.value).endswith(", or give --device cpu to compute on the CPU")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_hidden_gpus_are_not_refused(machine, monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    distributed.check_driver(*machine)
+
+
+@pytest.mark.parametrize("gone", [["version"], ["nvidia0", "nvidia1"]])
+def test_a_machine_without_driver_and_a_container_without_gpus_are_not_refused(machine, gone):
+    for name in gone:
+        (machine[1] / name).unlink()
+    distributed.check_driver(*machine)
+
+
+def test_gpus_that_torch_can_use_are_not_refused(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    distributed.check_driver(*machine)
+
+
+def test_a_run_and_an_evaluation_ask_before_anything_else(machine, monkeypatch, capsys):
+    monkeypatch.setattr(distributed.check_driver, "__defaults__", machine)
+    with pytest.raises(SettingsError, match="driver 470.57.02"):
+        prepare(RunConfig(data=DataConfig(train="none")))
+    assert evaluate.main(["--weights", "none", "--data", "none"]) == 2
+    assert "driver 470.57.02" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seen, number, gpu", [(8, 3, 3), (1, 3, 0), (1, 0, 0)])

@@ -4,6 +4,7 @@ Its numbers are compared with those of training in test_train.py.
 """
 
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,14 @@ def test_the_result_is_in_the_file_and_on_the_last_line(given, tmp_path, capsys)
     assert json.loads(said.out.splitlines()[-1]) == json.loads((tmp_path / "r.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
     assert "130/130" in said.err
+
+
+def test_it_computes_on_cpu_where_told_to(given, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert evaluate.main([*given, "--device", "cpu"]) == 0
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"]) == ("-1", "cpu")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 130
 
 
 @pytest.mark.parametrize("name, said", [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.launchers import HANGS, ROOT, call
-from vir.engine import half_precision
+from vir.engine import ds_config, half_precision
 from vir.engine.half_precision import Speed
 
 WITHOUT = {"ONEDNN_MAX_CPU_ISA": "AVX2", "CUDA_VISIBLE_DEVICES": ""}
@@ -56,3 +56,15 @@ def test_measuring_leaves_the_random_numbers_and_the_threads_as_they_are():
 def test_slow_is_what_takes_half_as_long_again():
     assert Speed(fp32=2.0, half=3.0).is_slow and not Speed(fp32=2.0, half=2.9).is_slow
     assert Speed(fp32=2.0, half=3.0).times_slower == 1.5
+
+
+@pytest.mark.parametrize("path", sorted(ds_config.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_a_gpu_before_ampere_is_pointed_from_bf16_to_a_shipped_fp16_of_the_stage(path):
+    config = ds_config.read(path)
+    assert half_precision.instead_of_emulation(config, (8, 0)) is None
+    other = half_precision.instead_of_emulation(config, (7, 5))
+    assert (other is None) is ("bf16" not in path.stem)
+    if other:
+        found = ds_config.read(other)
+        assert ds_config.precision(found) == "fp16"
+        assert ds_config.zero_stage(found) == max(1, ds_config.zero_stage(config))

@@ -157,3 +157,11 @@ def test_only_a_process_of_accelerate_alone_that_was_to_have_others_is_told(numb
     child = f"{sys.executable} -c 'from vir.launcher import tell_of_missing_processes as tell; tell(\"m\")'; true"
     done = call("sh", "-c", child, "--num_processes", number, **environment)
     assert done.returncode == 0 and ("m: accelerate was asked for 2" in done.stdout) == is_told, done.stdout
+
+
+def test_hidden_gpus_are_hidden_from_torch_and_deepspeed():
+    """In a process of its own: both remember what they have seen."""
+    done = call(sys.executable, "-c", "import torch\nfrom vir import launcher\nlauncher.hide_gpus()\n"
+                "from deepspeed.accelerator import get_accelerator\nprint(launcher.gpus_are_hidden(), "
+                "torch.cuda.is_available(), torch.accelerator.is_available(), get_accelerator().device_name())")
+    assert done.stdout.splitlines()[-1] == "True False False cpu", done.stdout

@@ -1,5 +1,6 @@
 """FLOPs, their utilisation and slow ranks against numbers worked out by hand or published."""
 
+import logging
 import time
 
 import pytest
@@ -51,16 +52,27 @@ def test_the_peak_is_as_given_and_unknown_on_a_cpu():
     ("NVIDIA A100-SXM4-40GB", 312.0), ("NVIDIA A100 80GB PCIe", 312.0), ("NVIDIA H100 80GB HBM3", 989.0),
     ("NVIDIA H100 PCIe", 756.0), ("NVIDIA L40", 181.05), ("NVIDIA L4", 121.0), ("NVIDIA GeForce RTX 4090", 165.2),
     ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A10G", None),
-    ("NVIDIA L40G", None), ("Tesla T4", None),
+    ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A10G", 70.0), ("NVIDIA A10", 125.0),
+    ("NVIDIA H200 NVL", 835.5), ("NVIDIA H200", 989.0), ("NVIDIA H100 NVL MIG 1g.12gb", None), ("NVIDIA L40G", None),
+    ("NVIDIA RTX A4000", 76.7), ("NVIDIA A40", 149.7),
 ])
-def test_a_peak_is_that_of_the_whole_name(monkeypatch, name, peak):
+def test_a_peak_is_that_of_the_whole_name_and_one_that_is_unknown_is_told(monkeypatch, caplog, name, peak):
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     expected = None if peak is None else pytest.approx(peak * 1e12)
-    assert peak_flops(torch.device("cuda"), "bf16", None) == expected
+    assert [peak_flops(torch.device("cuda"), precision, None) for precision in ("bf16", "fp16")] == [expected] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"no MFU is shown: the peak of {name} in {precision} is not known here; --train.peak_tflops tells it"
+        for precision in ("bf16", "fp16") if peak is None]
     assert peak_flops(torch.device("cuda"), "fp32", None) is None
     assert peak_flops(torch.device("cuda"), "bf16", 7.0) == 7e12
     assert all(name.startswith("NVIDIA ") for name in PEAK_TFLOPS)
+
+
+def test_before_ampere_the_peak_is_of_fp16_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert peak_flops(torch.device("cuda"), "fp16", None) == 65e12
+    assert peak_flops(torch.device("cuda"), "bf16", None) is None
 
 
 def test_peak_memory_grows_with_what_is_held():

@@ -16,7 +16,7 @@ import yaml
 
 import vir.models
 from support.launchers import HANGS, ROOT, call, deepspeed, free_port, torchrun
-from support.tiny_runs import BATCH, EMA_DECAY, command, launch, train_events, weights
+from support.tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
 from vir.data.shards import read_index
@@ -367,3 +367,9 @@ def test_a_finished_run_is_left_alone(runs, troubled):
     tmp, codes, said = troubled
     assert codes["finished"] == 0, said
     assert read_metrics(tmp / "finished") == read_metrics(runs / "zero0_fp32")
+
+
+@pytest.mark.gpu
+def test_a_run_computes_on_cpu_where_told_to(shards, tmp_path):
+    done = alone(*command(shards, tmp_path / "run", "zero2_fp32"), "--device", "cpu", "--dry_run")
+    assert done.returncode == 0 and "1 ranks on cpu" in done.stdout, done.stdout[-4000:]

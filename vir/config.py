@@ -260,6 +260,12 @@ class TrainConfig:
     """Label smoothing."""
     seed: int = 42
     """Seed of initialisation, order, augmentation and dropout."""
+    tf32: bool = False
+    """Let GPUs round float32 to TF32 in matrix products and convolutions: faster in fp32, errors of 1e-3. Half
+    precision computes as before."""
+    deterministic: bool = False
+    """Compute the same bits each time, so that a resumed run on GPUs equals an uninterrupted one bit for bit; slower.
+    An operator that cannot ends the run."""
     fast_dev_run: bool = _free(False)
     """Try everything in ten steps: train, evaluate ten batches, save, resume; in OUTPUT.fast_dev_run, then removed."""
     log_every: int = _free(50)
@@ -352,6 +358,8 @@ class RunConfig:
     deepspeed_config: str = _free("")
     """DeepSpeed JSON: ZeRO stage, precision, activation checkpointing. A path, or a shipped one's name: zero2_bf16.
     When not given zero2_bf16, on GPUs without bf16 zero2_fp16, on CPUs zero2_fp32."""
+    device: Literal["auto", "cpu"] = _free("auto")
+    """auto takes the GPUs, and CPUs on a machine without one; cpu takes CPUs on any machine."""
     output: str = _free("")
     """Run folder; the same command on it continues the run. runs/MODEL when not given."""
     resume: str = _free("auto")

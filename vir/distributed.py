@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Sequence
 
 import torch
@@ -32,6 +35,9 @@ class World:
 
 TIMEOUT = timedelta(hours=1)
 """Of a collective. Longer than any save or evaluation that others wait for; a lost rank is found by the heartbeat."""
+
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Where an NVIDIA driver tells its version."""
 
 _server: Store | None = None
 """Keeps serving while it is referred to."""
@@ -93,12 +99,40 @@ def start() -> World:
     device = gpu_of(place) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    share_cores(device)
+    share_cores()
+    follow_nccl()
     if not dist.is_initialized():
         store = HashStore() if place.size == 1 else PrefixStore("group", connect(place, TIMEOUT))
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=place.rank, world_size=place.size,
-                                timeout=TIMEOUT, device_id=device if cuda else None)
+                                timeout=TIMEOUT,
+                                # With a device NCCL splits each later group off this one, which fails for one rank.
+                                device_id=device if cuda and place.size > 1 else None)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+
+
+def check_driver(driver: Path = DRIVER, devices: Path = Path("/dev")) -> None:
+    """Refuse to compute on CPU in silence on a machine whose GPUs torch cannot use: a driver too old, another wheel.
+
+    A container that was given no GPU sees the driver of its machine, but no device. Without the driver, or where the
+    GPUs are hidden (--device cpu hides them), nothing is refused.
+
+    Raises:
+        SettingsError: with the driver's version and the CUDA version that torch was built for.
+    """
+    if torch.cuda.is_available() or launcher.gpus_are_hidden() or not any(devices.glob("nvidia[0-9]*")):
+        return
+    try:
+        said = driver.read_text(errors="replace")
+    except OSError:
+        return
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", said)
+    version, built = found[1] if found else "of unknown version", torch.version.cuda
+    raise SettingsError(f"this machine has NVIDIA GPUs with driver {version}, but torch {torch.__version__} cannot use "
+                        "them: it was built " + (
+                            f"for CUDA {built}; install a newer driver (nvidia-smi shows the newest CUDA that one "
+                            "runs), or a wheel of torch for an older CUDA" if built else
+                            "without CUDA; install a wheel of torch with CUDA") +
+                        " (https://pytorch.org/get-started), or give --device cpu to compute on the CPU")
 
 
 def gpu_of(place: Place) -> torch.device:
@@ -116,13 +150,46 @@ def gpu_of(place: Place) -> torch.device:
     return torch.device("cuda", 0 if count == 1 else place.local_rank)
 
 
-def share_cores(device: torch.device) -> None:
-    """On CPU, let the processes of a node share its cores, unless the launcher has said how many threads each gets.
+def share_cores() -> None:
+    """Let the processes of a node share its cores, unless it was said how many threads each gets.
 
-    Without that each would start as many threads as there are cores.
+    Without that each would start as many threads as there are cores, or one alone under torchrun. On GPUs too: there
+    DeepSpeed's Adam for CPUs steps the weights of an offloaded optimizer; its threads are those of torch (one libgomp).
     """
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if not launcher.threads_are_said():
         torch.set_num_threads(launcher.cores())
+
+
+def follow_nccl() -> None:
+    """Let gloo, which carries the stop flag, take the network interface that NCCL was told to take.
+
+    By itself it takes that of the host's name, which may lead nowhere from another node. GLOO_SOCKET_IFNAME, where it
+    is set, is left as it is.
+    """
+    said = os.environ.get("NCCL_SOCKET_IFNAME")
+    if said and "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(said, _interfaces())):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def interface_of(said: str, interfaces: Sequence[str]) -> str | None:
+    """The first of a machine's interfaces that a value of NCCL_SOCKET_IFNAME means; None where it means none of them.
+
+    Args:
+        said: beginnings of names, `eth,ib`; whole names, `=eth0`; or all but these, `^docker` and `^=docker0`.
+    """
+    names = [name for name in said.lstrip("^=").split(",") if name]
+    all_but, whole = said.startswith("^"), said.lstrip("^").startswith("=")
+    for interface in interfaces:
+        is_named = interface in names if whole else interface.startswith(tuple(names))
+        if is_named != all_but and not (all_but and interface == "lo"):  # it leads to no other node
+            return interface
+    return None
+
+
+def _interfaces() -> list[str]:
+    """The network interfaces of this machine that are not down."""
+    states = ((name, Path("/sys/class/net", name, "operstate")) for _, name in socket.if_nameindex())
+    return [name for name, state in states if state.is_file() and state.read_text().strip() != "down"]
 
 
 def stop() -> None:
@@ -131,7 +198,7 @@ def stop() -> None:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 

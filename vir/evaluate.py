@@ -44,6 +44,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass and process")
     parser.add_argument("--workers", type=int, help="loader processes per process (default: what its "
                         "share of the cores allows, at most 16)")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
+                        help="auto takes a GPU, and the CPU on a machine without one (default: auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as JSON")
     args = parser.parse_args(argv)
     for name in ("batch_size", "workers"):
@@ -56,6 +58,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     launcher.tell_of_missing_processes("vir.evaluate")
+    if args.device == "cpu":
+        launcher.hide_gpus()
     try:
         return _evaluate(args)
     except VirError as error:  # every process meets it at the door; later, maybe one alone
@@ -69,25 +73,27 @@ def _evaluate(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from tqdm import tqdm
 
-    from vir import distributed
+    from vir import arithmetic, distributed
     from vir.data.loader import eval_batches
     from vir.data.reader import ShardReader
     from vir.evaluation.classify import classify
     from vir.models import load
     from vir.models.spec import input_of
 
+    distributed.check_driver()
     try:
         reader = ShardReader(args.data)
     except DataError as error:
         raise DataError(f"--data: {error}") from error
+    arithmetic.set_up()
     model = load(args.weights)
     metadata: WeightsMetadata = getattr(model, "weights_metadata")
     _check(args, model, metadata, reader)
     if hasattr(model, "set_retention_mode"):
         getattr(model, "set_retention_mode")(args.mode)
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    distributed.share_cores(state.device)
+    state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
+    distributed.share_cores()
     _check_json(args.json, state)
     model.to(state.device)
     model_input = input_of(model)

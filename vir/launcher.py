@@ -82,6 +82,26 @@ def cores() -> int:
     return min(allowed, int(given)) if given.isdigit() and int(given) else max(1, allowed // local_size())
 
 
+def threads_are_said() -> bool:
+    """Whether OMP_NUM_THREADS is somebody's word; torchrun and accelerate write a 1 where nobody has said anything."""
+    said = os.environ.get("OMP_NUM_THREADS")
+    unsaid = "1" if {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
+    return said not in (None, unsaid)
+
+
+def hide_gpus() -> None:
+    """Let this process and its children compute on CPU, whatever GPUs there are. Before torch or deepspeed look.
+
+    DeepSpeed decides at its import, and hands out page-locked memory, processes' devices and kernels by that.
+    """
+    os.environ.update(CUDA_VISIBLE_DEVICES="-1", DS_ACCELERATOR="cpu")
+
+
+def gpus_are_hidden() -> bool:
+    """Whether the environment keeps all GPUs from this process; the last of the values is SLURM's."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+
+
 def tell_of_missing_processes(module: str) -> None:
     """Say on standard error where `accelerate launch` was asked for several processes and has started this one alone.
 

@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.op_builder.builder import MissingCUDAException
+from deepspeed.ops.op_builder.builder import (
+    CUDAMismatchException,
+    CUDAOpBuilder,
+    MissingCUDAException,
+    installed_cuda_version,
+)
 from torch.torch_version import TorchVersion
 from torch.utils import cpp_extension
 
@@ -37,12 +43,13 @@ def load(builders: Sequence[Any]) -> None:
     DeepSpeed would do the same a moment later, without a word.
 
     Raises:
-        SettingsError: one cannot be built; most often there is no compiler.
+        SettingsError: one cannot be built; most often there is no compiler, or no nvcc for one of a GPU.
     """
     for builder in builders:
         try:
             begin = time.monotonic()
             if not (built := is_built(builder)):
+                _check_nvcc(builder)
                 log.info("DeepSpeed is building its operator %s for this machine: once, a minute or two", builder.name)
             builder.load(verbose=False)
             if not built:
@@ -50,9 +57,23 @@ def load(builders: Sequence[Any]) -> None:
         except ImportError as error:  # the torch that it was built with is another one
             raise SettingsError(f"DeepSpeed's operator {builder.name} was built and cannot be loaded: {error}; remove "
                                 f"{_folder(builder)}, and it is built anew") from error
-        except (RuntimeError, OSError, MissingCUDAException) as error:
+        except (RuntimeError, OSError, MissingCUDAException, CUDAMismatchException) as error:
             raise SettingsError(f"DeepSpeed cannot build its operator {builder.name}; install a C++ compiler (g++), "
                                 f"ninja and, on a GPU, nvcc. What the build said: {str(error)[:2000]}") from error
+
+
+def _check_nvcc(builder: Any) -> None:
+    """Refuse what only nvcc can build where it is not: of what we use, the quantizer of ZeRO++ alone."""
+    if not isinstance(builder, CUDAOpBuilder) or builder.is_rocm_pytorch():
+        return
+    try:
+        installed_cuda_version()
+    except MissingCUDAException as error:
+        raise SettingsError(f"DeepSpeed's operator {builder.name}, which a JSON with zero_quantized_weights or another "
+                            "such key needs (as zero3pp_bf16), is not built, and nvcc, the compiler of CUDA "
+                            f"{torch.version.cuda}, is not there to build it (CUDA_HOME is {cpp_extension.CUDA_HOME}): "
+                            f"{error}; install the CUDA toolkit and set CUDA_HOME to its folder, or take "
+                            "--deepspeed_config zero3_bf16") from error
 
 
 def _folder(builder: Any) -> Path:

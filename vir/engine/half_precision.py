@@ -1,13 +1,16 @@
-"""How fast this processor computes in bf16 or fp16: measured, because what it lacks is emulated without a word."""
+"""How well this machine computes in bf16 or fp16: what a processor or a GPU lacks is emulated without a word."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
+
+from vir.engine import ds_config as ds
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +56,18 @@ def measure(precision: str) -> Speed:
     finally:
         torch.set_num_threads(threads)
     return Speed(fp32=best[torch.float32], half=best[DTYPES[precision]])
+
+
+def instead_of_emulation(ds_config: dict[str, Any], capability: tuple[int, int]) -> str | None:
+    """Name of the shipped JSON for a GPU that emulates the bf16 of this one: in fp16, of its stage; None: it does not.
+
+    Args:
+        capability: as torch.cuda.get_device_capability gives it; bf16 came with Ampere, 8.0. DeepSpeed and PyTorch call
+            it supported before that, too.
+    """
+    if ds.precision(ds_config) != "bf16" or capability >= (8, 0):
+        return None
+    return f"zero{max(1, ds.zero_stage(ds_config))}_fp16"
 
 
 def _milliseconds(dtype: torch.dtype) -> float:

@@ -10,19 +10,28 @@ from typing import Any, Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vir.log import log
 from vir.models.build import NotBuiltError, create
 from vir.models.spec import ModelSpec
 
-# Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, from the vendors' data sheets. Whole
-# names, as torch.cuda.get_device_name gives them: a part of one also fits its MIG slices and laptop versions.
+# Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, summed in float32, from the vendor's
+# data sheets and architecture papers. Whole names, as torch.cuda.get_device_name gives them: a part of one also fits its
+# MIG slices and laptop versions.
 PEAK_TFLOPS = {
-    "NVIDIA B200": 2250.0, "NVIDIA GH200 480GB": 989.0, "NVIDIA H200": 989.0, "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H100 NVL": 835.0, "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA GB200": 2500.0, "NVIDIA B200": 2250.0, "NVIDIA GH200 480GB": 989.0, "NVIDIA H200": 989.0,
+    "NVIDIA H200 NVL": 835.5, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H100 NVL": 835.5, "NVIDIA H100 PCIe": 756.0,
     "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-SXM4-40GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA L40S": 362.0, "NVIDIA L40": 181.05, "NVIDIA L4": 121.0, "NVIDIA A40": 149.7, "NVIDIA A10": 125.0,
-    "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 3090": 71.0,
+    "NVIDIA A100-PCIE-40GB": 312.0, "NVIDIA A30": 165.0, "NVIDIA A40": 149.7, "NVIDIA A10": 125.0, "NVIDIA A10G": 70.0,
+    "NVIDIA L40S": 362.0, "NVIDIA L40": 181.05, "NVIDIA L4": 121.0,
+    "NVIDIA RTX 6000 Ada Generation": 364.2, "NVIDIA RTX A6000": 154.8, "NVIDIA RTX A5000": 111.1,
+    "NVIDIA RTX A4000": 76.7,
+    "NVIDIA GeForce RTX 5090": 209.5, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA GeForce RTX 3090": 71.0,
 }
+FP16_TFLOPS = {
+    "Tesla V100-SXM2-16GB": 125.0, "Tesla V100-SXM2-32GB": 125.0, "Tesla V100-PCIE-16GB": 112.0,
+    "Tesla V100-PCIE-32GB": 112.0, "Tesla T4": 65.0,
+}
+"""Of those before Ampere, which emulate bf16."""
 
 
 def forward_flops(spec: ModelSpec) -> int | None:
@@ -44,12 +53,19 @@ def forward_flops(spec: ModelSpec) -> int | None:
 
 
 def peak_flops(device: torch.device, precision: str, given: float | None) -> float | None:
-    """FLOP/s of one device: `given` in 1e12, else from the table; None where unknown (fp32, CPUs, other GPUs)."""
+    """FLOP/s of one device: `given` in 1e12, else from the table; None where unknown (fp32, CPUs, other GPUs).
+
+    Of a GPU whose peak is unknown it is logged, with the flag that tells it.
+    """
     if given is not None:
         return given * 1e12
-    if device.type != "cuda" or precision == "fp32":
+    if device.type != "cuda":
         return None
-    listed = PEAK_TFLOPS.get(torch.cuda.get_device_name(device))
+    name = torch.cuda.get_device_name(device)
+    listed = {"bf16": PEAK_TFLOPS, "fp16": PEAK_TFLOPS | FP16_TFLOPS}.get(precision, {}).get(name)
+    if listed is None:
+        log.info("no MFU is shown: the peak of %s in %s is not known here; --train.peak_tflops tells it", name,
+                 precision)
     return None if listed is None else listed * 1e12
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import yaml
 
-from vir import launcher
+from vir import distributed, launcher
 from vir.checkpoints.info import BEST, DESCRIPTION, LATEST, candidates
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
 from vir.data.reader import ShardReader
@@ -42,6 +42,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         SettingsError, DataError: with the value and the way out.
     """
+    distributed.check_driver()
     config = replace(config, output=config.output or f"runs/{config.model.name}",
                      deepspeed_config=config.deepspeed_config or ds_config.name_for_this_machine())
     deepspeed_json = ds_config.read(config.deepspeed_config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vir import cli, distributed
+from vir import arithmetic, cli, distributed
 from vir import log as logs
 from vir import run_folder
 from vir.cluster.heartbeat import Heartbeat
@@ -52,6 +52,7 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     config = prepared.config
     leaves_nothing = config.dry_run or config.validate_only or config.train.fast_dev_run
     heartbeat.at("waiting for all ranks to begin", counts=False)
+    arithmetic.set_up(config.train.tf32, config.train.deterministic)
     world = distributed.start()
     stop.join(world.size)
     begin = _try_everything if config.train.fast_dev_run else _run
