@@ -178,6 +178,7 @@ def test_boxes_and_shares_are_those_of_the_positions(uninterrupted):
     for batch in uninterrupted:
         positions = batch.positions.tolist()
         assert batch.erase.tolist() == [list(transforms.erase_box(SEED, p, ALL_ON, 16, 16)) for p in positions]
+        assert batch.noise.tolist() == [transforms.noise_seed(SEED, p) for p in positions]
         lam, cut = transforms.mix_parameters(SEED, positions[0], ALL_ON, 16, 16)
         assert batch.lam.tolist() == pytest.approx([lam, lam]) and batch.cut.tolist() == [list(cut)] * 2
 

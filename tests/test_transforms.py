@@ -104,6 +104,13 @@ def test_boxes_and_mixes_depend_on_seed_and_position_alone():
         assert first != [draw(1, position, augment, 32, 32) for position in range(20)]
 
 
+def test_seeds_of_noise_are_int32_of_seed_and_position_and_of_no_other_use():
+    found = [transforms.noise_seed(0, position) for position in range(100)]
+    assert len(set(found)) == 100 and min(found) < -2**30 and max(found) > 2**30
+    assert all(-2**31 <= number < 2**31 for number in found)
+    assert found != [transforms.noise_seed(1, position) for position in range(100)]
+
+
 def mixes(augment, count=200, height=24, width=40):
     return [transforms.mix_parameters(0, 2 * pair, augment, height, width) for pair in range(count)]
 

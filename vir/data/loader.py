@@ -50,6 +50,7 @@ class Batch:
     positions: Tensor  # [B] int64, place in the endless training sequence (validation: the sample's index)
     valid: Tensor  # [B] bool, False for the padding of a last validation batch
     erase: Tensor  # [B, 4] int64 box to erase
+    noise: Tensor  # [B] int32 seed of what is filled in there
     lam: Tensor  # [B] float32 share that a sample keeps of itself
     cut: Tensor  # [B, 4] int64 box taken from the partner
     bad: list[str]
@@ -73,8 +74,8 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        there = self._map(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(there, positions=self.positions, erase=self.erase)  # Python reads these: no wait for the device
+        # The positions stay: Python reads them, and it is not to wait for the device.
+        return self._map(lambda tensor: tensor if tensor is self.positions else tensor.to(device, non_blocking=True))
 
 
 def seed_worker_globals(seed: int, position: int) -> None:
@@ -132,6 +133,7 @@ def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConf
     images = torch.stack(pixels)
     height, width = images.shape[2:]
     boxes = [transforms.erase_box(seed, position, augment, height, width) for position in positions.tolist()]
+    noise = [transforms.noise_seed(seed, position) for position in positions.tolist()]
     mixes = [(1.0, (0, 0, 0, 0))] * len(positions)
     for i in range(0, len(positions) - 1, 2):
         if positions[i:i + 2].max() < mix_until:
@@ -139,7 +141,7 @@ def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConf
     lam, cut = zip(*mixes)
     return Batch(images=images, labels=torch.tensor(labels), positions=torch.from_numpy(positions),
                  valid=torch.ones(len(positions), dtype=torch.bool), erase=torch.tensor(boxes),
-                 lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad)
+                 noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad)
 
 
 def _eval_batch(reader: ShardReader, transform: Transform, positions: np.ndarray, samples: np.ndarray) -> Batch:
@@ -156,7 +158,8 @@ def _eval_batch(reader: ShardReader, transform: Transform, positions: np.ndarray
     size = len(positions)
     return Batch(images=torch.stack(pixels), labels=torch.tensor(labels), positions=torch.from_numpy(samples),
                  valid=torch.from_numpy(positions >= 0), erase=torch.zeros(size, 4, dtype=torch.long),
-                 lam=torch.ones(size), cut=torch.zeros(size, 4, dtype=torch.long), bad=[])
+                 noise=torch.zeros(size, dtype=torch.int32), lam=torch.ones(size),
+                 cut=torch.zeros(size, 4, dtype=torch.long), bad=[])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,8 +324,9 @@ def _arrived(batch: Any, copied: torch.cuda.Event) -> Any:
     here = torch.cuda.current_stream()
     here.wait_event(copied)
     if isinstance(batch, Batch):
-        for tensor in (batch.images, batch.labels, batch.valid, batch.lam, batch.cut):
-            tensor.record_stream(here)  # its memory is not given to the side stream again before it was read here
+        for value in vars(batch).values():
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(here)  # its memory is not given to the side stream again before it was read here
     return batch
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from vir.config import AugmentConfig
 from vir.errors import SettingsError
 from vir.models.spec import InputSpec
-from vir.streams import ERASE, MIX, generator
+from vir.streams import ERASE, MIX, NOISE, generator
 
 
 def train_transform(augment: AugmentConfig, model_input: InputSpec) -> Callable[[Image.Image], np.ndarray]:
@@ -68,6 +68,11 @@ def erase_box(seed: int, position: int, augment: AugmentConfig, height: int, wid
         if 0 < h < height and 0 < w < width:
             return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
     return 0, 0, 0, 0
+
+
+def noise_seed(seed: int, position: int) -> int:
+    """What one sample's box is filled with follows from it, see vir.data.noise. An int32."""
+    return int(generator(seed, position, NOISE).integers(-2**31, 2**31))
 
 
 def mix_parameters(seed: int, position: int, augment: AugmentConfig, height: int,

@@ -176,7 +176,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
             patience=patience)
         meter = Meter(config, plan, engine, world, writer, first)
         preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
-                                  num_classes=plan.num_classes, seed=config.train.seed)
+                                  num_classes=plan.num_classes, device=world.device)
         guard = FiniteGuard(order, reader)
         global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank)
         validator = None if prepared.val is None else Validator(
