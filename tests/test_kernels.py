@@ -284,6 +284,9 @@ def test_predicates_name_what_each_kernel_is_made_for(monkeypatch, request):
     assert not fla_supports(single, single)  # its products would be TF32
     request.getfixturevalue("tf32")
     assert fla_supports(single, single)
+    seen = []
+    torch.func.grad(lambda x: seen.extend([fused_supports(half, half), fla_supports(half, half)]) or x)(torch.ones(()))
+    assert seen == [False, False]
     kernels._broken.update({"fused", "fla"})
     assert not fused_supports(half, half) and not fla_supports(half, half)
 

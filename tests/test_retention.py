@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from support.exactness import TOLERANCE, assert_close, value_and_gradients
 from vir.models.retention import (
@@ -91,6 +92,33 @@ def test_long_sequences_equal_the_definition(form, num_tokens, dtype):
     assert_close(found, value_and_gradients(partial(reference, scale=KEY**-0.5), tensors), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("num_tokens", "chunk_size"), [
+    (1, 1), (2, 1), (3, 1), (7, 1), (64, 1), (65, 1), (128, 1), (129, 1), (388, 3), (4096, 1), (12287, 3), (4097, 1)])
+def test_any_number_of_chunks_equals_few_chunks_in_value_and_gradient(num_tokens, chunk_size, dtype):
+    """Beyond 128 chunks, the state is carried from group to group; beyond 4,096, from group to group of groups."""
+    decay, tensors = retention_decay(2), [*inputs(num_tokens, batch=1, heads=2), *inputs(KEY, batch=1, heads=2)[2:]]
+
+    def run(chunk_size, q, k, v, state):
+        out, state = chunkwise_retention(q, k, v, decay, chunk_size, state)
+        return torch.cat([out.flatten(), state.flatten()])
+
+    tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    found = value_and_gradients(partial(run, chunk_size), tensors)
+    tensors = [x.detach().double().requires_grad_() for x in tensors]
+    assert_close(found, value_and_gradients(partial(run, 512), tensors), TOLERANCE[dtype])
+
+
+def test_the_work_of_small_chunks_grows_with_the_number_of_tokens():
+    def multiplications(num_tokens):
+        tensors = inputs(num_tokens, torch.float32, batch=1, heads=1)
+        with FlopCounterMode(display=False) as counter:
+            chunkwise_retention(*tensors, retention_decay(1), chunk_size=4)[0].sum().backward()
+        return counter.get_total_flops()
+
+    assert multiplications(32_768) < 8.5 * multiplications(4096)
+
+
 @pytest.mark.parametrize("num_tokens", [197, 1025])
 @pytest.mark.parametrize("form", ["parallel", "chunkwise-16", "chunkwise-64"])
 def test_bfloat16_is_as_exact_as_attention_in_bfloat16(form, num_tokens):
@@ -125,6 +153,29 @@ def test_torch_compile_and_export_trace_the_form(form):
     tensors = tuple(x.detach() for x in tensors)
     exported = torch.export.export(Form(), tensors).module()
     assert_close([exported(*tensors)], expected[:1], 1e-12)
+
+
+def test_torch_func_derives_the_chunkwise_form_for_each_sample_and_of_any_order():
+    *tensors, state = (x.detach() for x in (*inputs(20), *inputs(KEY)[2:]))
+    decay = retention_decay(HEADS)
+    age = decay.double()[:, None, None] ** torch.arange(1, 21)[:, None]
+
+    def whole(q, k, v, state):
+        return parallel_retention(q, k, v, decay) + (q * KEY**-0.5 * age) @ state
+
+    def chunks(q, k, v, state):
+        return chunkwise_retention(q, k, v, decay, 7, state)[0]
+
+    def derivatives(form):
+        def loss(*sample):
+            return form(*(x[None] for x in sample)).square().sum()
+
+        first = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))(*tensors, state)
+        second = torch.func.grad(lambda *x: sum(y.square().sum() for y in torch.func.grad(loss, (0, 1))(*x)), (1, 2))
+        _, forward = torch.func.jvp(form, (*tensors, state), (*tensors, state))
+        return [*first, *second(*(x[0] for x in (*tensors, state))), forward]
+
+    assert_close(derivatives(chunks), derivatives(whole), 1e-10)
 
 
 def test_the_backward_pass_ignores_autocast_too():

@@ -188,3 +188,20 @@ def test_a_model_made_under_a_device_context_runs_there(mode):
         model = tiny()
         model.set_retention_mode(mode)
         assert model(torch.randn(2, 3, *model.patch_embed.img_size)).device.type == "meta"
+
+
+def test_torch_func_gives_the_gradient_of_each_sample():
+    model = timm.create_model("vir_tiny_patch16_224", img_size=208, depth=1, num_classes=5)  # 170 tokens: chunkwise
+    parameters = {name: x.detach() for name, x in model.named_parameters()}
+    images, labels = torch.randn(2, 3, 208, 208), torch.tensor([1, 4])
+
+    def loss(parameters, image, label):
+        logits = torch.func.functional_call(model, parameters, (image[None],))
+        return torch.nn.functional.cross_entropy(logits, label[None])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, images, labels)
+    for n in range(2):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[n:n + 1]), labels[n:n + 1]).backward()
+        for name, x in model.named_parameters():
+            assert (found[name][n] - x.grad).abs().max() <= 1e-5 * x.grad.abs().max(), name

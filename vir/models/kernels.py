@@ -49,17 +49,24 @@ _broken: set[str] = set()
 
 
 def fused_supports(q: Tensor, v: Tensor) -> bool:
-    """Whether fused_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V]."""
+    """Whether fused_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V].
+
+    The transforms of torch.func cannot differentiate it: no custom operator of torch can.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
     return triton is not None and "fused" not in _broken and _fits(q, q, v) and q.is_cuda
 
 
 def fla_supports(q: Tensor, v: Tensor) -> bool:
     """Whether fla_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V].
 
-    torch.compile cannot trace it. It multiplies float32 as TF32. It keeps states in the inputs' precision, so those of
+    torch.compile and torch.func cannot trace it. It multiplies float32 as TF32. It keeps states in the inputs' precision, so those of
     float16 could exceed the largest number. It counts elements in 32 bits.
     """
-    if torch.compiler.is_compiling() or not _HAS_FLA or "fla" in _broken:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if not _HAS_FLA or "fla" in _broken:
         return False
     precise = q.dtype == torch.bfloat16 or (q.dtype == torch.float32 and _precision(q.dtype) == "tf32")
     fits = q.shape[-1] in FLA_WIDTHS and v.shape[-1] in FLA_WIDTHS and 0 < max(q.numel(), v.numel()) < 2**31

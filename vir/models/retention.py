@@ -23,6 +23,9 @@ from torch.nn import functional as F
 
 _CPU_MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
+_LARGEST_CARRY, _CARRY_GROUP = 128, 32
+"""Chunks that are carried by one matrix, and those of a group where there are more."""
+
 
 def retention_decay(num_heads: int) -> Tensor:
     """The fixed decay of each head, 31/32 for the first to 511/512 for the last, evenly spaced in log(1 - decay).
@@ -136,7 +139,10 @@ def chunkwise_retention(
     _check_shapes(q, k, v, decay)
     if initial_state is not None:
         _check_state(initial_state, k, v)
-    return _Chunkwise.apply(q, k, v, decay, initial_state, chunk_size, _scale(q, scale))
+    inputs = q, k, v, decay, initial_state, chunk_size, _scale(q, scale)
+    if torch._C._are_functorch_transforms_active():
+        return _chunkwise_by_autograd(*inputs)
+    return _Chunkwise.apply(*inputs)
 
 
 class _ChunkwiseContext(FunctionCtx):
@@ -152,7 +158,7 @@ class _Chunkwise(torch.autograd.Function):
     """chunkwise_retention with its gradient written by hand: it reads memory half as often as autograd's would.
 
     For one chunk, let P = q k^T * mask and let S be the state before the chunk. Then out = P v + (q * q_age) S, and the
-    chunk adds (k * k_age)^T v to the state. S is carry @ (what each earlier chunk added) + start_age * initial_state.
+    chunk adds (k * k_age)^T v to the state. S is _carry(what each chunk adds) + start_age * initial_state.
     """
 
     @staticmethod
@@ -166,37 +172,26 @@ class _Chunkwise(torch.autograd.Function):
         chunk_size: int,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        num_tokens, dtype, state_dtype = q.shape[2], _compute_dtype(v), _state_dtype(v)
-        num_chunks = math.ceil(num_tokens / chunk_size)
-        chunk_size = math.ceil(num_tokens / num_chunks)  # even chunks: 197 tokens are 4 x 50, not 4 x 64
+        ctx.num_tokens = q.shape[2]
         ctx.dtypes = q.dtype, k.dtype, v.dtype, None if initial_state is None else initial_state.dtype
         with _own_precision(q):
-            tables = _chunk_tables(decay, num_tokens, num_chunks, chunk_size, scale, state_dtype)
-            mask, q_age, k_age, carry, start_age, last_fade = tables
-            q, k, v = (_split(x, num_chunks, chunk_size, dtype) for x in (q, k, v))  # [B, H, M, C, K or V]
-            scores = (q @ k.mT).mul_(mask)
-            sums = ((k * k_age).to(dtype).mT @ v).to(state_dtype)  # [B, H, M, K, V]
-            states = (carry @ sums.flatten(3)).view_as(sums)
-            if initial_state is not None:
-                states.addcmul_(start_age, initial_state.to(state_dtype)[:, :, None])
-            last_state = torch.addcmul(sums[:, :, -1], last_fade, states[:, :, -1])
-            states = states.to(dtype)
-            out = _add_product((q * q_age).to(dtype) @ states, scores, v)
-        ctx.num_tokens = num_tokens
-        ctx.save_for_backward(q, k, v, scores, states, *tables)
-        return _join(out, num_tokens, ctx.dtypes[2]), last_state
+            last_state, parts = _chunks(q, k, v, decay, initial_state, chunk_size, scale)
+            q, k, v, scores, states, _, q_age, *_ = parts
+            out = _add_product((q * q_age).to(q.dtype) @ states, scores, v)
+        ctx.save_for_backward(*parts)
+        return _join(out, ctx.num_tokens, ctx.dtypes[2]), last_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _ChunkwiseContext, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, scores, states, mask, q_age, k_age, carry, start_age, last_fade = ctx.saved_tensors
+        q, k, v, scores, states, mask, q_age, k_age, start_age, last_fade, *carries = ctx.saved_tensors
         dtype, num_chunks, chunk_size = q.dtype, q.shape[2], q.shape[3]
         with _own_precision(q):
             d_out = _split(d_out, num_chunks, chunk_size, dtype)
             d_scores = (d_out @ v.mT).mul_(mask)
             d_states = ((q * q_age).to(dtype).mT @ d_out).to(d_state.dtype)
             d_states[:, :, -1] += last_fade * d_state
-            d_sums = (carry.mT @ d_states.flatten(3)).view_as(d_states)
+            d_sums = _carry(d_states.flatten(3), carries, reverse=True).view_as(d_states)
             d_sums[:, :, -1] += d_state
             d_sums = d_sums.to(dtype)
             d_initial = (start_age * d_states).sum(2).to(ctx.dtypes[3]) if ctx.dtypes[3] else None
@@ -207,24 +202,82 @@ class _Chunkwise(torch.autograd.Function):
         return d_q, d_k, d_v, None, d_initial, None, None
 
 
+def _chunkwise_by_autograd(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, chunk_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """_Chunkwise without its gradient, for the transforms of torch.func: they differentiate and map each operator."""
+    num_tokens, dtype = q.shape[2], v.dtype
+    with _own_precision(q):
+        last_state, parts = _chunks(q, k, v, decay, initial_state, chunk_size, scale)
+        q, k, v, scores, states, _, q_age, *_ = parts
+        out = (q * q_age).to(q.dtype) @ states + scores @ v
+    return _join(out, num_tokens, dtype), last_state
+
+
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, chunk_size: int, scale: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The last state; and q, k and v in chunks, scores [B, H, M, C, C], states [B, H, M, K, V] and _chunk_tables."""
+    num_tokens, dtype, state_dtype = q.shape[2], _compute_dtype(v), _state_dtype(v)
+    num_chunks = math.ceil(num_tokens / chunk_size)
+    chunk_size = math.ceil(num_tokens / num_chunks)  # even chunks: 197 tokens are 4 x 50, not 4 x 64
+    tables = _chunk_tables(decay, num_tokens, num_chunks, chunk_size, scale, state_dtype)
+    mask, _, k_age, start_age, last_fade, *carries = tables
+    q, k, v = (_split(x, num_chunks, chunk_size, dtype) for x in (q, k, v))  # [B, H, M, C, K or V]
+    scores = (q @ k.mT).mul_(mask)
+    sums = ((k * k_age).to(dtype).mT @ v).to(state_dtype)  # [B, H, M, K, V]
+    states = _carry(sums.flatten(3), carries).view_as(sums)
+    if initial_state is not None:
+        states = torch.addcmul(states, start_age, initial_state.to(state_dtype)[:, :, None])
+    last_state = torch.addcmul(sums[:, :, -1], last_fade, states[:, :, -1])
+    return last_state, (q, k, v, scores, states.to(dtype), *tables)
+
+
 def _chunk_tables(
     decay: Tensor, num_tokens: int, num_chunks: int, chunk_size: int, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """The powers of decay that _Chunkwise needs; mask and q_age are multiplied by the scale.
 
     Returns:
-        mask [H, 1, C, C], q_age [H, 1, C, 1], k_age [H, M, C, 1], carry [H, M, M], start_age [H, M, 1, 1] and last_fade
-        [H, 1, 1]. In a short last chunk only its tokens count, not its padding.
+        mask [H, 1, C, C], q_age [H, 1, C, 1], k_age [H, M, C, 1], start_age [H, M, 1, 1], last_fade [H, 1, 1] and what
+        _carry needs. In a short last chunk only its tokens count, not its padding.
     """
     last_length = num_tokens - (num_chunks - 1) * chunk_size
     powers = _powers(decay, chunk_size + 1, dtype)
     mask = _decay_matrix(decay, chunk_size, dtype)[:, None] * scale
     k_age = powers[:, None, :chunk_size].flip(2).repeat(1, num_chunks, 1)
     k_age[:, -1, :last_length] = powers[:, :last_length].flip(1)
-    carry = F.pad(_decay_matrix(decay, num_chunks, dtype, step=chunk_size)[:, :-1], (0, 0, 1, 0))
     start_age = _powers(decay, num_chunks, dtype, step=chunk_size)[..., None, None]
     q_age = powers[:, None, 1:, None] * scale
-    return mask, q_age, k_age[..., None], carry, start_age, powers[:, last_length, None, None]
+    carries = _carry_matrices(decay, num_chunks, chunk_size, dtype)
+    return mask, q_age, k_age[..., None], start_age, powers[:, last_length, None, None], *carries
+
+
+def _carry_matrices(decay: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """decay^(chunk_size * (i - 1 - j)) for i > j, else 0: [H, G + 1, G] for each level of _carry."""
+    num_groups = 1 if num_chunks <= _LARGEST_CARRY else math.ceil(num_chunks / _CARRY_GROUP)
+    size = math.ceil(num_chunks / num_groups)
+    matrix = F.pad(_decay_matrix(decay, size, dtype, step=chunk_size), (0, 0, 1, 0))
+    return [matrix] if num_groups == 1 else [matrix, *_carry_matrices(decay, num_groups, size * chunk_size, dtype)]
+
+
+def _carry(sums: Tensor, matrices: list[Tensor], reverse: bool = False) -> Tensor:
+    """What earlier chunks (reverse: later ones) add to the state of each chunk, from what each adds: [B, H, M, K * V].
+
+    This is a product with a triangular matrix of M x M. Where M is large, only groups of G chunks are multiplied with
+    one, of G x G, and the groups are the chunks of the next level: the cost grows with M * G.
+    """
+    matrix, *outer = matrices
+    carry, total = matrix[:, :-1], matrix[:, -1:]  # [H, G, G], [H, 1, G]
+    if reverse:
+        carry, total = carry.mT, total.flip(2)
+    if not outer:
+        return carry @ sums
+    num_chunks, size = sums.shape[2], carry.shape[2]
+    groups = F.pad(sums, (0, 0, 0, -num_chunks % size)).unflatten(2, (-1, size))  # [B, H, M / G, G, K * V]
+    before = _carry((total[:, None] @ groups).squeeze(3), outer, reverse)
+    states = (carry[:, None] @ groups).addcmul_(total.flip(2).mT[:, None], before[:, :, :, None])
+    return states.flatten(2, 3)[:, :, :num_chunks]
 
 
 def _split(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> Tensor:
