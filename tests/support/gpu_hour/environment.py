@@ -1,4 +1,4 @@
-"""What this machine is, as one JSON object on standard output: GPU, driver, versions, compilers.
+"""What this machine is, as one JSON object: GPU, driver, versions, compiler.
 
 usage: python -m support.gpu_hour.environment FILE.json
 """
@@ -21,13 +21,14 @@ PACKAGES = ("torch", "triton", "deepspeed", "timm", "fla-core", "torchvision", "
 def describe() -> dict[str, Any]:
     found: dict[str, Any] = {
         "python": platform.python_version(), "system": platform.platform(), "cores": len(os.sched_getaffinity(0)),
-        "cuda of torch": torch.version.cuda, "device": "cpu", "nvcc": shutil.which("nvcc") or "", "ninja": shutil.which(
-            "ninja") or "", "versions": {name: _version(name) for name in PACKAGES}}
+        "cuda of torch": torch.version.cuda, "device": "cpu", "nvcc": shutil.which("nvcc") or "none",
+        "versions": {name: _version(name) for name in PACKAGES}}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {
             "device": properties.name, "gpus": torch.cuda.device_count(),
-            "capability": f"{properties.major}.{properties.minor}", "memory GB": round(properties.total_memory / 1e9, 1),
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory GB": round(properties.total_memory / 1e9, 1),
             "multiprocessors": properties.multi_processor_count,
             "bf16 without emulation": torch.cuda.is_bf16_supported(including_emulation=False),
             "cudnn": torch.backends.cudnn.version(), "nccl": ".".join(map(str, torch.cuda.nccl.version())),
@@ -41,12 +42,12 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return ""
+        return "none"
 
 
 def _driver() -> str:
     if not shutil.which("nvidia-smi"):
-        return ""
+        return "unknown"
     return subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
                           text=True, timeout=30).stdout.strip().splitlines()[0]
 

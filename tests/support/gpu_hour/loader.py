@@ -22,13 +22,12 @@ from vir.data.reader import ShardReader
 from vir.flags import parse
 from vir.models.spec import InputSpec
 
-IMAGES = 240
 QUALITY = 90
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path, count: int) -> None:
     numbers = np.random.default_rng(0)
-    for number in range(IMAGES):
+    for number in range(count):
         path = folder / "train" / f"class{number % 2}" / f"{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(numbers.integers(0, 256, (94, 125, 3), dtype=np.uint8))
@@ -36,7 +35,8 @@ def write_images(folder: Path) -> None:
 
 
 def measure(shards: Path, workers: int, count: int, options: list[str]) -> dict[str, float]:
-    config = parse(["--config", str(ROOT / "vir" / "recipes" / "vir_small_in1k.yaml"), "--data.train", str(shards), *options])
+    recipe = ROOT / "vir" / "recipes" / "vir_small_in1k.yaml"
+    config = parse(["--config", str(recipe), "--data.train", str(shards), *options])
     reader, batch, side = ShardReader(shards), config.train.micro_batch_size, config.model.img_size or 224
     spec = InputSpec(size=(3, side, side), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
     warm, timed = 2 * workers, max(1, count // batch)
@@ -61,8 +61,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--made", type=int, default=240)
     args, options = parser.parse_known_args()
-    write_images(args.folder / "images")
+    write_images(args.folder / "images", args.made)
     convert(args.folder / "images", "train", args.folder / "shards", workers=2)
     result = measure(args.folder / "shards" / "train", args.workers, args.images, options)
     (args.folder / "result.json").write_text(json.dumps(result, indent=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from support.gpu_hour.driver import Outcome
-from support.gpu_hour.steps import DIGITS, REFERENCE
+from support.gpu_hour.steps import COMPILED, DIGITS, REFERENCE, SHIPPED
 from vir.benchmarks.results import Result
 from vir.benchmarks.tables import markdown, model_table
 
@@ -19,7 +19,7 @@ def page(outcomes: list[Outcome]) -> str:
         [(one.name, one.ended, f"{one.seconds:.0f}", one.said.replace("|", "/")) for one in outcomes])]
     for title, table in (("Tests marked gpu", _tests), ("Digits", _digits), ("fp16 beside bf16", _curves),
                          ("Resumed under --train.deterministic", _resume), ("Time of a step", _step_time),
-                         ("MFU", _mfu), ("Beside a bare DeepSpeed loop", _bare), ("The operator", _operator),
+                         ("MFU", _mfu), ("The operator", _operator),
                          ("Forward and backward alone", _models), ("The loader", _loader), ("Profile", _profile)):
         parts += [f"## {title}", table(found)]
     return "\n\n".join(parts) + "\n"
@@ -30,9 +30,8 @@ Found = dict[str, dict[str, Any]]
 
 def _environment(found: Found) -> str:
     about = found.get("environment", {})
-    lines = (f"- {name}: {', '.join(f'{key} {one}' for key, one in value.items()) if isinstance(value, dict) else value}"
-             for name, value in about.items())
-    return "\n".join(lines) or NONE
+    versions = ", ".join(" ".join(pair) for pair in about.get("versions", {}).items())
+    return "\n".join(f"- {name}: {value}" for name, value in {**about, "versions": versions}.items())
 
 
 def _tests(found: Found) -> str:
@@ -72,28 +71,24 @@ def _resume(found: Found) -> str:
 
 
 def _step_time(found: Found) -> str:
-    first = found.get("step time/as shipped", {}).get("step_ms")
+    first = found.get(f"step time/{SHIPPED}", {}).get("step_ms")
     rows = []
     for name, run in _under("step time/", found):
         ms = run.get("step_ms")
         rows.append((name, _number(ms, ".2f"), _percent(ms / first - 1 if ms and first else None),
                      _percent(run.get("waiting")), _percent(run.get("mfu_without_waiting")),
                      _number(run.get("peak_memory_gb"), ".2f")))
-    return markdown(("ViR-S", "ms a step, without waiting", "beside as shipped, %", "waiting, %", "MFU, %", "peak GB"), rows)
+    return markdown(("ViR-S", "ms a step, without waiting", f"beside {SHIPPED}, %", "waiting, %", "MFU, %", "peak GB"),
+                    rows)
 
 
 def _mfu(found: Found) -> str:
+    runs = [(f"vir_small, {how}", found.get(f"step time/{name}", {})) for how, name in (
+        ("eager", SHIPPED), ("compiled", COMPILED))]
     return markdown(("model", "images/s", "ms a step, without waiting", "MFU, %", "waiting, %", "peak GB"), [
         (name, _number(run.get("images_per_second"), ".0f"), _number(run.get("step_ms"), ".2f"),
-         _percent(run.get("mfu_without_waiting")), _percent(run.get("waiting")), _number(run.get("peak_memory_gb"), ".2f"))
-        for name, run in _under("MFU/", found)])
-
-
-def _bare(found: Found) -> str:
-    loops = found.get("bare loop", {}).get("loops", {})
-    return markdown(("bare, ms a step", "ours", "ours without waiting, %"), [(
-        _number(loops.get("bare_ms"), ".2f"), _number(loops.get("ours_ms"), ".2f"),
-        _percent(loops.get("overhead_without_wait")))])
+         _percent(run.get("mfu_without_waiting")), _percent(run.get("waiting")),
+         _number(run.get("peak_memory_gb"), ".2f")) for name, run in (*runs, *_under("MFU/", found))])
 
 
 def _operator(found: Found) -> str:
@@ -111,7 +106,7 @@ def _benchmark(result: dict[str, Any]) -> str:
 
 
 def _loader(found: Found) -> str:
-    loader, step = found.get("loader", {}), found.get("step time/as shipped", {})
+    loader, step = found.get("loader", {}), found.get(f"step time/{SHIPPED}", {})
     need = 1e3 * loader["batch"] / step["step_ms"] if "batch" in loader and "step_ms" in step else None
     return markdown(("workers", "images/s alone", "images/s that ViR-S takes"), [(
         loader.get("workers", NONE), _number(loader.get("images_per_second"), ".0f"), _number(need, ".0f"))])
@@ -121,9 +116,10 @@ def _profile(found: Found) -> str:
     profile = found.get("profile", {})
     if not profile:
         return NONE
-    return f"`{profile['trace']}`: {profile['calls']} × {profile['kind']}, {profile['total ms']:.1f} ms.\n\n" + markdown(
-        (profile["kind"], "ms", "calls"), [(name[:80].replace("|", "/"), f"{ms:.2f}", calls)
-                                           for name, ms, calls in profile["most"]])
+    kind = profile["kind"]
+    return f"`{profile['trace']}`: {profile['calls']} × {kind}, {profile['total ms']:.1f} ms.\n\n" + markdown(
+        (kind, "ms", "calls"), [(name[:80].replace("|", "/"), f"{ms:.2f}", calls)
+                                for name, ms, calls in profile["most"]])
 
 
 def _under(start: str, found: Found) -> list[tuple[str, dict[str, Any]]]:

@@ -22,35 +22,39 @@ REFERENCE = "zero0_fp32"
 DIGITS = ("zero0_fp32", "zero1_fp16", "zero1_bf16", "zero2_offload_bf16", "zero3_bf16_ckpt")
 """The stages, both half precisions, offload and recomputation; fp16 and bf16 under the same stage."""
 
+SHIPPED, COMPILED = "as shipped", "compiled"
+"""Steps whose results are in two tables."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Of the full hour, or of the rehearsal: flags of vir.train and of the benchmarks."""
+    """Of the full hour, or of the rehearsal: numbers, and flags of vir.train and of the benchmarks."""
 
     device: str = "cuda"
+    val_per_class: int = 100
+    digits_batch: int = 128
     digits: tuple[str, ...] = ("--train.epochs", "2")
     resumed_steps: int = 40
     network: tuple[str, ...] = ()
-    """Added for ViR-S and ViR-B."""
+    """Added for ViR-S, ViR-B and their peers."""
     batch: int = 128
     steps: int = 60
     log_every: int = 5
     workers: int = 12
     loader: tuple[str, ...] = ("--images", "12800")
     operator: tuple[str, ...] = ("--sizes", "197", "1025", "4097", "16385")
-    model: tuple[str, ...] = ("--batch-size", "128")
-    bare: tuple[str, ...] = ("--steps", "60", "--log_every", "10", "--repeats", "2")
+    model: tuple[str, ...] = ("--sizes", "224", "--batch-size", "128")
 
 
 FULL = Sizes()
 REHEARSAL = Sizes(
-    device="cpu", digits=("--train.steps", "3", "--train.global_batch_size", "16", "--train.micro_batch_size", "16"),
-    resumed_steps=4,
-    network=("--model.img_size", "32", "--model.args", "{depth: 1, embed_dim: 64, num_heads: 1}", "--train.peak_tflops",
-             "0.1"),
-    batch=4, steps=3, log_every=1, workers=2, loader=("--images", "32", "--model.img_size", "32"), operator=("--sizes", "17", "--batch-size", "1", "--rounds", "1"),
-    model=("--batch-size", "2", "--rounds", "1", "--model-args", '{"depth": 1}'),
-    bare=("--steps", "3", "--log_every", "1", "--repeats", "1"))
+    device="cpu", val_per_class=1, digits_batch=16, digits=("--train.steps", "3"), resumed_steps=4,
+    network=("--model.img_size", "32", "--model.args", "{depth: 1, embed_dim: 64, num_heads: 1}",
+             "--train.peak_tflops", "0.1"),
+    batch=4, steps=3, log_every=1, workers=2, loader=("--images", "16", "--made", "8", "--model.img_size", "32"),
+    operator=("--sizes", "17", "--batch-size", "1", "--rounds", "1"),
+    model=("--sizes", "32", "--batch-size", "2", "--rounds", "1", "--model-args",
+           '{"depth": 1, "embed_dim": 64, "num_heads": 1}'))
 
 
 class Hour:
@@ -63,7 +67,7 @@ class Hour:
     def steps(self) -> list[Step]:
         """All of them, in order of value."""
         return [self._environment(), self._tests(), *self._data(), *self._digits(), *self._resume(), *self._step_time(),
-                *self._mfu(), self._bare_loop(), self._operator(), *self._models(), self._loader(), self._profile()]
+                *self._mfu(), self._operator(), *self._models(), self._loader(), self._profile()]
 
     def _environment(self) -> Step:
         file = self._folder / "environment.json"
@@ -79,15 +83,15 @@ class Hour:
 
     def _data(self) -> list[Step]:
         images = str(self._folder / "digits")
-        return [Step(name="data/images", module="tools.make_demo_dataset", arguments=["--output", images], seconds=20), *(
-            Step(name=f"data/{split}", module="vir.convert", seconds=10, arguments=[
-                "--source", images, "--split", split, "--output", str(self._shards), "--name", "digits", "--workers",
-                "2"]) for split in ("train", "val"))]
+        made = Step(name="data/images", module="tools.make_demo_dataset", seconds=20, arguments=[
+            "--output", images, "--val-per-class", str(self._sizes.val_per_class)])
+        return [made, *(Step(name=f"data/{split}", module="vir.convert", seconds=10, arguments=[
+            "--source", images, "--split", split, "--output", str(self._shards), "--name", "digits", "--workers", "2"])
+            for split in ("train", "val"))]
 
     def _digits(self) -> list[Step]:
         """Without random numbers that a GPU draws otherwise."""
-        flags = ["--config", str(RECIPES / "quickstart.yaml"), "--data.val", str(self._shards / "val"),
-                 "--train.log_every", "1", *self._sizes.digits]
+        flags = [*self._digits_flags(), "--data.val", str(self._shards / "val"), *self._sizes.digits]
         on_cpu = self._train(f"digits on CPU/{REFERENCE}", REFERENCE, 60, *flags, "--device", "cpu")
         return [on_cpu, *(self._train(f"digits/{config}", config, 90 if "offload" in config else 30, *flags)
                           for config in DIGITS)]
@@ -95,10 +99,9 @@ class Hour:
     def _resume(self) -> list[Step]:
         """A run, the same run taken back to its middle and continued, and what differs between them."""
         total = self._sizes.resumed_steps
-        flags = ["--config", str(RECIPES / "quickstart.yaml"), "--train.steps", str(total), "--train.log_every", "1",
-                 "--model.drop_path_rate", "0.1", "--augment.reprob", "0.25", "--augment.mixup", "0.8",
-                 "--augment.cutmix", "1.0", "--train.deterministic", "true", "--checkpoint.every_steps", str(total // 2),
-                 "--checkpoint.keep", "100"]
+        flags = [*self._digits_flags(), "--train.steps", str(total), "--checkpoint.every_steps", str(total // 2),
+                 "--train.deterministic", "true", "--model.drop_path_rate", "0.1", "--augment.reprob", "0.25",
+                 "--augment.mixup", "0.8", "--augment.cutmix", "1.0"]
         whole, again, file = (self._folder / "resume" / name for name in ("whole", "again", "compared.json"))
 
         def take_back() -> None:
@@ -112,50 +115,46 @@ class Hour:
                 Step(name="resume/compared", module="support.gpu_hour.compare", seconds=20, read=partial(_json, file),
                      arguments=[str(whole), str(again), str(file)])]
 
+    def _digits_flags(self) -> list[str]:
+        batch = self._sizes.digits_batch
+        return ["--config", str(RECIPES / "quickstart.yaml"), "--train.global_batch_size", str(batch),
+                "--train.micro_batch_size", str(batch // 2), "--train.log_every", "1"]
+
     def _step_time(self) -> list[Step]:
-        """ViR-S as the recipe and the JSON say, then with one thing changed."""
-        zero2, zero3 = "zero2_bf16", "zero3_bf16"
-        changes: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-            "as shipped": (zero2, {}, ()),
-            "compiled": (zero2, {}, ("--model.compile", "true")),
-            "DeepSpeed's timer on": (zero2, {"timers": {"throughput": {"enabled": True, "synchronized": True}}}, ()),
-            "no overlap, buckets of 1 GB": (zero2, {"zero_optimization": {
-                "overlap_comm": False, "reduce_bucket_size": int(5e8)}}, ()),
-            "no random erasing": (zero2, {}, ("--augment.reprob", "0")),
-            "no mixup, no cutmix": (zero2, {}, ("--augment.mixup", "0", "--augment.cutmix", "0")),
-            "no drop path": (zero2, {}, ("--model.drop_path_rate", "0")),
-            "no average": (zero2, {}, ("--ema.decay", "0")),
-            "deterministic": (zero2, {}, ("--train.deterministic", "true")),
-            "stage 0": ("zero0_bf16", {}, ()), "stage 1": ("zero1_bf16", {}, ()), "stage 3": (zero3, {}, ()),
-            "stage 3, recomputed": ("zero3_bf16_ckpt", {}, ()), "fp16": ("zero2_fp16", {}, ()),
-            "fp32": ("zero2_fp32", {}, ()), "fp32 as TF32": ("zero2_fp32", {}, ("--train.tf32", "true"))}
+        """ViR-S as the recipe and the JSON say, then with one thing changed: (JSON, blocks of it, flags)."""
+        changes: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+            SHIPPED: ("zero2_bf16", {}, []), COMPILED: ("zero2_bf16", {}, ["--model.compile", "true"]),
+            "DeepSpeed's timer": ("zero2_bf16", {"timers": {"throughput": {"enabled": True}}}, []),
+            "no overlap, buckets of 1 GB": ("zero2_bf16", {"zero_optimization": {
+                "overlap_comm": False, "reduce_bucket_size": int(5e8)}}, []),
+            "no random erasing": ("zero2_bf16", {}, ["--augment.reprob", "0"]),
+            "no mixup, no cutmix": ("zero2_bf16", {}, ["--augment.mixup", "0", "--augment.cutmix", "0"]),
+            "deterministic": ("zero2_bf16", {}, ["--train.deterministic", "true"]),
+            "recomputed": ("zero2_bf16_ckpt", {}, []), "stage 0": ("zero0_bf16", {}, []),
+            "stage 3": ("zero3_bf16", {}, []), "fp32": ("zero2_fp32", {}, []),
+            "fp32 as TF32": ("zero2_fp32", {}, ["--train.tf32", "true"])}
         return [self._timed(f"step time/{name}", self._changed(name, config, change), *flags)
                 for name, (config, change, flags) in changes.items()]
 
     def _mfu(self) -> list[Step]:
-        """The same loop with ViR and timm's ViT, whose attention is PyTorch's (flash, on a GPU in bf16)."""
-        return [self._timed(f"MFU/{name}, {how}", "zero2_bf16", "--model.name", f"{name}_patch16_224", "--model.compile",
-                            str(how == "compiled").lower())
-                for size in ("small", "base") for name in (f"vir_{size}", f"vit_{size}") for how in ("eager", "compiled")]
-
-    def _bare_loop(self) -> Step:
-        file = self._folder / "bare loop.json"
-        return Step(name="bare loop", module="tools.benchmark_training", seconds=150, read=partial(_json, file), arguments=[
-            "--data", str(self._folder / "digits-shards"), "--ranks", "1", "--model", "vir_small_patch16_224",
-            "--deepspeed_config", "zero2_bf16", *self._sizes.bare, "--json", str(file), "--",
-            *self._loop_flags(), *self._sizes.network])
+        """The same loop with ViR-B and timm's ViT, whose attention is PyTorch's (flash, on a GPU in bf16)."""
+        return [self._timed(f"MFU/{name}, {how}", "zero2_bf16", "--model.name", f"{name}_patch16_224",
+                            "--model.compile", str(how == "compiled").lower())
+                for name in ("vit_small", "vir_base", "vit_base") for how in ("eager", "compiled")]
 
     def _operator(self) -> Step:
         return self._benchmark("operator", 90, "operator", *self._sizes.operator)
 
     def _models(self) -> list[Step]:
         """Forward and backward alone, without a loop."""
-        return [self._benchmark(f"model/{size}", 60, "model", "--sizes", "224", "--model", f"vir_{size}_patch16_224",
-                                "--rows", "vit", "auto", "free mixer", *self._sizes.model) for size in ("small", "base")]
+        return [self._benchmark(f"model/{size}", 60, "model", "--model", f"vir_{size}_patch16_224",
+                                "--rows", "vit", "auto", "free mixer",
+                                *self._sizes.model) for size in ("small", "base")]
 
     def _loader(self) -> Step:
         folder = self._folder / "loader"
-        return Step(name="loader", module="support.gpu_hour.loader", seconds=60, read=partial(_json, folder / "result.json"),
+        return Step(name="loader", module="support.gpu_hour.loader", seconds=60,
+                    read=partial(_json, folder / "result.json"),
                     arguments=[str(folder), "--workers", str(self._sizes.workers), *self._sizes.loader])
 
     def _profile(self) -> Step:
@@ -245,5 +244,6 @@ def _profile(run: Path) -> dict[str, Any]:
         if event.get("cat") == kind:
             spent[event["name"]] += event["dur"]
             calls[event["name"]] += 1
-    return {"trace": str(trace), "kind": kind, "most": [[name, us / 1e3, calls[name]] for name, us in spent.most_common(15)],
-            "total ms": sum(spent.values()) / 1e3, "calls": sum(calls.values())}
+    most = [[name, us / 1e3, calls[name]] for name, us in spent.most_common(15)]
+    return {"trace": str(trace), "kind": kind, "total ms": sum(spent.values()) / 1e3, "calls": sum(calls.values()),
+            "most": most}
