@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import runpy
 import signal
@@ -125,7 +124,6 @@ def _become(step: Step, log: Path, preloaded: bool) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -169,7 +169,7 @@ class Hour:
 
     def _timed(self, name: str, config: str, *flags: str) -> Step:
         return self._train(
-            name, config, 35, "--config", str(RECIPES / "vir_small_in1k.yaml"), *self._loop_flags(), "--train.steps",
+            name, config, 30, "--config", str(RECIPES / "vir_small_in1k.yaml"), *self._loop_flags(), "--train.steps",
             str(self._sizes.steps), "--schedule.warmup_epochs", "0", "--train.log_every", str(self._sizes.log_every),
             *self._sizes.network, *flags)
 
