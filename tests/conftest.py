@@ -1,5 +1,6 @@
-"""Shared by the end-to-end tests: real digits as JPEG files, converted by the real tool."""
+"""Which tests see a GPU. Shared by the end-to-end tests: real digits as JPEG files, converted by the real tool."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,13 +10,20 @@ import pytest
 from support.launchers import call
 
 
+def pytest_configure(config):
+    """`pytest -m gpu` runs the tests marked so. All others are about CPUs, and compute there on every machine: they
+    start more ranks than there may be GPUs, and expect the bits of a CPU."""
+    if not config.option.markexpr.startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and to be called for by -m gpu"))
 
 
 @pytest.fixture(scope="session")

@@ -156,18 +156,24 @@ def plain() -> dict[tuple, tuple]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_losses_norms_and_average_are_those_of_a_plain_loop(case, matrix, plain):
-    _, precision, accumulation, _ = case
-    losses, norms, weights, average = plain[precision, accumulation]
-    events = result(matrix[case])["events"]
+    is_as_the_plain_loop(matrix[case], plain[case[1:3]], 1e-4)
+
+
+def is_as_the_plain_loop(job: Job, plain: tuple, of_weights: float) -> None:
+    """Args:
+        of_weights: absolute tolerance of float32 weights and average, after steps of 1e-2.
+    """
+    losses, norms, weights, average = plain
+    events = result(job)["events"]
     assert all(event["applied"] for event in events)
-    assert [event["loss"] for event in events] == pytest.approx(losses, rel=TOLERANCE[precision])
-    assert [event["norm"] for event in events] == pytest.approx(norms, rel=10 * TOLERANCE[precision])
-    found = partitions(matrix[case])
+    assert [event["loss"] for event in events] == pytest.approx(losses, rel=TOLERANCE[job.precision])
+    assert [event["norm"] for event in events] == pytest.approx(norms, rel=10 * TOLERANCE[job.precision])
+    found = partitions(job)
     assert found.shapes == {name: value.shape for name, value in weights.items()}
-    if precision == "fp32":  # Adam divides by small numbers: rounding grows to a part of a step
+    if job.precision == "fp32":  # Adam divides by small numbers: rounding grows to a part of a step
         for name in weights:
             for key, expected in ((WEIGHT, weights[name]), ("ema", average[name])):
-                assert (found.whole(name, key) - expected).abs().max() < 1e-4, (name, key)
+                assert (found.whole(name, key) - expected).abs().max() < of_weights, (name, key)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -227,11 +233,15 @@ def test_without_an_average_the_training_is_the_same_and_none_is_saved(matrix):
 @pytest.mark.parametrize("case", [case for case in CASES if case[3]], ids=str)
 def test_recomputation_changes_no_bit_runs_each_block_twice_and_keeps_less(case, matrix):
     """Nor does an evaluation of weights and average after each step, which the recomputing jobs have as well."""
-    once, twice = (result(matrix[(*case[:3], recompute)]) for recompute in (False, True))
+    is_recomputed_to_the_bit(matrix[(*case[:3], False)], matrix[case])
+
+
+def is_recomputed_to_the_bit(plainly: Job, recomputed: Job) -> None:
+    once, twice = result(plainly), result(recomputed)
     assert once["events"] == twice["events"]
     assert twice["forwards"] == 2 * once["forwards"] > 0
     assert 0 < twice["kept"] < once["kept"] / 2  # bytes that autograd holds between forward and backward
-    left, right = partitions(matrix[(*case[:3], False)]), partitions(matrix[case])
+    left, right = partitions(plainly), partitions(recomputed)
     assert all(torch.equal(left.whole(name, "ema"), right.whole(name, "ema")) for name in left.shapes)
 
 
@@ -327,8 +337,12 @@ def test_nothing_is_saved_between_the_micro_batches_of_a_step(matrix, resharded)
 
 @pytest.mark.parametrize("case", [*CASES, *OPTIONS, *(("frozen", *case) for case in FROZEN)], ids=str)
 def test_evaluation_takes_the_weights_or_the_average_and_gives_the_weights_back(case, matrix):
-    job, found = matrix[case], result(matrix[case])
-    model = job.build().eval()
+    is_evaluated_as_saved(matrix[case])
+
+
+def is_evaluated_as_saved(job: Job) -> None:
+    """Its logits of weights and of the average are those of a model on CPU that has what was saved."""
+    found, model = result(job), job.build().eval()
     for key, logits in ((WEIGHT, "logits"), ("ema", "averaged")):
         parts = partitions(job)
         model.load_state_dict({name: parts.whole(name, key) for name in parts.shapes})
@@ -466,3 +480,73 @@ def test_a_checkpoint_of_other_frozen_parameters_is_refused_by_name(resharded):
         said = (folder / f"refused{rank}.txt").read_text()
         assert "trained with other parameters frozen (2 differ: head.bias, head.weight)" in said
         assert "resume with the --model.freeze that it was saved with" in said
+
+
+# ---- on a GPU, one rank
+
+ON_GPU = [*CASES, *(name for name in OPTIONS if name.startswith(("offload", "gradients")))]
+NEXT = {stage: (stage + 1) % 4 for stage in range(4)}
+"""Which stage takes up the checkpoint of which."""
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory) -> dict:
+    """Without random numbers, which a GPU draws otherwise, but for dropout; with heads that the fused kernel takes."""
+    tmp = tmp_path_factory.mktemp("gpu")
+    fixed = dict(drop_path_rate=0.0, args=Job(output="").args | {"embed_dim": 32})
+    jobs = {case: Job(output=str(tmp / str(case)), stage=case[0], precision=case[1], accumulation=case[2],
+                      recompute=case[3], **fixed) for case in CASES}
+    for name in ON_GPU[len(CASES):]:
+        stage, precision, accumulation, zero, settings = OPTIONS[name]
+        jobs[name] = Job(output=str(tmp / name), stage=stage, precision=precision, accumulation=accumulation, zero=zero,
+                         settings=settings, **fixed)
+    for stage in (1, 3):
+        jobs["compiled", stage] = Job(output=str(tmp / f"compiled{stage}"), stage=stage, recompute=True, compile=True,
+                                      **fixed)
+    for stage, recompute in itertools.product((0, 3), (False, True)):
+        jobs["dropout", stage, recompute] = Job(
+            output=str(tmp / f"dropout{stage}_{recompute}"), stage=stage, precision="bf16", recompute=recompute,
+            args=fixed["args"] | DROPOUT)
+    for stage in range(4):
+        jobs["begun", stage] = Job(output=str(tmp / f"begun{stage}"), stage=stage, steps=2, **fixed)
+        for after in (stage, NEXT[stage]):
+            jobs["resumed", stage, after] = Job(
+                output=str(tmp / f"resumed{stage}_{after}"), stage=after, first=2, steps=1, save_first=True,
+                restore=jobs["begun", stage].output, **fixed)
+    launch(tmp, list(jobs.values()), ranks=1)
+    return jobs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*ON_GPU, ("compiled", 1), ("compiled", 3)], ids=str)
+def test_on_a_gpu_training_is_that_of_a_plain_loop_on_cpu(case, on_gpu):
+    is_as_the_plain_loop(on_gpu[case], plain_loop(on_gpu[case]), 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_GPU, ids=str)
+def test_on_a_gpu_evaluation_takes_the_weights_or_the_average(case, on_gpu):
+    is_evaluated_as_saved(on_gpu[case])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in (*CASES, *(("dropout", stage, True) for stage in (0, 3))) if case[-1]],
+                         ids=str)
+def test_on_a_gpu_recomputation_changes_no_bit(case, on_gpu):
+    is_recomputed_to_the_bit(on_gpu[(*case[:-1], False)], on_gpu[case])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("before, after", [(stage, after) for stage in range(4) for after in (stage, NEXT[stage])])
+def test_on_a_gpu_a_checkpoint_is_taken_up_to_the_bit(before, after, on_gpu):
+    source, job = on_gpu["begun", before], on_gpu["resumed", before, after]
+    old, new = partitions(source), partitions(job)
+    for name in old.shapes:
+        for key in (WEIGHT, "exp_avg", "exp_avg_sq", "ema"):
+            assert torch.equal(new.whole(name, key), old.whole(name, key)), (name, key)
+    (event,) = result(job)["events"]
+    if before == after:
+        (uninterrupted,) = result(on_gpu[before, "fp32", 1, False])["events"][2:]
+        assert (event["loss"], event["norm"]) == (uninterrupted["loss"], uninterrupted["norm"])
+    losses, *_ = plain_loop(replace(job, first=0, steps=3))
+    assert event["loss"] == pytest.approx(losses[2], rel=1e-5)

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
 
-from support.launchers import HANGS, torchrun
+from support.launchers import HANGS, call, torchrun
 from vir import evaluate
 from vir.data.shards import read_manifest
 from vir.models.spec import InputSpec, ModelSpec
@@ -107,3 +108,19 @@ def test_two_ranks_have_one_bar_of_all_images_and_one_refusal(given, tmp_path):
     said = refused.stdout[:refused.stdout.index("Traceback")]  # of torchrun, whose report has the line again
     assert said.count("none/r.json cannot be written: No such file or directory") == 1, refused.stdout
     assert re.search(r"exitcode +: 2 ", refused.stdout)
+
+
+@pytest.mark.gpu
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+def test_the_command_finds_on_a_gpu_what_it_finds_on_cpu(given, tmp_path):
+    results = []
+    for device in ("auto", "cpu"):
+        done = call(sys.executable, "-m", "vir.evaluate", *given, "--device", device, "--compare-modes", "--json",
+                    tmp_path / "r.json", timeout=HANGS)
+        assert done.returncode == 0, done.stdout
+        results.append(json.loads((tmp_path / "r.json").read_text()))
+    on_gpu, on_cpu = results
+    assert on_gpu["images"] == on_cpu["images"] == 130 and abs(on_gpu["top1"] - on_cpu["top1"]) < 1.6  # two images
+    assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], rel=1e-4)
+    assert all(difference < 1e-4 for difference in on_gpu["mode_differences"].values())

@@ -50,15 +50,19 @@ def resumed(runs, shards, tmp_path_factory) -> Path:
     """The same runs, taken back to the middle and continued by new processes of another launcher."""
     tmp = tmp_path_factory.mktemp("resumed")
     for config in CONFIGS:
-        shutil.copytree(runs / config, tmp / config)
-        checkpoints = tmp / config / "checkpoints"
-        for later in checkpoints.glob("step-*"):
-            if later.name > f"step-{HALF:08d}":
-                shutil.rmtree(later)
-        (checkpoints / "latest").write_text(f"step-{HALF:08d}")
+        take_back(runs / config, tmp / config)
     codes, said = launch(tmp, [of(config, shards, tmp) for config in CONFIGS])
     assert codes == [0] * len(CONFIGS), said[-6000:]
     return tmp
+
+
+def take_back(run: Path, copy: Path) -> None:
+    """Copy a run without what came after its middle."""
+    shutil.copytree(run, copy)
+    for later in (copy / "checkpoints").glob("step-*"):
+        if later.name > f"step-{HALF:08d}":
+            shutil.rmtree(later)
+    (copy / "checkpoints" / "latest").write_text(f"step-{HALF:08d}")
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -78,12 +82,15 @@ def test_loss_goes_down_and_the_run_folder_is_complete(config, runs):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_resumed_run_is_bit_identical_to_the_uninterrupted_one(config, runs, resumed, tmp_path):
+    are_bit_identical(runs / config, resumed / config, tmp_path)
+
+
+def are_bit_identical(one: Path, other: Path, tmp: Path) -> None:
     kept = ("step", "samples_seen", "epoch", "loss", "lr", "grad_norm", "loss_scale", "updates", "skipped")
-    expected, found = ([{key: event[key] for key in kept} for event in train_events(tmp / config)]
-                       for tmp in (runs, resumed))
+    expected, found = ([{key: event[key] for key in kept} for event in train_events(run)] for run in (one, other))
     assert found == expected
     for ema in (False, True):
-        expected, found = (weights(tmp / config, STEPS, tmp_path, ema=ema) for tmp in (runs, resumed))
+        expected, found = (weights(run, STEPS, tmp, ema=ema) for run in (one, other))
         assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -373,3 +380,59 @@ def test_a_finished_run_is_left_alone(runs, troubled):
 def test_a_run_computes_on_cpu_where_told_to(shards, tmp_path):
     done = alone(*command(shards, tmp_path / "run", "zero2_fp32"), "--device", "cpu", "--dry_run")
     assert done.returncode == 0 and "1 ranks on cpu" in done.stdout, done.stdout[-4000:]
+
+
+# ---- on GPUs
+
+ON_GPU = ("zero0_fp32", "zero1_fp16", "zero2_bf16", "zero2_offload_bf16", "zero3_bf16", "zero3_bf16_ckpt")
+
+
+def on_gpu(config: str, shards: Path, tmp: Path, *more: str) -> list[str]:
+    return command(shards, tmp / config, config, "--train.deterministic", "true", *more, steps=STEPS, every=HALF)
+
+
+@pytest.fixture(scope="module")
+def gpu_runs(shards, tmp_path_factory) -> Path:
+    """Finished runs of one rank."""
+    tmp = tmp_path_factory.mktemp("gpu")
+    codes, said = launch(tmp, [on_gpu(config, shards, tmp) for config in ON_GPU], ranks=1)
+    assert codes == [0] * len(ON_GPU), said[-6000:]
+    return tmp
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_resumed_run_is_bit_identical_where_it_is_deterministic(gpu_runs, shards, tmp_path):
+    for config in ON_GPU:
+        take_back(gpu_runs / config, tmp_path / config)
+    codes, said = launch(tmp_path, [on_gpu(config, shards, tmp_path) for config in ON_GPU], ranks=1)
+    assert codes == [0] * len(ON_GPU), said[-6000:]
+    for config in ON_GPU:
+        are_bit_identical(gpu_runs / config, tmp_path / config, tmp_path)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_activation_checkpointing_changes_no_bit(gpu_runs, tmp_path):
+    plain, recomputed = (weights(gpu_runs / config, STEPS, tmp_path) for config in ("zero3_bf16", "zero3_bf16_ckpt"))
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one_evaluate_save_and_resume(shards, tmp_path):
+    """By NCCL, and gloo for what is agreed on: without drop path, whose numbers belong to a rank."""
+    configs = ("zero0_fp32", "zero2_bf16", "zero3_bf16")
+    for ranks in (1, 2):
+        tmp = tmp_path / str(ranks)
+        codes, said = launch(tmp, [on_gpu(config, shards, tmp, "--model.drop_path_rate", "0") for config in configs],
+                             ranks=ranks)
+        assert codes == [0] * len(configs), said[-6000:]
+    for config in configs:
+        take_back(tmp_path / "2" / config, tmp_path / "again" / config)
+    codes, said = launch(tmp_path / "again", [on_gpu(config, shards, tmp_path / "again", "--model.drop_path_rate", "0")
+                                              for config in configs])
+    assert codes == [0] * len(configs), said[-6000:]
+    for config in configs:
+        one, two = ([event["loss"] for event in train_events(tmp_path / ranks / config)] for ranks in ("1", "2"))
+        assert two == pytest.approx(one, rel=1e-4 if config == "zero0_fp32" else 2e-2)
+        are_bit_identical(tmp_path / "2" / config, tmp_path / "again" / config, tmp_path)
+        assert [event["images"] for event in read_metrics(tmp_path / "2" / config) if event["kind"] == "eval"] == [130]

@@ -123,13 +123,14 @@ def refused(engine) -> bool:
 
 
 def run(job: Job) -> None:
-    from vir import distributed
+    from vir import arithmetic, distributed
     from vir.checkpoints import store
     from vir.checkpoints.partitions import EMA, Partitions
     from vir.engine.engine import Engine, Update
     from vir.errors import LossScaleError, SettingsError
 
     world = distributed.start()
+    arithmetic.set_up(deterministic=world.device.type == "cuda")  # CPUs are so by themselves
     engine = Engine(job.build(), job.config(world.size), job.ds_config(), job.accumulation)
     if job.restore:
         folder, info = store.select(Path(job.restore), world)
@@ -146,16 +147,16 @@ def run(job: Job) -> None:
     block.register_forward_pre_hook(lambda block, _: forwards.append(1) if block.training else None)
 
     def evaluate() -> tuple[torch.Tensor, torch.Tensor]:
-        logits = []
+        logits, images = [], batch(0)[0].to(world.device)
         for average in (True, False):
             with engine.evaluating(averaged=average) as forward:
-                logits.append(forward(batch(0)[0]).float())
+                logits.append(forward(images).float())
         engine.deepspeed.eval()
         for use, expected in ((engine.use_average, logits[0]), (engine.use_weights, logits[1])):
             use()
             use()  # one call too many changes nothing
             with torch.no_grad():
-                assert torch.equal(engine(batch(0)[0]).float(), expected)
+                assert torch.equal(engine(images).float(), expected)
         engine.deepspeed.train()
         return logits
 
@@ -166,11 +167,11 @@ def run(job: Job) -> None:
                 if tensor is not None]
 
     def floats() -> dict[str, torch.Tensor]:
-        return {name: buffer.clone() for name, buffer in engine.module.named_buffers() if buffer.is_floating_point()}
+        return {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if buffer.is_floating_point()}
 
     events, micro, in_between = [], GLOBAL_BATCH // world.size // job.accumulation, []
     for step in range(job.first, job.first + job.steps):
-        images, targets = batch(step, job.classes)
+        images, targets = (tensor.to(world.device) for tensor in batch(step, job.classes))
         if step in job.nan:
             images[-GLOBAL_BATCH // world.size:] = float("nan")
         before = held() if job.nan else []
@@ -197,7 +198,7 @@ def run(job: Job) -> None:
         if job.nan:
             events[-1]["of ranks"] = distributed.gather((
                 update and update.name, all(map(torch.equal, before, after := held())) and len(before) == len(after)))
-    averaged, logits = (None, None) if job.save_first else evaluate()
+    averaged, logits = (None, None) if job.save_first else (logits.cpu() for logits in evaluate())
     if not job.save_first:
         save(engine, job, job.first + job.steps, world)
     buffers = distributed.gather(floats())

@@ -1,0 +1,134 @@
+"""Steps one after another, each a process of its own with a bound and a log; what they leave is kept at once."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 3
+"""A step is ended after so many times the seconds that it should take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A command, `python -m MODULE ARGUMENTS`, whose log is OUTPUT/NAME.log."""
+
+    name: str
+    module: str
+    arguments: list[str]
+    seconds: float
+    """That it should take, about; it is not begun where fewer are left."""
+    prepare: Callable[[], object] = lambda: None
+    """Called before it begins."""
+    read: Callable[[], dict[str, Any]] = dict
+    """Its result, from the files that it has left; called however it ended."""
+
+
+@dataclass
+class Outcome:
+    """How a step went, and what it found."""
+
+    name: str
+    ended: str
+    """`done`, `failed`, `over time` or `left out`."""
+    seconds: float = 0.0
+    said: str = ""
+    """Why it is not done."""
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def run(steps: Sequence[Step], folder: Path, seconds: float, report: Callable[[list[Outcome]], None],
+        preloaded: bool = False) -> list[Outcome]:
+    """Run all steps that fit into the time, whatever becomes of the others.
+
+    Args:
+        folder: for the logs.
+        report: gets the outcomes so far, after each step.
+        preloaded: the steps' modules are run in forks of this process, which has imported what they need.
+    """
+    until, outcomes = time.monotonic() + seconds, []
+    for step in steps:
+        left = until - time.monotonic()
+        if left < step.seconds:
+            outcome = Outcome(step.name, "left out", said=f"takes about {step.seconds:.0f} s, {left:.0f} s were left")
+        else:
+            outcome = _run(step, folder / f"{step.name}.log", min(left, PATIENCE * step.seconds), preloaded)
+        outcomes.append(outcome)
+        print(f"{outcome.seconds:6.1f} s  {outcome.ended:9} {outcome.name}  {outcome.said}".rstrip(), flush=True)
+        report(outcomes)
+    return outcomes
+
+
+def _run(step: Step, log: Path, bound: float, preloaded: bool) -> Outcome:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    outcome = Outcome(step.name, "failed")
+    try:
+        step.prepare()
+        code = _call(step, log, bound, preloaded)
+        outcome.ended = {0: "done", None: "over time"}.get(code, "failed")
+        if code != 0:
+            outcome.said = f"ended after {bound:.0f} s" if code is None else f"code {code}: {_last_line(log)}"
+        outcome.found = step.read()
+    except Exception as error:  # of preparing or reading: no reason to lose the steps that follow
+        if outcome.ended == "done":
+            outcome.ended = "failed"
+        outcome.said = outcome.said or f"{type(error).__name__}: {error}"
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def _call(step: Step, log: Path, bound: float, preloaded: bool) -> int | None:
+    """The exit code of a step, below 0 for a signal; None where it was ended at its bound. None of its group stays."""
+    if (child := os.fork()) == 0:
+        _become(step, log, preloaded)
+    try:
+        until = time.monotonic() + bound
+        while time.monotonic() < until:
+            found, status = os.waitpid(child, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        with suppress(ChildProcessError):  # it was waited for above
+            os.waitpid(child, 0)
+
+
+def _become(step: Step, log: Path, preloaded: bool) -> None:
+    """In the fork: be the step's process. Never returns."""
+    code = 1
+    try:
+        os.setsid()
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        if not preloaded:
+            os.execv(sys.executable, [sys.executable, "-m", step.module, *step.arguments])
+        sys.argv = sys.orig_argv = [step.module, *step.arguments]
+        runpy.run_module(step.module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
