@@ -133,7 +133,9 @@ class Trainer:
                 began = time.monotonic()
                 fetched = self._fetch(batches, step)
                 waited = time.monotonic() - began
-                # Asked after the wait for data: a rank to whom none comes takes part as soon as a signal does.
+                # Asked after the wait for data: a rank to whom none comes takes part as soon as a signal does, so the
+                # answer is needed before anything collective. It takes 0.3 ms between two ranks on one machine, in
+                # which the device is at the optimizer's kernels; asked asynchronously it took no less.
                 if self._stop.agree():
                     self._meter.cut(step)
                     if step != self._saver.last_step:
