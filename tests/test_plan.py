@@ -112,8 +112,10 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000_000))
     model, spec = network
-    engine = SimpleNamespace(module=model, zero_stage=2, precision="bf16", dtype=torch.bfloat16, has_ema=True, groups=[
-        {"name": "decay", "names": ["a", "b"], "lr_scale": 1.0}, {"name": "no_decay", "names": ["c"], "lr_scale": 0.5}])
+    groups = [{"name": "decay", "names": ["a", "b"], "lr_scale": 1.0},
+              {"name": "no_decay", "names": ["c"], "lr_scale": 0.5}]
+    engine = SimpleNamespace(module=model, zero_stage=2, precision="bf16", dtype=torch.bfloat16, has_ema=True,
+                             bucket_bytes=3_000_000, groups=groups)
     plan = plan_of(reader, network)
     given = replace(config(), output=str(tmp_path / "not yet" / "there"))
     what, optim, data, steps, course, memory, disk = describe(given, plan, engine, spec, reader, reader, WORLD)
@@ -130,14 +132,15 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
                     f"{5 * size / 1e9:.3g} GB; 0 GB are there, 2 GB are free")
     half = (count + 1) // 2
     weights, state = 2 * count + 2 * half, (4 + 4 * 3) * half       # two moments and the average
-    assert memory == (f"memory per rank: {(weights + state) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients "
-                      f"+ {state / 1e6:.1f} optimizer and EMA, without activations")
+    assert memory == (f"memory per rank: {(weights + state) / 1e6 + 3:.1f} MB = {weights / 1e6:.1f} weights and "
+                      f"gradients + {state / 1e6:.1f} optimizer and EMA + 3.0 buckets of gradients, without "
+                      "activations")
 
 
 def test_a_disk_that_is_too_small_is_told_and_what_is_there_already_counts(reader, network, tmp_path, monkeypatch):
     model, spec = network
     engine = SimpleNamespace(module=model, zero_stage=0, precision="fp32", dtype=torch.float32, has_ema=False,
-                             groups=[])
+                             bucket_bytes=0, groups=[])
     usage = shutil.disk_usage(tmp_path)
     size = (4 + 4 * 2) * sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * size))

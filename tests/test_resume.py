@@ -182,7 +182,8 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(single):
                  "400 training images in 7 shards, 130 validation images, 10 classes", "tensors per group: decay 10"):
         assert part in plan
     # 475,402 parameters: bf16 weights and gradients, float32 masters, two moments and the average
-    assert "memory per rank: 9.5 MB = 1.9 weights and gradients + 7.6 optimizer and EMA" in plan
+    assert ("memory per rank: 59.5 MB = 1.9 weights and gradients + 7.6 optimizer and EMA + 50.0 buckets of gradients"
+            in plan)
 
 
 def test_a_dry_run_goes_through_the_door_of_the_run_and_tells_where_that_would_go_on(base, single):

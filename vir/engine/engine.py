@@ -94,6 +94,15 @@ class Engine:
         if self.has_ema:
             ema.attach(self._optimizer, self._decay)
 
+    @property
+    def bucket_bytes(self) -> int:
+        """Of the buffers in which ZeRO reduces gradients: two where that overlaps the backward pass of stage 1 or 2."""
+        settings = self.deepspeed
+        if not self.zero_stage or not settings.zero_contiguous_gradients():
+            return 0
+        buffers = 2 if self.zero_stage < 3 and settings.zero_overlap_comm() else 1
+        return int(buffers * settings.zero_reduce_bucket_size() * self.dtype.itemsize)
+
     def _decay(self) -> float:
         """Of the average, at the update that follows."""
         return self._decay_at(self.updates + 1)

@@ -110,8 +110,10 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
            f"{config.train.micro_batch_size} x {world.size} ranks; {len(plan.eval_steps)} evaluations, "
            f"{len(plan.checkpoint_steps)} checkpoints")
     yield _course(plan)
-    yield (f"memory per rank: {(weights + state) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients + "
-           f"{state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}, without activations")
+    buckets = engine.bucket_bytes
+    yield (f"memory per rank: {(weights + state + buckets) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients + "
+           f"{state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}" +
+           (f" + {buckets / 1e6:.1f} buckets of gradients" if buckets else "") + ", without activations")
     yield _disk(config, plan, checkpoint_bytes(parameters, frozen, engine.zero_stage, engine.dtype.itemsize, states))
 
 
