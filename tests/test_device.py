@@ -202,6 +202,31 @@ def test_where_compiling_fails_training_goes_on_after_one_warning(caplog):
     assert len(warnings(caplog)) == 1 and "RuntimeError: Failed to find C compiler." in warnings(caplog)[0]
 
 
+@pytest.mark.parametrize("before, error", [
+    (1, RuntimeError("an illegal access")), (0, torch.OutOfMemoryError("CUDA out of memory")),
+    (0, torch.AcceleratorError("CUDA error: unspecified launch failure"))])
+def test_an_error_of_the_device_is_not_taken_for_one_of_the_compiler(before, error, caplog):
+    calls = []
+
+    def failing(graph, inputs):
+        def run(*inputs):
+            calls.append(1)
+            if len(calls) > before:
+                raise error
+            return graph.forward(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    _, found = compiled(failing, remode="pixel", mixes=True)
+    for _ in range(before):
+        found(*tensors(batch()))
+    for _ in range(2):
+        with pytest.raises(type(error), match=str(error)):
+            found(*tensors(batch()))
+    assert warnings(caplog) == []
+
+
 def test_an_error_that_is_not_of_the_compiler_is_raised():
     _, found = compiled("aot_eager", remode="pixel", mixes=True)
     for _ in range(2):

@@ -179,7 +179,7 @@ class TestFused:
         def do_bench(run, quantiles):
             timed.append(run)
             if full:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise RuntimeError("Triton Error [CUDA]: out of memory")
             return [1 / len(timed)] * 3
 
         tuner = kernels._retention_kernel
@@ -240,12 +240,14 @@ def test_pytorch_takes_over_from_a_kernel_that_fails(monkeypatch, grid):
     assert len(caught) == 1
 
 
-def test_running_out_of_memory_is_no_failure_of_a_kernel(monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("Triton Error [CUDA]: out of memory")], ids=["torch", "triton"])
+def test_running_out_of_memory_is_no_failure_of_a_kernel(error, monkeypatch):
     def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(kernels, "_launch", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match="out of memory"):
         fused_retention(*inputs(4, device="cpu"), retention_decay(HEADS))
     assert "fused" not in kernels._broken
 

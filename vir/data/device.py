@@ -8,7 +8,7 @@ here makes the host wait for the device.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Callable
 
 import torch
@@ -30,8 +30,11 @@ class Preparation:
     def __init__(self, *, model_input: InputSpec, augment: AugmentConfig, smoothing: float, num_classes: int,
                  device: torch.device) -> None:
         self._model_input = model_input
-        function = partial(prepare, remode=augment.remode if augment.reprob else None, mixes=augment.mixes,
-                           smoothing=smoothing, num_classes=num_classes)
+        remode = augment.remode if augment.reprob else None
+
+        def function(*tensors: Tensor) -> tuple[Tensor, Tensor]:  # Dynamo counts the graphs of all partials together
+            return prepare(*tensors, remode=remode, mixes=augment.mixes, smoothing=smoothing, num_classes=num_classes)
+
         self._prepare = Compiled(function) if device.type == "cuda" else function
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -41,22 +44,30 @@ class Preparation:
 
 
 class Compiled:
-    """A function of tensors of fixed shapes, compiled as one graph; itself, after a warning, where that fails."""
+    """A function of tensors of fixed shapes, compiled as one graph; itself, after a warning, where that fails.
+
+    An error after the first success is no failure of the compiler: a run does not go on with other roundings.
+    """
 
     def __init__(self, function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> None:
         self._function = function
         self._chosen: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+        self._is_settled = False
 
     def __call__(self, *tensors: Tensor) -> Any:
-        try:
+        if self._is_settled:
             return self._chosen(*tensors)
+        try:
+            result = self._chosen(*tensors)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except Exception as error:  # of Dynamo, of Triton, or of the C compiler that Triton calls
-            if self._chosen is self._function:
-                raise
             log.warning("torch.compile fails here (%s); batches are prepared without it, milliseconds slower a step",
                         " ".join(str(error).splitlines()[:2]))  # the second one is the cause
             self._chosen = self._function
-            return self._function(*tensors)
+            result = self._function(*tensors)
+        self._is_settled = True
+        return result
 
 
 def prepare(images: Tensor, labels: Tensor, boxes: Tensor, noise: Tensor, lam: Tensor, cut: Tensor, scale: Tensor,

@@ -151,9 +151,15 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed or dtype == torch.float16 else "ieee"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU has no memory left; beside PyTorch's allocator its libraries, Triton and CUDA itself say so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+
+
 def _give_up(name: str, error: Exception) -> None:
     """Warn once. A GPU in an error state stays in it, so PyTorch fails there too and returns no false result."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         raise error
     _broken.add(name)
     warnings.warn(f"the {name} kernel of retention failed and PyTorch's operators take its place in this process, "
@@ -249,7 +255,8 @@ def _launch(
 def _constants(key: int, value: int, dtype: torch.dtype, precision: str) -> dict[str, int | str]:
     """The constants that are compiled into the kernel.
 
-    Exact products of float32 need more registers, wide tiles of float32 more shared memory than the 99 KiB of sm_89.
+    Exact products of float32 need more registers, wide tiles of float32 more shared memory than the 99 KiB of sm_89;
+    with small ones Hopper multiplies TF32 without wgmma. `auto` takes this kernel in half precision only.
     """
     tile = 32 if dtype == torch.float32 and (precision == "ieee" or max(key, value) > 64) else 64
     padded = {"KEY_BLOCK": triton.next_power_of_2(key), "VALUE_BLOCK": triton.next_power_of_2(value)}
@@ -280,7 +287,9 @@ def _time(run: Callable[[], object], quantiles: tuple[float, ...]) -> list[float
     """
     try:
         return triton.testing.do_bench(run, quantiles=quantiles)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return [math.inf] * len(quantiles)
 
 
