@@ -50,3 +50,18 @@ def shards(digits, tmp_path_factory) -> Path:
                     folder, "--name", "digits", "--workers", "2", "--samples-per-shard", "65")
         assert done.returncode == 0, done.stdout
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The device of a process group of one rank, as DeepSpeed wants it."""
+    import deepspeed
+
+    from vir import distributed
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)
+        yield distributed.start().device
+        deepspeed.comm.destroy_process_group()  # with what DeepSpeed remembers of it

@@ -9,7 +9,6 @@ from timm.layers import DropPath
 from torch import nn
 
 import vir.models  # noqa: F401  registers the models
-from vir import distributed
 from vir.engine import blocks
 from vir.errors import SettingsError
 from vir.models.build import freeze
@@ -132,17 +131,6 @@ def test_at_the_ends_timms_stays(rate, left):
 
 
 # ---- ZeRO 3 by block
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """The device of a process group of one rank, as DeepSpeed wants it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
-        yield distributed.start().device
-        distributed.stop()
 
 
 class Depthwise(nn.Module):

@@ -57,12 +57,11 @@ def deepspeeds_keys():
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero import offload_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 
     models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
               "offload_param": offload_config.DeepSpeedZeroOffloadParamConfig,
               "offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
-              "leaf_module": DeepSpeedZeroLeafModuleConfig, "tensorboard": TensorBoardConfig, "wandb": WandbConfig,
+              "tensorboard": TensorBoardConfig, "wandb": WandbConfig,
               "csv_monitor": CSVConfig, "comet": CometConfig, "comms_logger": CommsLoggerConfig}
     found = {block: {field.alias or name for name, field in model.model_fields.items()}
              for block, model in models.items()}
@@ -252,6 +251,16 @@ def test_complete_adds_the_numbers_of_the_run_and_keeps_the_rest():
     assert given == {"zero_optimization": {"stage": 2}}
     timed = {"timers": {"throughput": {"enabled": True}}}
     assert ds_config.complete(timed, run, 3)["timers"] == timed["timers"]  # who asks for it pays for it
+
+
+@pytest.mark.parametrize("stage, batch, overlaps", [(2, 48, True), (2, 24, False), (1, 24, False), (3, 24, True)])
+def test_one_rank_overlaps_no_reduction_in_stages_1_and_2(stage, batch, overlaps):
+    given = {"zero_optimization": {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 3000}}
+    run = RunConfig(deepspeed_config="d", output="o", data=DataConfig(train="t", val="v"),
+                    train=TrainConfig(global_batch_size=batch, micro_batch_size=8))
+    assert ds_config.complete(given, run, 3)["zero_optimization"] == {**given["zero_optimization"],
+                                                                      "overlap_comm": overlaps}
+    assert given["zero_optimization"]["overlap_comm"]
 
 
 def completed(config, **fields):

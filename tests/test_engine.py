@@ -98,6 +98,8 @@ OPTIONS = {
     "offload z3": (3, "bf16", 1, {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, {}),
     "gradients in float32 z2": (2, "bf16", 4, {}, {"data_types": {"grad_accum_dtype": "fp32"}}),
     "gradients in float32 z3": (3, "bf16", 4, {}, {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "overlap z1": (1, "fp32", 4, {"overlap_comm": True, "reduce_bucket_size": 3000}, {}),
+    "overlap z2": (2, "bf16", 4, {"overlap_comm": True, "reduce_bucket_size": 3000}, {}),
     "hpZ": (3, "fp32", 1, {"zero_hpz_partition_size": 2}, {}),
     "nothing stays gathered": (3, "fp32", 4, {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
                                               "stage3_param_persistence_threshold": 0}, {}),

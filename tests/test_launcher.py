@@ -98,13 +98,15 @@ def test_the_first_host_of_a_compressed_list(nodes, first):
 
 @pytest.mark.parametrize("said, cores", [
     ({}, 16), ({"LOCAL_WORLD_SIZE": "4"}, 4), ({"LOCAL_SIZE": "3"}, 5), ({"LOCAL_WORLD_SIZE": "64"}, 1),
-    ({"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "16"}, 16),  # srun has bound each task to its own
-    ({"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "64"}, 16),
+    ({"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "16", "VIR_RUN_ID": "slurm-7.0"}, 16),  # srun has bound each task
+    ({"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_PER_TASK": "64", "VIR_RUN_ID": "slurm-7.0"}, 16),
+    ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "64"}, 4),  # the task is a torchrun, which has four ranks
+    ({"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8"}, 2),
     ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": ""}, 8),
 ])
 def test_the_cores_of_a_rank(environment, monkeypatch, said, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_CPUS_PER_TASK"):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_CPUS_PER_TASK", "VIR_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in said.items():
         monkeypatch.setenv(name, value)

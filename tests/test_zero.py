@@ -1,7 +1,6 @@
 """What a step does with one number that is not finite, and what it asks of the device, in each layout of DeepSpeed."""
 
 import math
-from typing import Iterator
 
 import pytest
 import torch
@@ -19,22 +18,8 @@ MOST = {0: (10, 4), 1: (4, 3), 2: (4, 3), 3: (4, 2)}
 """By stage: the most operators per parameter that a step launches, and the most waits.
 
 DeepSpeed's own search for numbers that are not finite takes 12 operators more and, without ZeRO, a wait per parameter.
-In stages 1 and 2 one wait is for the device; the others read the norm again, which lies in the host's memory by then.
+In stages 1 and 2 one of these is for the device; the others read the norm again, which lies in the host's memory then.
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    from vir import distributed
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        distributed.start()
-        yield
-        distributed.stop()
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
 
 
 class Trial:
@@ -75,7 +60,7 @@ class Trial:
 
 
 @pytest.fixture
-def trial(request, tmp_path, monkeypatch):
+def trial(request, tmp_path, monkeypatch, alone):
     trial = Trial(tmp_path, monkeypatch, **request.param)
     yield trial
     trial.engine.close()

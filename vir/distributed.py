@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
+import struct
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +41,9 @@ TIMEOUT = timedelta(hours=1)
 
 DRIVER = Path("/proc/driver/nvidia/version")
 """Where an NVIDIA driver tells its version."""
+
+_SIOCGIFADDR = 0x8915
+"""The request for an interface's address (netdevice(7))."""
 
 _server: Store | None = None
 """Keeps serving while it is referred to."""
@@ -132,7 +138,17 @@ def check_driver(driver: Path = DRIVER, devices: Path = Path("/dev")) -> None:
                             f"for CUDA {built}; install a newer driver (nvidia-smi shows the newest CUDA that one "
                             "runs), or a wheel of torch for an older CUDA" if built else
                             "without CUDA; install a wheel of torch with CUDA") +
-                        " (https://pytorch.org/get-started), or give --device cpu to compute on the CPU")
+                        " (https://pytorch.org/get-started), or give --device cpu to compute on the CPU; torch says: "
+                        + _why_there_is_no_cuda())
+
+
+def _why_there_is_no_cuda() -> str:
+    """In torch's words, which also tell other causes than the driver: no right to the devices, a missing service."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "nothing"
 
 
 def gpu_of(place: Place) -> torch.device:
@@ -187,9 +203,14 @@ def interface_of(said: str, interfaces: Sequence[str]) -> str | None:
 
 
 def _interfaces() -> list[str]:
-    """The network interfaces of this machine that are not down."""
-    states = ((name, Path("/sys/class/net", name, "operstate")) for _, name in socket.if_nameindex())
-    return [name for name, state in states if state.is_file() and state.read_text().strip() != "down"]
+    """The network interfaces of this machine that have an address (IPv4): without one gloo cannot begin."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found.append(name)
+    return found
 
 
 def stop() -> None:

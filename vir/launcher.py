@@ -79,7 +79,11 @@ def cores() -> int:
     """How many cores this process may use: its share of those of its machine, or what srun has given it alone."""
     allowed = len(os.sched_getaffinity(0))
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(allowed, int(given)) if given.isdigit() and int(given) else max(1, allowed // local_size())
+    if given.isdigit() and int(given):
+        allowed = min(allowed, int(given))
+        if _RUN in os.environ:  # this process is the task; under a launcher that srun has started it shares them
+            return allowed
+    return max(1, allowed // local_size())
 
 
 def threads_are_said() -> bool:

@@ -33,14 +33,12 @@ KNOWN: dict[str, set[str] | None] = {
         "allgather_partitions", "allgather_bucket_size", "overlap_comm", "offload_param", "offload_optimizer",
         "sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
         "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
-        "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
+        "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential",
         "stage3_gather_16bit_weights_on_model_save", "ignore_unused_parameters", "zero_hpz_partition_size",
         "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
-        "memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks",
-        "leaf_module"},
+        "memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"},
     "offload_param": {"device", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"},
     "offload_optimizer": {"device", "buffer_count", "pin_memory", "fast_init"},
-    "leaf_module": {"classes", "names", "name_suffixes"},
     "bf16": {"enabled", "check_grad_overflow", "immediate_grad_update"},
     "fp16": {"enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
              "consecutive_hysteresis", "min_loss_scale"},
@@ -58,13 +56,15 @@ KNOWN: dict[str, set[str] | None] = {
     "wall_clock_breakdown": None, "memory_breakdown": None, "steps_per_print": None, "dump_state": None,
     "disable_python_gc": None,
 }
-_NESTED = {"offload_param", "offload_optimizer", "leaf_module", "throughput"}
+_NESTED = {"offload_param", "offload_optimizer", "throughput"}
 
 # What DeepSpeed knows, but what would train otherwise than promised, or leave checkpoints that nothing here reads.
 REFUSED = {
     "zero_optimization": {
         "elastic_checkpoint": "its checkpoints have another layout; any number of ranks resumes without it",
         "load_from_fp32_weights": "weights always resume from float32",
+        "leaf_module": "the weights of each block are gathered at once already",
+        "stage3_module_granularity_threshold": "the weights of each block are gathered at once already",
         "round_robin_gradients": "it orders the weights in a checkpoint otherwise",
         "parameter_alignment": "it orders the weights in a checkpoint otherwise",
         "compute_grad_norm": "clipping and the log need the norm",
@@ -282,9 +282,13 @@ def shipped_in_fp32(config: dict[str, Any]) -> str:
 def complete(config: dict[str, Any], run: RunConfig, accumulation: int) -> dict[str, Any]:
     """The dict handed to DeepSpeed: `config` with batch sizes, accumulation and clipping of the run.
 
-    Its throughput timer, which waits for the device twice per micro-batch, is off unless `config` asks for it.
+    Its throughput timer, which waits for the device twice per micro-batch, is off unless `config` asks for it. On one
+    rank ZeRO 1 and 2 have nothing to overlap, and would take a second bucket and wait after each backward pass.
     What DeepSpeed writes goes into the run folder; in a run that writes nothing its monitors and its profiler are off.
     """
+    zero = config.get("zero_optimization", {})
+    if run.train.global_batch_size == run.train.micro_batch_size * accumulation and zero.get("overlap_comm"):
+        config = {**config, "zero_optimization": {**zero, "overlap_comm": zero_stage(config) == 3}}
     return {
         "timers": {"throughput": {"enabled": False}},
         **config, **_written(config, run),

@@ -58,8 +58,9 @@ class Layout(ABC):
     def step(self) -> bool:
         """Apply the gradients of a global batch where they are finite, and tell whether they were. Collective.
 
-        The host waits for the device here, to read the norm: once, and without ZeRO in low precision twice for each
-        group of parameters. It waits nowhere else in a step.
+        The host waits for the device here, to learn of the norm: in each stage once for the number, in ZeRO 1 and 2 and
+        without ZeRO in low precision also for a few constants that DeepSpeed puts on the device for each group of
+        parameters. Beside that it waits at the end of a backward pass, in ZeRO 3 and where overlap_comm is set.
         """
         self.deepspeed.step()
         return bool(self.deepspeed.was_step_applied())
