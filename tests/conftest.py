@@ -12,9 +12,10 @@ from support.launchers import call
 
 def pytest_configure(config):
     """`pytest -m gpu` runs the tests marked so. All others are about CPUs, and compute there on every machine: they
-    start more ranks than there may be GPUs, and expect the bits of a CPU."""
+    start more ranks than there may be GPUs, and expect the bits of a CPU. DeepSpeed's launcher gives its ranks GPUs of
+    their own, but leaves them DS_ACCELERATOR."""
     if not config.option.markexpr.startswith("gpu"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
 def pytest_collection_modifyitems(items):

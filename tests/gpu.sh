@@ -3,26 +3,34 @@
 #
 #   bash tests/gpu.sh [--minutes 25] [--output runs/gpu] [--rehearse]
 #
-# Where this project's dependencies are installed in $PYTHON (default python3), they are used. Else .venv is made: from
-# ./wheels without a network where that folder is there, beside what $PYTHON has (a torch of the machine, say), or by
-# launch/setup.sh. The folder is made elsewhere, by the same version of Python:
+# --output gets gpu.md, gpu.json, logs, runs and a trace; all are kept whatever becomes of the later steps. The same
+# command again goes on: it does the steps that are not done. So, where a command may take 10 minutes: --minutes 9,
+# three times. --rehearse does every step on CPU at the smallest size, in about two minutes.
 #
-#   pip wheel --wheel-dir wheels ".[test,gpu]" "setuptools>=68"
+# $PYTHON (default python3) is used where it has all modules that are needed; one line names those that it lacks. These
+# are then installed, with a network into .venv by launch/setup.sh, without one from ./wheels into build/gpu-site, which
+# is put before what $PYTHON has. So the folder must hold no more than is lacking, and no torch. It is made elsewhere by
+# the same version of Python, of the packages that the hour needs beside torch and what comes with it:
 #
-# --rehearse does every step on CPU at the smallest size, in about two minutes. --output gets gpu.md, gpu.json, logs,
-# runs and a trace; all are kept whatever becomes of the later steps.
+#   pip wheel --no-deps --wheel-dir wheels deepspeed einops hjson msgpack ninja psutil py-cpuinfo pydantic \
+#     pydantic-core annotated-types typing-inspection timm huggingface-hub accelerate safetensors webdataset \
+#     braceexpand jsonargparse docstring-parser typeshed-client tensorboard absl-py grpcio markdown protobuf \
+#     tensorboard-data-server werkzeug matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six \
+#     mlxtend pytest iniconfig pluggy pytest-timeout numpy packaging pillow pyyaml torchvision tqdm setuptools fla-core
+#
+# without those that the machine has. torchvision must be of the machine's torch. Without fla-core, which needs torch
+# and triton, one row of the operator is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-if ! "$python" -c 'import deepspeed, jsonargparse, mlxtend, pytest, pytest_timeout, timm, torchvision, webdataset' 2>/dev/null; then
+export PYTHONPATH="$PWD:$PWD/tests:$PWD/build/gpu-site${PYTHONPATH:+:$PYTHONPATH}"
+if ! "$python" -m support.gpu_hour.modules; then
   if [ -d wheels ]; then
-    "$python" -m venv --system-site-packages .venv
-    .venv/bin/python -m pip install --quiet --no-index --find-links wheels --editable ".[test,gpu]"
-    export PATH="$PWD/.venv/bin:$PATH"
+    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target build/gpu-site wheels/*.whl
+    "$python" -m support.gpu_hour.modules || exit 2
   else
     source launch/setup.sh test,gpu
+    python=.venv/bin/python
   fi
-  python=.venv/bin/python
 fi
-export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m support.gpu_hour "$@"

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from support.faults import GONE_WITHIN, members, ranks_of
-from support.launchers import ROOT, TINY, free_port, remove_shared_memory
+from support.launchers import DEEPSPEED, ROOT, TINY, free_port, remove_shared_memory
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
 from vir.checkpoints.store import select
@@ -62,7 +62,7 @@ class Trouble(Exception):
 def training_command(shards: Path, deepspeed_config: Path, steps: int, output: Path, port: str) -> list[str]:
     """The launcher and a run of so many short steps with every kind of randomness on."""
     per_step = BATCH / len(read_index(shards / "train"))
-    return [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(RANKS), "--master_port",
+    return [*DEEPSPEED, "--num_accelerators", str(RANKS), "--master_port",
             port, "--module", "vir.train", *TINY, "--data.train", str(shards / "train"), "--data.val",
             str(shards / "val"), "--output", str(output), "--deepspeed_config", str(deepspeed_config),
             "--model.drop_path_rate", "0.1", "--train.epochs", str(steps * per_step),

@@ -97,17 +97,30 @@ def test_runs_beyond_the_limits_are_told_and_left_out():
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), torch.AcceleratorError("an illegal memory access"),
     RuntimeError("CUDA error: an illegal memory access was encountered")], ids=repr)
-def test_only_a_lack_of_memory_is_told_as_one(error):
+def test_only_a_lack_of_memory_is_told_as_one_and_no_failure_keeps_the_other_rows_back(error):
     def run():
         raise error
 
     watch = Stopwatch(Limits(rounds=0), torch.device("cpu"))
-    point = dict(size=1, batch=1, dtype="fp32")
-    if "illegal" in str(error):
-        with pytest.raises(RuntimeError, match="illegal memory access"):
-            list(watch.results({"row": run}, "forward", **point))
-    else:
-        assert [result.failed for result in watch.results({"row": run}, "forward", **point)] == ["out of memory"]
+    bad, good = watch.results({"bad": run, "good": lambda: None}, "forward", size=1, batch=1, dtype="fp32")
+    assert bad.failed == (f"failed: {error}" if "illegal" in str(error) else "out of memory") and bad.ms is None
+    assert good.failed is None and good.ms > 0
+
+
+def test_a_kernel_that_is_not_there_is_told_in_its_row_and_replaced_by_nothing():
+    printed = run("operator", "--sizes", 17, "--batch-size", 1, "--dtypes", "fp32", "--passes", "forward",
+                  "--rounds", 0, "--rows", "fla", "2-D fused", "fused", "auto")
+    table = {row["row"]: row["ms (quartiles)"] for row in rows_of(printed)}
+    assert table["fla"] == "failed: flash-linear-attention is not installed, or does not support this"
+    assert table["fused"] == table["2-D fused"] == "failed: the fused kernel does not support this"
+    assert float(table["auto"].split()[0]) > 0
+
+
+def test_what_was_measured_before_an_error_is_kept(tmp_path, main):
+    assert main(["model", "--sizes", "32", "33", "--batch-size", "1", "--rounds", "0", "--dtypes", "fp32", "--passes",
+                 "forward", "--rows", "auto", "--model-args", '{"depth": 1}', "--output", str(tmp_path)]) == 2
+    results = json.loads((tmp_path / "model.json").read_text())["results"]
+    assert [result["size"] for result in results] == [32]
 
 
 def test_the_free_mixer_mixes_nothing():

@@ -1,6 +1,8 @@
 """tests/gpu.sh without a GPU: each step of its hour is rehearsed; one that fails or hangs does not end the others."""
 
+import gzip
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from support.gpu_hour.driver import Step, run
+from support.gpu_hour.modules import missing
 from support.gpu_hour.page import NONE, page
-from support.gpu_hour.steps import FULL, Hour
+from support.gpu_hour.steps import FULL, REHEARSAL, Hour
 from support.launchers import HANGS, ROOT, call
 
 PRINTS = ["-n", "1", "-r", "1", "print('here')"]
-HANGS_WITH_A_CHILD = ["-n", "1", "-r", "1", "import subprocess, sys; subprocess.run([sys.executable, '-c', "
-                      "'import time; time.sleep(1000 + 0.125)'])"]
+HANGS_WITH_CHILDREN = ["-n", "1", "-r", "1", "import subprocess, sys; words = [sys.executable, '-c', "
+                       "'import time; time.sleep(1000 + 0.125)']; subprocess.Popen(words, start_new_session=True); "
+                       "subprocess.run(words)"]
 
 
 def step(name, arguments=PRINTS, seconds=5.0, **more):
@@ -29,7 +33,7 @@ def fail():
 def test_whatever_becomes_of_a_step_the_others_are_run_and_kept(tmp_path):
     reports = []
     steps = [step("good", read=lambda: {"found": 1}), step("bad", ["-n", "none"], read=lambda: {"partly": 2}),
-             step("hangs", HANGS_WITH_A_CHILD, 0.7), step("dies", ["-n", "1", "import os; os.kill(os.getpid(), 9)"]),
+             step("hangs", HANGS_WITH_CHILDREN, 0.7), step("dies", ["-n", "1", "import os; os.kill(os.getpid(), 9)"]),
              step("unread", read=fail), step("unprepared", prepare=fail), step("too long", seconds=1000),
              step("in/a folder", read=lambda: {"found": 3})]
     began = time.monotonic()
@@ -46,7 +50,36 @@ def test_whatever_becomes_of_a_step_the_others_are_run_and_kept(tmp_path):
     assert reports == list(range(1, len(steps) + 1))
     assert "here" in (tmp_path / "in" / "a folder.log").read_text()
     processes = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not any(b"1000 + 0.125" in words for words in processes)  # nor does a process of its stay
+    assert not any(b"1000 + 0.125" in words for words in processes)  # nor does a process of its stay, in any session
+
+
+def test_a_second_call_does_what_is_not_done_and_keeps_the_rest(tmp_path):
+    reports, bad = [], ["-n", "none"]
+    first = run([step("one", read=lambda: {"found": 1}), step("two", bad), step("three"), step("four", seconds=1000)],
+                tmp_path, 60, lambda _: None)
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / "file").touch()
+    (tmp_path / "one.log").unlink()
+    second = run([step("one", bad), step("two", read=lambda: {"found": 2}, leaves=tmp_path / "left"),
+                  step("three", bad), step("four")], tmp_path, 60, reports.append, first)
+    assert [(one.name, one.ended, one.found) for one in second] == [
+        ("one", "done", {"found": 1}), ("two", "done", {"found": 2}), ("three", "done", {}), ("four", "done", {})]
+    assert [[one.ended for one in so_far] for so_far in reports] == [
+        ["done", "done", "done", "left out"], ["done"] * 4]
+    assert not (tmp_path / "one.log").exists() and not (tmp_path / "left").exists()
+
+
+def test_tests_that_take_too_long_leave_their_file(tmp_path):
+    """The session ends by its own bound, before the step does."""
+    (tmp_path / "test_slow.py").write_text("import pytest, time\n@pytest.mark.parametrize('n', range(90))\n"
+                                           "def test_slow(n): time.sleep(1)\n")
+    file = tmp_path / "tests.xml"
+    words = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", f"--junitxml={file}", str(tmp_path)]
+    one = Step(name="tests", module="pytest", seconds=6, bound_flag="--session-timeout", arguments=words,
+               read=lambda: {"text": file.read_text()})
+    (outcome,) = run([one], tmp_path, 60, lambda _: None)
+    assert outcome.ended == "failed" and outcome.seconds < 17
+    assert 1 <= outcome.found["text"].count("<testcase") < 17
 
 
 def test_a_page_of_nothing_and_of_failures_has_its_tables():
@@ -62,10 +95,32 @@ def test_the_hour_fits_into_its_minutes_and_names_no_step_twice(tmp_path):
     assert [one.name for one in steps[:2]] == ["environment", "tests"]
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path):
-    (tmp_path / "gpu.json").touch()
-    done = call("bash", "tests/gpu.sh", "--output", tmp_path, PYTHON=sys.executable)
-    assert done.returncode == 2 and f"--output {tmp_path} is not empty; give another folder" in done.stdout
+def hour(*arguments, **environment):
+    """tests/gpu.sh behind its look for modules."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    return call(sys.executable, "-m", "support.gpu_hour", *arguments, PYTHONPATH=paths, **environment)
+
+
+@pytest.mark.parametrize("file, content", [("mine.txt", ""), ("gpu.json", '{"rehearsal": true}')])
+def test_a_folder_with_something_else_in_it_is_refused(file, content, tmp_path):
+    (tmp_path / file).write_text(content)
+    done = hour("--output", tmp_path)
+    said = f"--output {tmp_path} is not empty and has no gpu.json of such an hour; give another folder"
+    assert done.returncode == 2 and said in done.stdout
+
+
+def test_without_a_gpu_it_says_so_at_once(tmp_path):
+    done = hour("--output", tmp_path / "new", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "no CUDA device: give --rehearse" in done.stdout
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_missing_is_named_with_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "needs_more.py").write_text("import quite_absent\n")
+    (tmp_path / "of_another_torch.py").write_text("raise OSError('undefined\\nsymbol')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert missing(("json", "absent", "needs_more", "of_another_torch")) == [
+        "absent", "needs_more (No module named 'quite_absent')", "of_another_torch (undefined symbol)"]
 
 
 def test_it_is_valid_bash():
@@ -79,11 +134,11 @@ def test_every_step_of_the_hour_is_rehearsed(tmp_path):
     done = call("bash", "tests/gpu.sh", "--rehearse", "--output", folder, timeout=HANGS, PYTHON=sys.executable)
     report = json.loads((folder / "gpu.json").read_text())
     ended = {one["name"]: (one["ended"], one["said"]) for one in report["steps"]}
-    assert ended == {one.name: ("done", "") for one in Hour(tmp_path, FULL).steps()}, done.stdout[-4000:]
+    assert ended == {one.name: ("done", "") for one in Hour(tmp_path, REHEARSAL).steps()}, done.stdout[-4000:]
     assert done.returncode == 0 and report["rehearsal"]
 
     found = {one["name"]: one["found"] for one in report["steps"]}
-    assert found["resume/compared"] == {"steps": 4, "steps with other losses": [], "other weights": [],
+    assert found["resume/compared"] == {"steps after the resume": 2, "steps with other losses": [], "other weights": [],
                                         "other averages": []}
     on_cpu = found["digits on CPU/zero0_fp32"]["losses"]
     assert found["digits/zero0_fp32"]["losses"] == on_cpu and len(on_cpu) == 3  # here the same device
@@ -91,9 +146,10 @@ def test_every_step_of_the_hour_is_rehearsed(tmp_path):
         losses = found[f"digits/{config}"]["losses"]
         assert losses != on_cpu and list(losses.values()) == pytest.approx(list(on_cpu.values()), rel=2e-2)
     assert found["tests"].keys() == {"skipped", "not passed"}
-    assert Path(found["profile"]["trace"]).is_file()
-    assert {row["row"] for row in found["operator"]["results"]} >= {"sdpa", "auto", "2-D auto"}
-    assert not list((folder / "step time").rglob("checkpoints"))
+    assert "traceEvents" in json.loads(gzip.decompress(Path(found["profile"]["trace"]).read_bytes()))
+    assert not (folder / "profile" / "profile" / "rank00000.json").exists()
+    assert {row["row"] for row in found["operator/17"]["results"]} >= {"sdpa", "auto", "2-D auto"}
+    assert not list((folder / "step time").rglob("checkpoints")) and not (folder / "profile" / "checkpoints").exists()
 
     text = (folder / "gpu.md").read_text()
     tables = text.split("## Digits")[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.launchers import call, free_port
+from support.launchers import ACCELERATE, call, free_port
 from vir import launcher
 from vir.data.loader import processes_for
 from vir.errors import SettingsError
@@ -139,8 +139,8 @@ def test_accelerate_that_starts_one_process_instead_of_two_is_told_with_the_comm
                       "tell_of_missing_processes('vir.evaluate')\nprint('ran')\n")
 
     def said(*options):
-        done = call(Path(sys.executable).parent / "accelerate", "launch", *options, "--mixed_precision", "no",
-                    "--main_process_port", free_port(), script, CUDA_VISIBLE_DEVICES="", timeout=600)
+        done = call(*ACCELERATE, *options, "--mixed_precision", "no", "--main_process_port", free_port(), script,
+                    CUDA_VISIBLE_DEVICES="", timeout=600)
         assert done.returncode == 0, done.stdout
         return done.stdout.count("ran\n"), [line for line in done.stdout.splitlines() if "vir.evaluate" in line]
 
@@ -159,6 +159,23 @@ def test_only_a_process_of_accelerate_alone_that_was_to_have_others_is_told(numb
     child = f"{sys.executable} -c 'from vir.launcher import tell_of_missing_processes as tell; tell(\"m\")'; true"
     done = call("sh", "-c", child, "--num_processes", number, **environment)
     assert done.returncode == 0 and ("m: accelerate was asked for 2" in done.stdout) == is_told, done.stdout
+
+
+@pytest.mark.parametrize("device, variable, wanted", [
+    ("auto", None, False), ("auto", "cuda", False), ("auto", "cpu", True), ("cpu", None, True), ("cpu", "cuda", True)])
+def test_the_cpu_is_asked_for_by_the_flag_or_by_deepspeeds_variable(device, variable, wanted, monkeypatch):
+    if variable is None:
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    else:
+        monkeypatch.setenv("DS_ACCELERATOR", variable)
+    assert launcher.wants_cpu(device) is wanted
+
+
+def test_deepspeeds_variable_hides_from_its_ranks_the_gpus_that_its_launcher_shows_them():
+    done = call(sys.executable, "-c", "import os\nfrom vir import distributed\ndistributed.start()\n"
+                "print(os.environ['CUDA_VISIBLE_DEVICES'])\ndistributed.stop()",
+                CUDA_VISIBLE_DEVICES="0,1", DS_ACCELERATOR="cpu")
+    assert done.stdout.splitlines()[-1] == "-1", done.stdout
 
 
 def test_hidden_gpus_are_hidden_from_torch_and_deepspeed():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.launchers import HANGS, ROOT, free_port, remove_shared_memory
+from support.launchers import DEEPSPEED, HANGS, ROOT, TORCHRUN, free_port, remove_shared_memory
 from support.terminal import Terminal
 from support.tiny_runs import BATCH, alone, command, epochs, launch, train_events, weights
 from vir.checkpoints.info import newest, read_info, verify
@@ -348,15 +348,12 @@ def end(process: subprocess.Popen) -> str:
             pass
 
 
-DEEPSPEED = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2"]
-TORCHRUN = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2"]
-
-
-@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", [[*DEEPSPEED, "--num_accelerators", "2", "--module"],
+                                      [*TORCHRUN, "--nproc_per_node", "2", "-m"]], ids=["deepspeed", "torchrun"])
 def test_ctrl_c_saves_once_on_all_ranks(launcher, shards, tmp_path):
     """All processes get it; deepspeed then sends a SIGTERM to rank after rank, torchrun a second SIGINT to all."""
     port = free_port()
-    words = [*launcher, "--master_port", port, *(["--module"] if launcher is DEEPSPEED else ["-m"]), "vir.train"]
+    words = [*launcher[:-1], "--master_port", port, launcher[-1], "vir.train"]
     run = tmp_path / "run"
     with Terminal(*words, *command(shards, run, "zero2_fp32", steps=2000, every=2000), OMP_NUM_THREADS="1") as terminal:
         wait_for(run, "train", 2, terminal.process)

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import vir.models
-from support.launchers import HANGS, ROOT, call, deepspeed, free_port, torchrun
+from support.launchers import ACCELERATE, HANGS, ROOT, TORCHRUN, call, deepspeed, free_port, torchrun
 from support.tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
@@ -156,11 +156,9 @@ def test_weights_evaluate_to_what_training_saw_under_python_torchrun_and_acceler
     consolidate(run, tmp_path / "w.safetensors")
     consolidate(run, tmp_path / "ema.safetensors", ema=True)
     call_python = (sys.executable, "-m", "vir.evaluate")
-    call_torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
-                     "vir.evaluate")
-    call_accelerate = (Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2",
-                       "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                       "--main_process_port", free_port(), "-m", "vir.evaluate")
+    call_torchrun = (*TORCHRUN, "--standalone", "--nproc_per_node", "2", "-m", "vir.evaluate")
+    call_accelerate = (*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+                       "no", "--dynamo_backend", "no", "--main_process_port", free_port(), "-m", "vir.evaluate")
     results = []
     for start, name in ((call_python, "w"), (call_torchrun, "w"), (call_accelerate, "ema")):
         done = call(*start, "--weights", tmp_path / f"{name}.safetensors", "--data", shards / "val", "--workers", "1",

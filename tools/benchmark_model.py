@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
                              "or pixels of an image side (default 224 512 1024)")
     parser.add_argument("--rows", nargs="+", metavar="ROW",
                         help="model: vit, auto, parallel, chunkwise, recurrent, 'free mixer' (retention that returns "
-                             "v), stream; operator: sdpa, auto, parallel, chunkwise, recurrent, '2-D auto', …; "
-                             "default: all but recurrent")
+                             "v), stream; operator: sdpa, auto, parallel, chunkwise, recurrent, '2-D auto', …, and "
+                             "on GPUs fused, fla, '2-D fused'; default: all but recurrent")
     parser.add_argument("--dtypes", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"],
                         help="of weights and inputs (default fp32 bf16)")
     parser.add_argument("--passes", nargs="+", choices=("forward", "training"), default=["forward", "training"],

@@ -98,6 +98,8 @@ def start() -> World:
         SettingsError: the launcher has said only a part of what is needed, or rank 0's port is taken.
     """
     place = launcher.adopt()
+    if launcher.wants_cpu():
+        launcher.hide_gpus()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
                         ("MASTER_PORT", "0")):
         os.environ.setdefault(name, value)  # DeepSpeed reads them

@@ -58,7 +58,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(sys.argv[1:] if argv is None else argv)
     launcher.tell_of_missing_processes("vir.evaluate")
-    if args.device == "cpu":
+    if launcher.wants_cpu(args.device):
         launcher.hide_gpus()
     try:
         return _evaluate(args)
@@ -92,7 +92,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if hasattr(model, "set_retention_mode"):
         getattr(model, "set_retention_mode")(args.mode)
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
-    state = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
     distributed.share_cores()
     _check_json(args.json, state)
     model.to(state.device)

@@ -93,6 +93,12 @@ def threads_are_said() -> bool:
     return said not in (None, unsaid)
 
 
+def wants_cpu(device: str = "auto") -> bool:
+    """Whether to compute on CPU: by --device, or by DeepSpeed's own variable, which its launcher hands on to all ranks
+    where it sets CUDA_VISIBLE_DEVICES anew."""
+    return device == "cpu" or os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
 def hide_gpus() -> None:
     """Let this process and its children compute on CPU, whatever GPUs there are. Before torch or deepspeed look.
 

@@ -45,7 +45,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
     heartbeat, at_the_door = None, True
     try:
         config = parse(argv)  # before torch is imported: a wrong flag is told at once
-        if config.device == "cpu":
+        if launcher.wants_cpu(config.device):
             launcher.hide_gpus()
         heartbeat = _start_heartbeat(place, config.train.rank_timeout)
         from vir.training.prepare import prepare

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from support.launchers import HANGS, ROOT, free_port, remove_shared_memory
+from support.launchers import DEEPSPEED, HANGS, ROOT, TORCHRUN, free_port, remove_shared_memory
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, METRICS
 
@@ -60,13 +60,11 @@ class Ranks:
         self._environment = {**own, "OMP_NUM_THREADS": "1", **environment}
         self._port = port
         self.logs, self.processes = [], []
-        bin = Path(sys.executable).parent
         if launcher == "torchrun":
-            self._start(log, [bin / "torchrun", "--nproc_per_node", "2", "--master_port", port, "-m", "vir.train",
-                              *arguments])
+            self._start(log, [*TORCHRUN, "--nproc_per_node", "2", "--master_port", port, "-m", "vir.train", *arguments])
         elif launcher == "deepspeed":
-            self._start(log, [bin / "deepspeed", "--num_accelerators", "2", "--master_port", port, "--module",
-                              "vir.train", *arguments])
+            self._start(log, [*DEEPSPEED, "--num_accelerators", "2", "--master_port", port, "--module", "vir.train",
+                              *arguments])
         else:
             for rank in "01":
                 self._start(log.with_name(f"{log.name}-rank{rank}"), [sys.executable, *program, *arguments], {

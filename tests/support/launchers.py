@@ -16,6 +16,11 @@ TINY = ["--model.name", "vir_tiny_patch16_224", "--model.img_size", "28", "--dat
         "--model.args", "{patch_size: 14, embed_dim: 128, depth: 2, num_heads: 2}"]
 
 
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+"""The launchers as modules: their scripts need not be beside this Python, nor be of this Python."""
+
 HANGS = 1500
 """Seconds after which a launch counts as hanging: many times what it takes on a slow machine with other work."""
 
@@ -47,15 +52,13 @@ def call(*command, timeout: int = 240, **environment: str) -> subprocess.Complet
 def deepspeed(*arguments, ranks: int = 2) -> subprocess.CompletedProcess:
     """The deepspeed launcher on local ranks."""
     port = free_port()
-    return _launch(port, Path(sys.executable).parent / "deepspeed", "--num_accelerators", ranks, "--master_port", port,
-                   *arguments)
+    return _launch(port, *DEEPSPEED, "--num_accelerators", ranks, "--master_port", port, *arguments)
 
 
 def torchrun(*arguments, ranks: int = 2) -> subprocess.CompletedProcess:
     """torchrun on local ranks; it starts in a third of the other's time, for it imports no deepspeed."""
     port = free_port()
-    return _launch(port, Path(sys.executable).parent / "torchrun", "--nproc_per_node", ranks, "--master_port", port,
-                   *arguments)
+    return _launch(port, *TORCHRUN, "--nproc_per_node", ranks, "--master_port", port, *arguments)
 
 
 def _launch(port: str, *command) -> subprocess.CompletedProcess:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ from vir.benchmarks.results import Result
 from vir.benchmarks.stopwatch import Limits, Stopwatch, check_device, machine
 from vir.benchmarks.tables import model_table
 from vir.errors import DataError, SettingsError
+from vir.files import replace_text
 from vir.models import RETENTION_MODES, VisionRetention, retain, retention_decay
 from vir.models.block import Block, Retention
 from vir.models.build import create
+from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
 from vir.models.weights import DTYPES
 
 MODEL_ROWS = ("vit", *RETENTION_MODES, "free mixer", "stream")
-OPERATOR_ROWS = ("sdpa", *RETENTION_MODES, *(f"2-D {mode}" for mode in RETENTION_MODES))
+KERNEL_ROWS = ("fused", "fla", "2-D fused")
+"""Each kernel at all sizes; `auto` takes one of them, or none."""
+OPERATOR_ROWS = ("sdpa", *RETENTION_MODES, *(f"2-D {mode}" for mode in RETENTION_MODES), *KERNEL_ROWS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,23 +60,31 @@ class Settings:
 def benchmark(settings: Settings, command: str) -> str:
     """Measure, and write files where the settings ask for them; returns title, command and table."""
     known = OPERATOR_ROWS if settings.kind == "operator" else MODEL_ROWS
-    rows = settings.rows or [row for row in known if not row.endswith("recurrent")]
-    if unknown := [row for row in rows if row not in known]:
+    if unknown := [row for row in settings.rows or () if row not in known]:
         raise SettingsError(f"--rows has {unknown[0]!r}; choose from {', '.join(known)}")
     if too_small := [size for size in settings.sizes or [] if size < 1]:
         raise SettingsError(f"--sizes has {too_small[0]}; a size is at least 1")
     device = check_device(settings.device)
+    rows = settings.rows or [row for row in known if not row.endswith("recurrent")
+                             and (device.type == "cuda" or row not in KERNEL_ROWS)]
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    results = list(_results(settings, rows, device))
     where = machine(device)
     title = (settings.model if settings.kind == "model" else f"{settings.heads} heads of {settings.width}")
     title += f" on {where}"
-    text = f"{title}\n\n`{command}`\n\n" + model_table(results, settings.kind)
+    results: list[Result] = []
+    text = ""
+    for result in _results(settings, rows, device):
+        results.append(result)
+        text = f"{title}\n\n`{command}`\n\n" + model_table(results, settings.kind)
+        if settings.output:  # at once: a run that is ended, or fails, keeps what it has
+            content = dict(title=title, command=command, machine=where, kind=settings.kind,
+                           results=[dataclasses.asdict(r) for r in results])
+            _write(settings.output, text, content)
     if settings.output:
-        content = dict(title=title, command=command, machine=where, kind=settings.kind,
-                       results=[dataclasses.asdict(r) for r in results])
-        _write(settings.output, text, content, results)
+        unit = "pixels of an image side" if settings.kind == "model" else "tokens"
+        with _told(settings.output):
+            plot(results, settings.output / f"{settings.kind}.png", unit, title)
     return text
 
 
@@ -95,14 +108,18 @@ def _results(settings: Settings, rows: list[str], device: torch.device) -> Itera
                 yield result
 
 
-def _write(folder: Path, text: str, content: dict[str, Any], results: list[Result]) -> None:
-    kind = content["kind"]
-    try:
+def _write(folder: Path, text: str, content: dict[str, Any]) -> None:
+    with _told(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{kind}.md").write_text(text)
-        (folder / f"{kind}.json").write_text(json.dumps(content, indent=1))
-        unit = "pixels of an image side" if kind == "model" else "tokens"
-        plot(results, folder / f"{kind}.png", unit, content["title"])
+        replace_text(folder / f"{content['kind']}.md", text)
+        replace_text(folder / f"{content['kind']}.json", json.dumps(content, indent=1))
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Errors in it as those of --output."""
+    try:
+        yield
     except OSError as error:
         raise DataError(f"cannot write to --output {folder}: {error.strerror}; choose another "
                         f"folder") from error
@@ -134,11 +151,27 @@ def _forms(decay: Tensor, tokens: int) -> dict[str, Callable[[Tensor, Tensor, Te
     """What each row computes from q, k and v; 2-D rows only where the tokens are a square and one more."""
     side = round((tokens - 1) ** 0.5)
     forms: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"sdpa": F.scaled_dot_product_attention}
+    forms |= {"fused": partial(_fused, decay=decay, grid=None), "fla": partial(_fla, decay=decay)}
     for mode in RETENTION_MODES:
         forms[mode] = partial(retain, decay=decay, grid=None, mode=mode)
         if side * side + 1 == tokens:
             forms[f"2-D {mode}"] = partial(retain, decay=decay, grid=(side, side), mode=mode)
+            forms["2-D fused"] = partial(_fused, decay=decay, grid=(side, side))
     return forms
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """The kernel and nothing in its place: one that does not compile is refused from its second run on."""
+    if not fused_supports(q, v):
+        raise RuntimeError("the fused kernel does not support this")
+    return fused_retention(q, k, v, decay, grid=grid)
+
+
+def _fla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """As _fused, of flash-linear-attention."""
+    if not fla_supports(q, v):
+        raise RuntimeError("flash-linear-attention is not installed, or does not support this")
+    return fla_retention(q, k, v, decay)[0]
 
 
 def model(

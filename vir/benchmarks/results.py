@@ -21,7 +21,7 @@ class Result:
     ms_quartiles: tuple[float, float] | None
     peak_mib: float | None
     failed: str | None
-    """`out of memory` or `over time`, and no times."""
+    """`out of memory`, `over time` or `failed: ERROR`, and no times."""
 
     @property
     def per_second(self) -> float | None:

@@ -77,9 +77,8 @@ class Stopwatch:
             try:
                 seconds, peaks[row] = self._first_run(runs[row])
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                failed[row] = "out of memory"
+                # After some errors CUDA computes no more in this process: then the later rows tell the same.
+                failed[row] = "out of memory" if _is_out_of_memory(error) else f"failed: {_first_line(error)}"
                 continue
             times[row] = [seconds] if self.limits.rounds == 0 else []
             if seconds > self.limits.row_seconds:
@@ -122,6 +121,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _status_mib(field: str) -> float:

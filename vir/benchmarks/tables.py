@@ -47,7 +47,7 @@ def model_table(results: list[Result], kind: str) -> str:
     for r in results:
         start = f"| {r.size} | {r.batch} | {r.dtype} | {r.direction} | {r.row} |"
         if r.ms is None or r.ms_quartiles is None or r.peak_mib is None:
-            lines.append(f"{start} {r.failed} | | | | |")
+            lines.append(f"{start} {(r.failed or '').replace('|', '/')} | | | | |")
             continue
         ratios = []
         for other in (peer, "free mixer"):

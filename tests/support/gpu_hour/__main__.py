@@ -1,4 +1,5 @@
-"""The first hour on a GPU: steps in order of value, each bounded, each result kept. Started by tests/gpu.sh."""
+"""The first hour on a GPU: steps in order of value, each bounded, each result kept; the same command goes on with the
+steps that are not done. Started by tests/gpu.sh."""
 
 import argparse
 import json
@@ -7,6 +8,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -17,8 +19,12 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="every step on CPU, at the smallest size")
     args = parser.parse_args()
     folder = args.output.resolve()
-    if folder.exists() and any(folder.iterdir()):
-        parser.error(f"--output {folder} is not empty; give another folder")
+    earlier = _earlier(folder / "gpu.json")
+    if folder.exists() and any(folder.iterdir()) and (not earlier or earlier["rehearsal"] != args.rehearse):
+        parser.error(f"--output {folder} is not empty and has no gpu.json of "
+                     f"{'a rehearsal' if args.rehearse else 'such an hour'}; give another folder")
+    if not args.rehearse and (problem := _no_gpu()):
+        parser.error(problem)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the step that runs
     if args.rehearse:
         _preload()
@@ -35,9 +41,30 @@ def main() -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     steps = Hour(folder, REHEARSAL if args.rehearse else FULL).steps()
-    outcomes = driver.run(steps, folder, 60 * args.minutes, report, preloaded=args.rehearse)
+    before = [driver.Outcome(**one) for one in earlier.get("steps", ())]
+    report(before)  # the folder is ours from now on
+    outcomes = driver.run(steps, folder, 60 * args.minutes, report, before, preloaded=args.rehearse)
     print(f"\nresults: {folder / 'gpu.md'}, {folder / 'gpu.json'}")
     return int(any(outcome.ended != "done" for outcome in outcomes))
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    """What an earlier call has left; nothing where there was none."""
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def _no_gpu() -> str | None:
+    """Why there is no GPU to compute on; None where there is one."""
+    import torch
+
+    from vir.distributed import check_driver
+    from vir.errors import SettingsError
+
+    try:
+        check_driver()
+    except SettingsError as error:
+        return str(error)
+    return None if torch.cuda.is_available() else "no CUDA device: give --rehearse"
 
 
 def _preload() -> None:

@@ -1,6 +1,6 @@
-"""Whether two runs of the same settings came to the same losses and weights, bit for bit.
+"""Whether two runs of the same settings, one resumed after step FIRST, came to the same losses and weights.
 
-usage: python -m support.gpu_hour.compare UNINTERRUPTED RESUMED FILE.json     (exit code 1 where they did not)
+usage: python -m support.gpu_hour.compare UNINTERRUPTED RESUMED FIRST FILE.json     (exit code 1 where they did not)
 """
 
 import json
@@ -14,8 +14,10 @@ from vir.checkpoints.consolidate import consolidate
 from vir.reports.metrics import read_metrics
 
 
-def losses(run: Path) -> list[float]:
-    return [event["loss"] for event in read_metrics(run) if event["kind"] == "train"]
+def losses(run: Path, first: int) -> dict[int, float]:
+    """Of the steps after `first`: those before it are the same by copying."""
+    return {event["step"]: event["loss"] for event in read_metrics(run)
+            if event["kind"] == "train" and event["step"] > first}
 
 
 def weights(run: Path, ema: bool) -> dict[str, torch.Tensor]:
@@ -28,9 +30,10 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 
 
 if __name__ == "__main__":
-    one, other, file = map(Path, sys.argv[1:])
-    apart = [step for step, pair in enumerate(zip(losses(one), losses(other), strict=True), 1) if pair[0] != pair[1]]
-    found = {"steps": len(losses(one)), "steps with other losses": apart,
+    one, other, file = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[4])
+    whole, again = (losses(run, int(sys.argv[3])) for run in (one, other))
+    apart = [step for step in sorted(whole.keys() | again.keys()) if whole.get(step) != again.get(step)]
+    found = {"steps after the resume": len(whole), "steps with other losses": apart,
              "other weights": differing(weights(one, False), weights(other, False)),
              "other averages": differing(weights(one, True), weights(other, True))}
     file.write_text(json.dumps(found, indent=1))

@@ -76,23 +76,20 @@ def _step_time(found: Found) -> str:
     for name, run in _under("step time/", found):
         ms = run.get("step_ms")
         rows.append((name, _number(ms, ".2f"), _percent(ms / first - 1 if ms and first else None),
-                     _percent(run.get("waiting")), _percent(run.get("mfu_without_waiting")),
-                     _number(run.get("peak_memory_gb"), ".2f")))
-    return markdown(("ViR-S", "ms a step, without waiting", f"beside {SHIPPED}, %", "waiting, %", "MFU, %", "peak GB"),
-                    rows)
+                     _percent(run.get("mfu_without_waiting")), _number(run.get("peak_memory_gb"), ".2f")))
+    return markdown(("ViR-S", "ms a step, without waiting", f"beside {SHIPPED}, %", "MFU, %", "peak GB"), rows)
 
 
 def _mfu(found: Found) -> str:
     runs = [(f"vir_small, {how}", found.get(f"step time/{name}", {})) for how, name in (
         ("eager", SHIPPED), ("compiled", COMPILED))]
-    return markdown(("model", "images/s", "ms a step, without waiting", "MFU, %", "waiting, %", "peak GB"), [
-        (name, _number(run.get("images_per_second"), ".0f"), _number(run.get("step_ms"), ".2f"),
-         _percent(run.get("mfu_without_waiting")), _percent(run.get("waiting")),
+    return markdown(("model", "ms a step, without waiting", "MFU, %", "peak GB"), [
+        (name, _number(run.get("step_ms"), ".2f"), _percent(run.get("mfu_without_waiting")),
          _number(run.get("peak_memory_gb"), ".2f")) for name, run in (*runs, *_under("MFU/", found))])
 
 
 def _operator(found: Found) -> str:
-    return _benchmark(found.get("operator", {}))
+    return "\n\n".join(_benchmark(result) for _, result in _under("operator/", found)) or NONE
 
 
 def _models(found: Found) -> str:
@@ -117,9 +114,9 @@ def _profile(found: Found) -> str:
     if not profile:
         return NONE
     kind = profile["kind"]
-    return f"`{profile['trace']}`: {profile['calls']} × {kind}, {profile['total ms']:.1f} ms.\n\n" + markdown(
-        (kind, "ms", "calls"), [(name[:80].replace("|", "/"), f"{ms:.2f}", calls)
-                                for name, ms, calls in profile["most"]])
+    return (f"`{profile['trace']}`. A step has {profile['calls']:.0f} × {kind}, {profile['ms']:.1f} ms.\n\n" + markdown(
+        (kind, "ms a step", "calls a step"), [(name[:80].replace("|", "/"), f"{ms:.2f}", f"{calls:.3g}")
+                                              for name, ms, calls in profile["most"]]))
 
 
 def _under(start: str, found: Found) -> list[tuple[str, dict[str, Any]]]:
