@@ -96,7 +96,10 @@ def test_runs_beyond_the_limits_are_told_and_left_out():
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), torch.AcceleratorError("an illegal memory access"),
-    RuntimeError("CUDA error: an illegal memory access was encountered")], ids=repr)
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    RuntimeError("could not create a memory object")], ids=repr)
 def test_only_a_lack_of_memory_is_told_as_one_and_no_failure_keeps_the_other_rows_back(error):
     def run():
         raise error

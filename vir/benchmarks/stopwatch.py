@@ -24,6 +24,7 @@ import torch
 
 from vir.benchmarks.results import Result
 from vir.errors import SettingsError
+from vir.models.kernels import is_out_of_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +119,9 @@ class Stopwatch:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """The allocator of the CPU raises a plain RuntimeError; an illegal access to memory raises one, too."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
         return True
-    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "could not create"))
 
 
 def _first_line(error: Exception) -> str:
