@@ -253,7 +253,8 @@ DRIVERS = {
 def machine(tmp_path, monkeypatch):
     """Paths of a driver's version and of a folder of devices, on a machine with two GPUs that torch cannot use."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("version", "nvidia0", "nvidia1", "nvidiactl"):
         (tmp_path / name).write_text(next(iter(DRIVERS)))
     return tmp_path / "version", tmp_path
