@@ -1,9 +1,9 @@
 """Runs of format 2 that an earlier version left after 4 of 8 steps, and what is made of the rest: nothing may change.
 
-tests/data/format2.tar.xz holds tiny shards, three runs of two ranks with one thread each, what version 0.1.0 had at step
-4, and losses, norms, checksums of weights and average at step 8, in fp32 these themselves. Those of step 8 are of the
-version that gave erased boxes other noise and rounded normalised pixels otherwise: without erasing, its losses were within
-6e-8 of those of 0.1.0 in fp32.
+tests/data/format2.tar.xz holds tiny shards, three runs of two ranks with one thread each, what version 0.1.0 had at
+step 4, and losses, norms, checksums of weights and average at step 8, in fp32 these themselves. Those of step 8 are of
+the version that gave erased boxes other noise and rounded normalised pixels otherwise: without erasing, its losses were
+within 6e-8 of those of 0.1.0 in fp32.
 """
 
 import hashlib
