@@ -134,8 +134,7 @@ class Hour:
         """ViR-S as the recipe and the JSON say, then with one thing changed: (JSON, blocks of it, flags)."""
         changes: dict[str, tuple[str, dict[str, Any], list[str]]] = {
             SHIPPED: ("zero2_bf16", {}, []), COMPILED: ("zero2_bf16", {}, ["--model.compile", "true"]),
-            "no overlap, buckets of 1 GB": ("zero2_bf16", {"zero_optimization": {
-                "overlap_comm": False, "reduce_bucket_size": int(5e8)}}, []),
+            "DeepSpeed's timer": ("zero2_bf16", {"timers": {"throughput": {"enabled": True}}}, []),
             "deterministic": ("zero2_bf16", {}, ["--train.deterministic", "true"]),
             "recomputed": ("zero2_bf16_ckpt", {}, []), "stage 0": ("zero0_bf16", {}, []),
             "stage 3": ("zero3_bf16", {}, []), "fp32": ("zero2_fp32", {}, []),
