@@ -1,9 +1,12 @@
 """The ViR network: one set of weights in every mode, and every option with its effect."""
 
+import copy
 from collections import Counter
 
 import pytest
+import timm
 import torch
+from torch.nn import functional
 
 from support.tiny_models import IMAGES, by_definition, largest_difference, logits_and_gradients, tiny
 from vir.errors import SettingsError
@@ -363,3 +366,31 @@ def test_errors_in_options_name_the_choices():
         tiny(global_pool="avg").reset_classifier(2, "token")
     with pytest.raises(SettingsError, match="unknown output_fmt 'NHWC'"):
         tiny().forward_intermediates(IMAGES, output_fmt="NHWC")
+
+
+def computes_as_in_float32(name, dtype, device):
+    """Logits, and the direction of every gradient, against those of float32 on CPU."""
+    torch.manual_seed(0)
+    exact = timm.create_model(name, img_size=64, depth=4, num_classes=10)
+    images, weight = torch.randn(4, 3, 64, 64), torch.randn(4, 10)
+    rounded = copy.deepcopy(exact).to(device, dtype)
+    expected, found = exact(images), rounded(images.to(device, dtype)).float().cpu()
+    # Numbers keep 8 or 11 bits; each of some 20 sums of the network in a row rounds them again.
+    assert (found - expected).abs().max() < {torch.bfloat16: 2**-4, torch.float16: 2**-7}[dtype] * expected.abs().max()
+    (expected * weight).sum().backward()
+    (rounded(images.to(device, dtype)).float() * weight.to(device)).sum().backward()
+    for (parameter, one), other in zip(exact.named_parameters(), rounded.parameters(), strict=True):
+        cosine = functional.cosine_similarity(one.grad.flatten(), other.grad.float().cpu().flatten(), dim=0)
+        assert cosine > {torch.bfloat16: 0.999, torch.float16: 0.9999}[dtype], parameter
+
+
+@pytest.mark.parametrize("name", ["vir_tiny_patch16_224", "vir2d_tiny_patch16_224"])
+def test_bf16_computes_as_float32(name):
+    computes_as_in_float32(name, torch.bfloat16, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["vir_tiny_patch16_224", "vir2d_tiny_patch16_224"])
+def test_a_gpu_in_half_precision_computes_as_a_cpu_in_float32(name, dtype):
+    computes_as_in_float32(name, dtype, "cuda")
