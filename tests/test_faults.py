@@ -88,11 +88,6 @@ def kill_rank_0_in_a_step(ranks):
     ranks.processes[0].kill()
 
 
-def kill_in_a_save(ranks):
-    ranks.wait_for_a_save()
-    ranks.processes[1].kill()
-
-
 def kill_in_evaluation(ranks):
     wait_for_evaluation(ranks)
     ranks.processes[1].kill()
@@ -160,7 +155,6 @@ FAULTS = {
     "killed in a step": (kill_in_a_step, "srun", [5, -9], (0, LOST.format(lost=1, how=GONE, other=0))),
     "rank 0 killed in a step": (kill_rank_0_in_a_step, "srun", [-9, 5],
                                 (1, LOST.format(lost=0, how="its store cannot be reached.*", other=1))),
-    "killed in a save": (kill_in_a_save, "srun", [5, -9], (0, LOST.format(lost=1, how=GONE, other=0))),
     "killed in an evaluation": (kill_in_evaluation, "srun", [5, -9], (0, LOST.format(lost=1, how=GONE, other=0))),
     "stopped": (stop_a_rank, "srun", [5, -9], (0, LOST.format(lost=1, how=SILENT, other=0))),
     "rank 0 stopped": (stop_rank_0, "srun", [-9, 5],
