@@ -26,7 +26,7 @@ from vir.engine.ds_config import name_for_this_machine
 from vir.engine.half_precision import measure
 from vir.errors import SettingsError
 
-if sys.argv[1] == "cpu":
+if launcher.wants_cpu(sys.argv[1]):
     launcher.hide_gpus()
 try:
     distributed.check_driver()
