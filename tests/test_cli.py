@@ -76,7 +76,7 @@ def test_the_package_names_its_programs_and_is_none(programs):
 
 
 @pytest.mark.parametrize("module, program", [
-    ("vir.data.convert", "vir-convert"), ("vir.data.folder", "vir-convert"), ("vir.data.shards", "vir-convert"),
+    ("vir.data.convert", "vir-convert"), ("vir.data.sources.folder", "vir-convert"), ("vir.data.shards", "vir-convert"),
     ("vir.checkpoints.consolidate", "vir-consolidate"), ("vir.evaluation.classify", "vir-evaluate"),
     ("vir.reports.curves", "tools/plot_run.py of the sources"), ("vir.training.run", "vir-train")])
 def test_a_module_that_is_no_program_names_the_one_that_is_meant(module, program, programs):

@@ -2,7 +2,9 @@
 
 import pytest
 
-from vir.data.folder import make_key, read_class_list, read_folder
+from vir.data.sources.choose import open_source
+from vir.data.sources.folder import read_class_list
+from vir.data.sources.listing import make_key
 from vir.errors import DataError
 
 
@@ -14,10 +16,11 @@ def touch(root, *names):
 
 def test_labels_follow_sorted_class_names_and_samples_are_sorted(tmp_path):
     touch(tmp_path, "train/n02/n02_7.JPEG", "train/n01/n01_9.jpeg", "train/n01/n01_10.PNG", "train/n01/x.WebP")
-    listing = read_folder(tmp_path, "train")
+    listing = open_source(tmp_path, "train")
     assert listing.classes == ("n01", "n02")
-    assert listing.samples == [("n01/n01_10.PNG", 0, "n01_10"), ("n01/n01_9.jpeg", 0, "n01_9"),
-                               ("n01/x.WebP", 0, "n01_x"), ("n02/n02_7.JPEG", 1, "n02_7")]
+    assert [(sample.filename, sample.label, sample.key) for sample in listing.samples] == [
+        ("n01/n01_10.PNG", 0, "n01_10"), ("n01/n01_9.jpeg", 0, "n01_9"),
+        ("n01/x.WebP", 0, "n01_x"), ("n02/n02_7.JPEG", 1, "n02_7")]
 
 
 def test_other_files_are_counted_hidden_ones_are_not_and_links_are_followed(tmp_path):
@@ -26,7 +29,7 @@ def test_other_files_are_counted_hidden_ones_are_not_and_links_are_followed(tmp_
     (tmp_path / "train/b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "train/a/5.jpg").symlink_to(tmp_path / "elsewhere/4.jpg")
     (tmp_path / "train/a/6.jpg").symlink_to(tmp_path / "gone.jpg")  # listed, so that reading it is an error
-    listing = read_folder(tmp_path, "train")
+    listing = open_source(tmp_path, "train")
     assert [sample.filename for sample in listing.samples] == ["a/1.jpg", "a/5.jpg", "a/6.jpg", "b/4.jpg"]
     assert listing.ignored == 2
 
@@ -46,14 +49,14 @@ def test_keys(class_name, filename, key):
 def test_colliding_keys_become_unique_in_sorted_order(tmp_path):
     touch(tmp_path, "train/a/1.jpg", "train/a/1.png", "train/a/1.x.jpg", "train/a/1_x.jpg", "train/a/1-1.jpg",
           "train/a/b_c.jpg", "train/a_b/c.jpg")
-    keys = {sample.filename: sample.key for sample in read_folder(tmp_path, "train").samples}
+    keys = {sample.filename: sample.key for sample in open_source(tmp_path, "train").samples}
     assert keys == {"a/1-1.jpg": "a_1-1", "a/1.jpg": "a_1", "a/1.png": "a_1-2", "a/1.x.jpg": "a_1_x",
                     "a/1_x.jpg": "a_1_x-1", "a/b_c.jpg": "a_b_c", "a_b/c.jpg": "a_b_c-1"}
 
 
 def test_a_split_with_fewer_classes_keeps_the_labels_of_the_list(tmp_path):
     touch(tmp_path, "val/a/1.jpg", "val/c/2.jpg")
-    listing = read_folder(tmp_path, "val", ["a", "b", "c"])
+    listing = open_source(tmp_path, "val", ["a", "b", "c"])
     assert [sample.label for sample in listing.samples] == [0, 2] and listing.classes == ("a", "b", "c")
 
 
@@ -68,12 +71,12 @@ def test_a_split_with_fewer_classes_keeps_the_labels_of_the_list(tmp_path):
 def test_refusals_name_the_value_and_the_way_out(tmp_path, files, split, classes, message):
     touch(tmp_path, *files)
     with pytest.raises(DataError, match=message):
-        read_folder(tmp_path, split, classes)
+        open_source(tmp_path, split, classes)
 
 
 def test_a_missing_source_is_named(tmp_path):
     with pytest.raises(DataError, match=f"no such folder: {tmp_path / 'gone'}"):
-        read_folder(tmp_path / "gone", "train")
+        open_source(tmp_path / "gone", "train")
 
 
 def test_class_lists(tmp_path):

@@ -117,7 +117,7 @@ def change(**fields):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (change(format_version=2), r"manifest.json has format version 2, this code reads up to 1: update vir-at-scale"),
+    (change(format_version=3), r"manifest.json has format version 3, this code reads up to 2: update vir-at-scale"),
     (change(format_version=None), r"no manifest of shards \(format_version is None\)"),
     (change(num_samples=5), r"contradicts itself"),
     (change(classes=["b", "a"]), r"contradicts itself"),

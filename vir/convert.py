@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vir import cli
 from vir.data.convert import CHECKS, ON_ERROR, Stopped, convert
-from vir.data.folder import read_class_list
+from vir.data.sources.folder import read_class_list
 from vir.errors import VirError
 
 

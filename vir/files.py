@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
@@ -74,6 +75,27 @@ def try_to_write(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def open_regular(path: Path | str) -> int:
+    """A descriptor of a regular file, for reading. Never waits for one who writes into a pipe.
+
+    Raises:
+        OSError: there is none, it cannot be opened, or it is a folder, a pipe or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path | str, limit: int) -> bytes:
+    """All of a regular file that has at most `limit` bytes. Raises OSError, as open_regular, and where it has more."""
+    with open(open_regular(path), "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > limit:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {limit} that it may have", str(path))
+        return file.read()
 
 
 def sha256(path: Path) -> str:

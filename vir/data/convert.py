@@ -21,11 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from vir.data.decode import BadSampleError, decode_image, inspect_image
-from vir.data.folder import Sample, class_folders, read_folder
 from vir.data.shards import (
     MANIFEST,
     PARTIAL,
-    PRELOAD,
     ShardInfo,
     ShardSample,
     SkippedFile,
@@ -33,6 +31,8 @@ from vir.data.shards import (
     write_shard,
     write_split,
 )
+from vir.data.sources.choose import open_source
+from vir.data.sources.listing import Sample
 from vir.errors import DataError, SettingsError, VirError
 from vir.files import flush
 
@@ -104,7 +104,7 @@ def convert(source: Path, split: str, output: Path, *, name: str = "imagenet1k",
     _check_settings(source, split, output, name, workers, samples_per_shard, seed, on_error, check)
     _refuse_existing(output / split)
     began = time.monotonic()
-    listing = read_folder(source, split, _class_list(source, split, output, classes))
+    listing = open_source(source, split, _class_list(output, classes))
     parts = _deal(listing.samples, samples_per_shard, seed)
     with _partial_folder(output / split) as partial:
         tasks = [_Task(partial / f"{name}-{split}-{number:06d}.tar", listing.root, part, on_error == "skip",
@@ -156,7 +156,7 @@ def _refuse_existing(folder: Path) -> None:
                         f"remove it (rm -r {partial}) and convert again")
 
 
-def _class_list(source: Path, split: str, output: Path, classes: Sequence[str] | None) -> Sequence[str] | None:
+def _class_list(output: Path, classes: Sequence[str] | None) -> Sequence[str] | None:
     """The class list that gives the labels; None for the split's own folders. All splits of one output share one list.
     """
     for manifest in sorted(output.glob(f"*/{MANIFEST}")):
@@ -168,13 +168,10 @@ def _class_list(source: Path, split: str, output: Path, classes: Sequence[str] |
                             f"the one given ({len(classes)} classes): the labels would not agree; choose another "
                             "--output")
         return existing
-    train = source / "train"
-    if classes is None and split != "train" and train.is_dir():
-        return class_folders(train) or None
     return classes
 
 
-def _deal(samples: list[Sample], samples_per_shard: int, seed: int) -> Iterator[list[Sample]]:
+def _deal(samples: Sequence[Sample], samples_per_shard: int, seed: int) -> Iterator[list[Sample]]:
     """Shuffles the samples and cuts them into shards whose lengths differ by one at most."""
     # Sorts Philox's raw output, because numpy promises the same raw output in all versions, but not the same results of
     # Generator methods.
@@ -247,7 +244,7 @@ def _run(tasks: Sequence[_Task], workers: int, stopping: Callable[[], bool]) -> 
     """The results in task order, with a progress bar in images. At most two tasks per worker wait in the queue."""
     # forkserver: workers start from a process without threads, which has imported the slow modules once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, __name__])
+    context.set_forkserver_preload([__name__])
     stop = context.Event()
     results: dict[int, _Result] = {}
     waiting = iter(enumerate(tasks))
@@ -304,7 +301,7 @@ def _checked_samples(task: _Task, skipped: list[SkippedFile]) -> Iterator[ShardS
     for sample in task.samples:
         if _stop.is_set():
             raise Stopped
-        path = task.root / sample.filename
+        path = task.root / sample.path
         try:
             data = path.read_bytes()
         except OSError as error:

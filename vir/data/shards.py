@@ -10,17 +10,22 @@ Every byte depends only on the samples and their order, not on time, user or hos
 import hashlib
 import json
 import os
+import re
+import tarfile
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Iterable, NamedTuple, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from vir.errors import DataError
-from vir.files import replace_text, replacing, sha256
+from vir.files import read_regular, replace_text, replacing, sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: a shard may be without sha256; `fixed` and `conversion` in the manifest."""
+
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
 PARTIAL = ".partial"
@@ -37,8 +42,11 @@ INDEX_FIELDS = [
 ]
 """A last field, "key", follows: its type is S{n}, UTF-8, where n is the length of the longest key in the split."""
 
-PRELOAD = ("webdataset",)
-"""What write_shard imports when called. The import takes seconds (it brings torch); a fork server can do it once."""
+MAX_MANIFEST_BYTES = 1 << 28
+"""Of a manifest that is read: a million shards take less."""
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class ShardSample(NamedTuple):
@@ -58,11 +66,15 @@ class ShardInfo:
     name: str
     num_samples: int
     bytes: int
-    sha256: str
+    sha256: str | None
+    """None: the images were not read when the index was made. Then their crc32 is 0 and is not checked, and width and
+    height are 0."""
 
 
 @dataclass(frozen=True)
 class SkippedFile:
+    """A file of the source that is not in the shards as it is."""
+
     filename: str
     reason: str
 
@@ -83,6 +95,10 @@ class SplitManifest:
     """The setting of the conversion: the most samples that a shard may hold."""
     skipped: tuple[SkippedFile, ...] = ()
     """Source files that were left out because they are not complete images."""
+    fixed: tuple[SkippedFile, ...] = ()
+    """Source files that were written anew, as RGB JPEGs."""
+    conversion: Mapping[str, Any] | None = None
+    """What the bytes depend on: settings and source of the conversion. None for shards made elsewhere."""
 
     @property
     def num_samples(self) -> int:
@@ -91,8 +107,12 @@ class SplitManifest:
     @property
     def fingerprint(self) -> str:
         """sha256 of the shards' hashes, their sample counts and the class list; checkpoints keep it to know their data.
+
+        Where shards have no hash, their names and sizes and the hash of the index stand for it.
         """
-        content = [[[shard.sha256, shard.num_samples] for shard in self.shards], list(self.classes)]
+        content: list[Any] = [[[shard.sha256, shard.num_samples] for shard in self.shards], list(self.classes)]
+        if any(shard.sha256 is None for shard in self.shards):
+            content += [[[shard.name, shard.bytes] for shard in self.shards], self.index_sha256]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -102,35 +122,35 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> tuple[ShardInfo, 
     Returns:
         Its entry in the manifest, and its rows of the index (field "shard" is 0; write_split sets it).
     """
-    import webdataset
-
     rows, keys = [], []
     with open(path, "xb", buffering=1 << 20) as file:
-        hashing = _HashingWriter(file)
-        # Fixed owner and time: the bytes depend on the content alone.
-        with webdataset.TarWriter(hashing, encoder=False, mtime=0, user="", group="") as tar:
-            for sample in samples:
-                # One member at a time: then the image's offset is known, whatever headers tarfile writes before it.
-                tar.write({"__key__": sample.key, sample.extension: sample.data})
-                size = len(sample.data)
-                offset = tar.tarstream.offset - (size + 511) // 512 * 512
-                tar.write({"__key__": sample.key, "cls": str(sample.label).encode()})
-                tar.write({"__key__": sample.key, "json": _sample_json(sample)})
-                rows.append((0, sample.label, offset, size, zlib.crc32(sample.data), sample.width, sample.height, b""))
-                keys.append(sample.key.encode("utf-8"))
+        tar = _TarWriter(file)
+        for sample in samples:
+            offset = tar.add(f"{sample.key}.{sample.extension}", sample.data)
+            tar.add(f"{sample.key}.cls", str(sample.label).encode())
+            tar.add(f"{sample.key}.json", _sample_json(sample))
+            rows.append((0, sample.label, offset, len(sample.data), zlib.crc32(sample.data), sample.width,
+                         sample.height, b""))
+            keys.append(sample.key.encode("utf-8"))
+        tar.end()
         file.flush()
         os.fsync(file.fileno())
-    index = np.array(rows, dtype=_index_dtype(max(map(len, keys), default=1)))
+    index = np.array(rows, dtype=index_dtype(max(map(len, keys), default=1)))
     index["key"] = keys
-    return ShardInfo(path.name, len(rows), hashing.size, hashing.sha256.hexdigest()), index
+    return ShardInfo(path.name, len(rows), tar.size, tar.sha256.hexdigest()), index
 
 
 def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *, name: str, split: str,
                 classes: Sequence[str], seed: int, samples_per_shard: int,
-                skipped: Sequence[SkippedFile]) -> SplitManifest:
-    """Writes index and manifest beside the shards in `folder`; `shards` are the results of write_shard, in order."""
+                skipped: Sequence[SkippedFile] = (), fixed: Sequence[SkippedFile] = (),
+                conversion: Mapping[str, Any] | None = None) -> SplitManifest:
+    """Writes index and manifest beside the shards in `folder`, the manifest last.
+
+    Args:
+        shards: the results of write_shard, in order.
+    """
     longest = max((rows.dtype["key"].itemsize for _, rows in shards), default=1)
-    index = np.empty(sum(len(rows) for _, rows in shards), dtype=_index_dtype(longest))
+    index = np.empty(sum(len(rows) for _, rows in shards), dtype=index_dtype(longest))
     start = 0
     for number, (_, rows) in enumerate(shards):
         part = index[start:start + len(rows)]
@@ -141,7 +161,7 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
         np.save(file, index, allow_pickle=False)
     manifest = SplitManifest(name=name, split=split, classes=tuple(classes), shards=tuple(info for info, _ in shards),
                              index_sha256=sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
-                             skipped=tuple(skipped))
+                             skipped=tuple(skipped), fixed=tuple(fixed), conversion=conversion)
     content = {"format_version": FORMAT_VERSION, **asdict(manifest), "num_samples": manifest.num_samples,
                "fingerprint": manifest.fingerprint}
     replace_text(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -157,12 +177,12 @@ def read_manifest(folder: Path) -> SplitManifest:
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(_why_no_manifest(folder)) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); copy the split again or convert it again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if not isinstance(version, int) or version < 1:
@@ -171,13 +191,9 @@ def read_manifest(folder: Path) -> SplitManifest:
         raise DataError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: "
                         f"update vir-at-scale, or convert the split again")
     try:
-        manifest = SplitManifest(
-            name=content["name"], split=content["split"], classes=tuple(content["classes"]),
-            shards=tuple(ShardInfo(**shard) for shard in content["shards"]), index_sha256=content["index_sha256"],
-            seed=content["seed"], samples_per_shard=content["samples_per_shard"],
-            skipped=tuple(SkippedFile(**file) for file in content["skipped"]))
+        manifest = _manifest_of(content)
         whole = (content["num_samples"], content["fingerprint"]) == (manifest.num_samples, manifest.fingerprint)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the split again") from error
     if not whole:
         raise DataError(f"{path} contradicts itself (sample count or fingerprint): it was edited or is damaged; "
@@ -198,26 +214,68 @@ def read_index(folder: Path) -> np.ndarray:
         raise DataError(f"{path} is damaged ({error}); copy the split again or convert it again") from error
     names = [name for name, _ in INDEX_FIELDS] + ["key"]
     if index.ndim != 1 or index.dtype.names is None or list(index.dtype.names) != names or \
-            index.dtype != _index_dtype(index.dtype["key"].itemsize):
+            index.dtype != index_dtype(index.dtype["key"].itemsize):
         raise DataError(f"{path} is no index of shards (its type is {index.dtype}); convert the split again")
     return index.view(np.ndarray)  # rows of a plain array cost half of a memmap's
 
 
-class _HashingWriter:
-    """A file to write to, with the size and the sha256 of what was written."""
+class _TarWriter:
+    """Writes members one after another, and knows the size and the sha256 of what it has written.
+
+    The headers are those of webdataset's TarWriter with no owner and time 0, so that the bytes depend on names and
+    content alone.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.size = 0
         self.sha256 = hashlib.sha256()
 
-    def write(self, block: bytes) -> int:
+    def add(self, name: str, data: bytes) -> int:
+        """Returns where the data begins."""
+        header = tarfile.TarInfo(name)
+        header.size, header.mode = len(data), 0o444
+        self._write(header.tobuf(tarfile.PAX_FORMAT))
+        offset = self.size
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def end(self) -> None:
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+
+    def _write(self, block: bytes) -> None:
         self.sha256.update(block)
         self.size += len(block)
-        return self.file.write(block)
+        self.file.write(block)
 
 
-def _index_dtype(key_bytes: int) -> np.dtype:
+def _manifest_of(content: dict[str, Any]) -> SplitManifest:
+    """Raises KeyError, TypeError or ValueError where the content is not what write_split writes."""
+    manifest = SplitManifest(
+        name=content["name"], split=content["split"], classes=tuple(content["classes"]),
+        shards=tuple(ShardInfo(**shard) for shard in content["shards"]), index_sha256=content["index_sha256"],
+        seed=content["seed"], samples_per_shard=content["samples_per_shard"],
+        skipped=tuple(SkippedFile(**file) for file in content["skipped"]),
+        fixed=tuple(SkippedFile(**file) for file in content.get("fixed", ())),
+        conversion=content.get("conversion"))
+    texts = [manifest.name, manifest.split, manifest.index_sha256, *manifest.classes,
+             *(shard.name for shard in manifest.shards)]
+    if wrong := [value for value in texts if not isinstance(value, str) or "\0" in value or not value]:
+        raise ValueError(f"{wrong[0]!r} where a name belongs")
+    for shard in manifest.shards:
+        for number in (shard.num_samples, shard.bytes):
+            if type(number) is not int or not 0 <= number < 1 << 62:
+                raise ValueError(f"{number!r} where a count belongs")
+        if shard.sha256 is not None and not (isinstance(shard.sha256, str) and _SHA256.fullmatch(shard.sha256)):
+            raise ValueError(f"{shard.sha256!r} where a sha256 belongs")
+    if not isinstance(manifest.conversion, dict | None):
+        raise ValueError(f"conversion is {manifest.conversion!r}")
+    return manifest
+
+
+def index_dtype(key_bytes: int) -> np.dtype:
     return np.dtype(INDEX_FIELDS + [("key", f"S{key_bytes}")])
 
 

@@ -1,0 +1,159 @@
+"""The members of a tar by their headers alone, in constant memory; also of a tar within a tar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from vir.errors import DataError
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_FILES = (b"0", b"\0", b"7")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
+_MAX_EXTENSION = 1 << 20
+"""The longest extended header, in bytes: names are far shorter."""
+
+
+class Member(NamedTuple):
+    """A regular file in a tar; all offsets count from the beginning of the outermost file."""
+
+    name: str
+    start: int
+    """Of the first header block, extended headers included."""
+    offset: int
+    """Of the first byte of the content."""
+    size: int
+
+
+class _Extension(NamedTuple):
+    """What extended headers say of the member that follows."""
+
+    start: int
+    name: bytes | None = None
+    size: int | None = None
+
+
+def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) -> Iterator[Member]:
+    """The regular files of the tar in bytes start..end of an open file; folders and links are passed over.
+
+    Reads GNU, PAX, ustar and v7 headers, one block at a time.
+
+    Args:
+        where: names the tar in messages.
+
+    Raises:
+        DataError: a header that is damaged, a member beyond the end, a tar that is cut off, a name that is not UTF-8
+            or has a NUL, a sparse file.
+        OSError: the file cannot be read.
+    """
+    end = os.fstat(descriptor).st_size if end is None else end
+    position, extension = start, None
+    while True:
+        header = os.pread(descriptor, BLOCK, position) if position + BLOCK <= end else b""
+        if len(header) < BLOCK:
+            raise DataError(f"{where} is cut off at byte {position - start}: a tar ends with blocks of zeros; copy or "
+                            "download it again")
+        if header == _ZEROS:
+            if extension is not None:
+                raise _damaged(where, position - start, "an extended header without its member")
+            return
+        if not _is_sound(header):
+            raise _damaged(where, position - start, "the checksum of its header is wrong")
+        kind = header[156:157]
+        size = _number(header[124:136], where, position - start)
+        if kind in _FILES and extension is not None and extension.size is not None:
+            size = extension.size
+        offset = position + BLOCK
+        following = offset if kind in _WITHOUT_DATA else offset + -(-size // BLOCK) * BLOCK
+        if following > end:
+            raise DataError(f"{where}: the member at byte {position - start} says it has {size} bytes, more than the "
+                            "file has left; the file is cut off or damaged; copy or download it again")
+        begin = position if extension is None else extension.start
+        if kind in (_LONG_NAME, _PAX):
+            content = _content(descriptor, offset, size, where, position - start)
+            known = extension or _Extension(begin)
+            extension = (known._replace(name=content.rstrip(b"\0")) if kind == _LONG_NAME else
+                         _pax(known, content, where, position - start))
+        elif kind in (_LONG_LINK, _PAX_GLOBAL):
+            extension = extension or (_Extension(begin) if kind == _LONG_LINK else None)
+        else:
+            if kind == b"S":
+                raise _damaged(where, position - start, "sparse files are not supported")
+            if kind in _FILES:
+                raw = extension.name if extension is not None and extension.name is not None else _name(header)
+                if not raw.endswith(b"/"):  # v7 marks folders so
+                    yield Member(_text(raw, where, position - start), begin, offset, size)
+            extension = None
+        position = following
+
+
+def _is_sound(header: bytes) -> bool:
+    try:
+        expected = int(header[148:156].strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        return False
+    return sum(header) - sum(header[148:156]) + 256 == expected
+
+
+def _number(field: bytes, where: str, position: int) -> int:
+    """Octal digits or, with the first bit set, a binary number: GNU's form for large sizes."""
+    if field[0] & 0x80:
+        if field[0] & 0x7f:
+            raise _damaged(where, position, "its size is negative or has no end")
+        return int.from_bytes(field[1:], "big")
+    digits = field.strip(b"\0 ") or b"0"
+    if not digits.isdigit() or b"8" in digits or b"9" in digits:
+        raise _damaged(where, position, f"its size is {digits!r}")
+    return int(digits, 8)
+
+
+def _name(header: bytes) -> bytes:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and (prefix := header[345:500].split(b"\0", 1)[0]):
+        return prefix + b"/" + name
+    return name
+
+
+def _text(name: bytes, where: str, position: int) -> str:
+    if b"\0" in name:
+        raise _damaged(where, position, f"the name {name[:100]!r} has a NUL")
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(where, position, f"the name {name[:100]!r} is not UTF-8") from error
+
+
+def _content(descriptor: int, offset: int, size: int, where: str, position: int) -> bytes:
+    if size > _MAX_EXTENSION:
+        raise _damaged(where, position, f"an extended header of {size} bytes")
+    return os.pread(descriptor, size, offset)
+
+
+def _pax(known: _Extension, content: bytes, where: str, position: int) -> _Extension:
+    """The records "LENGTH KEY=VALUE\\n" of a PAX header; only path and size are of use."""
+    while content.strip(b"\0"):
+        length, _, _ = content.partition(b" ")
+        if not length.isdigit() or len(length) > 7 or not len(length) < int(length) <= len(content):
+            raise _damaged(where, position, f"a PAX record that begins with {content[:20]!r}")
+        record, content = content[len(length) + 1:int(length) - 1], content[int(length):]
+        key, _, value = record.partition(b"=")
+        if key == b"path":
+            known = known._replace(name=value)
+        elif key == b"size":
+            if not value.isdigit() or len(value) > 18:
+                raise _damaged(where, position, f"its PAX size is {value[:30]!r}")
+            known = known._replace(size=int(value))
+        elif key.startswith(b"GNU.sparse"):
+            raise _damaged(where, position, "sparse files are not supported")
+    return known
+
+
+def _damaged(where: str, position: int, what: str) -> DataError:
+    return DataError(f"{where} is damaged or no tar: at byte {position}, {what}; copy or download it again")
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.tar is a part of the library; the program is vir-index")
