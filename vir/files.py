@@ -3,17 +3,74 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator
 
+TEMPORARY = ".tmp"
+"""The end of the names under which files are written before they take their own; they begin with a dot."""
+
+RETRY_WAITS_S = (0.1, 0.4, 1.6)
+"""Pauses before a failed read is tried again; a failure after the last pause is an error."""
+
 # How file systems that cannot flush a folder say so (CIFS, 9p, some of FUSE). EIO, ENOSPC and EDQUOT are none of them.
 _UNSUPPORTED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EISDIR}
 _has_warned = False
+
+_held: set[int] = set()
+"""Descriptors that hold the locks of this process."""
+
+
+def _let_go() -> None:
+    """Close what a fork has inherited: a lock lasts as long as any copy of its descriptor, and loader workers can
+    outlive a trainer that was killed."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def lock(path: Path) -> int:
+    """A descriptor of the file, made where it is missing, with its lock, where the file system has locks.
+
+    A file that is open for writing, not the folder: NFS refuses a lock to any other descriptor. Whoever holds it may
+    remove the file; who has opened it in the meantime finds that out and takes the new one.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+        OSError: the file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    _held.add(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        unlock(descriptor)
+        raise
+    except OSError:  # no locks here
+        pass
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        unlock(descriptor)
+        return lock(path)
+    return descriptor
+
+
+def is_held(descriptor: int | None) -> bool:
+    """Whether this process holds that lock: one that was forked from it does not."""
+    return descriptor in _held
+
+
+def unlock(descriptor: int | None) -> None:
+    if descriptor is not None and descriptor in _held:
+        _held.remove(descriptor)
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:
@@ -44,7 +101,8 @@ def _warn_once(folder: Path, error: OSError) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; what is written there takes its place, flushed, when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The same name from two machines would mix what they write.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
     try:
         yield temporary
         flush(temporary)
@@ -64,7 +122,7 @@ def try_to_write(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if path.exists() and not path.is_file():  # the renaming would put a file in the place of /dev/null for all
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         temporary.write_bytes(b"0")
     finally:
@@ -96,6 +154,17 @@ def read_regular(path: Path | str, limit: int) -> bytes:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {limit} that it may have", str(path))
         return file.read()
+
+
+def pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Exactly `size` bytes; OSError if the file ends before that."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:  # after a signal, or because one call reads at most 2 GiB
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(f"the file ends after {len(data)} of {size} bytes")
+        data += more
+    return data
 
 
 def sha256(path: Path) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator
 
+from vir import files
 from vir.errors import SettingsError
 
 if TYPE_CHECKING:  # the names are read by what does without torch
@@ -24,19 +23,6 @@ LOG = "log.txt"
 PROFILE = "profile"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
-
-_held: set[int] = set()
-"""Descriptors that hold the locks of this process."""
-
-
-def _let_go() -> None:
-    """Close what a fork has inherited: a lock lasts as long as any copy of its descriptor, and loader workers can
-    outlive a trainer that was killed."""
-    while _held:
-        os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -62,12 +48,10 @@ def claim(folder: Path, world: World, stays: bool = True) -> Iterator[None]:
         lock = _lock(folder, world)
         yield
     finally:
-        is_ours = lock in _held  # not so in a forked process
+        is_ours = files.is_held(lock)  # not so in a forked process
         if world.is_main and not stays:
             _remove([path for path in made if is_ours or path != folder / LOCK])
-        if lock is not None and is_ours:
-            _held.remove(lock)
-            os.close(lock)
+        files.unlock(lock)
 
 
 def _remove(made: list[Path]) -> None:
@@ -106,38 +90,11 @@ def _lock(folder: Path, world: World) -> int | None:
     descriptor, problem = None, None
     if world.is_main:
         try:
-            descriptor = _locked(folder / LOCK)
+            descriptor = files.lock(folder / LOCK)
         except BlockingIOError:
             problem = "another run is writing there; wait for it, end it, or give another folder"
         except OSError as error:
             problem = f"its {LOCK} cannot be opened: {error.strerror}; give another folder"
     if problem := distributed.broadcast(problem):
         raise SettingsError(f"--output {folder}: {problem}")
-    return descriptor
-
-
-def _locked(path: Path) -> int:
-    """A descriptor of the file with its lock, where the file system has locks.
-
-    A file that is open for writing, not the folder: NFS refuses a lock to any other descriptor. It stays after the
-    run; where a dry run removes it while it holds it, whoever has opened the old file finds that out and takes the new.
-
-    Raises:
-        BlockingIOError: another process has the lock.
-        OSError: the file cannot be opened.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    _held.add(descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _held.remove(descriptor)
-        os.close(descriptor)
-        raise
-    except OSError:  # no locks here
-        pass
-    if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-        _held.remove(descriptor)
-        os.close(descriptor)
-        return _locked(path)
     return descriptor

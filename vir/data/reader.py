@@ -13,13 +13,10 @@ import numpy as np
 from vir.data.decode import BadSampleError
 from vir.data.shards import INDEX, SplitManifest, read_index, read_manifest
 from vir.errors import DataError
-from vir.files import sha256
+from vir.files import RETRY_WAITS_S, pread, sha256
 
 MAX_OPEN_SHARDS = 128
 """The most open files per reader and process."""
-
-RETRY_WAITS_S = (0.1, 0.4, 1.6)
-"""Pauses before a failed read is tried again; a failure after the last pause is an error."""
 
 
 class _ReaderState(TypedDict):
@@ -136,7 +133,7 @@ class ShardReader:
             try:
                 # Kept in a variable while reading: another thread may remove it from the cache, which would close it.
                 descriptor = self._descriptor(shard)
-                return _pread(descriptor.number, size, offset)
+                return pread(descriptor.number, size, offset)
             except OSError as error:
                 wait = next(waits, None)
                 if wait is None:
@@ -199,14 +196,3 @@ class _Descriptor:
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "number"):  # not if os.open failed
             close(self.number)
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Exactly `size` bytes; OSError if the file ends before that."""
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:  # after a signal, or because one call reads at most 2 GiB
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            raise OSError(f"the shard ends after {len(data)} of the sample's {size} bytes")
-        data += more
-    return data

@@ -67,8 +67,8 @@ class Source:
     samples: Sequence[Sample]
     ignored: int
     """What lies among the images and is none by its name; hidden files are not counted."""
-    bytes: int | None
-    """Of all images; None where their sizes were not asked."""
+    sizes: np.ndarray | None
+    """[len(samples)] int64, of the images in bytes; None where they were not asked."""
     fingerprint: str
     """sha256 of class list, file names and labels, and of places and sizes where they are known."""
 
@@ -133,7 +133,7 @@ class Listing:
         digest.update(samples.names)
         for numbers in (samples.ends, samples.file, samples.offset, samples.size):
             digest.update(numbers.data)
-        return Source(kind, root, classes, samples, ignored, int(samples.size.sum()) if self._sized else None,
+        return Source(kind, root, classes, samples, ignored, samples.size if self._sized else None,
                       digest.hexdigest())
 
     def _checked_key(self, class_name: str, filename: str) -> str:

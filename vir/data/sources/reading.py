@@ -1,0 +1,101 @@
+"""The bytes of a source's samples: what is retried, what is the file's fault and what the disk's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vir.data.decode import BadSampleError
+from vir.data.sources.listing import WHOLE, Sample
+from vir.errors import DataError
+from vir.files import RETRY_WAITS_S, open_regular, pread
+
+MAX_IMAGE_BYTES = 1 << 28
+"""A file that is larger is no image to train on; it is not read into memory."""
+
+_OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+                errno.EINVAL, errno.ENXIO, errno.EFBIG}
+"""Trying again does not help, and the next file may be well."""
+
+_MOST_UNREADABLE = 3
+"""So many files in a row that fail otherwise are a disk that fails, or has gone."""
+
+
+class SampleReader:
+    """Reads samples one after another; the file of the last one stays open."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._path: str | None = None
+        self._descriptor = -1
+        self._unreadable = 0
+
+    def read(self, sample: Sample) -> bytes:
+        """The image file of a sample.
+
+        Raises:
+            BadSampleError: this file cannot be read, or is too large for an image.
+            DataError: the disk does not answer.
+        """
+        try:
+            data = self._read_with_retries(sample)
+        except OSError as error:
+            self._fail(sample, error)
+        self._unreadable = 0
+        return data
+
+    def close(self) -> None:
+        if self._path is not None:
+            os.close(self._descriptor)
+        self._path = None
+
+    def _read_with_retries(self, sample: Sample) -> bytes:
+        waits = iter(RETRY_WAITS_S)
+        while True:
+            try:
+                return self._read(sample)
+            except OSError as error:
+                self.close()  # on network disks, a new descriptor may work where a stale one fails
+                wait = next(waits, None)
+                if wait is None or error.errno in _OF_THE_FILE:
+                    raise
+                time.sleep(wait)
+
+    def _read(self, sample: Sample) -> bytes:
+        if self._path != sample.path:
+            self.close()
+            self._descriptor, self._path = open_regular(self._root / sample.path), sample.path
+        size = os.fstat(self._descriptor).st_size if sample.size == WHOLE else sample.size
+        if size > MAX_IMAGE_BYTES:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {MAX_IMAGE_BYTES} that an image may have")
+        return pread(self._descriptor, size, sample.offset)
+
+    def _fail(self, sample: Sample, error: OSError) -> None:
+        path, why = self._root / sample.path, error.strerror or str(error)
+        if not path.parent.is_dir():
+            raise DataError(f"cannot read {path}: {why}, and its folder is gone: is the disk still mounted?") from error
+        if error.errno in _OF_THE_FILE:
+            raise BadSampleError(f"it cannot be read: {why}") from error
+        self._unreadable += 1
+        if self._unreadable >= _MOST_UNREADABLE:
+            raise DataError(f"cannot read {path}: {why}, after {1 + len(RETRY_WAITS_S)} attempts, nor the "
+                            f"{_MOST_UNREADABLE - 1} files before it; check the disk") from error
+        raise BadSampleError(f"it cannot be read: {why}, after {1 + len(RETRY_WAITS_S)} attempts") from error
+
+
+def states(root: Path, samples: Sequence[Sample]) -> np.ndarray:
+    """[n, 2] int64: size and time of the last change, in seconds, of the file that holds each sample; -1 for one that
+    is not there. A file that has changed is known by it without being read."""
+    known: dict[str, tuple[int, int]] = {}
+    for path in {sample.path for sample in samples}:
+        try:
+            found = os.stat(root / path)
+            known[path] = found.st_size, int(found.st_mtime)
+        except OSError:
+            known[path] = -1, -1
+    return np.array([known[sample.path] for sample in samples], np.int64).reshape(-1, 2)
