@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, PngImagePlugin, features
 
 from vir.data.decode import MAX_PIXELS, BadSampleError, decode_image
 from vir.data.picture import PictureSettings, encoder_versions, jpegtran_version, prepare_picture
-from vir.errors import SettingsError
+from vir.errors import SettingsError, VirError
 
 needs_jpegtran = pytest.mark.skipif(not shutil.which("jpegtran"), reason="needs the package libjpeg-turbo-progs")
 
@@ -71,9 +71,9 @@ def test_good_files_stay_as_they_are(name, check, on_error):
     assert prepare_picture(GOOD[name], name, settings) == (GOOD[name], extension, 120, 90, None)
 
 
-def png_with_text(megabytes):
-    text = png_chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(megabytes << 20), 9))
-    return PNG[:33] + text + PNG[33:]
+def png_with_bomb(place):
+    text = png_chunk(b"zTXt", b"Comment\x00\x00" + zlib.compress(bytes(100 << 20), 9))
+    return PNG[:place] + text + PNG[place:]
 
 
 def bad_files():
@@ -82,7 +82,7 @@ def bad_files():
     start = JPEG.index(b"\xff\xc0")
     return {
         "empty": (b"", "the file is empty"),
-        "zeros": (bytes(5000), "the file is filled with zeros"),
+        "zeros": (bytes(5000), "neither JPEG, PNG nor WebP: it is filled with zeros"),
         "a web page": (b"<!DOCTYPE html><h1>404", r"neither JPEG, PNG nor WebP: it begins with b'<!DOCTYPE ht'"),
         "AVIF": (b"\x00\x00\x00\x20ftypavif" + bytes(99), "neither JPEG, PNG nor WebP"),
         "half a JPEG": (JPEG[:len(JPEG) // 2], "does not decode: .*truncated"),
@@ -94,7 +94,7 @@ def bad_files():
         "absurd JPEG": (JPEG[:start + 5] + b"\xff\xf0" * 2 + JPEG[start + 9:], "65520 x 65520 pixels, more than 178"),
         "absurd PNG": (PNG[:8] + header + PNG[33:], "60000 x 60000 pixels, more than 178,956,970"),
         "absurd WebP": (huge_webp, "header is broken|16384 x 16384 pixels, more than"),
-        "a zlib bomb": (png_with_text(100), "header is broken: Decompressed data too large"),
+        "a zlib bomb": (png_with_bomb(33), "header is broken: Decompressed data too large"),
     }
 
 
@@ -112,9 +112,10 @@ def test_every_kind_of_bad_file_has_its_reason(name, on_error):
 def test_damage_within_is_found_by_decoding():
     middle = len(PNG) // 2
     damaged = PNG[:middle] + bytes([PNG[middle] ^ 255]) + PNG[middle + 1:]
-    assert prepare_picture(damaged, "a.png", DEFAULT).data == damaged
-    with pytest.raises(BadSampleError, match="does not decode"):
-        prepare_picture(damaged, "a.png", PictureSettings(check="decode"))
+    for data, reason in ((damaged, "does not decode"), (png_with_bomb(-12), "does not decode: Decompressed data too")):
+        assert prepare_picture(data, "a.png", DEFAULT).data == data
+        with pytest.raises(BadSampleError, match=reason):
+            prepare_picture(data, "a.png", PictureSettings(check="decode"))
 
 
 def damaged_versions(data, count):
@@ -140,25 +141,36 @@ def test_whatever_is_broken_is_told_in_one_sentence(kind):
 
 
 def test_nothing_is_said_on_the_way():
-    """In a process that makes errors of warnings: broken EXIF, and a size of which Pillow's Image.open would warn."""
+    """In a process that makes errors of warnings: broken EXIF, a size of which Pillow's Image.open would warn, and a
+    broken TIFF, of which Pillow logs an error."""
     exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00" + b"\x1a\x01\x05\x00\x09\x00\x00\x00\xff\xff\x00\x00" * 2
     broken_exif = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + JPEG[2:]
     with pytest.warns(UserWarning):
         warned = Image.open(BytesIO(broken_exif))
         warned._getexif()
+    tiff = encode(photo(8, 8), "TIFF")
+    samples = tiff.index(struct.pack("<HHI", 277, 3, 1)) + 8
+    tiff = tiff[:samples] + struct.pack("<H", 2048) + tiff[samples + 2:]
     program = """
 import sys
+from vir.data.decode import BadSampleError
 from vir.data.picture import PictureSettings, prepare_picture
 jpeg = bytes.fromhex(sys.stdin.readline())
 print(prepare_picture(jpeg, "a.jpg", PictureSettings(on_error="fix", check="decode"))[1:])
 print(prepare_picture(bytes.fromhex(sys.stdin.readline()), "b.png", PictureSettings())[1:])
+try:
+    prepare_picture(bytes.fromhex(sys.stdin.readline()), "c.jpg", PictureSettings(on_error="fix"))
+except BadSampleError as error:
+    print(error)
 print("torch" in sys.modules)
 """
     large = encode(Image.new("1", (10000, 10000)), "PNG")
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], text=True, capture_output=True,
-                          input=f"{broken_exif.hex()}\n{large.hex()}\n")
+                          input=f"{broken_exif.hex()}\n{large.hex()}\n{tiff.hex()}\n")
     assert done.stderr == ""
-    assert done.stdout == "('jpg', 120, 90, None)\n('png', 10000, 10000, None)\nFalse\n"
+    *good, bad, torch_is_loaded = done.stdout.splitlines()
+    assert good == ["('jpg', 120, 90, None)", "('png', 10000, 10000, None)"] and torch_is_loaded == "False"
+    assert bad.startswith("the image header is broken: ")
     assert 10000 * 10000 < MAX_PIXELS
 
 
@@ -217,6 +229,13 @@ def test_jpegs_of_four_components_get_the_right_colours(make, change):
     for seen in (pixels(picture.data), pixels(data)):
         assert np.abs(seen[8, 8::16] - expected).max() <= 3  # rounding to YCC and back, to ink and back
     assert prepare_picture(data, "a.jpg", DEFAULT).data is data
+
+
+def test_ink_in_a_tiff_is_not_inverted():
+    data = encode(Image.fromarray(np.repeat(np.array([COLOURS], np.uint8), 16, 0), "CMYK").resize((128, 16), 0), "TIFF")
+    picture = prepare_picture(data, "a.jpg", FIX)
+    assert picture.change == "TIFF re-encoded as RGB JPEG"
+    assert np.abs(pixels(picture.data) - pixels(prepare_picture(as_cmyk(), "a.jpg", FIX).data)).max() <= 3
 
 
 @needs_jpegtran
@@ -368,7 +387,9 @@ def test_only_progressive_jpegs_are_transcoded():
 
 @needs_jpegtran
 def test_warnings_are_passed_over_where_the_pixels_stay():
-    stray = PROGRESSIVE[:-2] + b"\x01\x02\x03" + PROGRESSIVE[-2:]
+    second_scan = PROGRESSIVE.index(b"\xff\xc4", PROGRESSIVE.index(b"\xff\xda"))
+    stray = PROGRESSIVE[:second_scan] + b"\x01\x02\x03" + PROGRESSIVE[second_scan:]
+    assert subprocess.run(["jpegtran"], input=stray, capture_output=True).returncode == 2
     picture = prepare_picture(stray, "a.jpg", BASELINE)
     assert picture.change == "progressive JPEG transcoded to baseline"
     assert np.array_equal(pixels(picture.data), pixels(stray))
@@ -389,11 +410,14 @@ def test_damage_never_changes_pixels():
     transcoded = 0
     for broken in damaged_versions(PROGRESSIVE, 60):
         try:
-            picture = prepare_picture(broken, "a.jpg", BASELINE)
+            before = pixels(broken)
         except BadSampleError:
+            with pytest.raises(BadSampleError):
+                prepare_picture(broken, "a.jpg", BASELINE)
             continue
+        picture = prepare_picture(broken, "a.jpg", BASELINE)
         transcoded += picture.change is not None
-        assert np.array_equal(pixels(picture.data), pixels(broken))
+        assert np.array_equal(pixels(picture.data), before)
     assert transcoded > 3
 
 
@@ -405,13 +429,34 @@ def test_a_missing_jpegtran_is_named_with_its_package(monkeypatch, tmp_path):
             act()
 
 
-def test_another_jpegtran_is_refused(monkeypatch, tmp_path):
-    program = tmp_path / "jpegtran"
-    program.write_text("#!/bin/sh\necho 'mozjpeg version 4.1.1 (build 20230217)' >&2\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+@pytest.fixture()
+def another_jpegtran(monkeypatch, tmp_path):
+    """Gives a function that puts a shell script in jpegtran's place."""
+    def put(script):
+        program = tmp_path / "jpegtran"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return put
+
+
+def test_a_jpegtran_that_would_not_give_baseline_is_refused(another_jpegtran):
+    another_jpegtran("echo 'mozjpeg version 4.1.1 (build 20230217)' >&2")
     with pytest.raises(SettingsError, match="needs the jpegtran of libjpeg-turbo, .*'mozjpeg version 4.1.1"):
         jpegtran_version()
+
+
+def test_what_jpegtran_alone_refuses_stays_as_it_is(another_jpegtran):
+    another_jpegtran("echo 'Unsupported marker type 0x49' >&2; exit 1")
+    assert prepare_picture(PROGRESSIVE, "a.jpg", BASELINE).data is PROGRESSIVE
+
+
+@pytest.mark.parametrize("script", ["kill -9 $$", "echo 'Insufficient memory (case 4)' >&2; exit 1"])
+def test_a_lack_of_memory_is_not_the_images_fault(another_jpegtran, script):
+    another_jpegtran(script)
+    with pytest.raises(VirError, match="jpegtran ended with .*, perhaps out of memory; try fewer --workers") as caught:
+        prepare_picture(PROGRESSIVE, "a.jpg", BASELINE)
+    assert not isinstance(caught.value, BadSampleError)
 
 
 # ---- settings

@@ -156,19 +156,19 @@ def _short_side(width: int, height: int, short: int) -> tuple[int, int]:
 def _to_baseline(data: bytes) -> bytes | None:
     """The same coefficients and metadata as a baseline JPEG with optimal Huffman tables; None if pixels would change.
 
-    They do in damaged files, whose damage each decoder passes over in its own way, and in those whose last scans are
+    They would in damaged files, whose damage each decoder passes over in its own way, and in those whose last scans are
     missing: decoders smooth the blocks of a progressive JPEG where it leaves coefficients open.
     """
     try:
         done = _jpegtran("-copy", "all", "-optimize", data=data)
     except subprocess.TimeoutExpired:
         raise BadSampleError(f"jpegtran was not done with it after {_JPEGTRAN_SECONDS} s") from None
-    if done.returncode in (0, 2):  # 2: with warnings
-        return done.stdout if decode_image(done.stdout).tobytes() == decode_image(data).tobytes() else None
     told = done.stderr.decode(errors="replace").strip()
     if done.returncode < 0 or "memory" in told.lower():
-        raise VirError(f"jpegtran ended with {done.returncode} {told}, perhaps out of memory; try fewer --workers")
-    raise BadSampleError(f"the image does not decode: {told}")
+        raise VirError(f"jpegtran ended with {done.returncode} {told!r}, perhaps out of memory; try fewer --workers")
+    before = decode_image(data)
+    written = done.returncode in (0, 2)  # 2: with warnings
+    return done.stdout if written and decode_image(done.stdout).tobytes() == before.tobytes() else None
 
 
 def _jpegtran(*arguments: str, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
