@@ -94,7 +94,7 @@ def bad_files():
         "absurd JPEG": (JPEG[:start + 5] + b"\xff\xf0" * 2 + JPEG[start + 9:], "65520 x 65520 pixels, more than 178"),
         "absurd PNG": (PNG[:8] + header + PNG[33:], "60000 x 60000 pixels, more than 178,956,970"),
         "absurd WebP": (huge_webp, "header is broken|16384 x 16384 pixels, more than"),
-        "a zlib bomb": (png_with_bomb(33), "header is broken: Decompressed data too large"),
+        "a zlib bomb": (png_with_bomb(33), "(?i)header is broken: decompressed data too large"),
     }
 
 
@@ -112,7 +112,7 @@ def test_every_kind_of_bad_file_has_its_reason(name, on_error):
 def test_damage_within_is_found_by_decoding():
     middle = len(PNG) // 2
     damaged = PNG[:middle] + bytes([PNG[middle] ^ 255]) + PNG[middle + 1:]
-    for data, reason in ((damaged, "does not decode"), (png_with_bomb(-12), "does not decode: Decompressed data too")):
+    for data, reason in ((damaged, "does not decode"), (png_with_bomb(-12), "(?i)does not decode: decompressed data too")):
         assert prepare_picture(data, "a.png", DEFAULT).data == data
         with pytest.raises(BadSampleError, match=reason):
             prepare_picture(data, "a.png", PictureSettings(check="decode"))
