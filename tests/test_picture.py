@@ -112,7 +112,7 @@ def test_every_kind_of_bad_file_has_its_reason(name, on_error):
 def test_damage_within_is_found_by_decoding():
     middle = len(PNG) // 2
     damaged = PNG[:middle] + bytes([PNG[middle] ^ 255]) + PNG[middle + 1:]
-    for data, reason in ((damaged, "does not decode"), (png_with_bomb(-12), "(?i)does not decode: decompressed data too")):
+    for data, reason in ((damaged, "does not decode"), (png_with_bomb(-12), "(?i)decompressed data too")):
         assert prepare_picture(data, "a.png", DEFAULT).data == data
         with pytest.raises(BadSampleError, match=reason):
             prepare_picture(data, "a.png", PictureSettings(check="decode"))
