@@ -131,9 +131,10 @@ def test_a_killed_worker_is_told(tmp_path):
         list(local(chores.die, range(5)))
 
 
-@pytest.mark.parametrize("number, to_all", [(signal.SIGKILL, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize("number, to_all", [(signal.SIGKILL, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
 def test_a_signal_leaves_no_process(tmp_path, number, to_all):
-    """A kill of the main process alone; and SIGTERM to all, as a batch system does: that is no death of a worker."""
+    """A kill of the main process alone; SIGTERM to all, as a batch system does: that is no death of a worker; Ctrl-C.
+    """
     main = subprocess.Popen([sys.executable, "-m", "support.chores", tmp_path], env=ENVIRONMENT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     wait_for(lambda: len(processes(tmp_path)) == 2, "two workers")
@@ -151,7 +152,8 @@ class Cluster:
     """A dask scheduler and its workers, each a command; gone when the block ends."""
 
     def __init__(self, folder, **environment):
-        self._folder, self._environment, self.workers = folder, {**ENVIRONMENT, **environment}, []
+        self._folder, self.workers = folder, []
+        self._environment = {**ENVIRONMENT, "DASK_TEMPORARY_DIRECTORY": str(folder), **environment}
         folder.mkdir()
         self.scheduler = self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
                                      "--scheduler-file", folder / "address.json")
@@ -167,8 +169,7 @@ class Cluster:
 
     def add_workers(self, count):
         for _ in range(count):
-            self.workers.append(self._start("worker", self.address, "--nthreads", "1", "--no-nanny", "--no-dashboard",
-                                            "--local-directory", self._folder / "scratch"))
+            self.workers.append(self._start("worker", self.address, "--nthreads", "1", "--no-nanny", "--no-dashboard"))
 
     def run(self, function, tasks, stop_asked=never):
         return run_tasks(self.spec, function, tasks, 2, stop_asked, Path("unused"))
@@ -247,6 +248,13 @@ def test_a_lost_dask_scheduler_and_one_without_workers_are_told(tmp_path, caplog
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("host, reason", [("no-such-host.invalid", ".*"), ("a..b", ".*label.*")])
+def test_a_dask_scheduler_without_an_address_is_told(host, reason):
+    pytest.importorskip("distributed", reason="needs the extra dask")
+    with pytest.raises(SettingsError, match=rf"no dask scheduler answers on host {host}, port 8786 \({reason}\); start"):
+        check_executor(f"dask://{host}:8786")
+
+
 @pytest.mark.parametrize("listens", [False, True], ids=["nobody", "another server"])
 def test_a_dask_scheduler_that_does_not_answer_is_told_in_time(monkeypatch, listens):
     pytest.importorskip("distributed", reason="needs the extra dask")
@@ -256,8 +264,9 @@ def test_a_dask_scheduler_that_does_not_answer_is_told_in_time(monkeypatch, list
         if listens:
             server.listen()
         port = server.getsockname()[1]
+        reason = "timed out" if listens else "Connection refused"
         with pytest.raises(SettingsError, match=rf"no dask scheduler answers on host 127.0.0.1, port {port} "
-                                                rf"\((timed out|Connection refused)\); start one with `dask scheduler`"):
+                                                rf"\({reason}\); start one with `dask scheduler`"):
             check_executor(f"dask://127.0.0.1:{port}")
 
 

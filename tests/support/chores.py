@@ -44,11 +44,6 @@ def obey(folder):
     raise Stopped
 
 
-def endless(folder):
-    (Path(folder) / str(os.getpid())).touch()
-    wait_for(lambda: False, "an end")
-
-
 def first_of(folder):
     """Works until told to end where it is given a folder; ends at once where it is not."""
     if folder is not None:
@@ -83,8 +78,9 @@ def die_once(path):
 
 if __name__ == "__main__":
     signals = []
-    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    for expected in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(expected, lambda number, frame: signals.append(number))
     try:
-        list(run_tasks("local", endless, sys.argv[1:] * 9, 2, lambda: bool(signals), Path("unused")))
+        list(run_tasks("local", obey, sys.argv[1:] * 9, 2, lambda: bool(signals), Path("unused")))
     except Stopped:
         print("stopped")

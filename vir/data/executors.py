@@ -7,11 +7,13 @@ nor Slurm ends at once what was cancelled.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -29,7 +31,7 @@ from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Iterator, Sequence, TypeVar
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
 from urllib.parse import urlsplit
 
 from vir.errors import SettingsError, VirError
@@ -37,7 +39,7 @@ from vir.errors import SettingsError, VirError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PATIENCE = 5.0
+_PATIENCE = 10.0
 """Seconds that a dask scheduler may take to accept a connection, and again to greet."""
 _SLURM_MINUTES = 240
 """The time limit of a Slurm job where SBATCH_TIMELIMIT gives none: submitit's own, 5 minutes, is that of a trial."""
@@ -174,12 +176,12 @@ def _open_dask(spec: str) -> Iterator[Executor]:
     distributed = _import_extra("distributed", "dask", spec)
     address = urlsplit(spec).netloc
     try:
-        client = distributed.Client(f"tcp://{address}", timeout=2 * _PATIENCE, set_as_default=False)
-    except OSError as error:
+        client = distributed.Client(f"tcp://{address}", timeout=_PATIENCE, set_as_default=False)
+    except (OSError, distributed.TimeoutError) as error:
         raise SettingsError(f"--executor {spec}: cannot use the dask scheduler there: {error}") from error
     if not client.nthreads():
         logging.getLogger("vir").warning("the dask scheduler at %s has no workers yet; waiting for some", address)
-    executor = client.get_executor(pure=False)  # two equal tasks are two
+    executor = _DaskExecutor(client.get_executor(pure=False))  # not pure: two equal calls are two
     try:
         yield executor
     except CancelledError as error:
@@ -194,6 +196,32 @@ def _open_dask(spec: str) -> Iterator[Executor]:
     finally:
         executor.shutdown(wait=False)
         client.close()
+
+
+class _DaskExecutor(Executor):
+    """dask's own executor, whose calls it unpickles only where and when they run.
+
+    Otherwise its scheduler has to import the function too, and a worker that cannot ends without a word.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    def submit(self, function: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        return self._executor.submit(pickle.loads, pickle.dumps(_Call(functools.partial(function, *args, **kwargs))))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Cancels what was submitted, if not told to wait for it."""
+        self._executor.shutdown(wait=wait)
+
+
+class _Call(NamedTuple):
+    """A call that is made by unpickling it: what comes out is its result."""
+
+    make: Callable[[], Any]
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return self.make, ()
 
 
 def _parse_address(spec: str) -> tuple[str, int]:
@@ -213,8 +241,8 @@ def _greet(host: str, port: int, spec: str) -> None:
         with socket.create_connection((host, port), timeout=_PATIENCE) as connection:
             greeting = connection.recv(1)
         reason = "it hangs up"
-    except OSError as error:
-        greeting, reason = b"", error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host such as a..b
+        greeting, reason = b"", getattr(error, "strerror", None) or str(error)
     if not greeting:
         raise SettingsError(f"--executor {spec}: no dask scheduler answers on host {host}, port {port} ({reason}); "
                             "start one with `dask scheduler`, which prints its address")
