@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="scale images whose shorter side has more pixels down to N, as JPEG")
     images.add_argument("--quality", type=int, help="of those JPEGs (default 95)")
     images.add_argument("--transcode", choices=TRANSCODES,
-                        help="progressive JPEGs as baseline ones, without loss: they decode 2.4 times faster; needs "
+                        help="progressive JPEGs as baseline ones, without loss: they decode twice as fast; needs "
                              "libjpeg-turbo's jpegtran")
 
     work = parser.add_argument_group("work", "the shards' bytes do not depend on these")

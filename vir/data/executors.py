@@ -31,7 +31,7 @@ from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, TypeVar
+from typing import Any, Callable, Generator, Iterator, NamedTuple, Sequence, TypeVar
 from urllib.parse import urlsplit
 
 from vir.errors import SettingsError, VirError
@@ -80,7 +80,7 @@ def check_executor(spec: str) -> None:
 
 
 def run_tasks(spec: str, function: Callable[[T], R], tasks: Sequence[T], workers: int,
-              stop_asked: Callable[[], bool], job_folder: Path) -> Iterator[tuple[int, R]]:
+              stop_asked: Callable[[], bool], job_folder: Path) -> Generator[tuple[int, R], None, None]:
     """Calls `function` with each task; gives (number of the task, result) in the order in which they end.
 
     At most 2 * workers tasks are handed over at a time; a Slurm job takes the `workers`th part of all tasks, because
@@ -109,7 +109,7 @@ def run_tasks(spec: str, function: Callable[[T], R], tasks: Sequence[T], workers
 
 
 def _run(opened: AbstractContextManager[Executor], function: Callable[[T], R], tasks: Sequence[T], size: int,
-         most: int, stop_asked: Callable[[], bool]) -> Iterator[tuple[int, R]]:
+         most: int, stop_asked: Callable[[], bool]) -> Generator[tuple[int, R], None, None]:
     """Hands over `size` tasks at a time, at most `most` times before the first of them has ended."""
     starts = iter(range(0, len(tasks), size))
     running: dict[Future[list[R]], int] = {}

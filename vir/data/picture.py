@@ -17,6 +17,7 @@ CHECKS = ("header", "decode")
 TRANSCODES = ("baseline",)
 
 _FIX_QUALITY = 100
+_MENDED = "re-encoded as RGB JPEG"
 _JPEG_SIDE = 65_500  # libjpeg's limit, in pixels
 _JPEGTRAN_SECONDS = 120  # measured: 0.8 s for 20 megapixels
 
@@ -55,6 +56,11 @@ class Picture(NamedTuple):
     change: str | None
     """What was done to the file; one of a few sentences, so that they can be counted. None: it is unchanged."""
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the file was of a kind that is mended, and not only larger or slower to decode than asked."""
+        return self.change is not None and _MENDED in self.change
+
 
 def prepare_picture(data: bytes, filename: str, settings: PictureSettings) -> Picture:
     """The bytes to write for the image file `filename`, whose bytes are `data`.
@@ -67,7 +73,7 @@ def prepare_picture(data: bytes, filename: str, settings: PictureSettings) -> Pi
         SettingsError: jpegtran is needed and missing.
     """
     if settings.on_error == "fix" and (foreign := find_format(data, FOREIGN)):
-        return _encode(decode_image(data, FOREIGN), f"{foreign.name} re-encoded as RGB JPEG", settings)
+        return _encode(decode_image(data, FOREIGN), f"{foreign.name} {_MENDED}", settings)
     header = read_header(data)
     misfit = _misfit(header, filename) if settings.on_error == "fix" else None
     if misfit or _shrinks(header.width, header.height, settings):
@@ -116,10 +122,10 @@ def _misfit(header: Header, filename: str) -> str | None:
     Grey JPEGs are none: every decoder makes them RGB without loss.
     """
     if header.colours in ("CMYK", "YCCK"):
-        return f"{header.colours} JPEG re-encoded as RGB JPEG"
+        return f"{header.colours} JPEG {_MENDED}"
     if header.extension != "jpg" and filename.lower().endswith((".jpg", ".jpeg")):
         name = next(kind.name for kind in FORMATS if kind.extension == header.extension)
-        return f"{name} named as a JPEG re-encoded as RGB JPEG"
+        return f"{name} named as a JPEG {_MENDED}"
     return None
 
 
