@@ -231,12 +231,15 @@ def test_a_task_that_kills_all_dask_workers_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_lost_dask_scheduler_and_one_without_workers_are_told(tmp_path, caplog, capfd, number):
+def test_a_lost_dask_scheduler_and_one_without_workers_are_told(tmp_path, caplog, monkeypatch, number):
     pytest.importorskip("distributed", reason="needs the extra dask")
+    monkeypatch.setattr(logging.getLogger("distributed.client"), "handlers", [caplog.handler])
+    monkeypatch.setattr(logging.getLogger("distributed.client"), "level", logging.WARNING)
     with Cluster(tmp_path / "dask") as cluster, caplog.at_level(logging.WARNING, "vir"):
         with pytest.raises(Stopped):
             list(cluster.run(chores.double, range(9), stop_asked=lambda: True))
-        assert caplog.messages == [f"the dask scheduler at {cluster.address[6:]} has no workers yet; waiting for some"]
+        warning = f"the dask scheduler at {cluster.address[6:]} has no workers yet; waiting for some"
+        assert caplog.messages == [warning]
 
         def lose():
             cluster.scheduler.send_signal(number)
@@ -245,13 +248,13 @@ def test_a_lost_dask_scheduler_and_one_without_workers_are_told(tmp_path, caplog
         with pytest.raises(VirError, match=f"^lost the dask scheduler at {cluster.address[6:]}; start it again"):
             list(cluster.run(chores.double, range(9), stop_asked=lose))
         assert time.monotonic() - began < 20
-    assert "Traceback" not in capfd.readouterr().err
+        assert caplog.messages == [warning] * 2  # and nothing of dask's
 
 
 @pytest.mark.parametrize("host, reason", [("no-such-host.invalid", ".*"), ("a..b", ".*label.*")])
 def test_a_dask_scheduler_without_an_address_is_told(host, reason):
     pytest.importorskip("distributed", reason="needs the extra dask")
-    with pytest.raises(SettingsError, match=rf"no dask scheduler answers on host {host}, port 8786 \({reason}\); start"):
+    with pytest.raises(SettingsError, match=rf"no dask scheduler .* host {host}, port 8786 \({reason}\); start"):
         check_executor(f"dask://{host}:8786")
 
 
