@@ -188,6 +188,26 @@ def test_bad_images_can_be_skipped_and_are_listed(source, tmp_path):
     assert "skipped: 7 files" in str(summary) and "n02/empty.JPEG: the file is empty" in str(summary)
 
 
+def test_what_readers_stumble_over_is_mended_and_listed(source, tmp_path):
+    Image.new("CMYK", (9, 9), (0, 255, 255, 0)).save(source / "train/n01/cmyk.JPEG", "JPEG", quality=100)
+    Image.new("RGB", (9, 9), (255, 0, 0)).save(source / "train/n02/n02_png.JPEG", "PNG")
+    (source / "train/n03/half.JPEG").write_bytes(BAD_FILES["half.JPEG"][0])
+    summary = convert(source, "train", tmp_path / "out", workers=2, samples_per_shard=5, on_error="fix")
+    assert summary.images == 29 and [file.filename for file in summary.skipped] == ["n03/half.JPEG"]
+    assert [tuple(vars(file).values()) for file in summary.fixed] == [
+        ("n01/cmyk.JPEG", "CMYK JPEG re-encoded as RGB JPEG"),
+        ("n02/n02_png.JPEG", "PNG named as a JPEG re-encoded as RGB JPEG")]
+    assert "changed: 1 images: CMYK JPEG re-encoded as RGB JPEG\n" in str(summary)
+    reader = ShardReader(tmp_path / "out/train")
+    mended = [reader.read(i) for i in range(29) if reader.key(i) in ("n01_cmyk", "n02_png")]
+    for data in mended:
+        with Image.open(BytesIO(data)) as image:
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            assert np.abs(np.asarray(image).astype(int) - (255, 0, 0)).max() <= 3
+    unchanged = {reader.key(i): reader.read(i) for i in range(29)}
+    assert all(unchanged[f"n03_{n}"] == jpeg(200 + n) for n in range(9))
+
+
 def test_skipping_a_whole_class_and_whole_shards_keeps_labels_and_closes_gaps(source, tmp_path):
     for path in (source / "train/n02").iterdir():
         path.write_bytes(b"")

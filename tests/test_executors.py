@@ -13,11 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from support import chores
 from support.chores import HANGS, wait_for
 from support.faults import members
 from vir.data import executors
+from vir.data.convert import Settings, convert
 from vir.data.executors import Stopped, check_executor, run_tasks
 from vir.errors import DataError, SettingsError, VirError
 
@@ -197,6 +199,33 @@ def test_dask_gives_the_same_results(cluster, tmp_path):
     assert pids <= {worker.pid for worker in cluster.workers}
     tasks = [tmp_path / "first", tmp_path / "second"]
     assert list(cluster.run(chores.in_turn, tasks)) == [(1, "second"), (0, "first")]
+
+
+@pytest.fixture()
+def images(tmp_path):
+    """A source of 12 images, and the shards that processes of this machine make of it."""
+    for number in range(12):
+        path = tmp_path / f"src/train/{number % 3}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8 + number, 8)).save(path)
+    convert(tmp_path / "src", "train", tmp_path / "local", Settings(samples_per_shard=2), workers=1)
+    return tmp_path / "src", contents(tmp_path / "local/train")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_conversion_on_dask_writes_the_same_bytes(cluster, images, tmp_path):
+    source, expected = images
+    convert(source, "train", tmp_path / "dask", Settings(samples_per_shard=2), workers=2, executor=cluster.spec)
+    assert contents(tmp_path / "dask/train") == expected
+
+
+def test_a_conversion_in_slurm_jobs_writes_the_same_bytes(run_jobs, images, tmp_path):
+    source, expected = images
+    convert(source, "train", tmp_path / "slurm", Settings(samples_per_shard=2), workers=2, executor="slurm")
+    assert contents(tmp_path / "slurm/train") == expected and os.listdir(tmp_path / "slurm") == ["train"]
 
 
 def test_the_first_exception_on_dask_is_the_tasks_own(cluster, tmp_path):

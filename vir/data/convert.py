@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -52,7 +52,8 @@ from vir.files import TEMPORARY, flush, lock, replace_text, replacing, unlock
 JOURNAL = "conversion.json"
 LOCK = ".lock"
 DONE = ".done"
-JOBS = "jobs"
+SLURM = ".slurm"
+"""The end of the name of the folder beside OUTPUT/SPLIT that keeps the logs of Slurm jobs that failed."""
 
 _TAR_BYTES = 5 * 512
 """Of a sample beside its image: three headers, label and json."""
@@ -175,7 +176,7 @@ def convert(source: Path, split: str, output: Path, settings: Settings = Setting
     with _claimed(folder, record, len(parts)) as partial:
         if not (partial / MANIFEST).exists():
             tasks = _Tasks(listed, parts, partial, settings.pictures)
-            done = _run(tasks, min(workers, len(tasks)), executor, is_stopping, partial)
+            done = _run(tasks, min(workers, len(tasks)), executor, is_stopping, folder)
             _write_manifest(partial, listed, done, split, settings, record)
             found = sum(shard.was_found for shard in done if len(shard.rows))
         else:  # killed while it gave the names
@@ -200,7 +201,7 @@ def dry_run(source: Path, split: str, output: Path, settings: Settings = Setting
         settings.pictures
     with _scratch(place) as scratch:
         tasks = _Tasks(listed, [part[:_DRY_RUN_SAMPLES] for part in parts[:workers]], scratch, pictures)
-        done = _run(tasks, len(tasks), executor, is_stopping, scratch)
+        done = _run(tasks, len(tasks), executor, is_stopping, folder)
     written = sum(len(shard.rows) for shard in done)
     skipped = tuple(file for shard in done for file in shard.skipped)
     if not written:
@@ -230,7 +231,7 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
     with _scratch(folder) as scratch:
         numbers = _numbers_of(manifest, listed, parts, names)
         tasks = _Tasks(listed, [parts[number] for number in numbers], scratch, settings.pictures)
-        done = _run(tasks, min(workers, len(tasks)), "local", lambda: False, scratch)
+        done = _run(tasks, min(workers, len(tasks)), "local", lambda: False, folder)
         expected = {shard.name: shard.sha256 for shard in manifest.shards}
         for name, shard in zip(names, done):
             if shard.info.sha256 != expected[name]:
@@ -472,15 +473,14 @@ class _Tasks(Sequence[_Task]):
         return len(self._parts[number])
 
 
-def _run(tasks: _Tasks, workers: int, executor: str, is_stopping: Callable[[], bool], folder: Path
-         ) -> list[_Done]:
-    """The finished shards in task order, with a progress bar in images and bytes. Slurm's logs lie in `folder`."""
+def _run(tasks: _Tasks, workers: int, executor: str, is_stopping: Callable[[], bool], folder: Path) -> list[_Done]:
+    """The finished shards in task order, with a progress bar in images and bytes."""
     done: dict[int, _Done] = {}
     images = written = 0
     total = sum(map(tasks.images, range(len(tasks))))
-    results = run_tasks(executor, _convert_shard, tasks, workers, is_stopping, folder / JOBS)
+    results = run_tasks(executor, _convert_shard, tasks, workers, is_stopping, folder.with_name(folder.name + SLURM))
     bar = tqdm(total=total, unit="img", mininterval=0.5 if sys.stderr.isatty() else 30)
-    try:
+    with closing(results), closing(bar):
         for number, shard in results:
             done[number] = shard
             images, written = images + tasks.images(number), written + shard.info.bytes
@@ -488,9 +488,6 @@ def _run(tasks: _Tasks, workers: int, executor: str, is_stopping: Callable[[], b
             if shard.was_found:  # not a part of the rate
                 bar.initial += tasks.images(number)
             bar.update(tasks.images(number))
-    finally:
-        results.close()
-        bar.close()
     return [done[number] for number in range(len(tasks))]
 
 
@@ -621,7 +618,6 @@ def _publish(partial: Path, folder: Path) -> None:
     """Removes what only the conversion needed, and gives the folder its name."""
     for path in [*partial.glob(f"*{DONE}"), *partial.glob(f".*{TEMPORARY}"), partial / JOURNAL, partial / LOCK]:
         path.unlink(missing_ok=True)
-    shutil.rmtree(partial / JOBS, ignore_errors=True)
     flush(partial)
     try:
         os.rename(partial, folder)
