@@ -166,15 +166,18 @@ def _energon_offsets(folder: Path, shard: ShardInfo) -> Path:
 
 def _energon_database(path: Path, folder: Path, manifest: SplitManifest) -> Path:
     """Samples by key and their members, for Energon's random access and joins."""
-    with replacing(path) as temporary, closing(sqlite3.connect(temporary, isolation_level=None)) as database:
-        database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_ENERGON_TABLES} BEGIN;")
-        for number, shard in enumerate(manifest.shards):
-            try:
+    try:
+        with replacing(path) as temporary, closing(sqlite3.connect(temporary, isolation_level=None)) as database:
+            database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_ENERGON_TABLES} BEGIN;")
+            for number, shard in enumerate(manifest.shards):
                 _fill(database, number, _parts(folder, shard))
-            except sqlite3.IntegrityError as error:
-                raise DataError(f"{folder / shard.name} has a key that came before ({error}); index the shards again"
-                                ) from error
-        database.executescript(f"COMMIT; {_ENERGON_INDEXES}")
+            database.execute("COMMIT")
+            database.executescript(_ENERGON_INDEXES)
+    except sqlite3.IntegrityError as error:
+        raise DataError(f"{folder} has a key twice ({error}); copy the split again, or index it again with vir-index"
+                        ) from error
+    except sqlite3.Error as error:
+        raise DataError(f"cannot write {path}: {error}; free some space, or leave out energon") from error
     return path
 
 
