@@ -244,6 +244,13 @@ def test_keys_must_differ_within_the_split(folder, monkeypatch):
     index(folder)
 
 
+def test_names_of_shards_that_no_manifest_can_hold(folder):
+    for name in (b"a\xff.tar", b"a\n.tar"):
+        shutil.copy(folder / "set-train-00.tar", path := os.fsencode(folder) + b"/" + name)
+        refused(folder, r"the name of the shard 'a\\(udcff|n)\.tar' in .* is not UTF-8 or cannot be printed; rename it")
+        os.unlink(path)
+
+
 def test_shards_without_samples(folder):
     make_tar(folder / "empty.tar", [])
     refused(folder, "shards without samples in .*'empty.tar'")
@@ -388,6 +395,15 @@ def test_a_signal_ends_it_with_nothing_written(folder, monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(Stopped):
         index(folder, stopping=lambda: True)
+
+
+def test_training_on_tars_without_an_index_names_this_command(folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "vir.train", "--config", ROOT / "vir/recipes/quickstart.yaml", "--data.train", folder,
+         "--data.val", folder, "--output", tmp_path / "run", "--dry_run"], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    assert f"make the index of WebDataset shards: vir-index {folder}; " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_needs_no_torch():

@@ -106,6 +106,9 @@ def index_shards(pattern: str, *, classes: Sequence[str] | None = None, split: s
     if jobs < 1:
         raise SettingsError(f"--jobs must be at least 1, got {jobs}")
     folder, names = find_shards(pattern)
+    if unsayable := [name for name in names if not name.isprintable()]:
+        raise DataError(f"the name of the shard {unsayable[0]!r} in {folder} is not UTF-8 or cannot be printed; rename "
+                        "it")
     split = _checked_name("--split", folder.name if split is None else split)
     name = _checked_name("--name", _common_name(names, split) if name is None else name)
     _refuse_manifest(folder, names)

@@ -120,7 +120,7 @@ def _write_dali(folder: Path, manifest: SplitManifest) -> list[Path]:
             file.write(f"v1.2 {shard.num_samples}")
             for part in _parts(folder, shard):
                 name, extension = part.member.name, part.extension
-                if len(name.split()) != 1 or name.split()[0] != name or not extension:
+                if name.split() != [name] or not extension:
                     raise DataError(f"{folder / shard.name} has a member {name!r}: DALI's index cannot hold a name "
                                     "with white space or an empty ending; leave out dali, or write the shards again")
                 file.write(f"{chr(10) if part.is_first else ' '}{extension} {part.member.offset} {part.member.size} "
