@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 import threading
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from vir.data import reader as reader_module
 from vir.data.decode import BadSampleError, decode_image, inspect_image
 from vir.data.reader import ShardReader
-from vir.data.shards import ShardSample, read_index, write_shard, write_split
+from vir.data.shards import ShardSample, read_index, read_manifest, write_shard, write_split
 from vir.errors import DataError
 from vir.files import sha256
 
@@ -239,6 +240,28 @@ def test_a_flipped_byte_is_a_bad_sample(folder):
     with pytest.raises(BadSampleError, match="wrong checksum, the shard in .* is damaged"):
         reader.read(5)
     assert reader.read(6) == IMAGES[6]
+
+
+def test_where_a_shard_has_no_sha256_its_images_have_no_checksum(folder):
+    """As shards that were indexed without reading them: s-1.tar is of that kind, the others are not."""
+    index, manifest = read_index(folder).copy(), read_manifest(folder)
+    index["crc32"][4:7] = 0
+    shards = [(replace(info, sha256=None) if number == 1 else info, index[index["shard"] == number])
+              for number, info in enumerate(manifest.shards)]
+    write_split(folder, shards, name="s", split="train", classes=["a", "b", "c"], seed=0, samples_per_shard=4)
+    damaged = bytes([IMAGES[5][100] ^ 1])
+    for shard, sample in (("s-1.tar", 5), ("s-0.tar", 2)):
+        with open(folder / shard, "r+b") as file:
+            file.seek(index["offset"][sample] + 100)
+            file.write(damaged)
+    reader = ShardReader(folder)
+    assert reader.read(5) == IMAGES[5][:100] + damaged + IMAGES[5][101:] and reader.read(6) == IMAGES[6]
+    with pytest.raises(BadSampleError, match="wrong checksum"):
+        reader.read(2)
+    assert reader.fingerprint != manifest.fingerprint
+    os.truncate(folder / "s-1.tar", 5120)
+    with pytest.raises(DataError, match="s-1.tar has 5120 bytes"):
+        ShardReader(folder)
 
 
 def test_a_shard_cut_while_open_is_an_io_error(folder, no_waiting):

@@ -160,11 +160,12 @@ def test_folders_that_are_not_a_split(folder, tmp_path):
         read_manifest(tmp_path / "val")
 
 
-@pytest.mark.parametrize("names, said", [
-    (["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"], "2 tar files (imagenet1k-train-0000.tar, ...)"),
-    (["ILSVRC2012_img_train.tar"], "1 tar file (ILSVRC2012_img_train.tar)"),
-    (["ILSVRC2012_devkit_t12.tar.gz", "b.tgz"], "2 tar files (ILSVRC2012_devkit_t12.tar.gz, ...)")])
-def test_tars_that_were_made_elsewhere_are_named_as_what_they_are(tmp_path, names, said):
+@pytest.mark.parametrize("names, said, way", [
+    (["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"], "2 tar files (imagenet1k-train-0000.tar, ...)", None),
+    (["ILSVRC2012_img_train.tar"], "1 tar file (ILSVRC2012_img_train.tar)", None),
+    (["ILSVRC2012_devkit_t12.tar.gz", "b.tgz"], "2 tar files (ILSVRC2012_devkit_t12.tar.gz, ...)",
+     "they are compressed: unpack them (gunzip) to plain tars first")])
+def test_tars_that_were_made_elsewhere_are_named_with_the_command_that_reads_them(tmp_path, names, said, way):
     folder = tmp_path / "train"
     (folder / "a folder.tar").mkdir(parents=True)
     for name in names:
@@ -172,9 +173,9 @@ def test_tars_that_were_made_elsewhere_are_named_as_what_they_are(tmp_path, name
     with pytest.raises(DataError) as error:
         read_manifest(folder)
     assert str(error.value) == (
-        f"{folder} holds {said} but no manifest.json: shards or archives made elsewhere; today only the shards of "
-        "vir-convert are read: unpack the images to SRC/train/CLASS/ and convert them: vir-convert --source SRC "
-        "--split train --output SHARDS")
+        f"{folder} holds {said} but no manifest.json: shards or archives made elsewhere; make the index of WebDataset "
+        f"shards: {way or f'vir-index {folder}'}; convert other archives: vir-convert --source {folder} --split train "
+        "--output SHARDS")
 
 
 def test_archives_beside_what_was_unpacked_from_them_are_an_image_folder(tmp_path):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -307,9 +308,12 @@ def _why_no_manifest(folder: Path) -> str:
     if tars := [name for name in found if name.endswith((".tar", ".tar.gz", ".tgz")) and name not in folders
                 and name.split(".")[0] not in folders]:
         count = "1 tar file" if len(tars) == 1 else f"{len(tars):,} tar files"
+        plain = [name for name in tars if name.endswith(".tar")]
+        index = (f"vir-index {shlex.quote(str(folder))}" if plain else
+                 "they are compressed: unpack them (gunzip) to plain tars first")
         return (f"{folder} holds {count} ({tars[0]}{', ...' if tars[1:] else ''}) but no {MANIFEST}: shards or "
-                "archives made elsewhere; today only the shards of vir-convert are read: unpack the images to "
-                f"SRC/{folder.name}/CLASS/ and convert them: {convert.format('SRC', folder.name)}")
+                f"archives made elsewhere; make the index of WebDataset shards: {index}; convert other archives: "
+                f"{convert.format(shlex.quote(str(folder)), folder.name)}")
     if folders:
         return (f"{folder} has no {MANIFEST}; it looks like an ImageNet folder of {len(folders)} class folders "
                 f"({folders[0]}, ...): convert it first: {convert.format(folder.parent, folder.name)}")

@@ -12,7 +12,8 @@ BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
-_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
+_LONG_NAME, _LONG_LINK, _PAX_GLOBAL = b"L", b"K", b"g"
+_PAX = (b"x", b"X")
 _MAX_EXTENSION = 1 << 20
 """The longest extended header, in bytes: names are far shorter."""
 
@@ -61,7 +62,7 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
                 raise _damaged(where, position - start, "an extended header without its member")
             return
         if not _is_sound(header):
-            raise _damaged(where, position - start, "the checksum of its header is wrong")
+            raise _damaged(where, position - start, _why_unsound(header, position - start))
         kind = header[156:157]
         size = _number(header[124:136], where, position - start)
         if kind in _FILES and extension is not None and extension.size is not None:
@@ -72,13 +73,17 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
             raise DataError(f"{where}: the member at byte {position - start} says it has {size} bytes, more than the "
                             "file has left; the file is cut off or damaged; copy or download it again")
         begin = position if extension is None else extension.start
-        if kind in (_LONG_NAME, _PAX):
+        if kind == _LONG_NAME or kind in _PAX:
             content = _content(descriptor, offset, size, where, position - start)
             known = extension or _Extension(begin)
             extension = (known._replace(name=content.rstrip(b"\0")) if kind == _LONG_NAME else
                          _pax(known, content, where, position - start))
-        elif kind in (_LONG_LINK, _PAX_GLOBAL):
-            extension = extension or (_Extension(begin) if kind == _LONG_LINK else None)
+        elif kind == _LONG_LINK:
+            extension = extension or _Extension(begin)
+        elif kind == _PAX_GLOBAL:
+            content = _content(descriptor, offset, size, where, position - start)
+            if _pax(_Extension(begin), content, where, position - start) != _Extension(begin):
+                raise _damaged(where, position - start, "one name or size for all members that follow")
         else:
             if kind == b"S":
                 raise _damaged(where, position - start, "sparse files are not supported")
@@ -95,7 +100,17 @@ def _is_sound(header: bytes) -> bool:
         expected = int(header[148:156].strip(b"\0 ") or b"0", 8)
     except ValueError:
         return False
-    return sum(header) - sum(header[148:156]) + 256 == expected
+    unsigned = sum(header) - sum(header[148:156]) + 256
+    if unsigned == expected:
+        return True
+    rest = header[:148] + header[156:]
+    return unsigned - 256 * sum(byte > 127 for byte in rest) == expected  # some old programs added signed bytes
+
+
+def _why_unsound(header: bytes, position: int) -> str:
+    if position == 0 and header.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "it is compressed, only plain tars can be read by offset: unpack it (gunzip, ...)"
+    return "the checksum of its header is wrong"
 
 
 def _number(field: bytes, where: str, position: int) -> int:
@@ -134,20 +149,22 @@ def _content(descriptor: int, offset: int, size: int, where: str, position: int)
 
 def _pax(known: _Extension, content: bytes, where: str, position: int) -> _Extension:
     """The records "LENGTH KEY=VALUE\\n" of a PAX header; only path and size are of use."""
-    while content.strip(b"\0"):
-        length, _, _ = content.partition(b" ")
-        if not length.isdigit() or len(length) > 7 or not len(length) < int(length) <= len(content):
-            raise _damaged(where, position, f"a PAX record that begins with {content[:20]!r}")
-        record, content = content[len(length) + 1:int(length) - 1], content[int(length):]
-        key, _, value = record.partition(b"=")
+    content, begin = content.rstrip(b"\0"), 0
+    while begin < len(content):
+        digits = content[begin:begin + 8].partition(b" ")[0]
+        end = begin + int(digits) if digits.isdigit() and len(digits) < 8 else 0
+        if end <= begin + len(digits) or content[end - 1:end] != b"\n":
+            raise _damaged(where, position, f"a PAX record that begins with {content[begin:begin + 20]!r}")
+        key, _, value = content[begin + len(digits) + 1:end - 1].partition(b"=")
         if key == b"path":
-            known = known._replace(name=value)
+            known = known._replace(name=value or None)  # without a value: what the header itself says
         elif key == b"size":
             if not value.isdigit() or len(value) > 18:
                 raise _damaged(where, position, f"its PAX size is {value[:30]!r}")
             known = known._replace(size=int(value))
         elif key.startswith(b"GNU.sparse"):
             raise _damaged(where, position, "sparse files are not supported")
+        begin = end
     return known
 
 

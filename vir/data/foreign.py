@@ -1,0 +1,434 @@
+"""Index and manifest for WebDataset tars that were made elsewhere; the tars stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from glob import glob
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from vir.data.decode import BadSampleError, inspect_image
+from vir.data.shards import MANIFEST, MAX_MANIFEST_BYTES, ShardInfo, index_dtype, read_manifest, write_split
+from vir.data.sources.folder import names_in, some
+from vir.data.tar import Member
+from vir.data.tar_samples import TarSample, read_part, read_samples
+from vir.errors import DataError, SettingsError, VirError
+from vir.files import open_regular, read_regular, try_to_write
+
+MAX_KEY_BYTES = 512
+"""The longest key, in UTF-8, folders included: every row of the index takes as much as the longest key."""
+MAX_IMAGE_BYTES = 1 << 30
+MAX_CLASS_NAMES = 1 << 16
+"""The most different names that the txt of a split may hold without a class list: more are captions."""
+MAX_LABEL = (1 << 20) - 1
+"""The highest label without a class list, which then is "0", "1", ... up to it."""
+MAX_SHARDS = 1 << 20
+
+_CHUNK = 4096
+_BLOCK = 1 << 22
+_RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
+
+
+class Stopped(Exception):
+    """The indexing was asked to stop; nothing was written."""
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    folder: Path
+    images: int
+    shards: int
+    bytes: int
+    """Of all shards."""
+    classes: int
+    seconds: float
+    checksums: bool
+
+    def __str__(self) -> str:
+        count = "1 shard" if self.shards == 1 else f"{self.shards:,} shards"
+        lines = [f"{self.images:,} images of {self.classes:,} classes in {count}, {self.bytes / 1e6:,.1f} MB, "
+                 f"in {self.seconds:.1f} s ({self.images / self.seconds:,.0f} images/s)"]
+        if not self.checksums:
+            lines.append("the images were not read: damage within them is seen only where they do not decode; "
+                         "--checksums reads them and keeps their checksums")
+        return "\n".join([*lines, f"index and manifest written to {self.folder}"])
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    """One shard; the rows' labels are final, or ~i for names[i]."""
+
+    info: ShardInfo
+    rows: np.ndarray
+    names: tuple[str, ...]
+
+
+def index_shards(pattern: str, *, classes: Sequence[str] | None = None, split: str | None = None,
+                 name: str | None = None, jobs: int = 8, checksums: bool = False,
+                 stopping: Callable[[], bool] = lambda: False) -> IndexSummary:
+    """Writes index.npy and manifest.json beside tars of one folder, which are only read.
+
+    Each sample has an image and a label, as vir.data.tar_samples.read_samples says. Without `checksums` only headers
+    and labels are read. Worker processes start by forkserver: a script that calls this needs the
+    `if __name__ == "__main__"` guard.
+
+    Args:
+        pattern: a folder (all its .tar), a glob, or a pattern with braces: shards/x-{0000..1023}.tar
+        classes: class list in label order. If None: the names in the txt, sorted, or else "0", "1", ... up to the
+            highest label.
+        split: None: the name of the folder.
+        name: None: what the names of the shards have in common.
+        stopping: called several times a second; True ends the indexing.
+
+    Raises:
+        DataError, SettingsError: each names the shard, the value and what to do.
+        Stopped: `stopping` returned True.
+    """
+    began = time.monotonic()
+    if jobs < 1:
+        raise SettingsError(f"--jobs must be at least 1, got {jobs}")
+    folder, names = find_shards(pattern)
+    if unsayable := [name for name in names if not name.isprintable()]:
+        raise DataError(f"the name of the shard {unsayable[0]!r} in {folder} is not UTF-8 or cannot be printed; rename "
+                        "it")
+    split = _checked_name("--split", folder.name if split is None else split)
+    name = _checked_name("--name", _common_name(names, split) if name is None else name)
+    _refuse_manifest(folder, names)
+    indexed = _run([folder / name for name in names], checksums, jobs, stopping)
+    if empty := [shard.info.name for shard in indexed if not shard.info.num_samples]:
+        raise DataError(f"shards without samples in {folder}: {some(empty)}; remove them, or leave them out of PATTERN")
+    classes, labelled = _label(indexed, classes)
+    _refuse_duplicates(labelled)
+    try:
+        manifest = write_split(folder, [(shard.info, shard.rows) for shard in labelled], name=name, split=split,
+                               classes=classes, seed=0,
+                               samples_per_shard=max(shard.info.num_samples for shard in labelled))
+    except OSError as error:
+        raise DataError(_not_writable(folder, error)) from error
+    return IndexSummary(folder, manifest.num_samples, len(labelled), sum(shard.info.bytes for shard in labelled),
+                        len(classes), time.monotonic() - began, checksums)
+
+
+def find_shards(pattern: str) -> tuple[Path, list[str]]:
+    """The folder and the names of the tars that a pattern names, in order.
+
+    Raises:
+        DataError: there are none, or some of those that braces name are missing.
+        SettingsError: they lie in more than one folder.
+    """
+    if os.path.isdir(pattern):
+        folder = Path(pattern).absolute()
+        names = [name for name in names_in(folder) if name.endswith(".tar") and not (folder / name).is_dir()]
+        if not names:
+            raise DataError(f"{folder} holds no .tar; found {some(names_in(folder))}")
+        return folder, names
+    paths = [pattern] if os.path.lexists(pattern) else _expand(pattern)
+    if other := [path for path in paths if not path.endswith(".tar")]:
+        raise SettingsError(f"PATTERN names files that do not end in .tar: {some(other)}; index.npy and manifest.json "
+                            "are for plain tars, compressed ones must be unpacked before")
+    folders = sorted({os.path.dirname(path) for path in paths})
+    if len(folders) > 1:
+        raise SettingsError(f"PATTERN names tars in {len(folders)} folders: {some(folders)}; index.npy and "
+                            "manifest.json lie beside the tars of one folder: index each folder by itself")
+    return Path(folders[0]).absolute(), list(dict.fromkeys(os.path.basename(path) for path in paths))
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder has a manifest that vir-convert wrote. Raises DataError where the manifest is damaged."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        return False
+    read_manifest(folder)
+    content = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
+    return content["format_version"] < 2 or content["conversion"] is not None
+
+
+def _expand(pattern: str) -> list[str]:
+    too_many = SettingsError(f"PATTERN {pattern!r} names more than {MAX_SHARDS} shards")
+    if any(abs(int(last) - int(first)) > MAX_SHARDS for first, last in _RANGE.findall(pattern)):
+        raise too_many  # braceexpand would make a list of them
+    try:
+        parts = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
+    except ValueError as error:  # of its subclass for unbalanced braces, too
+        raise SettingsError(f"PATTERN {pattern!r} has braces that do not match") from error
+    if len(parts) > MAX_SHARDS:
+        raise too_many
+    paths: list[str] = []
+    missing: list[str] = []
+    for part in parts:
+        if any(character in part for character in "*?["):
+            paths += sorted(path for path in glob(part) if path.endswith(".tar"))
+        else:
+            (paths if os.path.lexists(part) else missing).append(part)
+    if missing and len(parts) > 1:
+        raise DataError(f"{len(missing)} of the {len(parts)} shards that {pattern} names are missing: {some(missing)}; "
+                        "complete them, or name those that are there")
+    if not paths:
+        raise DataError(f"no .tar is named by {pattern!r}; give a folder, or quote the pattern so that the shell "
+                        "leaves it as it is")
+    return paths
+
+
+def _common_name(names: Sequence[str], split: str) -> str:
+    """imagenet1k of imagenet1k-train-0000.tar, ...; the split where nothing is left."""
+    prefix = os.path.commonprefix([name[:-len(".tar")] for name in names])
+    prefix = re.sub(r"[0-9]*$", "", prefix).rstrip("-_.").removesuffix(split).rstrip("-_.")
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", prefix) or split
+
+
+def _checked_name(flag: str, value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
+        raise SettingsError(f"{flag} {value!r} cannot be a name; give one of letters, digits, '_', '-', '.' with "
+                            f"{flag}")
+    return value
+
+
+def _refuse_manifest(folder: Path, names: Sequence[str]) -> None:
+    """Raises DataError where the manifest in `folder` must stay, or none can be written."""
+    path = folder / MANIFEST
+    if is_converted(folder):
+        raise DataError(f"{path} was written by vir-convert, with the checksums of every image: it stays. The files of "
+                        f"other readers are written beside it by --also; to index anew all the same, remove {path}")
+    if os.path.lexists(path):
+        known = {shard.name for shard in read_manifest(folder).shards}
+        if not known & set(names):
+            raise DataError(f"{path} is the manifest of other shards ({some(sorted(known), 1)}), and a folder holds "
+                            "one split: give each split a folder of its own, with the tars or with links to them")
+    try:
+        try_to_write(path)
+    except OSError as error:
+        raise DataError(_not_writable(folder, error)) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    return (f"cannot write {MANIFEST} in {folder}: {error.strerror}; free space or ask for the right to write, or make "
+            f"a folder of links and index that: mkdir {folder.name}; ln -s {folder}/*.tar {folder.name}/")
+
+
+def _label(indexed: Sequence[_Indexed], given: Sequence[str] | None) -> tuple[tuple[str, ...], list[_Indexed]]:
+    """The class list, and the shards with labels that are positions in it."""
+    highest = max(int(shard.rows["label"].max()) for shard in indexed)
+    names = sorted({name for shard in indexed for name in shard.names})
+    if not names:
+        return _numbered(indexed, highest, given), list(indexed)
+    if highest >= 0:
+        number = _first(indexed, lambda labels: labels >= 0)
+        raise DataError(f"{_first(indexed, lambda labels: labels < 0)} has the class {names[0]!r}, {number} has the "
+                        f"number {highest}: all labels of a split are names, or all are numbers")
+    classes = tuple(names if given is None else given)
+    if len(classes) > MAX_CLASS_NAMES and given is None:
+        raise DataError(f"the txt hold {len(classes):,} different texts, as {names[0][:50]!r}: these are captions, not "
+                        "class names; give the class list with --classes, or add a cls with the label")
+    label_of = {name: label for label, name in enumerate(classes)}
+    for shard in indexed:
+        if unknown := [name for name in shard.names if name not in label_of]:
+            which = ~shard.names.index(unknown[0])
+            raise DataError(f"{_first([shard], lambda labels: labels == which)} has the class {unknown[0]!r}, which "
+                            f"the list of {len(classes)} classes lacks; give the right list with --classes")
+    for shard in indexed:
+        shard.rows["label"] = np.array([label_of[name] for name in shard.names])[~shard.rows["label"]]
+    return classes, [replace(shard, names=()) for shard in indexed]
+
+
+def _numbered(indexed: Sequence[_Indexed], highest: int, given: Sequence[str] | None) -> tuple[str, ...]:
+    limit = MAX_LABEL if given is None else len(given) - 1
+    if highest > limit:
+        list_says = (f"the list has {len(given)} classes" if given is not None else
+                     f"without a class list {limit} is the highest")
+        raise DataError(f"{_first(indexed, lambda labels: labels > limit)} has the label {highest}, but {list_says}; "
+                        "give the right list with --classes")
+    return tuple(map(str, range(highest + 1))) if given is None else tuple(given)
+
+
+def _first(indexed: Sequence[_Indexed], is_meant: Callable[[np.ndarray], np.ndarray]) -> str:
+    """SHARD:KEY of the sample with the highest label among those that are meant."""
+    best = max((shard for shard in indexed if is_meant(shard.rows["label"]).any()),
+               key=lambda shard: int(shard.rows["label"].max()))
+    rows = best.rows[is_meant(best.rows["label"])]
+    return f"{best.info.name}:{rows['key'][rows['label'].argmax()].decode()}"
+
+
+def _refuse_duplicates(indexed: Sequence[_Indexed]) -> None:
+    """Raises DataError where a key comes twice. Takes 17 bytes a sample: only keys of one hash are compared."""
+    hashes = np.concatenate([np.fromiter(map(hash, shard.rows["key"].tolist()), np.int64, len(shard.rows))
+                             for shard in indexed])
+    ordered = np.sort(hashes)
+    starts = np.cumsum([0, *(len(shard.rows) for shard in indexed)])
+    for value in ordered[1:][ordered[1:] == ordered[:-1]]:
+        seen: dict[bytes, str] = {}
+        for position in np.flatnonzero(hashes == value).tolist():
+            number = int(np.searchsorted(starts, position, side="right")) - 1
+            key, name = indexed[number].rows["key"][position - starts[number]], indexed[number].info.name
+            if key in seen:
+                raise DataError(f"the key {key.decode()!r} is in {seen[key]} and in {name}: keys must differ within a "
+                                "split; does PATTERN mix two splits, or name a shard and its copy?")
+            seen[key] = name
+
+
+def _run(paths: Sequence[Path], checksums: bool, jobs: int, stopping: Callable[[], bool]) -> list[_Indexed]:
+    """The shards in order of the paths, with a progress bar."""
+    bar = tqdm(total=len(paths), unit="shard", mininterval=0.5 if sys.stderr.isatty() else 30)
+    results: dict[int, _Indexed] = {}
+    try:
+        for number, result in _results(paths, checksums, min(jobs, len(paths)), stopping):
+            results[number] = result
+            bar.update()
+    finally:
+        bar.close()
+    return [results[number] for number in range(len(paths))]
+
+
+def _results(paths: Sequence[Path], checksums: bool, jobs: int,
+             stopping: Callable[[], bool]) -> Iterator[tuple[int, _Indexed]]:
+    if jobs == 1:
+        for number, path in enumerate(paths):
+            if stopping():
+                raise Stopped
+            yield number, _index(path, checksums)
+        return
+    # forkserver: workers start from a process without threads, which has imported the slow modules once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+    running: dict[Future[_Indexed], int] = {}
+    waiting = iter(enumerate(paths))
+    try:
+        while True:
+            while len(running) < 2 * jobs and (item := next(waiting, None)):
+                running[pool.submit(_index, item[1], checksums)] = item[0]
+            if not running:
+                return
+            if stopping():
+                raise Stopped
+            for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise VirError("a worker process died, perhaps out of memory; try fewer --jobs") from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# ---- worker processes: one task is one shard
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the main process ends, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _index(path: Path, checksums: bool) -> _Indexed:
+    try:
+        with open(open_regular(path), "rb", buffering=0) as file:
+            return _index_open(file.fileno(), path, checksums)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; copy or download it again, or leave it out of PATTERN"
+                        ) from error
+
+
+def _index_open(descriptor: int, path: Path, checksums: bool) -> _Indexed:
+    size = os.fstat(descriptor).st_size
+    reading = _Reading(descriptor, path) if checksums else None
+    names: dict[str, int] = {}
+    chunks: list[np.ndarray] = []
+    samples = read_samples(descriptor, str(path))
+    while rows := [_row(sample, path, names, reading) for sample in islice(samples, _CHUNK)]:
+        chunks.append(np.array(rows, dtype=index_dtype(max(len(row[-1]) for row in rows))))
+    longest = max((part.dtype["key"].itemsize for part in chunks), default=1)
+    whole = np.empty(sum(map(len, chunks)), index_dtype(longest))
+    start = 0
+    for part in chunks:
+        whole[start:start + len(part)] = part
+        start += len(part)
+    digest = None if reading is None else reading.rest(size)
+    return _Indexed(ShardInfo(path.name, len(whole), size, digest), whole, tuple(names))
+
+
+def _row(sample: TarSample, path: Path, names: dict[str, int],
+         reading: _Reading | None) -> tuple[int, int, int, int, int, int, int, bytes]:
+    key, image = sample.key.encode(), sample.image
+    if len(key) > MAX_KEY_BYTES:
+        raise DataError(f"{path}: the key {sample.key[:50]!r}... at byte {sample.start} has {len(key)} bytes, the "
+                        f"limit is {MAX_KEY_BYTES}; write the shard again with shorter names")
+    if not 0 < image.size <= MAX_IMAGE_BYTES:
+        raise DataError(f"{path}: the image of sample {sample.key!r} at byte {image.offset} has {image.size} bytes, "
+                        f"expected 1 to {MAX_IMAGE_BYTES}; copy or download the shard again")
+    label = sample.label if isinstance(sample.label, int) else ~_name_number(sample, sample.label, path, names)
+    crc32, width, height = (0, 0, 0) if reading is None else reading.image(sample.key, image)
+    return 0, label, image.offset, image.size, crc32, width, height, key
+
+
+def _name_number(sample: TarSample, name: str, path: Path, names: dict[str, int]) -> int:
+    if not name or not name.isprintable():
+        raise DataError(f"{path}: sample {sample.key!r} at byte {sample.start} has {name[:50]!r} in its txt, which is "
+                        "neither a number nor the name of a class; add a cls with the label")
+    number = names.setdefault(name, len(names))
+    if number > MAX_CLASS_NAMES:
+        raise DataError(f"{path}: the txt hold more than {MAX_CLASS_NAMES} different texts, as {name[:50]!r}: these "
+                        "are captions, not class names; add a cls with the label")
+    return number
+
+
+class _Reading:
+    """All bytes of a shard, read once and in order: their sha256, and the images among them."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self.descriptor, self.path = descriptor, path
+        self.position = 0
+        self.sha256 = hashlib.sha256()
+
+    def image(self, key: str, member: Member) -> tuple[int, int, int]:
+        """crc32, width and height of an image that lies beyond all that was read."""
+        self._read_to(member.offset)
+        data = read_part(self.descriptor, member, str(self.path))
+        self.sha256.update(data)
+        self.position += len(data)
+        try:
+            _, width, height = inspect_image(data)
+        except BadSampleError as error:
+            raise DataError(f"{self.path}: sample {key!r} at byte {member.offset}: {error}; copy or download the shard "
+                            "again, or index it without --checksums: training leaves out single images that do not "
+                            "decode") from error
+        return zlib.crc32(data), width, height
+
+    def rest(self, size: int) -> str:
+        """The sha256 of the shard, which has `size` bytes."""
+        self._read_to(size)
+        return self.sha256.hexdigest()
+
+    def _read_to(self, end: int) -> None:
+        while self.position < end:
+            block = os.pread(self.descriptor, min(_BLOCK, end - self.position), self.position)
+            if not block:
+                raise DataError(f"{self.path} became shorter while it was read, at byte {self.position}")
+            self.sha256.update(block)
+            self.position += len(block)
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.foreign is a part of the library; the program is vir-index")

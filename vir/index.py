@@ -1,0 +1,66 @@
+"""Makes the index and the manifest of WebDataset shards that were made elsewhere, so that they can be trained on.
+
+    vir-index shards/train
+    vir-index 'shards/imagenet1k-train-{0000..1023}.tar' --classes classes.txt --checksums --also timm,dali
+
+The tars are only read; index.npy and manifest.json appear beside them. Each sample is an image (jpg, jpeg, png or webp)
+with its label (a number in cls, "label" in json, or a number or class name in txt).
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from vir import cli
+from vir.data.foreign import Stopped, find_shards, index_shards, is_converted
+from vir.data.sidecars import KINDS, parse_kinds, write_sidecars
+from vir.data.sources.folder import read_class_list
+from vir.errors import VirError
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    received: list[signal.Signals] = []
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        kinds = parse_kinds(args.also)
+        folder, _ = find_shards(args.pattern)
+        if not (kinds and is_converted(folder)):
+            print(index_shards(args.pattern, classes=read_class_list(args.classes) if args.classes else None,
+                               split=args.split, name=args.name, jobs=args.jobs, checksums=args.checksums,
+                               stopping=lambda: bool(received)))
+        written = write_sidecars(folder, kinds)
+    except VirError as error:
+        return cli.tell(error, "vir-index")
+    except Stopped:
+        print(f"stopped by {received[0].name}; nothing was written", file=sys.stderr)
+        return 128 + received[0]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if written:
+        print(f"for {', '.join(kinds)}: {len(written):,} files written, {written[0].name}, ...")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vir-index", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("pattern", metavar="PATTERN", help="folder of tars, or a quoted glob or brace pattern of tars in one folder")
+    add("--classes", type=Path, help="file with the class names, one a line, in label order (default: the sorted names "
+                                     "in the txt, or 0, 1, ... up to the highest label)")
+    add("--split", help="name of the split (default: the folder's name)")
+    add("--name", help="name of the data set (default: what the names of the shards have in common)")
+    add("--jobs", type=int, default=8, help="processes (default 8)")
+    add("--checksums", action="store_true", help="read every image: keeps the checksums of shards and images, and the "
+                                                 "images' sizes; damage is then seen at once (default: headers only)")
+    add("--also", default="", help=f"write files for other readers too, separated by commas: {', '.join(KINDS)}; "
+                                   "for shards of vir-convert, which have an index, nothing else is written")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
