@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Iterator, NoReturn
 
 from vir.errors import VirError
 from vir.launcher import local_rank
@@ -40,6 +41,19 @@ def report(said: str) -> None:
         more = {"py_callstack": said, "timestamp": str(int(time.time()))}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": {"message": said, "extraInfo": more}}))
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[signal.Signals]]:
+    """The signals that ask to stop, Ctrl-C, SIGTERM and a closed terminal, as they come; none interrupts the block."""
+    received: list[signal.Signals] = []
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def end_now(exit_code: int) -> NoReturn:

@@ -17,7 +17,6 @@ same command goes on after a kill, a full disk or a lost one; what was finished 
 
 import argparse
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -25,35 +24,30 @@ from vir import cli
 from vir.data.convert import Settings, convert, dry_run, finished_shards
 from vir.data.executors import Stopped
 from vir.data.picture import CHECKS, ON_ERROR, TRANSCODES, PictureSettings
-from vir.data.sidecars import KINDS, check_kinds, write_sidecars
+from vir.data.sidecars import KINDS, parse_kinds, write_sidecars
 from vir.data.sources.folder import read_class_list
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError, VirError
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    received: list[signal.Signals] = []
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        check_kinds(args.also)
-        act = dry_run if args.dry_run else convert
-        print(act(args.source, args.split, args.output, _settings(args), workers=args.workers, executor=args.executor,
-                  classes=read_class_list(args.classes) if args.classes else None,
-                  is_stopping=lambda: bool(received)))
-        if args.also and not args.dry_run:
-            for path in write_sidecars(args.output / args.split, args.also):
-                print(f"written: {path}")
-    except VirError as error:
-        return cli.tell(error, "vir-convert")
-    except Stopped:
-        finished = finished_shards(args.output / args.split)
-        print(f"vir-convert: stopped by {received[0].name}; {finished:,} shards are finished and kept, the same "
-              "command continues", file=sys.stderr)
-        return EXIT_STOPPED_BY_SIGNAL
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with cli.stop_requests() as received:
+        try:
+            kinds = parse_kinds(args.also)
+            act = dry_run if args.dry_run else convert
+            print(act(args.source, args.split, args.output, _settings(args), workers=args.workers,
+                      executor=args.executor, classes=read_class_list(args.classes) if args.classes else None,
+                      is_stopping=lambda: bool(received)))
+            written = [] if args.dry_run else write_sidecars(args.output / args.split, kinds)
+        except VirError as error:
+            return cli.tell(error, "vir-convert")
+        except Stopped:
+            finished = finished_shards(args.output / args.split)
+            print(f"vir-convert: stopped by {received[0].name}; {finished:,} shards are finished and kept, the same "
+                  "command continues", file=sys.stderr)
+            return EXIT_STOPPED_BY_SIGNAL
+    if written:
+        print(f"for {', '.join(kinds)}: {len(written):,} files written, {written[0].name}, ...")
     return 0
 
 
@@ -93,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
                       help="at most, spread evenly (default 1000: about 110 MB)")
     size.add_argument("--bytes-per-shard", type=_bytes, metavar="SIZE",
                       help="about, spread evenly: 500MB; asks the size of every image first")
-    shards.add_argument("--also", type=lambda text: text.split(","), default=[], metavar="READERS",
-                        help=f"index files for other readers, by comma: {','.join(KINDS)}")
+    shards.add_argument("--also", default="", metavar="READERS",
+                        help=f"files for other readers too, separated by commas: {', '.join(KINDS)}")
 
     images = parser.add_argument_group("images", "without these flags image files go into the shards byte for byte")
     images.add_argument("--on-error", choices=ON_ERROR, default="fail",

@@ -8,12 +8,12 @@ with its label (a number in cls, "label" in json, or a number or class name in t
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 from vir import cli
-from vir.data.foreign import Stopped, find_shards, index_shards, is_converted
+from vir.data.executors import Stopped
+from vir.data.foreign import find_shards, index_shards, is_converted
 from vir.data.sidecars import KINDS, parse_kinds, write_sidecars
 from vir.data.sources.folder import read_class_list
 from vir.errors import VirError
@@ -21,25 +21,20 @@ from vir.errors import VirError
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    received: list[signal.Signals] = []
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        kinds = parse_kinds(args.also)
-        folder, _ = find_shards(args.pattern)
-        if not (kinds and is_converted(folder)):
-            print(index_shards(args.pattern, classes=read_class_list(args.classes) if args.classes else None,
-                               split=args.split, name=args.name, jobs=args.jobs, checksums=args.checksums,
-                               stopping=lambda: bool(received)))
-        written = write_sidecars(folder, kinds)
-    except VirError as error:
-        return cli.tell(error, "vir-index")
-    except Stopped:
-        print(f"stopped by {received[0].name}; nothing was written", file=sys.stderr)
-        return 128 + received[0]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with cli.stop_requests() as received:
+        try:
+            kinds = parse_kinds(args.also)
+            folder, _ = find_shards(args.pattern)
+            if not (kinds and is_converted(folder)):
+                print(index_shards(args.pattern, classes=read_class_list(args.classes) if args.classes else None,
+                                   split=args.split, name=args.name, jobs=args.jobs, checksums=args.checksums,
+                                   is_stopping=lambda: bool(received)))
+            written = write_sidecars(folder, kinds)
+        except VirError as error:
+            return cli.tell(error, "vir-index")
+        except Stopped:
+            print(f"vir-index: stopped by {received[0].name}; nothing was written", file=sys.stderr)
+            return 128 + received[0]
     if written:
         print(f"for {', '.join(kinds)}: {len(written):,} files written, {written[0].name}, ...")
     return 0

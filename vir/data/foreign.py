@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from glob import glob
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
 from vir.data.decode import BadSampleError, inspect_image
+from vir.data.executors import Stopped, run_tasks, stopping
 from vir.data.shards import MANIFEST, MAX_MANIFEST_BYTES, ShardInfo, index_dtype, read_manifest, write_split
 from vir.data.sources.folder import names_in, some
 from vir.data.tar import Member
 from vir.data.tar_samples import TarSample, read_part, read_samples
-from vir.errors import DataError, SettingsError, VirError
+from vir.errors import DataError, SettingsError
 from vir.files import open_regular, read_regular, try_to_write
 
 MAX_KEY_BYTES = 512
@@ -45,10 +42,6 @@ MAX_SHARDS = 1 << 20
 _CHUNK = 4096
 _BLOCK = 1 << 22
 _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
-
-
-class Stopped(Exception):
-    """The indexing was asked to stop; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,7 @@ class _Indexed:
 
 def index_shards(pattern: str, *, classes: Sequence[str] | None = None, split: str | None = None,
                  name: str | None = None, jobs: int = 8, checksums: bool = False,
-                 stopping: Callable[[], bool] = lambda: False) -> IndexSummary:
+                 is_stopping: Callable[[], bool] = lambda: False) -> IndexSummary:
     """Writes index.npy and manifest.json beside tars of one folder, which are only read.
 
     Each sample has an image and a label, as vir.data.tar_samples.read_samples says. Without `checksums` only headers
@@ -96,11 +89,11 @@ def index_shards(pattern: str, *, classes: Sequence[str] | None = None, split: s
             highest label.
         split: None: the name of the folder.
         name: None: what the names of the shards have in common.
-        stopping: called several times a second; True ends the indexing.
+        is_stopping: called several times a second; True ends the indexing.
 
     Raises:
         DataError, SettingsError: each names the shard, the value and what to do.
-        Stopped: `stopping` returned True.
+        Stopped: `is_stopping` returned True. Nothing was written.
     """
     began = time.monotonic()
     if jobs < 1:
@@ -112,7 +105,7 @@ def index_shards(pattern: str, *, classes: Sequence[str] | None = None, split: s
     split = _checked_name("--split", folder.name if split is None else split)
     name = _checked_name("--name", _common_name(names, split) if name is None else name)
     _refuse_manifest(folder, names)
-    indexed = _run([folder / name for name in names], checksums, jobs, stopping)
+    indexed = _run([folder / name for name in names], checksums, jobs, is_stopping)
     if empty := [shard.info.name for shard in indexed if not shard.info.num_samples]:
         raise DataError(f"shards without samples in {folder}: {some(empty)}; remove them, or leave them out of PATTERN")
     classes, labelled = _label(indexed, classes)
@@ -283,66 +276,29 @@ def _refuse_duplicates(indexed: Sequence[_Indexed]) -> None:
             seen[key] = name
 
 
-def _run(paths: Sequence[Path], checksums: bool, jobs: int, stopping: Callable[[], bool]) -> list[_Indexed]:
+def _run(paths: Sequence[Path], checksums: bool, jobs: int, is_stopping: Callable[[], bool]) -> list[_Indexed]:
     """The shards in order of the paths, with a progress bar."""
-    bar = tqdm(total=len(paths), unit="shard", mininterval=0.5 if sys.stderr.isatty() else 30)
+    tasks = [_Task(path, checksums) for path in paths]
+    ended = run_tasks("local", _index, tasks, min(jobs, len(tasks)), is_stopping, Path())
     results: dict[int, _Indexed] = {}
-    try:
-        for number, result in _results(paths, checksums, min(jobs, len(paths)), stopping):
+    bar = tqdm(total=len(paths), unit="shard", mininterval=0.5 if sys.stderr.isatty() else 30)
+    with closing(ended), closing(bar):
+        for number, result in ended:
             results[number] = result
             bar.update()
-    finally:
-        bar.close()
     return [results[number] for number in range(len(paths))]
-
-
-def _results(paths: Sequence[Path], checksums: bool, jobs: int,
-             stopping: Callable[[], bool]) -> Iterator[tuple[int, _Indexed]]:
-    if jobs == 1:
-        for number, path in enumerate(paths):
-            if stopping():
-                raise Stopped
-            yield number, _index(path, checksums)
-        return
-    # forkserver: workers start from a process without threads, which has imported the slow modules once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
-    running: dict[Future[_Indexed], int] = {}
-    waiting = iter(enumerate(paths))
-    try:
-        while True:
-            while len(running) < 2 * jobs and (item := next(waiting, None)):
-                running[pool.submit(_index, item[1], checksums)] = item[0]
-            if not running:
-                return
-            if stopping():
-                raise Stopped
-            for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise VirError("a worker process died, perhaps out of memory; try fewer --jobs") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ---- worker processes: one task is one shard
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+class _Task(NamedTuple):
+    path: Path
+    checksums: bool
 
 
-def _end_with_parent() -> None:
-    """Ends this worker when the main process ends, even if that was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _index(path: Path, checksums: bool) -> _Indexed:
+def _index(task: _Task) -> _Indexed:
+    path, checksums = task
     try:
         with open(open_regular(path), "rb", buffering=0) as file:
             return _index_open(file.fileno(), path, checksums)
@@ -358,6 +314,8 @@ def _index_open(descriptor: int, path: Path, checksums: bool) -> _Indexed:
     chunks: list[np.ndarray] = []
     samples = read_samples(descriptor, str(path))
     while rows := [_row(sample, path, names, reading) for sample in islice(samples, _CHUNK)]:
+        if stopping():
+            raise Stopped
         chunks.append(np.array(rows, dtype=index_dtype(max(len(row[-1]) for row in rows))))
     longest = max((part.dtype["key"].itemsize for part in chunks), default=1)
     whole = np.empty(sum(map(len, chunks)), index_dtype(longest))
