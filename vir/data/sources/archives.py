@@ -58,8 +58,8 @@ def _read_train(path: Path, classes: Sequence[str] | None) -> Source:
         ignored = inner.ignored
         for name, member in sorted(inner.members.items()):
             where = f"{name} in {path}"
-            images = _named(scan(descriptor, where, member.offset, member.offset + member.size), IMAGE_EXTENSIONS,
-                            where)
+            begin, end = member.offset, member.offset + member.size
+            images = _named(scan(descriptor, where, begin, end), IMAGE_EXTENSIONS, where, begin)
             ignored += images.ignored
             if not images.members:
                 raise DataError(f"{where} has no images; copy or download the archive again")
@@ -90,8 +90,8 @@ class _Named(NamedTuple):
     ignored: int
 
 
-def _named(members: Iterable[Member], endings: tuple[str, ...], where: str) -> _Named:
-    """The members whose names end so; hidden ones are passed over, others counted."""
+def _named(members: Iterable[Member], endings: tuple[str, ...], where: str, begin: int = 0) -> _Named:
+    """The members whose names end so; hidden ones are passed over, others counted. Their tar begins at `begin`."""
     found: dict[str, Member] = {}
     ignored = 0
     for member in members:
@@ -101,8 +101,8 @@ def _named(members: Iterable[Member], endings: tuple[str, ...], where: str) -> _
         if not name.lower().endswith(endings):
             ignored += 1
         elif name in found:
-            raise DataError(f"{where} has {name!r} twice, at bytes {found[name].start} and {member.start}; copy or "
-                            "download it again")
+            raise DataError(f"{where} has {name!r} twice, at bytes {found[name].start - begin} and "
+                            f"{member.start - begin}; copy or download it again")
         elif len(found) == _MAX_MEMBERS:
             raise DataError(f"{where} has more than {_MAX_MEMBERS} members: it is no archive of ImageNet; download it "
                             "again")

@@ -18,6 +18,9 @@ from vir.errors import DataError
 SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 """Words for splits as they stand in file names, and which of them mean the same."""
 
+_MAX_CLASSES = 1 << 20
+"""Of a class list that is made up from the labels."""
+
 
 def tars_in(folder: Path) -> list[str]:
     """The sorted names of the tars in a folder, without hidden ones."""
@@ -59,13 +62,10 @@ def read_tars(path: Path, names: Sequence[str] | None = None, classes: Sequence[
             of the manifest beside them.
     """
     folder, tars = (path.parent, [path.name]) if names is None else (path, list(names))
-    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    counts: dict[str, int] = {}
+    manifest = _manifest(folder, tars, names is not None)
     if manifest is not None:
-        counts = {shard.name: shard.num_samples for shard in manifest.shards}
-        if differing := sorted(set(tars) - counts.keys() if names is None else set(tars) ^ counts.keys()):
-            raise DataError(f"{folder} has other tars than its {MANIFEST}: {some(differing)}; copy the split again")
         classes = _classes_of(manifest, classes, folder)
+    counts = {shard.name: shard.num_samples for shard in manifest.shards} if manifest is not None else {}
     found = _Found(None if classes is None else tuple(classes))
     for number, name in enumerate(tars):
         with opened(folder / name) as descriptor:
@@ -81,6 +81,17 @@ def read_tars(path: Path, names: Sequence[str] | None = None, classes: Sequence[
         class_name, class_in_key = group
         listing.add(class_name, found.buckets.pop(group).images(), class_in_key)
     return listing.source("WebDataset shards", folder, classes, 0)
+
+
+def _manifest(folder: Path, tars: Sequence[str], is_whole: bool) -> SplitManifest | None:
+    """The manifest beside the tars, where there is one; it knows them, and no others if they are the whole split."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    known = {shard.name for shard in manifest.shards}
+    if differing := sorted(known ^ set(tars) if is_whole else set(tars) - known):
+        raise DataError(f"{folder} has other tars than its {MANIFEST}: {some(differing)}; copy the split again")
+    return manifest
 
 
 def _classes_of(manifest: SplitManifest, classes: Sequence[str] | None, folder: Path) -> tuple[str, ...]:
@@ -144,6 +155,9 @@ class _Found:
             return label
         self.greatest = max(self.greatest, label)
         if self.classes is None:
+            if label >= _MAX_CLASSES:
+                raise DataError(f"{where} has the label {label}; labels from {_MAX_CLASSES} need a class list: give it "
+                                "with --classes")
             return str(label)
         if label >= len(self.classes):
             raise DataError(f"{where} has the label {label}, but the class list ends with {len(self.classes) - 1}; "
