@@ -13,7 +13,7 @@ import scipy.io
 from support.imagenet import meta_mat
 from vir.data.sources.mat import MAX_BYTES, read_structs
 
-# Written by MATLAB 6.1 on a machine with big ends, and by 6.5, 7.1 and 7.4 on one with little ends; the last two compress.
+# Written by MATLAB 6.1 on a machine with big ends, by 6.5, 7.1 and 7.4 on one with little ends; the last two compress.
 MADE_BY_MATLAB = sorted((Path(scipy.io.__file__).parent / "matlab" / "tests" / "data").glob("teststruct*.mat"))
 HEAD = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<HH", 0x0100, 0x4d49)
 
