@@ -37,10 +37,10 @@ def tars_of(names: Sequence[str], split: str, folder: Path) -> list[str]:
     Raises:
         DataError: only other splits are named.
     """
-    words = {name: {SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in SPLITS} for name in names}
+    words = {name: {SPLITS.get(word, word) for word in re.split(r"[^a-z]+", name.lower())} for name in names}
     if own := [name for name in names if SPLITS.get(split, split) in words[name]]:
         return own
-    if others := [name for name in names if words[name]]:
+    if others := [name for name in names if words[name] & set(SPLITS.values())]:
         raise DataError(f"{folder} has no tar of split {split!r} by its name, but {some(others)}; choose another "
                         "--split, or rename the files")
     return list(names)
