@@ -87,13 +87,18 @@ def test_any_folder_of_classes_is_a_source_without_splits(tmp_path):
     assert [sample.filename for sample in open_source(tmp_path, "train").samples] == ["a/4.jpg"]
 
 
+def test_class_folders_are_taken_before_the_tar_they_were_unpacked_from(tmp_path):
+    touch(tmp_path, "train/a/1.jpg", "train/a.tar", "ILSVRC2012_img_train.tar")
+    assert open_source(tmp_path, "train").kind == "image folder"
+
+
 @pytest.mark.parametrize("files", [["train/a/1.jpg", "val/a/1.jpg"], ["train/1.jpg", "val/2.jpg"], ["a.txt"], []])
 def test_a_mistyped_split_is_refused_with_what_is_there_and_what_was_looked_for(files, tmp_path):
     touch(tmp_path, *files)
     there = ", ".join(sorted({repr(name.split("/")[0]) for name in files})) or "nothing"
     with pytest.raises(DataError, match=f"no such folder: {tmp_path}/trian; {tmp_path} has {there} .images are "
-                                        "expected at SOURCE/SPLIT/CLASS/IMAGE, in SOURCE/ILSVRC/Data/CLS-LOC/trian, in tars in "
-                                        "SOURCE/SPLIT or SOURCE, or at SOURCE/CLASS/IMAGE.$"):
+                                        "expected at SOURCE/SPLIT/CLASS/IMAGE, in SOURCE/ILSVRC/Data/CLS-LOC/trian, in "
+                                        "tars in SOURCE/SPLIT or SOURCE, or at SOURCE/CLASS/IMAGE.$"):
         open_source(tmp_path, "trian")
     (tmp_path / "x").mkdir()
     with pytest.raises(DataError, match="in SOURCE/ILSVRC2012_img_train.tar, in"):
