@@ -43,6 +43,8 @@ TESTED_ELSEWHERE = {
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
     "vir.data.worker": "test_loader.py: in processes that are its workers",
+    "vir.data.sources.choose": "test_folder.py: and in the files of the kinds of sources",
+    "vir.data.sources.imagenet": "test_archives.py: the class list that archives must have",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",
     "vir.engine.engine": "test_engine.py: in processes of its own",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",

@@ -1,10 +1,12 @@
 """Listing an image folder: labels, keys, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from vir.data.sources.choose import open_source
 from vir.data.sources.folder import read_class_list
-from vir.data.sources.listing import make_key
+from vir.data.sources.listing import WHOLE, make_key
 from vir.errors import DataError
 
 
@@ -72,6 +74,57 @@ def test_refusals_name_the_value_and_the_way_out(tmp_path, files, split, classes
     touch(tmp_path, *files)
     with pytest.raises(DataError, match=message):
         open_source(tmp_path, split, classes)
+
+
+def test_any_folder_of_classes_is_a_source_without_splits(tmp_path):
+    touch(tmp_path, "dogs/1.jpg", "dogs/notes.txt", "cats/2.PNG", ".cache/3.jpg", "README")
+    for split in ("train", "val", "everything"):
+        source = open_source(tmp_path, split)
+        assert [(sample.path, sample.label) for sample in source.samples] == [("cats/2.PNG", 0), ("dogs/1.jpg", 1)]
+        assert source.root == tmp_path and source.ignored == 1
+    assert [sample.label for sample in open_source(tmp_path, "train", ["dogs", "cats"]).samples] == [1, 0]
+    touch(tmp_path, "train/a/4.jpg")
+    assert [sample.filename for sample in open_source(tmp_path, "train").samples] == ["a/4.jpg"]
+
+
+def test_class_folders_are_taken_before_the_tar_they_were_unpacked_from(tmp_path):
+    touch(tmp_path, "train/a/1.jpg", "train/a.tar", "ILSVRC2012_img_train.tar")
+    assert open_source(tmp_path, "train").kind == "image folder"
+
+
+@pytest.mark.parametrize("files", [["train/a/1.jpg", "val/a/1.jpg"], ["train/1.jpg", "val/2.jpg"], ["a.txt"], []])
+def test_a_mistyped_split_is_refused_with_what_is_there_and_what_was_looked_for(files, tmp_path):
+    touch(tmp_path, *files)
+    there = ", ".join(sorted({repr(name.split("/")[0]) for name in files})) or "nothing"
+    with pytest.raises(DataError, match=f"no such folder: {tmp_path}/trian; {tmp_path} has {there} .images are "
+                                        "expected at SOURCE/SPLIT/CLASS/IMAGE, in SOURCE/ILSVRC/Data/CLS-LOC/trian, in "
+                                        "tars in SOURCE/SPLIT or SOURCE, or at SOURCE/CLASS/IMAGE.$"):
+        open_source(tmp_path, "trian")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(DataError, match="in SOURCE/ILSVRC2012_img_train.tar, in"):
+        open_source(tmp_path / "x", "train")
+
+
+def test_a_file_that_is_no_tar_is_refused(tmp_path):
+    touch(tmp_path, "x.zip", "x.tar")
+    with pytest.raises(DataError, match="x.zip is neither a folder nor a tar; give a folder, ILSVRC2012_img_train.tar"):
+        open_source(tmp_path / "x.zip", "train")
+    with pytest.raises(DataError, match="x.tar is cut off at byte 0"):
+        open_source(tmp_path / "x.tar", "train")
+    with pytest.raises(DataError, match="neither a folder nor a tar"):
+        open_source(Path("/dev/null"), "train")
+    with pytest.raises(DataError, match="cannot read .*: File name too long"):
+        open_source(tmp_path, "x" * 300)
+
+
+def test_sizes_are_asked_where_they_are_needed(tmp_path):
+    touch(tmp_path, "train/a/1.jpg", "train/a/2.jpg")
+    (tmp_path / "train/a/2.jpg").write_bytes(b"12345")
+    (tmp_path / "train/a/3.jpg").symlink_to("gone")
+    sized = open_source(tmp_path, "train", sized=True)
+    assert [sample.size for sample in sized.samples] == [0, 5, 0] and sized.bytes == 5
+    plain = open_source(tmp_path, "train")
+    assert [sample.size for sample in plain.samples] == [WHOLE] * 3 and plain.bytes is None
 
 
 def test_a_missing_source_is_named(tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from vir.errors import DataError
+from vir.files import open_regular
 
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
@@ -35,6 +38,23 @@ class _Extension(NamedTuple):
     start: int
     name: bytes | None = None
     size: int | None = None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor of a tar, closed after the block.
+
+    Raises:
+        DataError: it is no regular file, or the block or the opening met an OSError.
+    """
+    try:
+        descriptor = open_regular(path)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) -> Iterator[Member]:

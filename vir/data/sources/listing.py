@@ -52,6 +52,8 @@ class Image(NamedTuple):
     """For images within larger files: the position of the file among those given to Listing."""
     offset: int = 0
     size: int = WHOLE
+    key: str | None = None
+    """For the few whose key does not follow from the name."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +85,24 @@ class Listing:
         files: for images that lie within larger files: these, relative to the root of the source.
         sized: whether the size of each image is told.
         flat: the images lie in the root itself, not in a folder of their class.
-        class_in_key: whether a key begins with its class; False where the names are already those of a whole split.
     """
 
-    def __init__(self, label_of: dict[str, int], *, files: Sequence[str] = (), sized: bool = False, flat: bool = False,
-                 class_in_key: bool = True) -> None:
+    def __init__(self, label_of: dict[str, int], *, files: Sequence[str] = (), sized: bool = False,
+                 flat: bool = False) -> None:
         self._label_of, self._files, self._sized, self._flat = label_of, tuple(files), sized, flat
-        self._class_in_key = class_in_key
-        self._groups: list[tuple[str, int]] = []
+        self._groups: list[_Group] = []
+        self._keys: dict[int, str] = {}
         self._starts = array("q")
         self._names: list[bytes] = []
         self._name_bytes = 0
         self._ends, self._hashes = array("q"), array("q")
         self._file, self._offset, self._size = array("i"), array("q"), array("q")
 
-    def add(self, class_name: str, images: Iterable[Image]) -> None:
+    def add(self, class_name: str, images: Iterable[Image], class_in_key: bool = True) -> None:
         """The images of the next class, in any order.
+
+        Args:
+            class_in_key: whether their keys begin with the class; False where the names are those of a whole split.
 
         Raises:
             DataError: a name from which no key can be made, or a class that the list lacks.
@@ -106,11 +110,14 @@ class Listing:
         if class_name not in self._label_of:
             raise DataError(f"the class list of {len(self._label_of)} classes lacks {class_name!r}; give the right "
                             "list with --classes")
-        self._groups.append((class_name, self._label_of[class_name]))
+        self._groups.append(_Group(class_name, self._label_of[class_name], class_in_key))
         self._starts.append(len(self._ends))
         names = []
         for image in sorted(images):
-            self._hashes.append(hash(self._checked_key(class_name, image.name)))
+            if image.key is not None:
+                self._keys[len(self._ends)] = image.key
+            key = image.key or make_key(class_name, image.name, class_in_key)
+            self._hashes.append(hash(_checked_key(key, class_name, image.name)))
             names.append(image.name.encode())
             self._name_bytes += len(names[-1])
             self._ends.append(self._name_bytes)
@@ -127,36 +134,34 @@ class Listing:
             groups=tuple(self._groups), starts=list(self._starts), names=b"".join(self._names), files=self._files,
             ends=np.frombuffer(self._ends, np.int64), file=np.frombuffer(self._file, np.int32),
             offset=np.frombuffer(self._offset, np.int64), size=np.frombuffer(self._size, np.int64), flat=self._flat,
-            class_in_key=self._class_in_key)
+            keys=self._keys)
         samples.suffixes.update(_suffixes(np.frombuffer(self._hashes, np.int64), samples))
-        digest = hashlib.sha256(repr((classes, self._groups, samples.starts, self._files)).encode())
+        about = (classes, [tuple(group) for group in self._groups], samples.starts, self._files, [*self._keys.items()])
+        digest = hashlib.sha256(repr(about).encode())
         digest.update(samples.names)
         for numbers in (samples.ends, samples.file, samples.offset, samples.size):
             digest.update(numbers.data)
         return Source(kind, root, classes, samples, ignored, samples.size if self._sized else None,
                       digest.hexdigest())
 
-    def _checked_key(self, class_name: str, filename: str) -> str:
-        key = make_key(class_name, filename, self._class_in_key)
-        try:
-            size = len(key.encode("utf-8"))
-        except UnicodeEncodeError as error:
-            raise DataError(f"the name of {class_name}/{filename!r} is not UTF-8; rename the file") from error
-        if size > MAX_KEY_BYTES:
-            raise DataError(f"the name of {class_name}/{filename} makes a key of {size} bytes, the limit is "
-                            f"{MAX_KEY_BYTES}; rename the file")
-        return key
+
+class _Group(NamedTuple):
+    """Neighbours in a listing."""
+
+    class_name: str
+    label: int
+    class_in_key: bool
 
 
 class _Samples(Sequence[Sample]):
     """The samples in arrays: a list of them would take 300 bytes each."""
 
-    def __init__(self, *, groups: tuple[tuple[str, int], ...], starts: list[int], names: bytes, ends: np.ndarray,
+    def __init__(self, *, groups: tuple[_Group, ...], starts: list[int], names: bytes, ends: np.ndarray,
                  files: tuple[str, ...], file: np.ndarray, offset: np.ndarray, size: np.ndarray, flat: bool,
-                 class_in_key: bool) -> None:
+                 keys: dict[int, str]) -> None:
         self.groups, self.starts, self.names, self.ends = groups, starts, names, ends
         self.files, self.file, self.offset, self.size = files, file, offset, size
-        self.flat, self.class_in_key = flat, class_in_key
+        self.flat, self.keys = flat, keys
         self.suffixes: dict[int, int] = {}
         """For the few samples whose key another one has already: the number that makes theirs another."""
 
@@ -164,8 +169,8 @@ class _Samples(Sequence[Sample]):
         return len(self.ends)
 
     def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # slices are not needed
-        class_name, label, name = self._name(i)
-        key = make_key(class_name, name, self.class_in_key)
+        (class_name, label, _), name = self._name(i)
+        key = self.base_key(i)
         if number := self.suffixes.get(i):
             key = f"{key}-{number}"
         filename = f"{class_name}/{name}"
@@ -176,15 +181,17 @@ class _Samples(Sequence[Sample]):
 
     def base_key(self, i: int) -> str:
         """The key before it is made unique."""
-        class_name, _, name = self._name(i)
-        return make_key(class_name, name, self.class_in_key)
+        if key := self.keys.get(i):
+            return key
+        group, name = self._name(i)
+        return make_key(group.class_name, name, group.class_in_key)
 
-    def _name(self, i: int) -> tuple[str, int, str]:
+    def _name(self, i: int) -> tuple[_Group, str]:
         if not 0 <= i < len(self.ends):
             raise IndexError(i)
-        class_name, label = self.groups[bisect_right(self.starts, i) - 1]
+        group = self.groups[bisect_right(self.starts, i) - 1]
         begin = self.ends[i - 1] if i else 0
-        return class_name, label, self.names[begin:self.ends[i]].decode()
+        return group, self.names[begin:self.ends[i]].decode()
 
 
 def make_key(class_name: str, filename: str, class_in_key: bool = True) -> str:
@@ -192,6 +199,17 @@ def make_key(class_name: str, filename: str, class_in_key: bool = True) -> str:
     stem = os.path.splitext(filename)[0]
     key = stem if not class_in_key or stem.startswith(f"{class_name}_") else f"{class_name}_{stem}"
     return key.translate(_UNSAFE_IN_KEYS)
+
+
+def _checked_key(key: str, class_name: str, filename: str) -> str:
+    try:
+        size = len(key.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise DataError(f"the name of {class_name}/{filename!r} is not UTF-8; rename the file") from error
+    if size > MAX_KEY_BYTES:
+        raise DataError(f"the name of {class_name}/{filename} makes a key of {size} bytes, the limit is "
+                        f"{MAX_KEY_BYTES}; rename the file")
+    return key
 
 
 def _suffixes(hashes: np.ndarray, samples: _Samples) -> dict[int, int]:
