@@ -47,7 +47,7 @@ def test_our_own_shards_give_what_their_folder_gave(place, folder, tmp_path):
     shard(folder, tmp_path / place)
     source = open_source(tmp_path / "shards", "train")
     assert contents(source) == contents(folder) and source.classes == folder.classes
-    assert source.kind == "WebDataset shards" and source.bytes == sum(len(data) for *_, data in contents(folder))
+    assert source.kind == "WebDataset shards" and source.sizes.sum() == sum(len(data) for *_, data in contents(folder))
     shard(source, tmp_path / "again", samples_per_shard=2)
     again = open_source(tmp_path / "again", "train")
     assert contents(again) == contents(folder)

@@ -1,6 +1,8 @@
 """ViR at scale has no one program; these are installed, and each tells its flags with --help:
 
-    vir-convert       turns a folder of images into shards           python -m vir.convert
+    vir-convert       turns labelled images into shards              python -m vir.convert
+    vir-verify        says whether shards are what was written       python -m vir.verify
+    vir-index         makes shards from elsewhere ready to train on  python -m vir.index
     vir-train         trains, continues and validates a backbone     python -m vir.train
     vir-consolidate   makes one weights file of a checkpoint         python -m vir.consolidate
     vir-evaluate      tells the accuracy of a weights file           python -m vir.evaluate

@@ -13,10 +13,12 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from gzip import BadGzipFile, GzipFile
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from vir.data.sources import mat
+import numpy as np
+
 from vir.data.sources.imagenet import check_classes
 from vir.data.sources.listing import IMAGE_EXTENSIONS, Image, Listing, Source
 from vir.data.tar import Member, opened, scan
@@ -31,8 +33,8 @@ _META = "ILSVRC2012_devkit_t12/data/meta.mat"
 _TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
 _MAX_MEMBERS = 1 << 18
 """Of a tar whose members are kept in memory; the most there are is 50,000."""
-_MAX_DEVKIT_BYTES = 1 << 27
-"""Unpacked; it has a few MB."""
+_MAX_DEVKIT_BYTES, _MAX_DEVKIT_MEMBER = 1 << 27, 1 << 23
+"""Unpacked, of all and of one file; all have a few MB, meta.mat 2."""
 
 
 def read_archive(path: Path, split: str, classes: Sequence[str] | None = None) -> Source:
@@ -120,17 +122,14 @@ def _images(items: Iterable[tuple[str, Member]]) -> Iterator[Image]:
 
 
 def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
-    """The wnids of the classes by ILSVRC2012_ID, and the ID of each validation image in the order of their names.
+    """The wnids of the classes by ILSVRC2012_ID, and the ID of each validation image in the order of the names.
 
     The IDs are no labels: these follow from the wnids.
     """
     if not path.exists():
         raise DataError(f"no such file: {path}, which has the labels of {VAL}; download it to that place")
     parts = _unpacked(path, (_META, _TRUTH))
-    try:
-        wnid_of = _wnids(parts[_META])
-    except ValueError as error:
-        raise DataError(f"{_META} in {path} is damaged ({error}); copy or download it again") from error
+    wnid_of = _wnids(parts[_META], f"{_META} in {path}")
     return wnid_of, _numbers(parts[_TRUTH], wnid_of, f"{_TRUTH} in {path}")
 
 
@@ -149,26 +148,30 @@ def _unpacked(path: Path, names: Sequence[str]) -> dict[str, bytes]:
             raise DataError(f"{path} is damaged ({error}); copy or download it again") from error
         tar.flush()
         for member in scan(tar.fileno(), str(path)):
-            if (name := os.path.normpath(member.name)) in names and member.size <= mat.MAX_BYTES:
+            if (name := os.path.normpath(member.name)) in names and member.size <= _MAX_DEVKIT_MEMBER:
                 parts[name] = read_part(tar.fileno(), member, str(path))
     if missing := [name for name in names if name not in parts]:
-        raise DataError(f"{path} has no {missing[0]}, or one of more than {mat.MAX_BYTES} bytes; download it again")
+        raise DataError(f"{path} has no {missing[0]}, or one of more than {_MAX_DEVKIT_MEMBER} bytes; download "
+                        "it again")
     return parts
 
 
-def _wnids(data: bytes) -> dict[int, str]:
-    """Raises ValueError. Inner nodes of WordNet, which have children, are no classes."""
-    wnid_of: dict[int, str] = {}
-    for synset in mat.read_structs(data, "synsets", ("ILSVRC2012_ID", "WNID", "num_children")):
-        number, wnid, children = synset["ILSVRC2012_ID"], synset["WNID"], synset["num_children"]
-        if not (isinstance(number, float) and isinstance(wnid, str) and isinstance(children, float)):
-            raise ValueError(f"a synset with ILSVRC2012_ID {number!r}, WNID {wnid!r}, num_children {children!r}")
-        if children == 0:
-            if number in wnid_of or not number.is_integer():
-                raise ValueError(f"two synsets with ILSVRC2012_ID {number:g}, or it is no whole number")
-            wnid_of[int(number)] = wnid
-    if len(set(wnid_of.values())) < len(wnid_of):
-        raise ValueError("two synsets with one WNID")
+def _wnids(data: bytes, where: str) -> dict[int, str]:
+    """Inner nodes of WordNet, which have children, are no classes."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DataError(f"{where} is read by scipy ({error}): pip install 'vir-at-scale[archives]'") from error
+    try:
+        synsets = loadmat(BytesIO(data), squeeze_me=True, variable_names=["synsets"])["synsets"]
+        leaves = [(int(synset["ILSVRC2012_ID"]), str(synset["WNID"])) for synset in np.atleast_1d(synsets)
+                  if int(synset["num_children"]) == 0]
+    except Exception as error:  # loadmat raises whatever it stumbles over
+        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); copy or download it again") from error
+    wnid_of = dict(leaves)
+    if not leaves or not len(wnid_of) == len(set(wnid_of.values())) == len(leaves):
+        raise DataError(f"{where} has {len(leaves)} synsets without children, some of them with one ILSVRC2012_ID or "
+                        "WNID; copy or download it again")
     return wnid_of
 
 
