@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vir.data.shards import index_dtype, member_header, sample_json
+from vir.data.shards import ShardInfo, index_dtype, member_header, sample_json
 from vir.data.sources.listing import make_key
 from vir.data.tar import BLOCK, Member, TarError, scan
 
@@ -45,40 +45,48 @@ class Finding:
         return f"{shard}{':' * bool(key)}{key}{'' if self.offset is None else f'@{self.offset}'}: {self.what}"
 
 
-def at_most(findings: list[Finding], limit: int = MAX_ALIKE) -> list[Finding]:
-    """The first of many findings of one kind in one file, and a line that counts the others."""
-    if len(findings) <= limit:
-        return findings
-    more = f"and {len(findings) - limit:,} more of this kind"
-    return [*findings[:limit], Finding(findings[0].shard, None, findings[limit].offset, more)]
-
-
 def damaged_images(descriptor: int, shard: str, rows: np.ndarray) -> list[Finding]:
     """The images whose bytes are not those of the index, by their CRC-32. Raises OSError."""
     size = os.fstat(descriptor).st_size
-    inside = rows[rows["offset"] <= size - rows["size"]]
-    findings = [Finding(shard, _key(row), int(row["offset"]), f"the image's {row['size']} bytes are damaged: their "
-                        f"CRC-32 is {crc:08x}, the index says {row['crc32']:08x}")
-                for row in inside if (crc := _crc32(descriptor, int(row["offset"]), int(row["size"]))) != row["crc32"]]
-    if len(lost := rows[rows["offset"] > size - rows["size"]]):
-        first = lost[np.argmin(lost["offset"])]
-        findings.append(Finding(shard, _key(first), int(first["offset"]), f"cut off: {_images(len(lost))} from this one "
-                                "on lie beyond the end of the file"))
-    return at_most(findings)
+    findings: list[Finding] = []
+    more = 0
+    for row in rows[rows["offset"] <= size - rows["size"]]:
+        offset, length = int(row["offset"]), int(row["size"])
+        if (crc := _crc32(descriptor, offset, length)) == row["crc32"]:
+            continue
+        if len(findings) == MAX_ALIKE:
+            more += 1
+            continue
+        findings.append(Finding(shard, _key(row), offset, f"the image's {length} bytes are damaged: their CRC-32 is "
+                                f"{crc:08x}, the index says {row['crc32']:08x}"))
+    if more:
+        findings.append(Finding(shard, None, None, f"and {more:,} more of its images"))
+    return findings
 
 
-def damaged_structure(descriptor: int, shard: str, rows: np.ndarray | None, classes: Sequence[str],
-                      reads_contents: bool = True) -> list[Finding]:
+def lost_images(size: int, shard: str, rows: np.ndarray) -> list[Finding]:
+    """The images that lie beyond the end of a shard that now has `size` bytes."""
+    lost = rows[rows["offset"] > size - rows["size"]]
+    if not len(lost):
+        return []
+    first = lost[np.argmin(lost["offset"])]
+    count = "1 image, this one, lies" if len(lost) == 1 else f"{len(lost):,} images, from this one on, lie"
+    return [Finding(shard, _key(first), int(first["offset"]), f"cut off: {count} beyond the end of the file")]
+
+
+def damaged_structure(descriptor: int, info: ShardInfo, rows: np.ndarray | None, classes: Sequence[str]
+                      ) -> list[Finding]:
     """What tar headers, labels and padding say against the index and against themselves.
+
+    Of a shard without sha256, headers alone are read.
 
     Args:
         rows: of this shard, in the index; None where the index cannot be trusted: then a damaged header ends the look.
-        reads_contents: False leaves all but the headers alone.
 
     Raises:
         OSError: the file cannot be read.
     """
-    return _Look(descriptor, shard, rows, classes, reads_contents).findings()
+    return _Look(descriptor, info, rows, classes).findings()
 
 
 class _Sample(NamedTuple):
@@ -98,10 +106,11 @@ class _Look:
     Memory grows neither with the members of the tar nor with its damages; the index rows are copied once.
     """
 
-    def __init__(self, descriptor: int, shard: str, rows: np.ndarray | None, classes: Sequence[str],
-                 reads_contents: bool) -> None:
-        self.descriptor, self.shard, self.classes, self.reads_contents = descriptor, shard, classes, reads_contents
+    def __init__(self, descriptor: int, info: ShardInfo, rows: np.ndarray | None, classes: Sequence[str]) -> None:
+        self.descriptor, self.shard, self.classes = descriptor, info.name, classes
+        self.reads_contents = info.sha256 is not None
         self.size = os.fstat(descriptor).st_size
+        self.is_truncated = self.size < info.bytes
         self.has_index = rows is not None
         rows = np.empty(0, index_dtype(1)) if rows is None else rows
         self.rows = rows[np.argsort(rows["offset"], kind="stable")]
@@ -119,7 +128,8 @@ class _Look:
         while position is not None:
             position = self._walk(position)
         if not self.found:  # else a damaged header explains it
-            for i in np.flatnonzero(~self.is_met).tolist():
+            is_inside = self.offsets <= self.size - self.rows["size"] - -self.rows["size"] % BLOCK
+            for i in np.flatnonzero(~self.is_met & is_inside).tolist():
                 self._add(self._sample(i).key, self._sample(i).offset, "the index has an image here, the tar has none")
         if not self.found and self.odd_count <= self.members // 2:
             self.found, self.more = self.odd, self.odd_count - len(self.odd)
@@ -139,20 +149,21 @@ class _Look:
 
     def _walk(self, begin: int) -> int | None:
         """Checks the members from there on; returns where to go on behind what cannot be read."""
-        last = begin
+        last, is_told = begin, False
         try:
             for member in scan(self.descriptor, self.shard, begin):
                 self._member(member)
                 last = _behind(member.offset, member.size)
         except TarError as error:
-            stop, what = begin + error.offset, f"a damaged tar header: {error.reason}"
+            stop, is_told = begin + error.offset, error.is_cut and self.is_truncated
+            what = f"{'the tar ends too early' if error.is_cut else 'a damaged tar header'}: {error.reason}"
         else:
             if not len(self.offsets) or self.offsets[-1] <= last:
                 self._tail(last)
                 return None
             stop, what = last, "zeros where a tar header belongs"
         around = self._around(stop)
-        if stop + BLOCK <= self.size or not self.has_index:  # what lies beyond the end is told by the images
+        if not is_told:
             self._add(_owner(around, stop), stop, what)
         # Behind the damaged header, the index knows where images begin and end; headers are before and behind them.
         places = [place for sample in around
@@ -306,10 +317,6 @@ def _pieces(descriptor: int, offset: int, size: int) -> Iterator[bytes]:
 
 def _key(row: np.void) -> str:
     return row["key"].decode("utf-8", "backslashreplace")
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def _one_line(name: str) -> str:

@@ -23,11 +23,12 @@ class TarError(DataError):
     Args:
         offset: of the header in question, from the beginning of the tar.
         reason: without the tar's name and the way out, which the message has.
+        is_cut: the file ends too early, as far as can be said.
     """
 
-    def __init__(self, message: str, offset: int, reason: str) -> None:
+    def __init__(self, message: str, offset: int, reason: str, is_cut: bool = False) -> None:
         super().__init__(message)
-        self.offset, self.reason = offset, reason
+        self.offset, self.reason, self.is_cut = offset, reason, is_cut
 
 
 class Member(NamedTuple):
@@ -68,7 +69,7 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
         header = os.pread(descriptor, BLOCK, position) if position + BLOCK <= end else b""
         if len(header) < BLOCK:
             raise TarError(f"{where} is cut off at byte {position - start}: a tar ends with blocks of zeros; copy or "
-                           "download it again", position - start, "the tar is cut off")
+                           "download it again", position - start, "the tar is cut off", is_cut=True)
         if header == _ZEROS:
             if extension is not None:
                 raise _damaged(where, position - start, "an extended header without its member")
@@ -84,7 +85,7 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
         if following > end:
             raise TarError(f"{where}: the member at byte {position - start} says it has {size} bytes, more than the "
                            "file has left; the file is cut off or damaged; copy or download it again",
-                           position - start, f"a member of {size} bytes, more than the file has left")
+                           position - start, f"a member of {size} bytes, more than the file has left", is_cut=True)
         begin = position if extension is None else extension.start
         if kind in (_LONG_NAME, _PAX):
             content = _content(descriptor, offset, size, where, position - start)

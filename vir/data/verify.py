@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vir.data.damage import MAX_ALIKE, Finding, damaged_images, damaged_structure
+from vir.data.damage import MAX_ALIKE, Finding, damaged_images, damaged_structure, lost_images
 from vir.data.shards import (
     INDEX,
     MANIFEST,
@@ -309,18 +309,20 @@ def _damaged_contents(descriptor: int, info: ShardInfo, rows: np.ndarray | None,
         f"{'truncated' if size < info.bytes else 'too long'}: it has {size} bytes, the manifest says {info.bytes}")]
     if rows is not None:
         rows = rows[(rows["offset"] >= 0) & (rows["size"] >= 0)]
+        findings += lost_images(size, info.name, rows)
     if info.sha256 is None:
         advance(size)
-        return [*findings, *damaged_structure(descriptor, info.name, rows, classes, reads_contents=False)]
+        return [*findings, *damaged_structure(descriptor, info, rows, classes)]
     digest = _sha256(descriptor, advance)
     if digest == info.sha256:
-        return findings and [Finding(info.name, None, None, f"the manifest was edited: it says {info.bytes} bytes, and "
-                                     f"the sha256 of this file of {size} bytes")]
+        return [] if size == info.bytes else [Finding(
+            info.name, None, None, f"the manifest was edited: it says {info.bytes} bytes, and the sha256 of this file "
+            f"of {size} bytes")]
     if digest in owners:
         return [Finding(info.name, None, None, f"swapped: it holds the bytes of {owners[digest]}")]
     if rows is not None:
         findings += damaged_images(descriptor, info.name, rows)
-    findings += damaged_structure(descriptor, info.name, rows, classes)
+    findings += damaged_structure(descriptor, info, rows, classes)
     return findings or [Finding(
         info.name, None, None, f"its sha256 is {digest}, the manifest says {info.sha256}: "
         + ("images, labels, headers and padding are sound, so other members are damaged or the manifest was edited"
