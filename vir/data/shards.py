@@ -239,7 +239,8 @@ def read_index(folder: Path) -> np.ndarray:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}; {again}") from error
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({str(error)[:200]}); {again}") from error
+        why = " ".join(str(error).split())[:200]  # some of numpy's have many lines
+        raise DataError(f"{path} is damaged ({why}); {again}") from error
     return index.view(np.ndarray)  # rows of a plain array cost half of a memmap's
 
 
@@ -258,7 +259,7 @@ def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
 
 def _is_index(shape: tuple[int, ...], dtype: np.dtype) -> bool:
     names = [name for name, _ in INDEX_FIELDS] + ["key"]
-    if len(shape) != 1 or shape[0] < 0 or dtype.names is None or list(dtype.names) != names:
+    if len(shape) != 1 or not 0 <= shape[0] < 1 << 50 or dtype.names is None or list(dtype.names) != names:
         return False
     return dtype["key"].itemsize <= MAX_KEY_BYTES and dtype == index_dtype(dtype["key"].itemsize)
 
