@@ -43,6 +43,7 @@ TESTED_ELSEWHERE = {
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
     "vir.data.worker": "test_loader.py: in processes that are its workers",
+    "vir.data.damage": "test_verify.py: by what is found in a split",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",
     "vir.engine.engine": "test_engine.py: in processes of its own",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",

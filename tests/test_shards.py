@@ -210,7 +210,7 @@ def test_archives_beside_what_was_unpacked_from_them_are_an_image_folder(tmp_pat
     (lambda path: write_npy(path, "-" * 9000 + "1"), "index.npy is damaged"),
     (lambda path: write_npy(path, "{'descr': '<i4', 'fortran_order': False, 'shape': (1,)}" + " " * 20000), "damaged"),
     (lambda path: write_npy(path, header(shape=f"({10 ** 18},)")), r"is no index of shards .*, its shape .1000"),
-    (lambda path: write_npy(path, header(shape=f"({10 ** 14},)")), r"it has \d+ bytes, its header asks for 41000000000"),
+    (lambda path: write_npy(path, header(shape=f"({10 ** 14},)")), r"it has \d+ bytes, its header asks for 4100"),
     (lambda path: write_npy(path, header(shape=f"({'9' * 4000},)")), "is no index of shards"),
     (lambda path: write_npy(path, header(shape="(-1,)")), "is no index of shards"),
     (lambda path: write_npy(path, header(shape="()")), "is no index of shards"),

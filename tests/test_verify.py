@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -16,7 +17,15 @@ from PIL import Image
 
 from vir.data.convert import convert
 from vir.data.damage import MAX_ALIKE, Finding, damaged_structure
-from vir.data.shards import ShardSample, read_index, read_manifest, write_shard, write_split
+from vir.data.shards import (
+    ShardInfo,
+    ShardSample,
+    index_dtype,
+    read_index,
+    read_manifest,
+    write_shard,
+    write_split,
+)
 from vir.data.verify import repair_split, restore_index, split_folders, verify_split
 from vir.errors import DataError, SettingsError
 from vir.files import open_regular, sha256
@@ -363,6 +372,47 @@ def test_without_checksums_another_tar_does_not_fit_the_index(folder):
     findings = verify_split(folder, jobs=1)
     assert {"n01_0", "n02_4"} <= {finding.key for finding in findings}
     assert any("the index does not know 'n02_4.cls'" in finding.what for finding in findings)
+
+
+@pytest.fixture()
+def foreign(tmp_path):
+    """As others make them: names with folders, owners and times, a label before its image, a text after it."""
+    path = tmp_path / "other.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for number, (key, image) in enumerate(zip([f"some/{'folder' * 20}/a", "some/b", "c"], IMAGES)):
+            for extension, content in (("cls", b"%d\n" % number), ("JPEG", image), ("txt", b"a caption")):
+                item = tarfile.TarInfo(f"{key}.{extension}")
+                item.size, item.uname, item.mtime = len(content), "someone", 1.5e9
+                tar.addfile(item, BytesIO(content))
+    with tarfile.open(path) as tar:
+        rows = [(0, number, item.offset_data, item.size, zlib.crc32(IMAGES[number]), 16, 16 + number,
+                 item.name.partition(".")[0].encode())
+                for number, item in enumerate(item for item in tar.getmembers() if item.name.endswith("JPEG"))]
+    info = ShardInfo(path.name, 3, path.stat().st_size, sha256(path))
+    rows = np.array(rows, index_dtype(max(len(row[-1]) for row in rows)))
+    write_split(tmp_path, [(info, rows)], name="o", split="t", classes=["x", "y", "z"], seed=0, samples_per_shard=3)
+    return tmp_path
+
+
+def test_a_sound_foreign_shard_looks_sound_also_from_close_by(foreign):
+    assert verify_split(foreign, jobs=1) == []
+    descriptor = open_regular(foreign / "other.tar")
+    info = read_manifest(foreign).shards[0]
+    assert damaged_structure(descriptor, info, read_index(foreign), ["x", "y", "z"]) == []
+    assert damaged_structure(descriptor, info, None, ["x", "y", "z"]) == []
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("name, inside, key, what", [
+    ("some/b.JPEG", 40, "some/b", "the image's .* bytes are damaged"),
+    ("some/b.cls", 0, "some/b", "the cls is b'0', the index says 1"),
+    ("some/b.cls", -500, "some/b", "damaged tar header"),
+    ("some/b.txt", 3, None, "so other members are damaged or the manifest was edited"),
+])
+def test_damage_to_a_foreign_shard(foreign, name, inside, key, what):
+    flip(foreign / "other.tar", member(foreign / "other.tar", name)[1] + inside)
+    (finding,) = verify_split(foreign, jobs=1)
+    assert finding.key == key and re.search(what, finding.what), str(finding)
 
 
 def test_findings_are_bounded(tmp_path):
