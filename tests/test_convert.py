@@ -3,8 +3,10 @@
 import gzip
 import hashlib
 import importlib
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,8 @@ import webdataset
 from PIL import Image
 
 from vir.data import convert as convert_module
-from vir.data.convert import convert
+from vir.data.convert import Settings
+from vir.data.picture import PictureSettings
 from vir.data.reader import ShardReader
 from vir.data.shards import read_manifest
 from vir.errors import DataError, SettingsError
@@ -40,6 +43,13 @@ def make_source(folder, split="train", classes=CLASSES, images=9):
         for number in range(images):
             (folder / split / name / f"{name}_{number}.JPEG").write_bytes(jpeg(100 * label + number))
     return folder
+
+
+def convert(source, split, output, *, workers=1, executor="local", classes=None, act=convert_module.convert,
+            **settings):
+    pictures = {name: settings.pop(name) for name in list(settings) if name in vars(PictureSettings())}
+    return act(source, split, output, Settings(**settings, pictures=PictureSettings(**pictures)), workers=workers,
+               executor=executor, classes=classes)
 
 
 @pytest.fixture()
@@ -103,8 +113,8 @@ def test_another_seed_is_another_order(source, tmp_path):
 
 def test_the_shuffle_never_changes():
     """Released shards must come out the same for ever: this order is a promise, not an observation."""
-    parts = list(convert_module._deal(list(range(10)), 4, seed=0))
-    assert parts == [[0, 2, 9], [1, 8, 5], [4, 3, 6, 7]]
+    parts = convert_module._deal(10, None, Settings(samples_per_shard=4, seed=0))
+    assert [part.tolist() for part in parts] == [[0, 2, 9], [1, 8, 5], [4, 3, 6, 7]]
 
 
 def test_what_a_file_is_its_bytes_decide(source, tmp_path):
@@ -124,39 +134,78 @@ BAD_FILES = {
     "empty.JPEG": (b"", "the file is empty"),
     "half.JPEG": (jpeg(0, 300, 300)[:20000], "truncated"),
     "page.JPEG": (b"<html>404 not found</html>", "neither JPEG, PNG nor WebP"),
-    "zeros.JPEG": (bytes(1000), "neither JPEG, PNG nor WebP"),
+    "zeros.JPEG": (bytes(1000), "zero"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_image_stops_the_conversion_and_nothing_is_left(source, tmp_path, name):
+def test_a_bad_image_stops_the_conversion(source, tmp_path, name):
     data, reason = BAD_FILES[name]
     (source / "train/n02" / name).write_bytes(data)
-    with pytest.raises(DataError, match=f"n02/{name}: .*{reason}.*--on-error skip"):
-        convert(source, "train", tmp_path / "out", workers=2, samples_per_shard=5)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match=f"n02/{name} in {source}/train: .*{reason}.*--on-error skip"):
+        convert(source, "train", tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # no shard was finished
 
 
-def test_the_command_line_reports_a_bad_image_without_a_traceback(source, tmp_path):
-    (source / "train/n02/half.JPEG").write_bytes(BAD_FILES["half.JPEG"][0])
-    (tmp_path / "out").mkdir()
-    failed = run("convert_imagenet.py", "--source", source, "--split", "train", "--output", "out", "--workers", 2,
-                 "--samples-per-shard", 5, cwd=tmp_path)
-    assert failed.returncode == 3 and failed.stdout == "" and os.listdir(tmp_path / "out") == []
-    assert f"vir-convert: {source}/train/n02/half.JPEG: the image does not decode" in failed.stderr
-    assert "Traceback" not in failed.stderr
+def test_the_command_line_reports_a_bad_image_and_goes_on_when_it_is_mended(source, tmp_path):
+    convert(source, "train", tmp_path / "undisturbed", samples_per_shard=5)
+    good = source / "train/n02/n02_3.JPEG"
+    kept = good.read_bytes()
+    good.write_bytes(BAD_FILES["half.JPEG"][0])
+    arguments = ["convert_imagenet.py", "--source", source, "--split", "train", "--output", "out", "--workers", 1,
+                 "--samples-per-shard", 5]
+    failed = run(*arguments, cwd=tmp_path)
+    assert failed.returncode == 3 and failed.stdout == "" and "Traceback" not in failed.stderr
+    assert f"vir-convert: n02/n02_3.JPEG in {source}/train: the image does not decode" in failed.stderr
+    finished = list((tmp_path / "out/train.partial").glob("*.tar"))
+    assert finished and f"{len(finished)} of 6 shards are finished and kept: the same command cont" in failed.stderr
+    written = {path.name: path.stat().st_mtime_ns for path in finished}
+    good.write_bytes(kept)
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0 and f"continued: {len(finished)} shard" in done.stdout, done.stderr
+    assert hashes(tmp_path / "out/train") == hashes(tmp_path / "undisturbed/train")
+    times = {path.stat().st_mtime_ns for path in (tmp_path / "out/train").glob("*.tar")}
+    assert times.issuperset(written.values())  # what was finished was not written again
 
 
 def test_bad_images_can_be_skipped_and_are_listed(source, tmp_path):
     for name, (data, _) in BAD_FILES.items():
         (source / "train/n02" / name).write_bytes(data)
+    (source / "train/n01/gone.JPEG").symlink_to(tmp_path / "gone")
+    (source / "train/n01/huge.JPEG").touch()
+    os.truncate(source / "train/n01/huge.JPEG", 2 ** 40)
+    os.mkfifo(source / "train/n01/pipe.JPEG")
+    reasons = {name: reason for name, (_, reason) in BAD_FILES.items()} | {
+        "gone.JPEG": "it cannot be read: No such file or directory", "pipe.JPEG": "it is no regular file",
+        "huge.JPEG": "it has 1099511627776 bytes, more than the"}
     summary = convert(source, "train", tmp_path / "out", workers=2, samples_per_shard=5, on_error="skip")
     manifest = read_manifest(tmp_path / "out/train")
     assert summary.images == manifest.num_samples == 27
-    assert [file.filename for file in summary.skipped] == [f"n02/{name}" for name in sorted(BAD_FILES)]
+    assert [file.filename for file in summary.skipped] == sorted(
+        [f"n02/{name}" for name in BAD_FILES] + [f"n01/{name}.JPEG" for name in ("gone", "huge", "pipe")])
     assert manifest.skipped == summary.skipped
-    assert all(BAD_FILES[Path(file.filename).name][1] in file.reason for file in summary.skipped)
-    assert "skipped: 4 files" in str(summary) and "n02/empty.JPEG: the file is empty" in str(summary)
+    assert all(reasons[Path(file.filename).name] in file.reason for file in summary.skipped)
+    assert "skipped: 7 files" in str(summary) and "n02/empty.JPEG: the file is empty" in str(summary)
+
+
+def test_what_readers_stumble_over_is_mended_and_listed(source, tmp_path):
+    Image.new("CMYK", (9, 9), (0, 255, 255, 0)).save(source / "train/n01/cmyk.JPEG", "JPEG", quality=100)
+    Image.new("RGB", (9, 9), (255, 0, 0)).save(source / "train/n02/n02_png.JPEG", "PNG")
+    (source / "train/n03/half.JPEG").write_bytes(BAD_FILES["half.JPEG"][0])
+    summary = convert(source, "train", tmp_path / "out", workers=2, samples_per_shard=5, on_error="fix")
+    assert summary.images == 29 and [file.filename for file in summary.skipped] == ["n03/half.JPEG"]
+    assert [tuple(vars(file).values()) for file in summary.fixed] == [
+        ("n01/cmyk.JPEG", "CMYK JPEG re-encoded as RGB JPEG"),
+        ("n02/n02_png.JPEG", "PNG named as a JPEG re-encoded as RGB JPEG")]
+    assert "changed: 1 images: CMYK JPEG re-encoded as RGB JPEG\n" in str(summary)
+    reader = ShardReader(tmp_path / "out/train")
+    mended = [reader.read(i) for i in range(29) if reader.key(i) in ("n01_cmyk", "n02_png")]
+    for data in mended:
+        with Image.open(BytesIO(data)) as image:
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            assert np.abs(np.asarray(image).astype(int) - (255, 0, 0)).max() <= 3
+    unchanged = {reader.key(i): reader.read(i) for i in range(29)}
+    assert all(unchanged[f"n03_{n}"] == jpeg(200 + n) for n in range(9))
 
 
 def test_skipping_a_whole_class_and_whole_shards_keeps_labels_and_closes_gaps(source, tmp_path):
@@ -179,10 +228,18 @@ def test_when_nothing_is_whole_it_fails_even_with_skip(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_cannot_be_read_is_never_skipped(source, tmp_path):
-    (source / "train/n01/gone.JPEG").symlink_to(tmp_path / "gone")
-    with pytest.raises(DataError, match="cannot read .*n01/gone.JPEG: No such file or directory; mend it, or remove"):
-        convert(source, "train", tmp_path / "out", workers=1, on_error="skip")
+def test_a_folder_that_has_gone_is_never_skipped(source, tmp_path):
+    """As when a disk is lost after its files were listed."""
+    listed = convert_module.open_source
+
+    def lose(*arguments):
+        found = listed(*arguments)
+        (source / "train/n02").rename(tmp_path / "lost")
+        return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert_module, "open_source", lose)
+        with pytest.raises(DataError, match="cannot read .*n02/n02_.*its folder is gone: is the disk still mounted"):
+            convert(source, "train", tmp_path / "out", on_error="skip")
 
 
 def test_check_decode_finds_damage_that_the_header_hides(source, tmp_path):
@@ -192,16 +249,24 @@ def test_check_decode_finds_damage_that_the_header_hides(source, tmp_path):
     data[20000] ^= 1
     (source / "train/n02/n02_0.JPEG").write_bytes(data)
     assert convert(source, "train", tmp_path / "a", workers=1).images == 27
-    with pytest.raises(DataError, match="n02_0.JPEG: the image does not decode"):
+    with pytest.raises(DataError, match="n02_0.JPEG in .*: the image does not decode"):
         convert(source, "train", tmp_path / "b", workers=1, check="decode")
 
 
 def test_an_existing_split_is_never_touched(source, tmp_path):
-    convert(source, "train", tmp_path / "out", workers=1)
+    assert "written to" in str(convert(source, "train", tmp_path / "out"))
     before = hashes(tmp_path / "out/train")
-    with pytest.raises(DataError, match="out/train exists already; remove it .* or choose another --output"):
-        convert(source, "train", tmp_path / "out", workers=1)
+    assert "out/train is complete already: 27 images in 1 shard" in str(convert(source, "train", tmp_path / "out"))
+    with pytest.raises(DataError, match=r"out/train exists already, from another conversion \(--seed was 0, is 1\); "
+                                        "remove it .* or choose another --output"):
+        convert(source, "train", tmp_path / "out", seed=1)
     assert hashes(tmp_path / "out/train") == before
+    (tmp_path / "out/train/manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="manifest.json is no manifest of shards"):
+        convert(source, "train", tmp_path / "out")
+    (tmp_path / "out/train/manifest.json").unlink()
+    with pytest.raises(DataError, match="out/train exists already; remove it"):
+        convert(source, "train", tmp_path / "out")
 
 
 def test_an_output_that_is_a_file_is_named(source, tmp_path):
@@ -218,11 +283,12 @@ def test_a_loop_of_links_is_an_unreadable_file(source, tmp_path):
         convert(source, "train", tmp_path / "out", workers=1)
 
 
-def test_a_partial_folder_is_refused_and_kept(source, tmp_path):
+def test_a_partial_folder_of_something_else_is_refused_and_kept(source, tmp_path):
     (tmp_path / "out/train.partial").mkdir(parents=True)
-    with pytest.raises(DataError, match="train.partial exists: another conversion is running, or one was interrupted"):
+    (tmp_path / "out/train.partial/mine.tar").touch()
+    with pytest.raises(DataError, match="train.partial holds 'mine.tar' but no conversion.json: .*remove it"):
         convert(source, "train", tmp_path / "out")
-    assert (tmp_path / "out/train.partial").is_dir()
+    assert (tmp_path / "out/train.partial/mine.tar").exists()
 
 
 def test_val_takes_the_labels_of_train(source, tmp_path):
@@ -250,7 +316,7 @@ def test_val_takes_the_labels_of_train(source, tmp_path):
     ({"split": "../train"}, "--split '../train' cannot be part of a file name"),
     ({"split": "train.partial"}, "--split 'train.partial' cannot"),
     ({"name": "a/b"}, "--name 'a/b' cannot"),
-    ({"on_error": "ignore"}, "--on-error must be one of fail, skip, got 'ignore'"),
+    ({"on_error": "ignore"}, "--on-error must be one of fail, skip, fix, got 'ignore'"),
     ({"check": "no"}, "--check must be one of header, decode, got 'no'"),
     ({"output": "src"}, "would write into the folder to convert"),
     ({"output": "src/train/n01"}, "would write into the folder to convert"),
@@ -302,8 +368,8 @@ def test_a_signal_ends_all_processes(tmp_path, number):
     process.send_signal(number)
     stderr = process.communicate(timeout=30)[1]  # ends only when all who hold the pipe, the workers too, have ended
     if number == signal.SIGTERM:
-        assert process.returncode == 143 and "stopped by SIGTERM; what was written is removed" in stderr
-        assert "Traceback" not in stderr and not (tmp_path / "out").exists()
+        assert process.returncode == 75 and "stopped by SIGTERM; " in stderr and "Traceback" not in stderr
+        assert " shards are finished and kept, the same command continues" in stderr
 
 
 # ---- tools/make_demo_dataset.py
@@ -355,3 +421,252 @@ def test_the_demo_names_the_missing_package(tmp_path):
                             capture_output=True, text=True)
     assert failed.returncode == 3 and "pip install 'vir-at-scale[demo]'" in failed.stderr
     assert os.listdir(tmp_path) == []
+
+
+# ---- killed, disturbed, started twice
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A source of 26 shards that take seconds, and what comes out of it undisturbed, by one process."""
+    folder = tmp_path_factory.mktemp("large")
+    make_source(folder / "src", images=2)
+    image = folder / "src/train/n01/large.JPEG"
+    image.write_bytes(jpeg(0, 700, 700))
+    for number in range(400):
+        os.link(image, folder / f"src/train/{CLASSES[number % 3]}/{number}.JPEG")
+    convert(folder / "src", "train", folder / "undisturbed", samples_per_shard=16, check="decode")
+    return folder / "src", hashes(folder / "undisturbed/train")
+
+
+def start(source, output, *arguments, **environment):
+    return subprocess.Popen(
+        command("convert_imagenet.py", "--source", source, "--split", "train", "--output", output, "--workers", 2,
+                "--samples-per-shard", 16, "--check", "decode", *arguments),
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True)
+
+
+def finished(output):
+    return {path.name: path.stat().st_mtime_ns for path in (output / "train.partial").glob("[0-9]*.tar")}
+
+
+def test_kills_at_twenty_random_moments_change_nothing(large, tmp_path):
+    source, undisturbed = large
+    rng, times, kills = np.random.default_rng(0), {}, 0
+    while kills < 20:
+        process = start(source, tmp_path / "out")
+        try:
+            process.wait(rng.uniform(0.2, 1.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL) if kills % 2 else process.kill()  # with its workers, or alone
+            kills += 1
+        process.communicate()  # ends only when all who hold the pipe, the workers too, have ended
+        if (tmp_path / "out/train").exists():
+            (tmp_path / "out/train").rename(tmp_path / f"done {kills}")
+            times = {}
+        else:
+            again = finished(tmp_path / "out")
+            assert times.items() <= again.items()  # what was finished was not written again
+            times = again
+    last = start(source, tmp_path / "out")
+    assert "written to" in last.communicate(timeout=120)[0] and last.returncode == 0
+    for folder in [tmp_path / "out/train", *tmp_path.glob("done *")]:
+        assert hashes(folder) == undisturbed
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_between_any_two_changes_of_the_last_phase(source, tmp_path, monkeypatch):
+    """From the last mark to the name of the folder: each change on disk is the last one once."""
+    for path in (source / "train/n02").iterdir():
+        path.write_bytes(b"")  # whole shards without images: numbers close up
+    settings = dict(samples_per_shard=2, on_error="skip")
+    convert(source, "train", tmp_path / "undisturbed", **settings)
+    undisturbed = hashes(tmp_path / "undisturbed/train")
+    changes, limit = [], [0]
+
+    def counted(change):
+        def act(*arguments, **options):
+            if len(changes) == limit[0]:
+                raise Killed
+            changes.append(arguments)
+            return change(*arguments, **options)
+        return act
+    for owner, name in ((os, "rename"), (os, "replace"), (Path, "unlink"), (convert_module.shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    for limit[0] in itertools.count(2):  # the journal is the first
+        changes.clear()
+        try:
+            convert(source, "train", tmp_path / f"out {limit[0]}", **settings)
+            break
+        except Killed:
+            interrupted = limit[0]
+        limit[0] = 1000
+        convert(source, "train", tmp_path / f"out {interrupted}", **settings)
+        assert hashes(tmp_path / f"out {interrupted}/train") == undisturbed
+        limit[0] = interrupted
+    assert limit[0] > 30 and hashes(tmp_path / f"out {limit[0]}/train") == undisturbed
+
+
+def test_a_second_conversion_into_the_same_folder_is_refused(large, tmp_path):
+    source, undisturbed = large
+    first = start(source, tmp_path / "out")
+    deadline = time.monotonic() + 60
+    while not finished(tmp_path / "out"):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    second = start(source, tmp_path / "out")
+    said = second.communicate(timeout=60)[0]
+    assert second.returncode == 3 and "out/train.partial is in use: another conversion is writing there" in said
+    assert first.wait(120) == 0 and hashes(tmp_path / "out/train") == undisturbed
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda source: {"seed": 1}, r"--seed was 0, is 1"),
+    (lambda source: {"on_error": "fix"}, r"--fix was False, is True; the versions"),
+    (lambda source: (source / "train/n01/new.JPEG").write_bytes(jpeg(0)) and {}, r"the source had 27 images, has 28"),
+    (lambda source: (source / "train/n01/n01_1.JPEG").rename(source / "train/n01/x.JPEG") and {}, "the names"),
+    (lambda source: os.utime(source / "train/n02/n02_1.JPEG", (5, 5)) or {}, r"n02_1.JPEG has another size or time"),
+])
+def test_another_source_or_other_settings_do_not_continue(source, tmp_path, change, message):
+    interrupt(source, tmp_path / "out", samples_per_shard=9)
+    settings = change(source)
+    with pytest.raises(DataError, match=message):
+        convert(source, "train", tmp_path / "out", **{"samples_per_shard": 9, **settings})
+    assert len(finished(tmp_path / "out")) == 3
+
+
+def interrupt(source, output, **settings):
+    """A conversion that was killed when its shards were finished."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert_module, "_write_manifest", lambda *arguments: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            convert(source, "train", output, **settings)
+
+
+def test_fail_and_skip_continue_each_other_but_fail_never_leaves_files_out(source, tmp_path):
+    (source / "train/n02/half.JPEG").write_bytes(BAD_FILES["half.JPEG"][0])
+    interrupt(source, tmp_path / "out", samples_per_shard=9, on_error="skip")
+    with pytest.raises(DataError, match="n02/half.JPEG in .*: the image does not decode"):
+        convert(source, "train", tmp_path / "out", samples_per_shard=9)
+    assert convert(source, "train", tmp_path / "out", samples_per_shard=9, on_error="skip").images == 27
+
+
+def test_a_full_disk_loses_one_shard(large, tmp_path):
+    source, undisturbed = large
+    (tmp_path / "disk").mkdir()
+    size = sum(path.stat().st_size for path in (source / "train/n01").iterdir())
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp_path / "disk"],
+                             capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        full = start(source, tmp_path / "disk/out")
+        said = full.communicate(timeout=60)[0]
+        assert full.returncode == 3 and "No space left on device" in said and "Traceback" not in said
+        times = finished(tmp_path / "disk/out")
+        assert f" {len(times)} of 26 shards are finished and kept: the same command continues" in said and times
+        subprocess.run(["mount", "-o", f"remount,size={8 * size}", tmp_path / "disk"], check=True)
+        done = start(source, tmp_path / "disk/out")
+        assert f"continued: {len(times)} shards" in done.communicate(timeout=60)[0]
+        assert hashes(tmp_path / "disk/out/train") == undisturbed
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+FAILING_READS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* Every so many reads of a file below $FAIL fail. */
+ssize_t pread64(int fd, void *buffer, size_t size, off64_t offset) {
+    static ssize_t (*real)(int, void *, size_t, off64_t);
+    static int reads;
+    char link[64], path[4096];
+    if (!real) real = dlsym(RTLD_NEXT, "pread64");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length > 0 && getenv("FAIL") && (path[length] = 0, strstr(path, getenv("FAIL"))) &&
+        ++reads % atoi(getenv("EVERY")) == 0) {
+        errno = EIO;
+        return -1;
+    }
+    return real(fd, buffer, size, offset);
+}
+ssize_t pread(int fd, void *buffer, size_t size, off_t offset) { return pread64(fd, buffer, size, offset); }
+"""
+
+
+@pytest.mark.parametrize("every", [100, 1])
+def test_reads_that_fail_are_tried_again(large, tmp_path, every):
+    source, undisturbed = large
+    (tmp_path / "shim.c").write_text(FAILING_READS)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "shim.so", tmp_path / "shim.c", "-ldl"], check=True)
+    process = start(source, tmp_path / "out", LD_PRELOAD=str(tmp_path / "shim.so"), FAIL=f"{source}/train/n01/",
+                    EVERY=str(every))
+    said = process.communicate(timeout=120)[0]
+    if every == 100:
+        assert process.returncode == 0 and hashes(tmp_path / "out/train") == undisturbed
+    else:
+        assert process.returncode == 3 and "n01/" in said and "Input/output error, after 4 attempts" in said
+
+
+# ---- other ways to the same bytes
+
+
+def test_five_workers_write_the_same(large, tmp_path):
+    source, undisturbed = large
+    convert(source, "train", tmp_path / "out", workers=5, samples_per_shard=16, check="decode")
+    assert hashes(tmp_path / "out/train") == undisturbed
+
+
+def test_shards_by_bytes_are_of_about_that_size(source, tmp_path):
+    for number in range(60):
+        (source / f"train/n01/{number}.JPEG").write_bytes(jpeg(number, 16 + number, 64))
+    convert(source, "train", tmp_path / "out", bytes_per_shard=100_000, workers=2)
+    manifest = read_manifest(tmp_path / "out/train")
+    total = sum(shard.bytes for shard in manifest.shards)
+    assert len(manifest.shards) == pytest.approx(total / 100_000, abs=1)
+    assert all(0.8 * 100_000 < shard.bytes < 1.2 * 100_000 for shard in manifest.shards)
+    reader = ShardReader(tmp_path / "out/train")
+    assert len({reader.key(i) for i in range(len(reader))}) == 87
+
+
+def test_a_dry_run_tells_what_the_conversion_then_does(large, tmp_path):
+    source, _ = large
+    said = run("convert_imagenet.py", "--source", source, "--split", "train", "--output", "out", "--workers", 2,
+               "--samples-per-shard", 16, "--dry-run", cwd=tmp_path)
+    assert said.returncode == 0 and os.listdir(tmp_path) == [], said.stderr
+    assert "source: image folder, 407 images of 3 classes\nwould write 26 shards, about 0." in said.stdout
+    assert re.search(r"images/s with 2 workers, measured on 3\d images; nothing was written", said.stdout)
+    tried = convert(source, "train", tmp_path / "out", act=convert_module.dry_run, samples_per_shard=16)
+    made = convert(source, "train", tmp_path / "out", samples_per_shard=16)
+    assert (tried.images, tried.shards, tried.classes) == (made.images, made.shards, made.classes)
+    assert tried.bytes == pytest.approx(made.bytes, rel=0.1)
+
+
+def test_shards_are_written_anew_byte_for_byte_or_not_at_all(source, tmp_path):
+    for path in (source / "train/n02").iterdir():
+        path.write_bytes(b"")
+    convert(source, "train", tmp_path / "out", samples_per_shard=2, on_error="skip", workers=2)
+    folder = tmp_path / "out/train"
+    before = hashes(folder)
+    names = [shard.name for shard in read_manifest(folder).shards][3::2]
+    (folder / names[0]).unlink()
+    (folder / names[1]).write_bytes(b"rubbish")
+    convert_module.rewrite_shards(folder, source, names, workers=2)
+    assert hashes(folder) == before
+    (folder / names[0]).write_bytes(b"rubbish")
+    for path in (source / "train/n01").iterdir():
+        path.write_bytes(jpeg(1000))
+    with pytest.raises(DataError, match=f"src gives other bytes for {names[0]} than"):
+        convert_module.rewrite_shards(folder, source, names, workers=2)
+    assert {name for name, value in hashes(folder).items() if value != before[name]} == {names[0]}

@@ -24,7 +24,7 @@ from vir import run_folder
 from vir.config import AugmentConfig
 from vir.data import reader as reader_module
 from vir.data import transforms
-from vir.data.convert import convert
+from vir.data.convert import Settings, convert
 from vir.data.loader import Patience, eval_batches, train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
@@ -52,7 +52,7 @@ def shards(tmp_path_factory):
             folder.mkdir(parents=True, exist_ok=True)
             noise = np.random.default_rng(number + count).integers(0, 256, (24, 24, 3), dtype=np.uint8)
             Image.fromarray(noise).save(folder / f"{number}.JPEG", quality=90)
-        convert(root / "source", split, root / "shards", workers=1, samples_per_shard=5)
+        convert(root / "source", split, root / "shards", Settings(samples_per_shard=5), workers=1)
     return root / "shards"
 
 
