@@ -515,5 +515,5 @@ def test_repair_writes_the_very_bytes(tmp_path, capsys):
     assert verify_split(split, jobs=1) == [] and (split / shard).read_bytes() == before[shard]
     (split / shard).unlink()
     (split / shard).mkdir()
-    with pytest.raises(DataError, match=f"cannot write in .*train: .*{shard}: Is a directory"):
+    with pytest.raises(DataError, match="cannot write in .*train.*: Is a directory"):
         repair_split(split, tmp_path / "src", verify_split(split, jobs=1), jobs=1)

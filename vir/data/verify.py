@@ -94,10 +94,7 @@ def repair_split(folder: Path, source: Path, findings: Sequence[Finding], *, job
     manifest = read_manifest(folder)
     damaged = {finding.shard for finding in findings}
     if names := [shard.name for shard in manifest.shards if shard.name in damaged]:
-        try:
-            rewrite_shards(folder, Path(source).absolute(), names, jobs)
-        except OSError as error:
-            raise DataError(f"cannot write in {folder}: {error.filename or folder}: {error.strerror}") from error
+        rewrite_shards(folder, Path(source).absolute(), names, jobs)
     if INDEX in damaged:
         restore_index(folder, jobs=jobs)
 
