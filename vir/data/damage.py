@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import zlib
@@ -115,6 +116,8 @@ class _Look:
         rows = np.empty(0, index_dtype(1)) if rows is None else rows
         self.rows = rows[np.argsort(rows["offset"], kind="stable")]
         self.offsets = np.ascontiguousarray(self.rows["offset"])
+        # The members of a sample ask for the same rows, one after another.
+        self._sample = functools.lru_cache(maxsize=8)(functools.partial(_sample, self.rows))
         self.is_met = np.zeros(len(rows), bool)
         self.found: list[Finding] = []
         self.more = 0
@@ -135,12 +138,6 @@ class _Look:
             self.found, self.more = self.odd, self.odd_count - len(self.odd)
         more = [Finding(self.shard, None, None, f"and {self.more:,} more of its members")] if self.more else []
         return [*self.found, *more]
-
-    def _sample(self, i: int) -> _Sample:
-        row = self.rows[i]
-        label, offset, size, width, height = (
-            int(row[field]) for field in ("label", "offset", "size", "width", "height"))
-        return _Sample(_key(row), label, offset, size, width, height)
 
     def _around(self, offset: int) -> list[_Sample]:
         """The last sample whose image begins before that byte, and the two whose images begin there or behind."""
@@ -257,6 +254,11 @@ class _Look:
         self.odd_count += 1
         if len(self.odd) < MAX_ALIKE:
             self.odd.append(Finding(self.shard, key, offset, f"bytes that belong to no image are damaged: {what}"))
+
+
+def _sample(rows: np.ndarray, i: int) -> _Sample:
+    _, label, offset, size, _, width, height, key = rows[i].item()
+    return _Sample(key.decode("utf-8", "backslashreplace"), label, offset, size, width, height)
 
 
 def _wrong_json(content: bytes, sample: _Sample) -> str | None:
