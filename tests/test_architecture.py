@@ -25,7 +25,6 @@ DOORS = {("data", "vir.models.spec")}
 KNOWS = {
     "deepspeed": {"vir/engine/engine.py", "vir/engine/zero.py", "vir/engine/blocks.py", "vir/engine/builds.py",
                   "vir/benchmarks/peer.py"},
-    "webdataset": {"vir/data/shards.py"},
     "accelerate": {"vir/evaluate.py"},
 }
 # Of DeepSpeed's checkpoints.
@@ -34,6 +33,7 @@ LAYOUT = re.compile(r"deepspeed\.(runtime|utils|ops)|_optim_states|_model_states
 KNOWS_LAYOUT = {"vir/checkpoints/partitions.py"}
 # Modules without a test file of their own name, and where they are tested.
 TESTED_ELSEWHERE = {
+    "vir.benchmarks.conversion": "test_benchmark.py",
     "vir.benchmarks.checkpoint_size": "test_benchmark_training.py: of the runs that are made there",
     "vir.benchmarks.model": "test_benchmark.py", "vir.benchmarks.plot": "test_benchmark.py",
     "vir.benchmarks.stopwatch": "test_benchmark.py",
@@ -45,6 +45,8 @@ TESTED_ELSEWHERE = {
     "vir.data.worker": "test_loader.py: in processes that are its workers",
     "vir.data.sources.choose": "test_folder.py: and in the files of the kinds of sources",
     "vir.data.sources.imagenet": "test_archives.py: the class list that archives must have",
+    "vir.data.sources.reading": "test_convert.py: of files and disks that fail",
+    "vir.data.damage": "test_verify.py: by what is found in a split",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",
     "vir.engine.engine": "test_engine.py: in processes of its own",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",

@@ -190,11 +190,35 @@ def setting(field, row, value):
     (setting("label", 3, -1), "has labels -1..1"),
     (setting("offset", 7, 1 << 40), "samples beyond the end of their shard"),
     (setting("offset", 0, -1), "samples beyond the end of their shard"),
+    (setting("offset", 0, (1 << 63) - 1), "samples beyond the end of their shard"),
+    (setting("size", 0, (1 << 63) - 1), "samples beyond the end of their shard"),
+    (setting("size", 0, -1), "samples beyond the end of their shard"),
+    (setting("shard", 0, -1), "disagree on the shards' sample counts"),
+    (lambda folder: ((folder / "s-1.tar").unlink(), os.mkfifo(folder / "s-1.tar")),
+     "cannot open shard .*s-1.tar: it is no regular file"),
+    (lambda folder: ((folder / "s-1.tar").unlink(), (folder / "s-1.tar").symlink_to("/dev/zero")),
+     "cannot open shard .*s-1.tar: it is no regular file"),
 ])
 def test_damage_is_seen_at_opening(folder, damage, message):
     damage(folder)
     with pytest.raises(DataError, match=message):
         ShardReader(folder)
+
+
+def test_a_shard_that_became_a_pipe_is_refused_without_waiting(folder, no_waiting):
+    reader = ShardReader(folder, check_shards=False)
+    (folder / "s-1.tar").unlink()
+    os.mkfifo(folder / "s-1.tar")
+    with pytest.raises(DataError, match="cannot read s-1.tar:k_5@.*it is no regular file"):
+        reader.read(5)
+
+
+def test_a_key_that_is_no_text_has_a_sentence(folder):
+    setting("key", 5, b"\xff\xfe")(folder)
+    reader = ShardReader(folder)
+    with pytest.raises(DataError, match=r"index.npy: the key of sample 5, b'\\xff\\xfe', is not UTF-8; copy the split"):
+        reader.key(5)
+    assert reader.where(5).startswith(r"s-1.tar:\xff\xfe@") and reader.read(5) == IMAGES[5]
 
 
 def test_shards_are_checked_from_one_listing_and_only_where_asked(folder, monkeypatch):

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import pickle
+import struct
 import subprocess
 import sys
 import tarfile
@@ -13,7 +16,15 @@ import pytest
 import webdataset
 from PIL import Image
 
-from vir.data.shards import ShardSample, SkippedFile, read_index, read_manifest, write_shard, write_split
+from vir.data.shards import (
+    INDEX_FIELDS,
+    ShardSample,
+    SkippedFile,
+    read_index,
+    read_manifest,
+    write_shard,
+    write_split,
+)
 from vir.errors import DataError
 
 KEYS = ["n01_1", "x" * 100, "größe_3", "n01_4"]  # the long and the non-ASCII one need extra tar headers
@@ -191,12 +202,120 @@ def test_archives_beside_what_was_unpacked_from_them_are_an_image_folder(tmp_pat
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), "index.npy is damaged"),
     (lambda path: path.write_bytes(b""), "index.npy is damaged"),
     (lambda path: np.save(path, np.zeros(4)), "is no index of shards"),
-    (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "index.npy is damaged"),
+    (lambda path: np.save(path, np.array([{}]), allow_pickle=True), "is no index of shards .its type is object"),
+    (lambda path: path.write_bytes(pickle.dumps([1, 2])), "index.npy is damaged"),
+    (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "index.npy is damaged"),
+    (lambda path: path.write_bytes(b"\x93NUMPY\x01\x00" + bytes(500)), "index.npy is damaged"),
+    (lambda path: path.write_bytes(b"\x93NUMPY\x03\x00" + bytes(500)), "damaged .a header of version 3.0"),
+    (lambda path: write_npy(path, "(" * 9000), "index.npy is damaged"),
+    (lambda path: write_npy(path, "-" * 9000 + "1"), "index.npy is damaged"),
+    (lambda path: write_npy(path, "{'descr': '<i4', 'fortran_order': False, 'shape': (1,)}" + " " * 20000), "damaged"),
+    (lambda path: write_npy(path, header(shape=f"({10 ** 18},)")), r"is no index of shards .*, its shape .1000"),
+    (lambda path: write_npy(path, header(shape=f"({10 ** 14},)")), r"it has \d+ bytes, its header asks for 4100"),
+    (lambda path: write_npy(path, header(shape=f"({'9' * 4000},)")), "is no index of shards"),
+    (lambda path: write_npy(path, header(shape="(-1,)")), "is no index of shards"),
+    (lambda path: write_npy(path, header(shape="()")), "is no index of shards"),
+    (lambda path: write_npy(path, header(shape="(0,)")) or os.truncate(path, 1 << 33), "it has 8589934592 bytes"),
+    (lambda path: write_npy(path, header(key="S2000000000", shape="(0,)")), "is no index of shards"),
+    (lambda path: write_npy(path, header(key="U5", shape="(0,)")), "is no index of shards"),
+    (lambda path: write_npy(path, header(key="O", shape="(0,)")), "is no index of shards"),
+    (lambda path: write_npy(path, header(shape="(0,)").replace("<i8", ">i8")), "is no index of shards"),
+    (lambda path: np.savez(path.with_suffix(""), a=np.zeros(3)) or os.replace(f"{path.with_suffix('')}.npz", path),
+     "index.npy is damaged"),
+    (lambda path: (path.unlink(), os.mkfifo(path)), "cannot read .*index.npy: it is no regular file"),
+    (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "cannot read .*index.npy: it is no regular file"),
+    (lambda path: (path.unlink(), path.mkdir()), "cannot read .*index.npy: it is no regular file"),
 ])
 def test_broken_indexes(folder, damage, message):
     damage(folder / "index.npy")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as error:
         read_index(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def header(key="S5", shape="(1,)"):
+    """Of a .npy file, as text."""
+    return str({"descr": [*INDEX_FIELDS, ("key", f"|{key}")], "fortran_order": False, "shape": 0}).replace(
+        "'shape': 0", f"'shape': {shape}")
+
+
+def write_npy(path, header):
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode())
+
+
+def test_an_index_without_rows_can_be_read(folder):
+    write_npy(folder / "index.npy", header(shape="(0,)"))
+    assert len(read_index(folder)) == 0
+
+
+def names(*names):
+    """Other names for the shards, in a manifest that fits itself."""
+    def edit(folder):
+        shards = json.loads((folder / "manifest.json").read_text())["shards"]
+        change(shards=[{**shard, "name": name} for shard, name in zip(shards, names)])(folder)
+    return edit
+
+
+def numbers(**fields):
+    def edit(folder):
+        shards = json.loads((folder / "manifest.json").read_text())["shards"]
+        change(shards=[{**shards[0], **fields}, shards[1]])(folder)
+    return edit
+
+
+def text(content):
+    return lambda folder: (folder / "manifest.json").write_text(content)
+
+
+def other_file(make):
+    def damage(folder):
+        (folder / "manifest.json").unlink()
+        make(folder / "manifest.json")
+    return damage
+
+
+@pytest.mark.parametrize("damage, message", [
+    (text("[" * 1_000_000), "is not valid JSON"),
+    (text('{"format_version": ' + "[" * 1_000_000), "is not valid JSON"),
+    (text('{"format_version": 2, "seed": ' + "9" * 5000 + "}"), "is not valid JSON"),
+    (text('{"format_version": 1e999}'), "no manifest of shards .format_version is inf"),
+    (text('{"format_version": true}'), "no manifest of shards .format_version is True"),
+    (lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe\x00"), "is not valid JSON"),
+    (names(7, "b"), "is damaged .ValueError: '7' where a name belongs"),
+    (names("a\0b", "b"), "where a name belongs"),
+    (names("", "b"), "where a name belongs"),
+    (names("a\ud800", "b"), "where a name belongs"),
+    (names(["a"], "b"), "where a name belongs"),
+    (names("..", "b"), r"names shards outside its folder: '\.\.'"),
+    (names(".", "b"), r"names shards outside its folder: '\.'"),
+    (names("/etc/passwd", "b"), "names shards outside its folder: '/etc/passwd'"),
+    (names("a/b", "b"), "names shards outside its folder: 'a/b'"),
+    (names("b", "b"), "names the shard 'b' 2 times"),
+    (numbers(num_samples=-1), "-1 where a count belongs"),
+    (numbers(num_samples=10 ** 30), "1000000000000000000000000000000 where a count belongs"),
+    (numbers(bytes=1.5), "1.5 where a count belongs"),
+    (numbers(bytes=True), "True where a count belongs"),
+    (numbers(sha256="0" * 63), "where a sha256 belongs"),
+    (numbers(sha256=5), "5 where a sha256 belongs"),
+    (change(classes=[1, 2]), "'1' where a name belongs"),
+    (change(classes="ab"), "classes is no list"),
+    (change(classes={"a": 1}), "classes is no list"),
+    (change(shards={}), "shards is no list"),
+    (change(shards=[1]), "is damaged .TypeError"),
+    (change(conversion=[1]), "conversion is"),
+    (change(skipped=None), "skipped is no list"),
+    (change(samples_per_shard="3"), "3 where a count belongs"),
+    (other_file(os.mkfifo), "cannot read .*manifest.json: it is no regular file"),
+    (other_file(lambda path: path.symlink_to("/dev/zero")), "cannot read .*manifest.json: it is no regular file"),
+    (other_file(lambda path: path.mkdir()), "cannot read .*manifest.json: it is no regular file"),
+    (other_file(lambda path: path.symlink_to(path)), "cannot read .*manifest.json: Too many levels"),
+    (lambda folder: os.truncate(folder / "manifest.json", 300 << 20), "cannot read .*it has 314572800 bytes, more "),
+])
+def test_hostile_manifests_are_refused_by_a_sentence(folder, damage, message):
+    damage(folder)
+    with pytest.raises(DataError, match=message) as error:
+        read_manifest(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_reading_needs_neither_webdataset_nor_torch():

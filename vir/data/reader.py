@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import stat
 import time
 import zlib
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from vir.data.decode import BadSampleError
 from vir.data.shards import INDEX, SplitManifest, read_index, read_manifest
 from vir.errors import DataError
-from vir.files import RETRY_WAITS_S, pread, sha256
+from vir.files import RETRY_WAITS_S, open_regular, pread, sha256
 
 MAX_OPEN_SHARDS = 128
 """The most open files per reader and process."""
@@ -87,12 +88,19 @@ class ShardReader:
         return labels
 
     def key(self, i: int) -> str:
-        return self._index["key"][i].decode("utf-8")
+        """Raises DataError where it is not UTF-8."""
+        key = self._index["key"][i]
+        try:
+            return key.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.folder / INDEX}: the key of sample {i}, {key[:100]!r}, is not UTF-8; copy the "
+                            "split again or convert it again") from error
 
     def where(self, i: int) -> str:
         """SHARD:KEY@OFFSET, for messages: enough to cut the sample out with dd."""
         row = self._index[i]
-        return f"{self._manifest.shards[row['shard']].name}:{row['key'].decode('utf-8')}@{row['offset']}"
+        key = row["key"].decode("utf-8", "backslashreplace")
+        return f"{self._manifest.shards[row['shard']].name}:{key}@{row['offset']}"
 
     def read(self, i: int) -> bytes:
         """The image file of sample i.
@@ -158,13 +166,15 @@ class ShardReader:
             try:
                 if shard.name not in entries:
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-                size = entries[shard.name].stat().st_size
+                found = entries[shard.name].stat()
+                if not stat.S_ISREG(found.st_mode):
+                    raise OSError(errno.EINVAL, "it is no regular file")
             except OSError as error:
                 raise DataError(f"cannot open shard {path}: {error.strerror}; copy it again or convert the split "
                                 f"again") from error
-            if size != shard.bytes:
-                raise DataError(f"shard {path} has {size} bytes, the manifest says {shard.bytes}; copy it again or "
-                                f"convert the split again")
+            if found.st_size != shard.bytes:
+                raise DataError(f"shard {path} has {found.st_size} bytes, the manifest says {shard.bytes}; copy it "
+                                f"again or convert the split again")
 
     def _check_index(self) -> None:
         path = self.folder / INDEX
@@ -182,9 +192,9 @@ class ShardReader:
         if lowest < 0 or highest >= len(self.classes):
             raise DataError(f"{path} has labels {lowest}..{highest}, the manifest lists {len(self.classes)} classes; "
                             f"{again}")
-        ends = index["offset"] + index["size"]
-        if index["offset"].min() < 0 or index["size"].min() < 0 or \
-                (ends > np.array([shard.bytes for shard in shards])[index["shard"]]).any():
+        # Not offset + size: hostile ones overflow.
+        left = np.array([shard.bytes for shard in shards])[index["shard"]] - np.maximum(index["size"], 0)
+        if index["offset"].min() < 0 or index["size"].min() < 0 or (index["offset"] > left).any():
             raise DataError(f"{path} has samples beyond the end of their shard; {again}")
 
 
@@ -194,8 +204,8 @@ class _Descriptor:
     number: int
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = open_regular(path)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if hasattr(self, "number"):  # not if os.open failed
+        if hasattr(self, "number"):  # not if it could not be opened
             close(self.number)

@@ -14,6 +14,7 @@ import re
 import shlex
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from vir.errors import DataError
-from vir.files import read_regular, replace_text, replacing, sha256
+from vir.files import open_regular, read_regular, replace_text, replacing, sha256
 
 FORMAT_VERSION = 2
 """2: a shard may be without sha256; `fixed` and `conversion` in the manifest."""
@@ -43,9 +44,11 @@ INDEX_FIELDS = [
 ]
 """A last field, "key", follows: its type is S{n}, UTF-8, where n is the length of the longest key in the split."""
 
-MAX_MANIFEST_BYTES = 1 << 28
-"""Of a manifest that is read: a million shards take less."""
+MAX_MANIFEST_BYTES = 1 << 26
+"""Of a manifest that is read: 200,000 shards take less, and no JSON of this size fills the memory."""
 
+MAX_KEY_BYTES = 4096
+"""Of an index that is read: no path is longer."""
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -129,7 +132,8 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> tuple[ShardInfo, 
         for sample in samples:
             offset = tar.add(f"{sample.key}.{sample.extension}", sample.data)
             tar.add(f"{sample.key}.cls", str(sample.label).encode())
-            tar.add(f"{sample.key}.json", _sample_json(sample))
+            about = sample_json(sample.filename, sample.label, sample.width, sample.height)
+            tar.add(f"{sample.key}.json", about)
             rows.append((0, sample.label, offset, len(sample.data), zlib.crc32(sample.data), sample.width,
                          sample.height, b""))
             keys.append(sample.key.encode("utf-8"))
@@ -150,16 +154,8 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
     Args:
         shards: the results of write_shard, in order.
     """
-    longest = max((rows.dtype["key"].itemsize for _, rows in shards), default=1)
-    index = np.empty(sum(len(rows) for _, rows in shards), dtype=index_dtype(longest))
-    start = 0
-    for number, (_, rows) in enumerate(shards):
-        part = index[start:start + len(rows)]
-        part[:] = rows
-        part["shard"] = number
-        start += len(rows)
-    with replacing(folder / INDEX) as path, open(path, "wb") as file:
-        np.save(file, index, allow_pickle=False)
+    with replacing(folder / INDEX) as path:
+        write_index(path, [rows for _, rows in shards])
     manifest = SplitManifest(name=name, split=split, classes=tuple(classes), shards=tuple(info for info, _ in shards),
                              index_sha256=sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
                              skipped=tuple(skipped), fixed=tuple(fixed), conversion=conversion)
@@ -167,6 +163,20 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
                "fingerprint": manifest.fingerprint}
     replace_text(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
     return manifest
+
+
+def write_index(path: Path, parts: Sequence[np.ndarray]) -> None:
+    """Writes the index of shards whose rows are given in order; field "shard" becomes their position."""
+    longest = max((rows.dtype["key"].itemsize for rows in parts), default=1)
+    index = np.empty(sum(map(len, parts)), dtype=index_dtype(longest))
+    start = 0
+    for number, rows in enumerate(parts):
+        part = index[start:start + len(rows)]
+        part[:] = rows
+        part["shard"] = number
+        start += len(rows)
+    with open(path, "wb") as file:
+        np.save(file, index, allow_pickle=False)
 
 
 def read_manifest(folder: Path) -> SplitManifest:
@@ -186,7 +196,7 @@ def read_manifest(folder: Path) -> SplitManifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); copy the split again or convert it again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise DataError(f"{path} is no manifest of shards (format_version is {version!r}); convert the split again")
     if version > FORMAT_VERSION:
         raise DataError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: "
@@ -199,33 +209,64 @@ def read_manifest(folder: Path) -> SplitManifest:
     if not whole:
         raise DataError(f"{path} contradicts itself (sample count or fingerprint): it was edited or is damaged; "
                         f"copy the split again or convert it again")
-    if outside := [shard.name for shard in manifest.shards if shard.name != os.path.basename(shard.name)]:
+    names = [shard.name for shard in manifest.shards]
+    if outside := [name for name in names if name != os.path.basename(name) or name in (os.curdir, os.pardir)]:
         raise DataError(f"{path} names shards outside its folder: {outside[0]!r}")
+    (name, count), = Counter(names).most_common(1) or [("", 0)]
+    if count > 1:
+        raise DataError(f"{path} names the shard {name!r} {count} times; copy the split again or convert it again")
     return manifest
 
 
 def read_index(folder: Path) -> np.ndarray:
-    """The index of a split folder as a read-only memory map, INDEX_FIELDS and "key"."""
+    """The index of a split folder as a read-only memory map, INDEX_FIELDS and "key".
+
+    Raises:
+        DataError: it cannot be read, or is no index. Whether what it says can be true, vir.data.reader checks.
+    """
     path = Path(folder) / INDEX
+    again = "copy the split again or convert it again"
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(open_regular(path), "rb") as file:
+            shape, dtype = _npy_header(file)
+            if not _is_index(shape, dtype):
+                raise DataError(f"{path} is no index of shards (its type is {str(dtype)[:200]}, its shape "
+                                f"{str(shape)[:50]}); {again}")
+            if (size := file.tell() + shape[0] * dtype.itemsize) != (found := os.fstat(file.fileno()).st_size):
+                raise DataError(f"{path} is damaged (it has {found} bytes, its header asks for {size}); {again}")
+            index = np.memmap(file, dtype, "r", file.tell(), shape)
     except FileNotFoundError as error:
-        raise DataError(f"no such file: {path}; copy the split again or convert it again") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}); copy the split again or convert it again") from error
-    names = [name for name, _ in INDEX_FIELDS] + ["key"]
-    if index.ndim != 1 or index.dtype.names is None or list(index.dtype.names) != names or \
-            index.dtype != index_dtype(index.dtype["key"].itemsize):
-        raise DataError(f"{path} is no index of shards (its type is {index.dtype}); convert the split again")
+        raise DataError(f"no such file: {path}; {again}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}; {again}") from error
+    except ValueError as error:
+        why = " ".join(str(error).split())[:200]  # some of numpy's have many lines
+        raise DataError(f"{path} is damaged ({why}); {again}") from error
     return index.view(np.ndarray)  # rows of a plain array cost half of a memmap's
 
 
-class _TarWriter:
-    """Writes members one after another, and knows the size and the sha256 of what it has written.
+def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of the array that np.save has written; the file is left at its data. Raises ValueError."""
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"a header of version {version[0]}.{version[1]}")
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except ValueError:
+        raise
+    except Exception as error:  # the header is an expression: its parsers raise nearly anything on a broken one
+        raise ValueError(f"a broken header: {type(error).__name__}") from error
+    return shape, dtype
 
-    The headers are those of webdataset's TarWriter with no owner and time 0, so that the bytes depend on names and
-    content alone.
-    """
+
+def _is_index(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    names = [name for name, _ in INDEX_FIELDS] + ["key"]
+    if len(shape) != 1 or not 0 <= shape[0] < 1 << 50 or dtype.names is None or list(dtype.names) != names:
+        return False
+    return dtype["key"].itemsize <= MAX_KEY_BYTES and dtype == index_dtype(dtype["key"].itemsize)
+
+
+class _TarWriter:
+    """Writes members one after another, and knows the size and the sha256 of what it has written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -234,9 +275,7 @@ class _TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Returns where the data begins."""
-        header = tarfile.TarInfo(name)
-        header.size, header.mode = len(data), 0o444
-        self._write(header.tobuf(tarfile.PAX_FORMAT))
+        self._write(member_header(name, len(data)))
         offset = self.size
         self._write(data)
         self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
@@ -254,6 +293,8 @@ class _TarWriter:
 
 def _manifest_of(content: dict[str, Any]) -> SplitManifest:
     """Raises KeyError, TypeError or ValueError where the content is not what write_split writes."""
+    if wrong := [key for key in ("classes", "shards", "skipped") if not isinstance(content[key], list)]:
+        raise ValueError(f"{wrong[0]} is no list")
     manifest = SplitManifest(
         name=content["name"], split=content["split"], classes=tuple(content["classes"]),
         shards=tuple(ShardInfo(**shard) for shard in content["shards"]), index_sha256=content["index_sha256"],
@@ -263,12 +304,13 @@ def _manifest_of(content: dict[str, Any]) -> SplitManifest:
         conversion=content.get("conversion"))
     texts = [manifest.name, manifest.split, manifest.index_sha256, *manifest.classes,
              *(shard.name for shard in manifest.shards)]
-    if wrong := [value for value in texts if not isinstance(value, str) or "\0" in value or not value]:
-        raise ValueError(f"{wrong[0]!r} where a name belongs")
+    if wrong := [value for value in texts if not _is_text(value)]:
+        raise ValueError(f"{str(wrong[0])[:100]!r} where a name belongs")
+    counts = [number for shard in manifest.shards for number in (shard.num_samples, shard.bytes)]
+    for number in [manifest.samples_per_shard, *counts]:
+        if type(number) is not int or not 0 <= number < 1 << 62:
+            raise ValueError(f"{str(number)[:100]} where a count belongs")
     for shard in manifest.shards:
-        for number in (shard.num_samples, shard.bytes):
-            if type(number) is not int or not 0 <= number < 1 << 62:
-                raise ValueError(f"{number!r} where a count belongs")
         if shard.sha256 is not None and not (isinstance(shard.sha256, str) and _SHA256.fullmatch(shard.sha256)):
             raise ValueError(f"{shard.sha256!r} where a sha256 belongs")
     if not isinstance(manifest.conversion, dict | None):
@@ -276,14 +318,31 @@ def _manifest_of(content: dict[str, Any]) -> SplitManifest:
     return manifest
 
 
+def _is_text(value: object) -> bool:
+    """Whether it can be a name: JSON can say NULs and halves of characters, file systems cannot."""
+    if not isinstance(value, str) or not value or "\0" in value:
+        return False
+    try:
+        return bool(value.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
+
+
 def index_dtype(key_bytes: int) -> np.dtype:
     return np.dtype(INDEX_FIELDS + [("key", f"S{key_bytes}")])
 
 
-def _sample_json(sample: ShardSample) -> bytes:
+def member_header(name: str, size: int) -> bytes:
+    """What comes before a file of `size` bytes in a shard: headers as of webdataset's TarWriter with no owner and time
+    0, so that the bytes depend on names and content alone."""
+    header = tarfile.TarInfo(name)
+    header.size, header.mode = size, 0o444
+    return header.tobuf(tarfile.PAX_FORMAT)
+
+
+def sample_json(filename: str, label: int, width: int, height: int) -> bytes:
     """The fields of timm's imagenet-1k-wds."""
-    return json.dumps({"filename": sample.filename, "height": sample.height, "label": sample.label,
-                       "width": sample.width}).encode()
+    return json.dumps({"filename": filename, "height": height, "label": label, "width": width}).encode()
 
 
 def _why_no_manifest(folder: Path) -> str:

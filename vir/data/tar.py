@@ -21,6 +21,20 @@ _MAX_EXTENSION = 1 << 20
 """The longest extended header, in bytes: names are far shorter."""
 
 
+class TarError(DataError):
+    """What makes a tar unreadable from some byte on.
+
+    Args:
+        offset: of the header in question, from the beginning of the tar.
+        reason: without the tar's name and the way out, which the message has.
+        is_cut: the file ends too early, as far as can be said.
+    """
+
+    def __init__(self, message: str, offset: int, reason: str, is_cut: bool = False) -> None:
+        super().__init__(message)
+        self.offset, self.reason, self.is_cut = offset, reason, is_cut
+
+
 class Member(NamedTuple):
     """A regular file in a tar; all offsets count from the beginning of the outermost file."""
 
@@ -66,7 +80,7 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
         where: names the tar in messages.
 
     Raises:
-        DataError: a header that is damaged, a member beyond the end, a tar that is cut off, a name that is not UTF-8
+        TarError: a header that is damaged, a member beyond the end, a tar that is cut off, a name that is not UTF-8
             or has a NUL, a sparse file.
         OSError: the file cannot be read.
     """
@@ -75,8 +89,8 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
     while True:
         header = os.pread(descriptor, BLOCK, position) if position + BLOCK <= end else b""
         if len(header) < BLOCK:
-            raise DataError(f"{where} is cut off at byte {position - start}: a tar ends with blocks of zeros; copy or "
-                            "download it again")
+            raise TarError(f"{where} is cut off at byte {position - start}: a tar ends with blocks of zeros; copy or "
+                           "download it again", position - start, "the tar is cut off", is_cut=True)
         if header == _ZEROS:
             if extension is not None:
                 raise _damaged(where, position - start, "an extended header without its member")
@@ -90,8 +104,9 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
         offset = position + BLOCK
         following = offset if kind in _WITHOUT_DATA else offset + -(-size // BLOCK) * BLOCK
         if following > end:
-            raise DataError(f"{where}: the member at byte {position - start} says it has {size} bytes, more than the "
-                            "file has left; the file is cut off or damaged; copy or download it again")
+            raise TarError(f"{where}: the member at byte {position - start} says it has {size} bytes, more than the "
+                           "file has left; the file is cut off or damaged; copy or download it again",
+                           position - start, f"a member of {size} bytes, more than the file has left", is_cut=True)
         begin = position if extension is None else extension.start
         if kind == _LONG_NAME or kind in _PAX:
             content = _content(descriptor, offset, size, where, position - start)
@@ -188,8 +203,9 @@ def _pax(known: _Extension, content: bytes, where: str, position: int) -> _Exten
     return known
 
 
-def _damaged(where: str, position: int, what: str) -> DataError:
-    return DataError(f"{where} is damaged or no tar: at byte {position}, {what}; copy or download it again")
+def _damaged(where: str, position: int, what: str) -> TarError:
+    return TarError(f"{where} is damaged or no tar: at byte {position}, {what}; copy or download it again", position,
+                    what)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,329 @@
+"""What is wrong within one shard: by its index rows, its tar headers and its labels, named by key and offset."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vir.data.shards import ShardInfo, index_dtype, member_header, sample_json
+from vir.data.sources.listing import make_key
+from vir.data.tar import BLOCK, Member, TarError, scan
+
+MAX_ALIKE = 100
+"""The most findings of one kind that a file gets; the others are counted."""
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_LABELS = ("cls", "json")
+_PIECE = 1 << 20
+"""Bytes that are read at once."""
+_MAX_LABEL_BYTES = 1 << 20
+"""Of a member that is read to be compared with the index."""
+_OWN_FIELDS = {"filename", "height", "label", "width"}
+"""Of the json members that vir-convert writes."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be in a split."""
+
+    shard: str
+    """Name of the file in the split folder: a shard, the index or the manifest."""
+    key: str | None
+    """Of the sample, where it is one's."""
+    offset: int | None
+    """Where it begins, in bytes from the beginning of the file."""
+    what: str
+
+    def __str__(self) -> str:
+        shard, key = (_one_line(name) for name in (self.shard, self.key or ""))
+        return f"{shard}{':' * bool(key)}{key}{'' if self.offset is None else f'@{self.offset}'}: {self.what}"
+
+
+def damaged_images(descriptor: int, shard: str, rows: np.ndarray) -> list[Finding]:
+    """The images whose bytes are not those of the index, by their CRC-32. Raises OSError."""
+    size = os.fstat(descriptor).st_size
+    findings: list[Finding] = []
+    more = 0
+    for row in rows[rows["offset"] <= size - rows["size"]]:
+        offset, length = int(row["offset"]), int(row["size"])
+        if (crc := _crc32(descriptor, offset, length)) == row["crc32"]:
+            continue
+        if len(findings) == MAX_ALIKE:
+            more += 1
+            continue
+        findings.append(Finding(shard, _key(row), offset, f"the image's {length} bytes are damaged: their CRC-32 is "
+                                f"{crc:08x}, the index says {row['crc32']:08x}"))
+    if more:
+        findings.append(Finding(shard, None, None, f"and {more:,} more of its images"))
+    return findings
+
+
+def lost_images(size: int, shard: str, rows: np.ndarray) -> list[Finding]:
+    """The images that lie beyond the end of a shard that now has `size` bytes."""
+    lost = rows[rows["offset"] > size - rows["size"]]
+    if not len(lost):
+        return []
+    first = lost[np.argmin(lost["offset"])]
+    count = "1 image, this one, lies" if len(lost) == 1 else f"{len(lost):,} images, from this one on, lie"
+    return [Finding(shard, _key(first), int(first["offset"]), f"cut off: {count} beyond the end of the file")]
+
+
+def damaged_structure(descriptor: int, info: ShardInfo, rows: np.ndarray | None, classes: Sequence[str]
+                      ) -> list[Finding]:
+    """What tar headers, labels and padding say against the index and against themselves.
+
+    Of a shard without sha256, headers alone are read.
+
+    Args:
+        rows: of this shard, in the index; None where the index cannot be trusted: then a damaged header ends the look.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return _Look(descriptor, info, rows, classes).findings()
+
+
+class _Sample(NamedTuple):
+    """What the index says of one image."""
+
+    key: str
+    label: int
+    offset: int
+    size: int
+    width: int
+    height: int
+
+
+class _Look:
+    """One walk over the headers of a shard, that goes on behind a damaged header where the next sample begins.
+
+    Memory grows neither with the members of the tar nor with its damages; the index rows are copied once.
+    """
+
+    def __init__(self, descriptor: int, info: ShardInfo, rows: np.ndarray | None, classes: Sequence[str]) -> None:
+        self.descriptor, self.shard, self.classes = descriptor, info.name, classes
+        self.reads_contents = info.sha256 is not None
+        self.size = os.fstat(descriptor).st_size
+        self.is_truncated = self.size < info.bytes
+        self.has_index = rows is not None
+        rows = np.empty(0, index_dtype(1)) if rows is None else rows
+        self.rows = rows[np.argsort(rows["offset"], kind="stable")]
+        self.offsets = np.ascontiguousarray(self.rows["offset"])
+        # The members of a sample ask for the same rows, one after another.
+        self._sample = functools.lru_cache(maxsize=8)(functools.partial(_sample, self.rows))
+        self.is_met = np.zeros(len(rows), bool)
+        self.found: list[Finding] = []
+        self.more = 0
+        self.members = 0
+        self.odd: list[Finding] = []
+        """What differs from what vir-convert writes: a trace only where it is the exception."""
+        self.odd_count = 0
+
+    def findings(self) -> list[Finding]:
+        position: int | None = 0
+        while position is not None:
+            position = self._walk(position)
+        if not self.found:  # else a damaged header explains it
+            is_inside = self.offsets <= self.size - self.rows["size"] - -self.rows["size"] % BLOCK
+            for i in np.flatnonzero(~self.is_met & is_inside).tolist():
+                self._add(self._sample(i).key, self._sample(i).offset, "the index has an image here, the tar has none")
+        if not self.found and self.odd_count <= self.members // 2:
+            self.found, self.more = self.odd, self.odd_count - len(self.odd)
+        more = [Finding(self.shard, None, None, f"and {self.more:,} more of its members")] if self.more else []
+        return [*self.found, *more]
+
+    def _around(self, offset: int) -> list[_Sample]:
+        """The last sample whose image begins before that byte, and the two whose images begin there or behind."""
+        after = int(np.searchsorted(self.offsets, offset))
+        return [self._sample(i) for i in range(max(after - 1, 0), min(after + 2, len(self.rows)))]
+
+    def _walk(self, begin: int) -> int | None:
+        """Checks the members from there on; returns where to go on behind what cannot be read."""
+        last, is_told = begin, False
+        try:
+            for member in scan(self.descriptor, self.shard, begin):
+                self._member(member)
+                last = _behind(member.offset, member.size)
+        except TarError as error:
+            stop, is_told = begin + error.offset, error.is_cut and self.is_truncated
+            what = f"{'the tar ends too early' if error.is_cut else 'a damaged tar header'}: {error.reason}"
+        else:
+            if not len(self.offsets) or self.offsets[-1] <= last:
+                self._tail(last)
+                return None
+            stop, what = last, "zeros where a tar header belongs"
+        around = self._around(stop)
+        if not is_told:
+            self._add(_owner(around, stop), stop, what)
+        # Behind the damaged header, the index knows where images begin and end; headers are before and behind them.
+        places = [place for sample in around
+                  for place in (_header_start(self.descriptor, sample.offset), _behind(sample.offset, sample.size))
+                  if stop < place <= self.size - BLOCK]
+        return min(places, default=None)
+
+    def _member(self, member: Member) -> None:
+        self.members += 1
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        key, extension = f"{folder}{slash}{stem}", extension.lower()
+        sample = next((sample for sample in self._around(member.start) if sample.key == key), None)
+        if self.has_index and extension in _IMAGES:
+            self._image(member, key)
+        elif self.has_index and extension in _LABELS and sample is None:
+            self._add(key, member.start, f"the index does not know {member.name!r}")
+        if self.reads_contents:
+            self._contents(member, key, extension, sample)
+
+    def _image(self, member: Member, key: str) -> None:
+        i = int(np.searchsorted(self.offsets, member.offset))
+        if i == len(self.offsets) or self.offsets[i] != member.offset:
+            self._add(key, member.start, f"the index does not know {member.name!r}")
+            return
+        sample, self.is_met[i] = self._sample(i), True
+        if sample.key != key:
+            self._add(sample.key, member.start, f"the tar calls this image {member.name!r}")
+        elif sample.size != member.size:
+            self._add(key, member.start, f"the image has {member.size} bytes by its tar header, the index says "
+                      f"{sample.size}")
+
+    def _contents(self, member: Member, key: str, extension: str, sample: _Sample | None) -> None:
+        end = member.offset + member.size
+        padding = os.pread(self.descriptor, -member.size % BLOCK, end)
+        if stripped := padding.lstrip(b"\0"):
+            self._add(key, end + len(padding) - len(stripped), "bytes that belong to no image are damaged: the padding "
+                      f"after {member.name!r} is not zero")
+        content = b""
+        if sample is not None and extension in _LABELS and member.size <= _MAX_LABEL_BYTES:
+            content = os.pread(self.descriptor, member.size, member.offset)
+            if what := (self._wrong_cls(content, sample) if extension == "cls" else _wrong_json(content, sample)):
+                self._add(key, member.offset, what)
+        header = os.pread(self.descriptor, min(member.offset - member.start, _PIECE), member.start)
+        if header != member_header(member.name, member.size):
+            self._odd(key, member.start, f"the tar header of {member.name!r} is not as vir-convert writes it")
+        if sample is not None and extension == "cls" and content != str(sample.label).encode():
+            self._odd(key, member.offset, f"{member.name!r} is not as vir-convert writes it")
+        if sample is not None and extension == "json" and not self._is_own_json(content, sample):
+            self._odd(key, member.offset, f"{member.name!r} is not as vir-convert writes it: {content[:200]!r}")
+
+    def _wrong_cls(self, content: bytes, sample: _Sample) -> str | None:
+        told = content.strip()
+        if told == self._class_name(sample).encode() or (told.isdigit() and len(told) < 20
+                                                         and int(told) == sample.label):
+            return None
+        return f"a damaged label: the cls is {told[:50]!r}, the index says {sample.label}"
+
+    def _is_own_json(self, content: bytes, sample: _Sample) -> bool:
+        """Whether it is what vir-convert writes for this sample, as far as its file name leads to class and key."""
+        told = _json(content)
+        filename = told.get("filename") if isinstance(told, dict) else None
+        if not isinstance(filename, str) or content != sample_json(filename, sample.label, sample.width, sample.height):
+            return False
+        class_name, _, name = filename.rpartition("/")
+        return class_name == self._class_name(sample) and any(
+            sample.key == key or sample.key.startswith(f"{key}-")
+            for key in (make_key(class_name, name), make_key(class_name, name, class_in_key=False)))
+
+    def _class_name(self, sample: _Sample) -> str:
+        return self.classes[sample.label] if 0 <= sample.label < len(self.classes) else ""
+
+    def _tail(self, begin: int) -> None:
+        """The end of the tar: zeros."""
+        if not self.reads_contents:
+            return
+        for offset in range(begin, self.size, _PIECE):
+            piece = os.pread(self.descriptor, _PIECE, offset)
+            if stripped := piece.lstrip(b"\0"):
+                self._add(None, offset + len(piece) - len(stripped), "bytes that belong to no image are damaged: the "
+                          "end of the tar is not zero")
+                return
+
+    def _add(self, key: str | None, offset: int, what: str) -> None:
+        if len(self.found) < MAX_ALIKE:
+            self.found.append(Finding(self.shard, key, offset, what))
+        else:
+            self.more += 1
+
+    def _odd(self, key: str, offset: int, what: str) -> None:
+        self.odd_count += 1
+        if len(self.odd) < MAX_ALIKE:
+            self.odd.append(Finding(self.shard, key, offset, f"bytes that belong to no image are damaged: {what}"))
+
+
+def _sample(rows: np.ndarray, i: int) -> _Sample:
+    _, label, offset, size, _, width, height, key = rows[i].item()
+    return _Sample(key.decode("utf-8", "backslashreplace"), label, offset, size, width, height)
+
+
+def _wrong_json(content: bytes, sample: _Sample) -> str | None:
+    told = _json(content)
+    if told is None:
+        return f"a damaged label: the json is none: {content[:200]!r}"
+    if isinstance(told, dict) and told.keys() == _OWN_FIELDS:
+        pairs = [("label", sample.label)]
+        pairs += [("width", sample.width), ("height", sample.height)] if sample.width else []
+        for field, expected in pairs:
+            if told[field] != expected:
+                return f"a damaged label: the json's {field} is {str(told[field])[:50]}, the index says {expected}"
+    return None
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _owner(around: Sequence[_Sample], header: int) -> str | None:
+    """Key of the sample that the header at that byte belongs to: the one whose image follows, else the one before."""
+    before = None
+    for sample in around:
+        if sample.offset > header:
+            return sample.key if sample.offset - header <= 3 * BLOCK else before
+        before = sample.key
+    return before
+
+
+def _behind(offset: int, size: int) -> int:
+    """Where the next header begins behind a content."""
+    return offset + -(-size // BLOCK) * BLOCK
+
+
+def _header_start(descriptor: int, offset: int) -> int:
+    """Where the headers of the member begin whose content begins at `offset`: with an extended one before, or not."""
+    begin = offset - 3 * BLOCK
+    block = os.pread(descriptor, BLOCK, begin) if begin >= 0 else b""
+    # Two signs, because one of them may be what is damaged.
+    return begin if block[156:157] in (b"x", b"L") or block.startswith(b"././@") else offset - BLOCK
+
+
+def _crc32(descriptor: int, offset: int, size: int) -> int:
+    crc = 0
+    for piece in _pieces(descriptor, offset, size):
+        crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def _pieces(descriptor: int, offset: int, size: int) -> Iterator[bytes]:
+    while size > 0 and (piece := os.pread(descriptor, min(size, _PIECE), offset)):
+        yield piece
+        offset, size = offset + len(piece), size - len(piece)
+
+
+def _key(row: np.void) -> str:
+    return row["key"].decode("utf-8", "backslashreplace")
+
+
+def _one_line(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.damage is a part of the library; the program is vir-verify")

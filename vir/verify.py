@@ -1,0 +1,84 @@
+"""Checks every byte of converted shards, and names what is damaged by shard, key and offset.
+
+    vir-verify shards
+    vir-verify shards/train --jobs 16
+    vir-verify shards/train --repair imagenet
+
+The exit code is 0 if all is sound, 3 if not. --repair writes damaged shards anew, byte for byte, from the source that
+they were converted from, and a damaged index from the shards; then it checks again.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from vir import cli
+from vir.data.damage import Finding
+from vir.data.shards import read_manifest
+from vir.data.verify import repair_split, split_folders, verify_split
+from vir.errors import DataError, VirError
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    code = 0
+    try:
+        for folder in split_folders(args.shards):
+            began = time.monotonic()
+            findings = verify_split(folder, jobs=args.jobs)
+            if findings and args.repair is not None:
+                _report(folder, findings, time.monotonic() - began)
+                repair_split(folder, args.repair, findings, jobs=args.jobs)
+                began = time.monotonic()
+                findings = verify_split(folder, jobs=args.jobs)
+            _report(folder, findings, time.monotonic() - began)
+            code = DataError.exit_code if findings else code
+    except VirError as error:
+        return cli.tell(error, "vir-verify")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DataError.exit_code
+    return code
+
+
+def _report(folder: Path, findings: list[Finding], seconds: float) -> None:
+    for finding in findings:
+        print(f"{folder.name}/{finding}")
+    print(_summary(folder, findings, seconds), flush=True)
+
+
+def _summary(folder: Path, findings: list[Finding], seconds: float) -> str:
+    if findings:
+        files = len({finding.shard for finding in findings})
+        return (f"{folder} is NOT SOUND: {len(findings):,} {'finding' if len(findings) == 1 else 'findings'} in "
+                f"{files:,} {'file' if files == 1 else 'files'}; --repair SOURCE writes shards of vir-convert anew")
+    manifest = read_manifest(folder)
+    size = sum(shard.bytes for shard in manifest.shards)
+    line = (f"{folder} is sound: {manifest.num_samples:,} images in {len(manifest.shards):,} "
+            f"{'shard' if len(manifest.shards) == 1 else 'shards'}, {size / 1e6:,.1f} MB in {seconds:.1f} s "
+            f"({size / 1e6 / seconds:,.0f} MB/s)")
+    if unread := sum(shard.sha256 is None for shard in manifest.shards):
+        line += (f"; the contents of {unread:,} of them were not checked, only their tar headers, because the manifest "
+                 "has no checksums of them: vir-index --checksums makes some")
+    return line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vir-verify", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("shards", type=Path, help="folder of a split, or a folder of splits: then all of them")
+    cores = len(os.sched_getaffinity(0))
+    add("--jobs", type=int, default=cores, help=f"threads, each with its own shard (default {cores}: one per core)")
+    add("--repair", type=Path, metavar="SOURCE", help="what the shards were converted from: damaged ones are written "
+                                                      "anew")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
