@@ -30,9 +30,12 @@ class TarError(DataError):
         is_cut: the file ends too early, as far as can be said.
     """
 
-    def __init__(self, message: str, offset: int, reason: str, is_cut: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, offset: int = 0, reason: str = "", is_cut: bool = False) -> None:
+        super().__init__(message, offset, reason, is_cut)  # all of them, so that it can leave a worker process
         self.offset, self.reason, self.is_cut = offset, reason, is_cut
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Member(NamedTuple):
