@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import sys
 
@@ -153,3 +154,22 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, main, capsys):
     args = ["operator", "--sizes", "5", "--batch-size", "1", "--rounds", "0", "--output", str(tmp_path / "file")]
     assert main(args) == 3
     assert "file: File exists; choose another folder" in capsys.readouterr().err
+
+
+# ---- tools/benchmark_convert.py
+
+
+def test_conversion_beside_tar_and_sha256sum(tmp_path):
+    done = call(sys.executable, "tools/benchmark_convert.py", "--folder", tmp_path, "--images", 40, "--image_bytes", 9000,
+                "--rounds", 1, "--json", tmp_path / "convert.json")
+    assert done.returncode == 0, done.stdout
+    content = json.loads((tmp_path / "convert.json").read_text())
+    assert [row[0] for row in content["rows"]] == [
+        "tar cf, sha256sum", "vir-convert --workers 1", "vir-convert --workers 2", "sha256sum, 2 at a time",
+        "vir-verify --jobs 2", "vir-index --jobs 1"]
+    of_round, = content["seconds"]
+    ratio = of_round["tar cf, sha256sum"] / of_round["vir-convert --workers 2"]
+    assert content["rows"][2][1].startswith(f"{40 / of_round['vir-convert --workers 2']:,.0f} (")
+    assert content["rows"][2][3] == f"{ratio:.2f}" and content["rows"][0][3] == content["rows"][3][3] == "1.00"
+    assert f"| vir-convert --workers 2 | {content['rows'][2][1]} |" in done.stdout
+    assert os.listdir(tmp_path) == ["convert.json"]

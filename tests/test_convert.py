@@ -19,6 +19,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from support.imagenet import tiny_imagenet, write_archives, write_folders, write_kaggle
 from vir.data import convert as convert_module
 from vir.data.convert import Settings
 from vir.data.picture import PictureSettings
@@ -421,6 +422,24 @@ def test_the_demo_names_the_missing_package(tmp_path):
                             capture_output=True, text=True)
     assert failed.returncode == 3 and "pip install 'vir-at-scale[demo]'" in failed.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_archives_kaggle_folders_and_shards_become_the_same_shards(tmp_path):
+    """Through the command, as ImageNet is handed out; the shards are then cut anew into the same ones."""
+    imagenet, expected = tiny_imagenet(), {}
+    write_archives(tmp_path / "archives", imagenet)
+    write_kaggle(tmp_path / "kaggle", imagenet)
+    for split in ("train", "val"):
+        write_folders(tmp_path / "folders" / split, imagenet.images[split])
+        for source in ("archives", "kaggle", "folders", "kaggle shards"):
+            done = subprocess.run(
+                [sys.executable, "-m", "vir.convert", "--source", tmp_path / source, "--split", split, "--output",
+                 tmp_path / f"{source} shards", "--samples-per-shard", "500", "--workers", "2"],
+                env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            made = hashes(tmp_path / f"{source} shards" / split)
+            made.pop("manifest.json")  # which names the source
+            assert made == expected.setdefault(split, made) and len(made) in (4, 5)
 
 
 # ---- killed, disturbed, started twice
