@@ -160,8 +160,8 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, main, capsys):
 
 
 def test_conversion_beside_tar_and_sha256sum(tmp_path):
-    done = call(sys.executable, "tools/benchmark_convert.py", "--folder", tmp_path, "--images", 40, "--image_bytes", 9000,
-                "--rounds", 1, "--json", tmp_path / "convert.json")
+    done = call(sys.executable, "tools/benchmark_convert.py", "--folder", tmp_path, "--images", 40, "--image_bytes",
+                9000, "--rounds", 1, "--json", tmp_path / "convert.json")
     assert done.returncode == 0, done.stdout
     content = json.loads((tmp_path / "convert.json").read_text())
     assert [row[0] for row in content["rows"]] == [
