@@ -1,5 +1,6 @@
 """From a folder of images to shards, through the command line where it matters, and what is left after a failure."""
 
+import errno
 import gzip
 import hashlib
 import importlib
@@ -25,6 +26,7 @@ from vir.data.convert import Settings
 from vir.data.picture import PictureSettings
 from vir.data.reader import ShardReader
 from vir.data.shards import read_manifest
+from vir.data.sources import reading as reading_module
 from vir.errors import DataError, SettingsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,14 +321,22 @@ def test_val_takes_the_labels_of_train(source, tmp_path):
     ({"name": "a/b"}, "--name 'a/b' cannot"),
     ({"on_error": "ignore"}, "--on-error must be one of fail, skip, fix, got 'ignore'"),
     ({"check": "no"}, "--check must be one of header, decode, got 'no'"),
+    ({"name": "n" * 200}, "--name and --split have 205 characters: too long"),
+    ({"samples_per_shard": 1}, "make 27 shards, the limit is 20; give more --samples-per-shard"),
     ({"output": "src"}, "would write into the folder to convert"),
     ({"output": "src/train/n01"}, "would write into the folder to convert"),
 ])
-def test_bad_settings(source, tmp_path, settings, message):
+def test_bad_settings(source, tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr(convert_module, "MAX_SHARDS", 20)
     arguments = {"split": "train", "output": "out", **settings}
     with pytest.raises(SettingsError, match=message):
         convert(source, arguments.pop("split"), tmp_path / arguments.pop("output"), **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_among_class_folders_is_refused(source, tmp_path):
+    with pytest.raises(SettingsError, match="shards lies among the class folders of .*src/train; choose another"):
+        convert(source / "train", "train", source / "train/shards")
 
 
 def test_an_output_that_cannot_be_written(source, tmp_path):
@@ -458,16 +468,19 @@ def large(tmp_path_factory):
     return folder / "src", hashes(folder / "undisturbed/train")
 
 
-def start(source, output, *arguments, **environment):
+def slow(source, output):
+    return command("convert_imagenet.py", "--source", source, "--split", "train", "--output", output, "--workers", 2,
+                   "--samples-per-shard", 16, "--check", "decode")
+
+
+def start(source, output, **environment):
     return subprocess.Popen(
-        command("convert_imagenet.py", "--source", source, "--split", "train", "--output", output, "--workers", 2,
-                "--samples-per-shard", 16, "--check", "decode", *arguments),
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True)
+        slow(source, output), env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def finished(output):
-    return {path.name: path.stat().st_mtime_ns for path in (output / "train.partial").glob("[0-9]*.tar")}
+    return {path.name: path.stat().st_mtime_ns for path in (output / "train.partial").glob("*.tar")}
 
 
 def test_kills_at_twenty_random_moments_change_nothing(large, tmp_path):
@@ -502,7 +515,7 @@ def test_a_kill_between_any_two_changes_of_the_last_phase(source, tmp_path, monk
     """From the last mark to the name of the folder: each change on disk is the last one once."""
     for path in (source / "train/n02").iterdir():
         path.write_bytes(b"")  # whole shards without images: numbers close up
-    settings = dict(samples_per_shard=2, on_error="skip")
+    settings = dict(samples_per_shard=2, on_error="skip", name="0")
     convert(source, "train", tmp_path / "undisturbed", **settings)
     undisturbed = hashes(tmp_path / "undisturbed/train")
     changes, limit = [], [0]
@@ -516,7 +529,7 @@ def test_a_kill_between_any_two_changes_of_the_last_phase(source, tmp_path, monk
         return act
     for owner, name in ((os, "rename"), (os, "replace"), (Path, "unlink"), (convert_module.shutil, "rmtree")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
-    for limit[0] in itertools.count(2):  # the journal is the first
+    for limit[0] in itertools.count():
         changes.clear()
         try:
             convert(source, "train", tmp_path / f"out {limit[0]}", **settings)
@@ -528,6 +541,96 @@ def test_a_kill_between_any_two_changes_of_the_last_phase(source, tmp_path, monk
         assert hashes(tmp_path / f"out {interrupted}/train") == undisturbed
         limit[0] = interrupted
     assert limit[0] > 30 and hashes(tmp_path / f"out {limit[0]}/train") == undisturbed
+
+
+def test_a_split_that_cannot_get_its_name_keeps_its_shards(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        rename = os.rename
+        patch.setattr(os, "rename", lambda old, new: rename(old, new) if Path(new).name != "train" else fail())
+
+        def fail():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        with pytest.raises(DataError, match="cannot rename .*Input/output error. 4 of 4 shards are finished and kept"):
+            convert(source, "train", tmp_path / "out", samples_per_shard=7)
+    times = finished(tmp_path / "out")
+    assert len(times) == 4
+    convert(source, "train", tmp_path / "out", samples_per_shard=7)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out/train").glob("*.tar")} == times
+
+
+def test_what_processes_that_outlived_a_conversion_write_is_swept_away(source, tmp_path, monkeypatch):
+    convert(source, "train", tmp_path / "undisturbed", samples_per_shard=7)
+    publish = convert_module._publish
+
+    def disturbed(partial, folder):
+        token = json.loads((partial / "conversion.json").read_text())["token"]
+        for name in (f"{token}-000002.tar", f"{'0' * 16}-000000.tar", f"{'0' * 16}-000000.done", ".x.tar.1-ff.tmp"):
+            (partial / name).touch()
+        publish(partial, folder)
+    monkeypatch.setattr(convert_module, "_publish", disturbed)
+    convert(source, "train", tmp_path / "out", samples_per_shard=7)
+    assert hashes(tmp_path / "out/train") == hashes(tmp_path / "undisturbed/train")
+
+
+def task_of(source, folder, **pictures):
+    listed = convert_module.open_source(source, "train")
+    return convert_module._Tasks(listed, [np.arange(9)], folder, "0" * 16, PictureSettings(**pictures), {})[0]
+
+
+def test_files_that_a_failing_disk_did_not_give_are_tried_again_another_day(source, tmp_path, monkeypatch):
+    task = task_of(source, tmp_path, on_error="skip")
+    with monkeypatch.context() as patch:
+        patch.setattr(reading_module, "RETRY_WAITS_S", (0,))
+        read, calls = reading_module.pread, []
+
+        def fail_at_the_end(*arguments):
+            calls.append(arguments)
+            if len(calls) > 7:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(*arguments)
+        patch.setattr(reading_module, "pread", fail_at_the_end)
+        done = convert_module._convert_shard(task)
+    assert len(done.rows) == 7 and "Input/output error, after 2 attempts" in done.skipped[0].reason
+    again = convert_module._convert_shard(task)
+    assert len(again.rows) == 9 and not again.skipped and not again.was_found
+    assert convert_module._convert_shard(task).was_found
+    os.truncate(task.path, 1000)
+    assert not convert_module._convert_shard(task).was_found
+    task.path.with_suffix(".done").write_bytes(task.path.with_suffix(".done").read_bytes()[:500])
+    assert not convert_module._convert_shard(task).was_found
+
+
+def test_three_files_in_a_row_that_fail_are_a_lost_disk_and_two_are_not(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading_module, "RETRY_WAITS_S", ())
+    task, read = task_of(source, tmp_path, on_error="skip"), reading_module.pread
+    for failing, lost in (({1, 2, 4, 5, 7, 8}, False), ({3, 4, 5}, True)):
+        calls = itertools.count()
+        monkeypatch.setattr(reading_module, "pread", lambda *arguments: read(*arguments) if next(calls) not in failing
+                            else os.pread(-1, 1, 0))
+        if lost:
+            with pytest.raises(DataError, match="nor the 2 files before it; check the disk"):
+                convert_module._convert_shard(task)
+        else:
+            assert len(convert_module._convert_shard(task).skipped) == 6
+
+
+def test_a_machine_that_encodes_with_other_versions_is_refused(source, tmp_path):
+    task = task_of(source, tmp_path, resize_short=8)
+    with pytest.raises(DataError, match="encodes with {'pillow': .*the conversion began with {}; install the same"):
+        convert_module._convert_shard(task)
+
+
+def test_what_a_closed_terminal_may_not_end_goes_on(large, tmp_path):
+    source, undisturbed = large
+    process = subprocess.Popen(["nohup", *slow(source, tmp_path / "out")], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True)
+    deadline = time.monotonic() + 60
+    while not finished(tmp_path / "out"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=120)
+    assert process.returncode == 0 and hashes(tmp_path / "out/train") == undisturbed
 
 
 def test_a_second_conversion_into_the_same_folder_is_refused(large, tmp_path):

@@ -27,7 +27,9 @@ def test_kaggles_layout_gives_what_the_archives_give(split, both):
     archive = open_source(both / "archives", split)
     assert contents(source) == contents(archive) and source.classes == archive.classes
     assert source.ignored == 0 and source.sizes is None
-    assert contents(open_source(both / "kaggle" / "ILSVRC", split)) == contents(source)
+    assert source.kind == "Kaggle's ImageNet"
+    for folder in ("ILSVRC", "ILSVRC/Data/CLS-LOC"):
+        assert contents(open_source(both / "kaggle" / folder, split)) == contents(source)
     sized = open_source(both / "kaggle", split, sized=True)
     assert [sample.size for sample in sized.samples] == [len(data) for *_, data in contents(archive)]
     assert sized.sizes.tolist() == archive.sizes.tolist()

@@ -129,8 +129,8 @@ def members(*pairs):
     (members({".jpg": b"", ".txt": b"dog"}), ["a"], r"the label 'dog', which is neither .* list of 1 classes"),
     (members({".jpg": b"", ".cls": b"2000000000"}), None, r"the label 2000000000; labels from 1048576 need"),
     (members({".jpg": b""}), None, r"x.tar: sample 'k0' at byte 0 has no label"),
-    ({"k" * 101 + ".jpg": b"", "k" * 101 + ".cls": b"0"}, None, r"makes a key of 101 bytes, the limit is 100"),
-    ({"k" * 70000 + ".jpg": b"", "k" * 70000 + ".cls": b"0"}, None, r"makes a key of 70000 bytes, the limit is 100"),
+    ({"k" * 513 + ".jpg": b"", "k" * 513 + ".cls": b"0"}, None, r"a key of 513 bytes, the limit is 512; write its tar"),
+    ({"k" * 70000 + ".jpg": b"", "k" * 70000 + ".cls": b"0"}, None, r"a key of 70000 bytes, the limit is 512"),
     ({}, None, r"the tars in .* have no samples: 'x.tar'"),
 ], ids=range(8))
 def test_what_cannot_be_a_source_is_refused(content, classes, message, tmp_path):

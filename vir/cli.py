@@ -45,14 +45,27 @@ def report(said: str) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[list[signal.Signals]]:
-    """The signals that ask to stop, Ctrl-C, SIGTERM and a closed terminal, as they come; none interrupts the block."""
+    """The signals that ask to stop, Ctrl-C, SIGTERM and a closed terminal, as they come; none interrupts the block.
+
+    A second one ends the process at once, if it comes a second after the first. What was ignored before, as nohup does
+    with a closed terminal, stays so. For programs that a kill leaves in order.
+    """
     received: list[signal.Signals] = []
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(signal.Signals(number)))
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    began = 0.0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal began
+        if received and time.monotonic() - began > 1:
+            end_now(128 + number)
+        began = began or time.monotonic()
+        received.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield received
     finally:
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

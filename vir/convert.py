@@ -42,9 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         except VirError as error:
             return cli.tell(error, "vir-convert")
         except Stopped:
-            finished = finished_shards(args.output / args.split)
-            print(f"vir-convert: stopped by {received[0].name}; {finished:,} shards are finished and kept, the same "
-                  "command continues", file=sys.stderr)
+            finished = 0 if args.dry_run else finished_shards(args.output / args.split)
+            kept = f"{finished:,} shards are finished and kept, the same command continues" if finished else \
+                "nothing is left of it"
+            print(f"vir-convert: stopped by {received[0].name}; {kept}", file=sys.stderr)
             return EXIT_STOPPED_BY_SIGNAL
     if written:
         print(f"for {', '.join(kinds)}: {len(written):,} files written, {written[0].name}, ...")

@@ -2,11 +2,12 @@
 
 While it works, OUTPUT/SPLIT.partial holds
 
-    conversion.json    settings and source: what the bytes depend on
-    000000.tar         a finished shard; 000000.done beside it is its commit mark, with its rows of the index
-    .lock              held by the conversion that is at work
+    conversion.json        settings and source: what the bytes depend on; and a token
+    TOKEN-000000.tar       a finished shard; TOKEN-000000.done is its commit mark, with its rows of the index
+    .lock                  held by the conversion that is at work
 
-and is renamed to OUTPUT/SPLIT when all is whole. The same command goes on after a kill at any moment.
+and is renamed to OUTPUT/SPLIT when all is whole. The same command goes on after a kill at any moment. Processes of
+another machine can outlive a conversion that was killed: the token keeps their files apart from those of the next one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
+import socket
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,13 +47,22 @@ from vir.data.shards import (
 )
 from vir.data.sources.choose import open_source
 from vir.data.sources.listing import Sample, Source
-from vir.data.sources.reading import SampleReader, states
+from vir.data.sources.reading import SampleReader, UnreadableError, states
 from vir.errors import DataError, SettingsError, VirError
 from vir.files import TEMPORARY, flush, lock, replace_text, replacing, unlock
 
 JOURNAL = "conversion.json"
 LOCK = ".lock"
 DONE = ".done"
+
+_WORKING = re.compile(r"[0-9a-f]{16}-[0-9]{6,}(\.tar|\.done)|\..*\.tmp")
+"""Names of what a conversion, or one that was killed, leaves in its folder beside the shards."""
+
+MAX_SHARDS = 1 << 18
+"""Of a split: the manifest must stay readable."""
+SCRATCH = ".vir-scratch"
+"""The name of the folder in which shards are tried or written anew."""
+
 SLURM = ".slurm"
 """The end of the name of the folder beside OUTPUT/SPLIT that keeps the logs of Slurm jobs that failed."""
 
@@ -95,14 +106,17 @@ class ConversionSummary:
     ignored: int
     """What lies in the source and is no image by its name."""
     found_shards: int
-    """Shards that an earlier, interrupted conversion had finished; all of them if it was complete already."""
+    """Shards that an earlier, interrupted conversion had finished."""
+    found_images: int
+    was_complete: bool
+    """The split was there; nothing was written."""
 
     def __str__(self) -> str:
-        if self.found_shards == self.shards:
+        if self.was_complete:
             return f"{self.folder} is complete already: {self.images:,} images in {_shards(self.shards)}"
         lines = [f"{self.images:,} images of {self.classes:,} classes in {_shards(self.shards)}, "
-                 f"{self.bytes / 1e6:,.1f} MB, in {self.seconds:.1f} s ({self.images / self.seconds:,.0f} images/s), "
-                 f"from: {self.source}"]
+                 f"{self.bytes / 1e6:,.1f} MB, in {self.seconds:.1f} s "
+                 f"({(self.images - self.found_images) / self.seconds:,.0f} images/s), from: {self.source}"]
         if self.found_shards:
             lines.append(f"continued: {_shards(self.found_shards)} had been finished before")
         if self.ignored:
@@ -131,6 +145,8 @@ class DryRun:
     tried: int
     workers: int
     free_bytes: int
+    found_shards: int
+    """What an earlier conversion has finished."""
     skipped: tuple[SkippedFile, ...]
 
     def __str__(self) -> str:
@@ -139,6 +155,8 @@ class DryRun:
                  f"({self.free_bytes / 1e9:,.3g} GB free)",
                  f"in about {_duration(self.images / self.images_per_second)}: {self.images_per_second:,.0f} images/s "
                  f"with {self.workers} workers, measured on {self.tried:,} images; nothing was written"]
+        if self.found_shards:
+            lines.append(f"{_shards(self.found_shards)} of these are finished already")
         lines += [f"  {file.filename}: {file.reason}" for file in self.skipped]
         return "\n".join(lines)
 
@@ -163,7 +181,8 @@ def convert(source: Path, split: str, output: Path, settings: Settings = Setting
 
     Raises:
         DataError, SettingsError: each names the value and what to do.
-        Stopped: `is_stopping` returned True. After any exception the workers have ended, and finished shards are kept.
+        Stopped: `is_stopping` returned True. After any exception finished shards are kept; worker processes of this
+            machine have ended, tasks on a cluster may go on for a while, which does no harm.
     """
     began = time.monotonic()
     source, folder = Path(source).absolute(), Path(output).absolute() / split
@@ -171,20 +190,20 @@ def convert(source: Path, split: str, output: Path, settings: Settings = Setting
     check_executor(executor)
     listed, parts, record = _plan(source, folder, settings, classes)
     if os.path.lexists(folder):
-        manifest = _complete(folder, record)
-        return _summary(folder, listed, manifest, began, len(manifest.shards))
-    with _claimed(folder, record, len(parts)) as partial:
-        if not (partial / MANIFEST).exists():
-            tasks = _Tasks(listed, parts, partial, settings.pictures)
-            done = _run(tasks, min(workers, len(tasks)), executor, is_stopping, folder)
+        return _summary(folder, listed, _complete(folder, record), began, was_complete=True)
+    with _claimed(folder, record, len(parts)) as (partial, token):
+        done: list[_Done] = []
+        if not (partial / MANIFEST).exists():  # otherwise it was killed when all was written
+            tasks = _Tasks(listed, parts, partial, token, settings.pictures, record["encoders"])
+            done = _run(tasks, min(workers, len(tasks)), executor, is_stopping, folder.with_name(folder.name + SLURM))
             _write_manifest(partial, listed, done, split, settings, record)
-            found = sum(shard.was_found for shard in done if len(shard.rows))
-        else:  # killed while it gave the names
-            found = len(read_manifest(partial).shards)
-        _name_shards(partial)
         manifest = read_manifest(partial)
-        _publish(partial, folder)
-    return _summary(folder, listed, manifest, began, found)
+        try:
+            _name_shards(partial, token, manifest)
+            _publish(partial, folder)
+        except OSError as error:
+            raise DataError(f"cannot rename what is in {partial}, or itself to {folder}: {error.strerror}") from error
+    return _summary(folder, listed, manifest, began, [shard for shard in done if shard.was_found])
 
 
 def dry_run(source: Path, split: str, output: Path, settings: Settings = Settings(), *, workers: int = 8,
@@ -195,13 +214,15 @@ def dry_run(source: Path, split: str, output: Path, settings: Settings = Setting
     source, folder = Path(source).absolute(), Path(output).absolute() / split
     _check_settings(source, split, folder, settings, workers)
     check_executor(executor)
-    listed, parts, _ = _plan(source, folder, settings, classes)
+    listed, parts, record = _plan(source, folder, settings, classes)
+    found = _found_before(folder, record)
     place = next(path for path in folder.parents if path.is_dir())
     pictures = replace(settings.pictures, on_error="skip") if settings.pictures.on_error == "fail" else \
         settings.pictures
     with _scratch(place) as scratch:
-        tasks = _Tasks(listed, [part[:_DRY_RUN_SAMPLES] for part in parts[:workers]], scratch, pictures)
-        done = _run(tasks, len(tasks), executor, is_stopping, folder)
+        tasks = _Tasks(listed, [part[:_DRY_RUN_SAMPLES] for part in parts[:workers]], scratch, secrets.token_hex(8),
+                       pictures, record["encoders"])
+        done = _run(tasks, len(tasks), executor, is_stopping, scratch / "jobs")
     written = sum(len(shard.rows) for shard in done)
     skipped = tuple(file for shard in done for file in shard.skipped)
     if not written:
@@ -210,7 +231,7 @@ def dry_run(source: Path, split: str, output: Path, settings: Settings = Setting
     return DryRun(source=listed.kind, folder=folder, images=len(listed.samples), classes=len(listed.classes),
                   shards=len(parts), bytes=len(listed.samples) * sum(shard.info.bytes for shard in done) // written,
                   images_per_second=sum(len(shard.rows) / shard.seconds for shard in done), tried=written,
-                  workers=workers, free_bytes=shutil.disk_usage(place).free, skipped=skipped)
+                  workers=workers, free_bytes=shutil.disk_usage(place).free, found_shards=found, skipped=skipped)
 
 
 def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: int) -> None:
@@ -228,23 +249,25 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
     listed = open_source(Path(source).absolute(), manifest.split, manifest.classes,
                          settings.bytes_per_shard is not None)
     parts = _deal(len(listed.samples), listed.sizes, settings)
+    numbers = _numbers_of(manifest, len(parts), names)
     with _scratch(folder) as scratch:
-        numbers = _numbers_of(manifest, listed, parts, names)
-        tasks = _Tasks(listed, [parts[number] for number in numbers], scratch, settings.pictures)
-        done = _run(tasks, min(workers, len(tasks)), "local", lambda: False, folder)
+        tasks = _Tasks(listed, [parts[number] for number in numbers], scratch, secrets.token_hex(8), settings.pictures,
+                       encoder_versions(settings.pictures))
+        done = _run(tasks, min(workers, len(tasks)), "local", lambda: False, scratch / "jobs")
         expected = {shard.name: shard.sha256 for shard in manifest.shards}
         for name, shard in zip(names, done):
             if shard.info.sha256 != expected[name]:
-                raise DataError(f"{source} gives other bytes for {name} than those that were converted: an image, or "
-                                "the version of a library, has changed since; give the source as it was")
+                raise DataError(f"{source} gives other bytes for {name} than those that were converted: an image, a "
+                                "setting in the manifest, or the version of a library has changed since; give the "
+                                "source as it was")
         for number, name in enumerate(names):
             os.replace(tasks.path(number), folder / name)
-    flush(folder)
+        flush(folder)
 
 
 def finished_shards(folder: Path) -> int:
     """How many shards of the split that is to become `folder` an interrupted conversion has finished."""
-    return len(list(folder.with_name(folder.name + PARTIAL).glob("[0-9]*.tar")))
+    return len(list(folder.with_name(folder.name + PARTIAL).glob("[!.]*.tar")))
 
 
 # ---- before the work
@@ -260,9 +283,16 @@ def _check_settings(source: Path, split: str, folder: Path, settings: Settings, 
             raise SettingsError(f"{flag} must be at least 1, got {number}")
     if not 0 <= settings.seed < 2 ** 64:
         raise SettingsError(f"--seed must be from 0 to 2^64 - 1, got {settings.seed}")
-    # Unlike resolve, realpath says nothing of links that go round in circles: reading or writing them does.
-    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source / split)):
+    if len(f"{settings.name}-{split}".encode()) > 200:
+        raise SettingsError(f"--name and --split have {len(settings.name) + len(split)} characters: too long for the "
+                            "names of files; the limit is 200")
+    if _is_within(folder, source / split):
         raise SettingsError(f"--output {folder.parent} would write into the folder to convert; choose another")
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    # Unlike resolve, realpath says nothing of links that go round in circles: reading or writing them does.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _plan(source: Path, folder: Path, settings: Settings, classes: Sequence[str] | None
@@ -271,7 +301,13 @@ def _plan(source: Path, folder: Path, settings: Settings, classes: Sequence[str]
     if folder.parent.exists() and not folder.parent.is_dir():
         raise DataError(f"--output {folder.parent} is a file; give a folder")
     listed = open_source(source, folder.name, _class_list(folder.parent, classes), settings.bytes_per_shard is not None)
-    return listed, _deal(len(listed.samples), listed.sizes, settings), _record(listed, folder.name, settings)
+    if "/" in listed.samples[0].path and _is_within(folder, listed.root):
+        raise SettingsError(f"--output {folder.parent} lies among the class folders of {listed.root}; choose another")
+    parts = _deal(len(listed.samples), listed.sizes, settings)
+    if len(parts) > MAX_SHARDS:
+        raise SettingsError(f"these settings make {len(parts):,} shards, the limit is {MAX_SHARDS:,}; give more "
+                            "--samples-per-shard, or --bytes-per-shard")
+    return listed, parts, _record(listed, folder.name, settings)
 
 
 def _class_list(output: Path, classes: Sequence[str] | None) -> Sequence[str] | None:
@@ -354,12 +390,23 @@ def _complete(folder: Path, record: Mapping[str, Any]) -> SplitManifest:
         raise DataError(f"{folder} exists already; {again}")
     if differences := _differences(manifest.conversion, record):
         raise DataError(f"{folder} exists already, from another conversion ({differences}); {again}")
+    _sweep(folder)
     return manifest
 
 
+def _found_before(folder: Path, record: Mapping[str, Any]) -> int:
+    """How many shards the conversion will find finished. Raises DataError where it would be refused."""
+    if os.path.lexists(folder):
+        return len(_complete(folder, record).shards)
+    partial = folder.with_name(folder.name + PARTIAL)
+    if partial.is_dir() and (before := _journal(partial)) is not None:
+        _refuse_another(partial, before, record)
+    return finished_shards(folder)
+
+
 @contextmanager
-def _claimed(folder: Path, record: Mapping[str, Any], shards: int) -> Iterator[Path]:
-    """The partial folder of this conversion of so many shards, new or as it was interrupted, with its lock.
+def _claimed(folder: Path, record: Mapping[str, Any], shards: int) -> Iterator[tuple[Path, str]]:
+    """The partial folder of this conversion of so many shards, new or as it was interrupted, with its lock; its token.
 
     An exception leaves it, with a word of how to go on, if a shard is finished; otherwise it is removed.
     """
@@ -374,8 +421,7 @@ def _claimed(folder: Path, record: Mapping[str, Any], shards: int) -> Iterator[P
     except OSError as error:
         raise DataError(f"cannot write to {folder.parent}: {error.strerror}; choose another --output") from error
     try:
-        _begin(partial, record)
-        yield partial
+        yield partial, _begin(partial, record)
     except BaseException as error:
         finished = finished_shards(folder)
         if not finished:
@@ -388,20 +434,31 @@ def _claimed(folder: Path, record: Mapping[str, Any], shards: int) -> Iterator[P
         unlock(held)
 
 
-def _begin(partial: Path, record: Mapping[str, Any]) -> None:
-    """Writes the journal, or compares it with that of the conversion that was interrupted here."""
-    before = _journal(partial)
-    if before is None:
-        if strangers := [path.name for path in partial.iterdir() if path.name != LOCK]:
-            raise DataError(f"{partial} holds {strangers[0]!r} but no {JOURNAL}: it is not of a conversion that could "
-                            f"be continued; remove it (rm -r {partial}) and convert again")
-        replace_text(partial / JOURNAL, json.dumps(record, indent=1) + "\n")
-        return
+def _begin(partial: Path, record: Mapping[str, Any]) -> str:
+    """Writes the journal, or compares it with that of the conversion that was interrupted here; gives its token."""
+    try:
+        for left in partial.glob(f".*{TEMPORARY}"):  # of a process that was killed; the lock says that none is at work
+            left.unlink(missing_ok=True)
+        before = _journal(partial)
+        if before is None:
+            strangers = [path.name for path in partial.iterdir()
+                         if path.name != LOCK and not _WORKING.fullmatch(path.name)]
+            if strangers:
+                raise DataError(f"{partial} holds {strangers[0]!r} but no {JOURNAL}: it is not of a conversion that "
+                                f"could be continued; remove it (rm -r {partial}) and convert again")
+            before = {**record, "token": secrets.token_hex(8)}
+            replace_text(partial / JOURNAL, json.dumps(before, indent=1) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write in {partial}: {error.strerror}; free some space, or choose another --output") \
+            from error
+    _refuse_another(partial, before, record)
+    return str(before.get("token"))
+
+
+def _refuse_another(partial: Path, before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     if differences := _differences(before, record):
         raise DataError(f"{partial} is of another conversion, which was interrupted: {differences}. Give the same "
                         f"source and settings to continue it, or remove it (rm -r {partial}) to start over")
-    for left in partial.glob(f".*{TEMPORARY}"):  # of a process that was killed; the lock says that none is at work
-        left.unlink(missing_ok=True)
 
 
 def _journal(partial: Path) -> Mapping[str, Any] | None:
@@ -409,8 +466,8 @@ def _journal(partial: Path) -> Mapping[str, Any] | None:
     path = partial / JOURNAL
     try:
         before = json.loads(path.read_bytes())
-    except FileNotFoundError:  # not begun, or all but the name of the folder is done
-        return read_manifest(partial).conversion if (partial / MANIFEST).exists() else None
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}; remove {partial} and convert again") from error
     if not isinstance(before, dict):
@@ -429,8 +486,6 @@ class _Done(NamedTuple):
     skipped: list[SkippedFile]
     fixed: list[SkippedFile]
     changes: Counter[str]
-    states: np.ndarray
-    """Of the files that were read: sources.reading.states."""
     seconds: float
     was_found: bool
     """It was finished by an earlier conversion."""
@@ -443,13 +498,17 @@ class _Task:
     root: Path
     samples: list[Sample]
     pictures: PictureSettings
+    encoders: Mapping[str, str]
+    """The versions that the conversion began with: other machines may have others."""
 
 
 class _Tasks(Sequence[_Task]):
     """The tasks, made when they are asked for: all samples at once would take gigabytes."""
 
-    def __init__(self, source: Source, parts: Sequence[np.ndarray], folder: Path, pictures: PictureSettings) -> None:
-        self._source, self._parts, self._folder, self._pictures = source, parts, folder, pictures
+    def __init__(self, source: Source, parts: Sequence[np.ndarray], folder: Path, token: str,
+                 pictures: PictureSettings, encoders: Mapping[str, str]) -> None:
+        self._source, self._parts, self._folder, self._token = source, parts, folder, token
+        self._pictures, self._encoders = pictures, encoders
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -464,21 +523,21 @@ class _Tasks(Sequence[_Task]):
         if isinstance(at, slice):
             return [self[number] for number in range(*at.indices(len(self)))]
         return _Task(self.path(at), self._source.root, [self._source.samples[i] for i in self._parts[at]],
-                     self._pictures)
+                     self._pictures, self._encoders)
 
     def path(self, number: int) -> Path:
-        return self._folder / f"{number:06d}.tar"
+        return self._folder / f"{self._token}-{number:06d}.tar"
 
     def images(self, number: int) -> int:
         return len(self._parts[number])
 
 
-def _run(tasks: _Tasks, workers: int, executor: str, is_stopping: Callable[[], bool], folder: Path) -> list[_Done]:
+def _run(tasks: _Tasks, workers: int, executor: str, is_stopping: Callable[[], bool], jobs: Path) -> list[_Done]:
     """The finished shards in task order, with a progress bar in images and bytes."""
     done: dict[int, _Done] = {}
     images = written = 0
     total = sum(map(tasks.images, range(len(tasks))))
-    results = run_tasks(executor, _convert_shard, tasks, workers, is_stopping, folder.with_name(folder.name + SLURM))
+    results = run_tasks(executor, _convert_shard, tasks, workers, is_stopping, jobs)
     bar = tqdm(total=total, unit="img", mininterval=0.5 if sys.stderr.isatty() else 30)
     with closing(results), closing(bar):
         for number, shard in results:
@@ -492,31 +551,40 @@ def _run(tasks: _Tasks, workers: int, executor: str, is_stopping: Callable[[], b
 
 
 def _convert_shard(task: _Task) -> _Done:
+    if (here := encoder_versions(task.pictures)) != task.encoders:
+        raise DataError(f"{socket.gethostname()} encodes with {here}, the conversion began with {dict(task.encoders)}; "
+                        "install the same versions on all machines")
     found = _found(task)
     if found is not None:
         return found
     began = time.monotonic()
     before = states(task.root, task.samples)
-    skipped: list[SkippedFile] = []
-    fixed: list[SkippedFile] = []
-    changes: Counter[str] = Counter()
-    pictures = _pictures(task, skipped, fixed, changes)
+    left = _Left([], [], Counter(), [])
+    pictures = _pictures(task, left)
     first = next(pictures, None)
     info, rows = ShardInfo(task.path.name, 0, 0, None), np.empty(0)
     try:
         if first is not None:
             with replacing(task.path) as temporary:
                 info, rows = write_shard(temporary, itertools.chain([first], pictures))
-        done = _Done(replace(info, name=task.path.name), rows, skipped, fixed, changes, before,
-                     time.monotonic() - began, False)
-        _mark(task.path.with_suffix(DONE), done)
+        info = replace(info, name=task.path.name)
+        _mark(task.path.with_suffix(DONE), info, rows, left, before)
     except OSError as error:
         raise DataError(f"cannot write {task.path}: {error.strerror}") from error
-    return done
+    return _Done(info, rows, left.skipped, left.fixed, left.changes, time.monotonic() - began, False)
 
 
-def _pictures(task: _Task, skipped: list[SkippedFile], fixed: list[SkippedFile], changes: Counter[str]
-              ) -> Iterator[ShardSample]:
+class _Left(NamedTuple):
+    """What a shard does not hold as it was in the source."""
+
+    skipped: list[SkippedFile]
+    fixed: list[SkippedFile]
+    changes: Counter[str]
+    doubtful: list[str]
+    """Files that were skipped and could perhaps be read another day."""
+
+
+def _pictures(task: _Task, left: _Left) -> Iterator[ShardSample]:
     reader = SampleReader(task.root)
     try:
         for sample in task.samples:
@@ -527,12 +595,14 @@ def _pictures(task: _Task, skipped: list[SkippedFile], fixed: list[SkippedFile],
             except BadSampleError as error:
                 if task.pictures.on_error == "fail":
                     raise _bad_file(task, sample, str(error)) from error
-                skipped.append(SkippedFile(sample.filename, str(error)))
+                left.skipped.append(SkippedFile(sample.filename, str(error)))
+                if isinstance(error, UnreadableError):
+                    left.doubtful.append(sample.filename)
                 continue
             if picture.change is not None:
-                changes[picture.change] += 1
+                left.changes[picture.change] += 1
                 if picture.is_fixed:
-                    fixed.append(SkippedFile(sample.filename, picture.change))
+                    left.fixed.append(SkippedFile(sample.filename, picture.change))
             yield ShardSample(sample.key, picture.data, picture.extension, picture.width, picture.height, sample.label,
                               sample.filename)
     finally:
@@ -545,11 +615,11 @@ def _bad_file(task: _Task, sample: Sample, reason: str) -> DataError:
                      "skip, or mend what can be mended with --on-error fix")
 
 
-def _mark(path: Path, done: _Done) -> None:
-    about = {"info": vars(done.info), "skipped": [vars(file) for file in done.skipped],
-             "fixed": [vars(file) for file in done.fixed], "changes": done.changes}
+def _mark(path: Path, info: ShardInfo, rows: np.ndarray, left: _Left, before: np.ndarray) -> None:
+    about = {"info": vars(info), "skipped": [vars(file) for file in left.skipped],
+             "fixed": [vars(file) for file in left.fixed], "changes": left.changes, "doubtful": left.doubtful}
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, rows=done.rows, states=done.states, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
+        np.savez(file, rows=rows, states=before, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
 
 
 def _found(task: _Task) -> _Done | None:
@@ -559,18 +629,15 @@ def _found(task: _Task) -> _Done | None:
         DataError: a file that went into it is another one now; or it has left out files, and none may be now.
     """
     try:
-        with np.load(task.path.with_suffix(DONE), allow_pickle=False) as mark:
+        with open(task.path.with_suffix(DONE), "rb") as file, np.load(file, allow_pickle=False) as mark:
             rows, before, about = mark["rows"], mark["states"], json.loads(mark["about"].tobytes())
         info = ShardInfo(**about["info"])
         skipped = [SkippedFile(**file) for file in about["skipped"]]
         fixed = [SkippedFile(**file) for file in about["fixed"]]
-        if len(rows) and task.path.stat().st_size != info.bytes:
+        if about["doubtful"] or (len(rows) and task.path.stat().st_size != info.bytes):
             return None
-    except FileNotFoundError:
+    except Exception:  # none yet, or damaged in any way: it is written again
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise DataError(f"cannot read {task.path.with_suffix(DONE)}: {error}; remove it to write that shard again") \
-            from error
     changed = np.flatnonzero((before != states(task.root, task.samples)).any(axis=1))
     if len(changed):
         path = task.root / task.samples[changed[0]].path
@@ -579,7 +646,7 @@ def _found(task: _Task) -> _Done | None:
     if skipped and task.pictures.on_error == "fail":
         name, reason = skipped[0].filename, skipped[0].reason
         raise _bad_file(task, next(sample for sample in task.samples if sample.filename == name), reason)
-    return _Done(info, rows, skipped, fixed, Counter(about["changes"]), before, 0.0, True)
+    return _Done(info, rows, skipped, fixed, Counter(about["changes"]), 0.0, True)
 
 
 # ---- after the work
@@ -597,51 +664,62 @@ def _write_manifest(partial: Path, source: Source, done: Sequence[_Done], split:
     shards = [(replace(shard.info, name=f"{settings.name}-{split}-{number:06d}.tar"), shard.rows)
               for number, shard in enumerate(full)]
     changes = sum((shard.changes for shard in done), Counter[str]())
+    empty = [number for number, shard in enumerate(done) if not len(shard.rows)]
     try:
         write_split(partial, shards, name=settings.name, split=split, classes=source.classes, seed=settings.seed,
                     samples_per_shard=settings.samples_per_shard, skipped=skipped, fixed=fixed,
-                    conversion={**record, "changes": dict(sorted(changes.items()))})
+                    conversion={**record, "changes": dict(sorted(changes.items())), "empty_shards": empty})
     except OSError as error:
         raise DataError(f"cannot write in {partial}: {error.strerror}; free some space") from error
 
 
-def _name_shards(partial: Path) -> None:
-    """Gives the shards the names in the manifest. A kill at any moment leaves what the next call can finish: names are
-    given in order, so the shards without theirs belong to the names without a shard, in order."""
-    names = [shard.name for shard in read_manifest(partial).shards]
-    missing = [name for name in names if not (partial / name).exists()]
-    for path, name in zip(sorted(partial.glob("[0-9]*.tar")), missing, strict=True):
-        os.rename(path, partial / name)
+def _name_shards(partial: Path, token: str, manifest: SplitManifest) -> None:
+    """Gives the shards the names in the manifest. A kill at any moment leaves what the next call can finish."""
+    for number, shard in zip(_full(manifest, len(manifest.shards) + len(_empty(manifest))), manifest.shards):
+        if not (partial / shard.name).exists():
+            os.rename(partial / f"{token}-{number:06d}.tar", partial / shard.name)
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Removes what only the conversion needed, and gives the folder its name."""
-    for path in [*partial.glob(f"*{DONE}"), *partial.glob(f".*{TEMPORARY}"), partial / JOURNAL, partial / LOCK]:
-        path.unlink(missing_ok=True)
+    """Gives the folder its name, without what only the conversion needed."""
     flush(partial)
-    try:
-        os.rename(partial, folder)
-    except OSError as error:
-        raise DataError(f"cannot rename {partial} to {folder}: {error.strerror}") from error
+    os.rename(partial, folder)
+    _sweep(folder)
     flush(folder.parent)
 
 
-def _summary(folder: Path, source: Source, manifest: SplitManifest, began: float, found: int) -> ConversionSummary:
+def _sweep(folder: Path) -> None:
+    """Removes what a conversion leaves beside a split: its own marks, and what a process of another machine that
+    outlived it has written since."""
+    for path in folder.iterdir():
+        if path.name in (JOURNAL, LOCK) or _WORKING.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _empty(manifest: SplitManifest) -> list[int]:
+    return list((manifest.conversion or {}).get("empty_shards", ()))
+
+
+def _full(manifest: SplitManifest, count: int) -> list[int]:
+    """Which of so many dealt shards have images, in order: they have the names of the manifest."""
+    empty = set(_empty(manifest))
+    return [number for number in range(count) if number not in empty]
+
+
+def _summary(folder: Path, source: Source, manifest: SplitManifest, began: float, found: Sequence[_Done] = (),
+             was_complete: bool = False) -> ConversionSummary:
     assert manifest.conversion is not None  # it was written by a conversion
     return ConversionSummary(
         folder=folder, source=source.kind, images=manifest.num_samples, shards=len(manifest.shards),
         bytes=sum(shard.bytes for shard in manifest.shards), classes=len(manifest.classes),
         seconds=time.monotonic() - began, skipped=manifest.skipped, fixed=manifest.fixed,
-        changes=manifest.conversion["changes"], ignored=source.ignored, found_shards=found)
+        changes=manifest.conversion["changes"], ignored=source.ignored, found_shards=len(found),
+        found_images=sum(shard.info.num_samples for shard in found), was_complete=was_complete)
 
 
-def _numbers_of(manifest: SplitManifest, source: Source, parts: Sequence[np.ndarray], names: Sequence[str]
-                ) -> list[int]:
-    """Of the parts that the shards were made of: a part whose images were all skipped has no shard."""
-    skipped = {file.filename for file in manifest.skipped}
-    full = [number for number, part in enumerate(parts)
-            if not skipped or any(source.samples[i].filename not in skipped for i in part)]
-    number_of = dict(zip((shard.name for shard in manifest.shards), full))
+def _numbers_of(manifest: SplitManifest, count: int, names: Sequence[str]) -> list[int]:
+    """Of the dealt shards that have these names."""
+    number_of = dict(zip((shard.name for shard in manifest.shards), _full(manifest, count)))
     if unknown := [name for name in names if name not in number_of]:
         raise DataError(f"the source does not have the images of {unknown[0]}; give the source as it was converted")
     return [number_of[name] for name in names]
@@ -659,11 +737,24 @@ def _remove(made: Sequence[Path]) -> None:
 
 @contextmanager
 def _scratch(place: Path) -> Iterator[Path]:
+    """A folder in `place` that is empty, and gone after the block; one that a kill has left is taken up."""
+    scratch = place / SCRATCH
     try:
-        with tempfile.TemporaryDirectory(prefix=".vir-convert-", dir=place) as scratch:
-            yield Path(scratch)
+        scratch.mkdir(exist_ok=True)
+        held = lock(scratch / LOCK)
+    except BlockingIOError as error:
+        raise DataError(f"{scratch} is in use by another vir-convert or vir-verify; wait for its end") from error
     except OSError as error:
-        raise DataError(f"cannot write in {place}: {error.strerror}") from error
+        raise DataError(f"cannot write in {place}: {error.strerror}; make it writable, or give another folder") \
+            from error
+    try:
+        for left in scratch.iterdir():
+            if left.name != LOCK:
+                left.unlink()
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        unlock(held)
 
 
 def _shards(count: int) -> str:

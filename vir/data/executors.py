@@ -28,6 +28,7 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import forkserver
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,9 @@ _SLURM_MINUTES = 240
 """The time limit of a Slurm job where SBATCH_TIMELIMIT gives none: submitit's own, 5 minutes, is that of a trial."""
 _SLURM_POLL = 1.0
 """Seconds between two looks for the results of Slurm jobs, which are files."""
+
+_MOST_TASKS_PER_JOB = 64
+"""Of a Slurm job: all its tasks are in memory while it is handed over."""
 
 _stop: Event | None = None
 """In a worker process of this machine: set when the work is to end."""
@@ -83,8 +87,8 @@ def run_tasks(spec: str, function: Callable[[T], R], tasks: Sequence[T], workers
               stop_asked: Callable[[], bool], job_folder: Path) -> Generator[tuple[int, R], None, None]:
     """Calls `function` with each task; gives (number of the task, result) in the order in which they end.
 
-    At most 2 * workers tasks are handed over at a time; a Slurm job takes the `workers`th part of all tasks, because
-    jobs of seconds only wait in its queue. The caller closes the iterator where it does not read it to its end.
+    At most 2 * workers tasks are handed over at a time; a Slurm job takes the `workers`th part of all tasks, or 64,
+    because jobs of seconds only wait in its queue. The caller closes the iterator where it does not read it to its end.
 
     Args:
         spec: "local", "dask://HOST:PORT" or "slurm".
@@ -102,7 +106,7 @@ def run_tasks(spec: str, function: Callable[[T], R], tasks: Sequence[T], workers
     if spec == "local":
         opened, size = _open_processes(workers, function.__module__), 1
     elif spec == "slurm":
-        opened, size = _open_slurm(job_folder), -(-len(tasks) // workers)
+        opened, size = _open_slurm(job_folder), min(-(-len(tasks) // workers), _MOST_TASKS_PER_JOB)
     else:
         opened, size = _open_dask(spec), 1
     return _run(opened, function, tasks, max(1, size), 2 * workers, stop_asked)
@@ -142,7 +146,9 @@ def _open_processes(workers: int, module: str) -> Iterator[Executor]:
     # forkserver: workers start from a process without threads, which has imported the task's module once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, module])
-    stop = context.Event()
+    with _deferred(signal.SIGINT, signal.SIGHUP):  # they would end the server while it imports, and then this process
+        stop = context.Event()
+        forkserver.ensure_running()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(stop,))
     try:
         yield pool
@@ -151,6 +157,16 @@ def _open_processes(workers: int, module: str) -> Iterator[Executor]:
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _deferred(*numbers: signal.Signals) -> Iterator[None]:
+    """Signals that come in the block come at its end. Processes that it starts do not get them at all."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(stop: Event) -> None:

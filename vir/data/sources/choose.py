@@ -35,19 +35,20 @@ def open_source(path: Path, split: str, classes: Sequence[str] | None = None, si
 def _open(path: Path, split: str, classes: Sequence[str] | None, sized: bool) -> Source:
     if not path.is_dir():
         return _open_file(path, split, classes)
-    folder = path / split
-    if folder.is_dir():
-        if not class_folders(folder) and (tars := tars_in(folder)):
-            return read_tars(folder, tars, classes)
+    folder, tars = path / split, tars_in(path)
+    if images := kaggle_images(path):
+        return read_kaggle(images, split, classes, sized)
+    if folder.is_dir() and class_folders(folder):
         return read_folder(folder, _classes_of(path, split) if classes is None else classes, sized)
-    tars = tars_in(path)
     if official := [name for name in tars if name in ARCHIVES.values()]:
-        name = ARCHIVES.get(split)
+        # Also beside a folder of the split that holds what was unpacked of it, without classes.
+        name = ARCHIVES.get(split, official[0])
         if name in official:
             return read_archive(path / name, split, classes)
         raise _nothing(path, split)
-    if images := kaggle_images(path):
-        return read_kaggle(images, split, classes, sized)
+    if folder.is_dir():
+        inner = tars_in(folder)
+        return read_tars(folder, inner, classes) if inner else read_folder(folder, classes, sized)
     if tars:
         return read_tars(path, tars_of(tars, split, path), classes)
     if _holds_classes(path):

@@ -45,7 +45,8 @@ def check_classes(found: Iterable[str], classes: Sequence[str] | None, where: st
         differences = [f"{some(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
         differences += [f"{some(unknown)} {'is' if len(unknown) == 1 else 'are'} not in the list"] if unknown else []
         raise DataError(f"{where} has other classes than the {len(wanted)} of {whose}: {' and '.join(differences)}; "
-                        "complete it, or give its own list with --classes")
+                        "complete it, or give its own list with --classes; where OUTPUT has splits with another list, "
+                        "choose another --output")
     return wanted
 
 

@@ -11,6 +11,7 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vir.data.sources.folder import class_folders, images_in, read_folder, some
@@ -20,16 +21,17 @@ from vir.errors import DataError
 from vir.files import read_regular
 
 SOLUTION = "LOC_val_solution.csv"
+_KIND = "Kaggle's ImageNet"
 _IMAGES = Path("Data", "CLS-LOC")
 _MAX_SOLUTION_BYTES = 1 << 28
 
 
 def kaggle_images(path: Path) -> Path | None:
-    """The folder of the splits, where `path` is the folder that holds ILSVRC, or that folder itself."""
+    """The folder of the splits, where `path` is the folder that holds ILSVRC, that folder itself, or CLS-LOC in it."""
     for folder in (path / "ILSVRC" / _IMAGES, path / _IMAGES):
         if folder.is_dir():
             return folder
-    return None
+    return path if path.absolute().parts[-2:] == _IMAGES.parts else None
 
 
 def read_kaggle(images: Path, split: str, classes: Sequence[str] | None = None, sized: bool = False) -> Source:
@@ -48,7 +50,8 @@ def read_kaggle(images: Path, split: str, classes: Sequence[str] | None = None, 
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}; the splits with labels are train and val: choose another --split")
     if folders := class_folders(folder):
-        return read_folder(folder, check_classes(folders, classes, str(folder)), sized)
+        found = read_folder(folder, check_classes(folders, classes, str(folder)), sized)
+        return replace(found, kind=_KIND)
     if split not in ("val", "validation"):
         raise DataError(f"{folder} has no class folders, and {SOLUTION} tells the labels of val alone: the images of "
                         f"split {split!r} have no labels; choose another --split")
@@ -72,7 +75,7 @@ def _read_flat(folder: Path, solution: Path, classes: Sequence[str] | None, size
     listing = Listing({name: label for label, name in enumerate(classes)}, sized=sized, flat=True)
     for wnid, part in sorted(of_class.items()):
         listing.add(wnid, part)
-    return listing.source("Kaggle's ImageNet", folder, classes, ignored)
+    return listing.source(_KIND, folder, classes, ignored)
 
 
 def _solution(images: Path) -> Path:

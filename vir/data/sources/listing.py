@@ -19,7 +19,10 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 """Endings of image file names, in upper or lower case (ImageNet writes .JPEG). The format follows from the bytes."""
 
 MAX_KEY_BYTES = 100
-"""The longest key, in UTF-8: the size of the name field in a tar header."""
+"""The longest key made of a file's name, in UTF-8: the size of the name field in a tar header."""
+
+MAX_KEPT_KEY_BYTES = 512
+"""The longest key of a sample that has one already."""
 
 WHOLE = -1
 """The size of a sample that is a file of its own and whose size was not asked."""
@@ -117,7 +120,8 @@ class Listing:
             if image.key is not None:
                 self._keys[len(self._ends)] = image.key
             key = image.key or make_key(class_name, image.name, class_in_key)
-            self._hashes.append(hash(_checked_key(key, class_name, image.name)))
+            limit = MAX_KEY_BYTES if class_in_key and image.key is None else MAX_KEPT_KEY_BYTES
+            self._hashes.append(hash(_checked_key(key, class_name, image.name, limit)))
             names.append(image.name.encode())
             self._name_bytes += len(names[-1])
             self._ends.append(self._name_bytes)
@@ -201,14 +205,15 @@ def make_key(class_name: str, filename: str, class_in_key: bool = True) -> str:
     return key.translate(_UNSAFE_IN_KEYS)
 
 
-def _checked_key(key: str, class_name: str, filename: str) -> str:
+def _checked_key(key: str, class_name: str, filename: str, limit: int) -> str:
     try:
         size = len(key.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise DataError(f"the name of {class_name}/{filename!r} is not UTF-8; rename the file") from error
-    if size > MAX_KEY_BYTES:
-        raise DataError(f"the name of {class_name}/{filename} makes a key of {size} bytes, the limit is "
-                        f"{MAX_KEY_BYTES}; rename the file")
+    if size > limit:
+        way_out = "rename the file" if limit == MAX_KEY_BYTES else "write its tar again with shorter names"
+        raise DataError(f"the name of {class_name}/{filename} makes a key of {size} bytes, the limit is {limit}; "
+                        f"{way_out}")
     return key
 
 

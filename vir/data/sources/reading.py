@@ -26,6 +26,10 @@ _MOST_UNREADABLE = 3
 """So many files in a row that fail otherwise are a disk that fails, or has gone."""
 
 
+class UnreadableError(BadSampleError):
+    """A file that could not be read in several attempts: perhaps it can be another day."""
+
+
 class SampleReader:
     """Reads samples one after another; the file of the last one stays open."""
 
@@ -39,7 +43,8 @@ class SampleReader:
         """The image file of a sample.
 
         Raises:
-            BadSampleError: this file cannot be read, or is too large for an image.
+            BadSampleError: this file cannot be read, or is too large for an image; UnreadableError where it is not
+                the file's fault for certain.
             DataError: the disk does not answer.
         """
         try:
@@ -77,7 +82,7 @@ class SampleReader:
 
     def _fail(self, sample: Sample, error: OSError) -> None:
         path, why = self._root / sample.path, error.strerror or str(error)
-        if not path.parent.is_dir():
+        if not _is_there(path.parent):
             raise DataError(f"cannot read {path}: {why}, and its folder is gone: is the disk still mounted?") from error
         if error.errno in _OF_THE_FILE:
             raise BadSampleError(f"it cannot be read: {why}") from error
@@ -85,7 +90,14 @@ class SampleReader:
         if self._unreadable >= _MOST_UNREADABLE:
             raise DataError(f"cannot read {path}: {why}, after {1 + len(RETRY_WAITS_S)} attempts, nor the "
                             f"{_MOST_UNREADABLE - 1} files before it; check the disk") from error
-        raise BadSampleError(f"it cannot be read: {why}, after {1 + len(RETRY_WAITS_S)} attempts") from error
+        raise UnreadableError(f"it cannot be read: {why}, after {1 + len(RETRY_WAITS_S)} attempts") from error
+
+
+def _is_there(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except OSError:  # as of a network disk that is lost
+        return False
 
 
 def states(root: Path, samples: Sequence[Sample]) -> np.ndarray:

@@ -151,7 +151,8 @@ class _Found:
         if isinstance(label, str):
             if label not in self._names:
                 raise DataError(f"{where} has the label {label[:100]!r}, which is neither a number nor a name in the "
-                                f"class list of {len(self._names)} classes; give the right list with --classes")
+                                f"class list of {len(self._names)} classes; give the right list with --classes, or "
+                                f"make one of the names with vir-index {path.parent}")
             return label
         self.greatest = max(self.greatest, label)
         if self.classes is None:
