@@ -8,12 +8,27 @@ source launch/setup.sh test
 flake8 .
 isort --check --quiet .
 mypy
+
+code=5 # no test was run
+pytest_and_go_on() {
+  local ended=0
+  python -m pytest -q "$@" || ended=$?
+  if [ $ended != 5 ] && { [ $code = 5 ] || [ $code = 0 ]; }; then code=$ended; fi
+}
+
+what=all
 if [ "${1:-}" = --fast ]; then
+  what=fast
   shift
-  exec python -m pytest -q -m "not launcher" "$@"
+else
+  CUDA_VISIBLE_DEVICES="" python tests/support/build_ops.py
 fi
-CUDA_VISIBLE_DEVICES="" python tests/support/build_ops.py
-python -m pytest -q "$@"
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  python -m pytest -q -m gpu
+# Several files at a time, each with one thread; then what starts training, with the cores to itself.
+OMP_NUM_THREADS=1 pytest_and_go_on -n logical --maxprocesses 4 --dist loadfile -m "not launcher" "$@"
+if [ $what = all ]; then
+  pytest_and_go_on -m launcher "$@"
+  if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    pytest_and_go_on -m gpu
+  fi
 fi
+exit $code

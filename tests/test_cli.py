@@ -92,3 +92,22 @@ def test_messages_name_programs_that_are_installed(programs):
             text = path.read_text()
             assert not re.findall(r"tools/\s*\"?\s*f?\"?(?:convert|consolidate)\w*", text), path
             assert set(re.findall(r"\bvir-(?:train|ev\w+|con\w+)", text)) <= programs.keys(), path
+
+
+TWO_SIGNALS = """
+import os, signal, sys, time
+from vir import cli
+with cli.stop_requests() as received:
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        print(received, flush=True)
+        time.sleep(float(sys.argv[1]))
+    print("went on")
+"""
+
+
+@pytest.mark.parametrize("pause, code", [(1.1, 130), (0, 0)])
+def test_a_second_signal_ends_at_once_what_a_first_one_only_asks(pause, code):
+    done = subprocess.run([sys.executable, "-c", TWO_SIGNALS, str(pause)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr == ""  # one that comes with the first is the same request twice
+    assert ("went on" in done.stdout) == (code == 0) and done.stdout.startswith("[<Signals.SIGINT: 2>]")

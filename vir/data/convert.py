@@ -260,14 +260,18 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
                 raise DataError(f"{source} gives other bytes for {name} than those that were converted: an image, a "
                                 "setting in the manifest, or the version of a library has changed since; give the "
                                 "source as it was")
-        for number, name in enumerate(names):
-            os.replace(tasks.path(number), folder / name)
-        flush(folder)
+        try:
+            for number, name in enumerate(names):
+                os.replace(tasks.path(number), folder / name)
+            flush(folder)
+        except OSError as error:
+            raise DataError(f"cannot write in {folder}: {error.strerror}") from error
 
 
 def finished_shards(folder: Path) -> int:
     """How many shards of the split that is to become `folder` an interrupted conversion has finished."""
-    return len(list(folder.with_name(folder.name + PARTIAL).glob("[!.]*.tar")))
+    tars = folder.with_name(folder.name + PARTIAL).glob("[!.]*.tar")
+    return sum(not _WORKING.fullmatch(path.name) or path.with_suffix(DONE).exists() for path in tars)
 
 
 # ---- before the work
