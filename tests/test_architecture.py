@@ -42,6 +42,8 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.training": "test_benchmark_training.py",
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
+    "vir.data.tasks": "test_convert.py: in processes of its own, and by hand",
+    "vir.data.work_folder": "test_convert.py: killed between any two changes",
     "vir.data.worker": "test_loader.py: in processes that are its workers",
     "vir.data.sources.choose": "test_folder.py: and in the files of the kinds of sources",
     "vir.data.sources.imagenet": "test_archives.py: the class list that archives must have",

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from PIL import Image
 
 from support.imagenet import tiny_imagenet, write_archives, write_folders, write_kaggle
 from vir.data import convert as convert_module
+from vir.data import tasks as tasks_module
 from vir.data.convert import Settings
 from vir.data.picture import PictureSettings
 from vir.data.reader import ShardReader
@@ -529,7 +531,7 @@ def test_a_kill_between_any_two_changes_of_the_last_phase(source, tmp_path, monk
             changes.append(arguments)
             return change(*arguments, **options)
         return act
-    for owner, name in ((os, "rename"), (os, "replace"), (Path, "unlink"), (convert_module.shutil, "rmtree")):
+    for owner, name in ((os, "rename"), (os, "replace"), (Path, "unlink"), (shutil, "rmtree")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     for limit[0] in itertools.count():
         changes.clear()
@@ -562,21 +564,21 @@ def test_a_split_that_cannot_get_its_name_keeps_its_shards(source, tmp_path, mon
 
 def test_what_processes_that_outlived_a_conversion_write_is_swept_away(source, tmp_path, monkeypatch):
     convert(source, "train", tmp_path / "undisturbed", samples_per_shard=7)
-    publish = convert_module._publish
+    publish = convert_module.publish
 
     def disturbed(partial, folder):
         token = json.loads((partial / "conversion.json").read_text())["token"]
         for name in (f"{token}-000002.tar", f"{'0' * 16}-000000.tar", f"{'0' * 16}-000000.done", ".x.tar.1-ff.tmp"):
             (partial / name).touch()
         publish(partial, folder)
-    monkeypatch.setattr(convert_module, "_publish", disturbed)
+    monkeypatch.setattr(convert_module, "publish", disturbed)
     convert(source, "train", tmp_path / "out", samples_per_shard=7)
     assert hashes(tmp_path / "out/train") == hashes(tmp_path / "undisturbed/train")
 
 
 def task_of(source, folder, **pictures):
     listed = convert_module.open_source(source, "train")
-    return convert_module._Tasks(listed, [np.arange(9)], folder, "0" * 16, PictureSettings(**pictures), {})[0]
+    return tasks_module.ShardTasks(listed, [np.arange(9)], folder, "0" * 16, PictureSettings(**pictures), {})[0]
 
 
 def test_files_that_a_failing_disk_did_not_give_are_tried_again_another_day(source, tmp_path, monkeypatch):
@@ -591,15 +593,15 @@ def test_files_that_a_failing_disk_did_not_give_are_tried_again_another_day(sour
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return read(*arguments)
         patch.setattr(reading_module, "pread", fail_at_the_end)
-        done = convert_module._convert_shard(task)
+        done = tasks_module.convert_shard(task)
     assert len(done.rows) == 7 and "Input/output error, after 2 attempts" in done.skipped[0].reason
-    again = convert_module._convert_shard(task)
+    again = tasks_module.convert_shard(task)
     assert len(again.rows) == 9 and not again.skipped and not again.was_found
-    assert convert_module._convert_shard(task).was_found
+    assert tasks_module.convert_shard(task).was_found
     os.truncate(task.path, 1000)
-    assert not convert_module._convert_shard(task).was_found
+    assert not tasks_module.convert_shard(task).was_found
     task.path.with_suffix(".done").write_bytes(task.path.with_suffix(".done").read_bytes()[:500])
-    assert not convert_module._convert_shard(task).was_found
+    assert not tasks_module.convert_shard(task).was_found
 
 
 def test_three_files_in_a_row_that_fail_are_a_lost_disk_and_two_are_not(source, tmp_path, monkeypatch):
@@ -611,15 +613,15 @@ def test_three_files_in_a_row_that_fail_are_a_lost_disk_and_two_are_not(source, 
                             else os.pread(-1, 1, 0))
         if lost:
             with pytest.raises(DataError, match="nor the 2 files before it; check the disk"):
-                convert_module._convert_shard(task)
+                tasks_module.convert_shard(task)
         else:
-            assert len(convert_module._convert_shard(task).skipped) == 6
+            assert len(tasks_module.convert_shard(task).skipped) == 6
 
 
 def test_a_machine_that_encodes_with_other_versions_is_refused(source, tmp_path):
     task = task_of(source, tmp_path, resize_short=8)
     with pytest.raises(DataError, match="encodes with {'pillow': .*the conversion began with {}; install the same"):
-        convert_module._convert_shard(task)
+        tasks_module.convert_shard(task)
 
 
 def test_what_a_closed_terminal_may_not_end_goes_on(large, tmp_path):

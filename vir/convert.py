@@ -21,11 +21,12 @@ import sys
 from pathlib import Path
 
 from vir import cli
-from vir.data.convert import Settings, convert, dry_run, finished_shards
+from vir.data.convert import Settings, convert, dry_run
 from vir.data.executors import Stopped
 from vir.data.picture import CHECKS, ON_ERROR, TRANSCODES, PictureSettings
 from vir.data.sidecars import KINDS, parse_kinds, write_sidecars
 from vir.data.sources.folder import read_class_list
+from vir.data.work_folder import finished_shards
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError, VirError
 
 

@@ -1,67 +1,44 @@
-"""A source of images -> one split of shards, in parallel, with the same bytes for any number of workers.
-
-While it works, OUTPUT/SPLIT.partial holds
-
-    conversion.json        settings and source: what the bytes depend on; and a token
-    TOKEN-000000.tar       a finished shard; TOKEN-000000.done is its commit mark, with its rows of the index
-    .lock                  held by the conversion that is at work
-
-and is renamed to OUTPUT/SPLIT when all is whole. The same command goes on after a kill at any moment. Processes of
-another machine can outlive a conversion that was killed: the token keeps their files apart from those of the next one.
-"""
+"""A source of images -> one split of shards, in parallel, with the same bytes for any number of workers."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import re
-import secrets
 import shutil
-import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from vir.data.decode import BadSampleError
-from vir.data.executors import Stopped, check_executor, run_tasks, stopping
-from vir.data.picture import PictureSettings, encoder_versions, prepare_picture
-from vir.data.shards import (
-    MANIFEST,
-    PARTIAL,
-    ShardInfo,
-    ShardSample,
-    SkippedFile,
-    SplitManifest,
-    read_manifest,
-    write_shard,
-    write_split,
-)
+from vir.data.executors import check_executor, run_tasks
+from vir.data.picture import PictureSettings, encoder_versions
+from vir.data.shards import MANIFEST, PARTIAL, SkippedFile, SplitManifest, read_manifest, write_split
 from vir.data.sources.choose import open_source
-from vir.data.sources.listing import Sample, Source
-from vir.data.sources.reading import SampleReader, UnreadableError, states
-from vir.errors import DataError, SettingsError, VirError
-from vir.files import TEMPORARY, flush, lock, replace_text, replacing, unlock
-
-JOURNAL = "conversion.json"
-LOCK = ".lock"
-DONE = ".done"
-
-_WORKING = re.compile(r"[0-9a-f]{16}-[0-9]{6,}(\.tar|\.done)|\..*\.tmp")
-"""Names of what a conversion, or one that was killed, leaves in its folder beside the shards."""
+from vir.data.sources.listing import Source
+from vir.data.tasks import DoneShard, ShardTasks, convert_shard
+from vir.data.work_folder import (
+    claimed,
+    complete,
+    count_of,
+    dealt_numbers,
+    found_before,
+    name_shards,
+    new_token,
+    publish,
+    scratch_folder,
+)
+from vir.errors import DataError, SettingsError
+from vir.files import flush
 
 MAX_SHARDS = 1 << 18
 """Of a split: the manifest must stay readable."""
-SCRATCH = ".vir-scratch"
-"""The name of the folder in which shards are tried or written anew."""
 
 SLURM = ".slurm"
 """The end of the name of the folder beside OUTPUT/SPLIT that keeps the logs of Slurm jobs that failed."""
@@ -113,12 +90,12 @@ class ConversionSummary:
 
     def __str__(self) -> str:
         if self.was_complete:
-            return f"{self.folder} is complete already: {self.images:,} images in {_shards(self.shards)}"
-        lines = [f"{self.images:,} images of {self.classes:,} classes in {_shards(self.shards)}, "
+            return f"{self.folder} is complete already: {self.images:,} images in {count_of(self.shards)}"
+        lines = [f"{self.images:,} images of {self.classes:,} classes in {count_of(self.shards)}, "
                  f"{self.bytes / 1e6:,.1f} MB, in {self.seconds:.1f} s "
                  f"({(self.images - self.found_images) / self.seconds:,.0f} images/s), from: {self.source}"]
         if self.found_shards:
-            lines.append(f"continued: {_shards(self.found_shards)} had been finished before")
+            lines.append(f"continued: {count_of(self.found_shards)} had been finished before")
         if self.ignored:
             lines.append(f"ignored: {self.ignored:,} files that are no images by name")
         lines += [f"changed: {count:,} images: {what}" for what, count in sorted(self.changes.items())]
@@ -151,12 +128,12 @@ class DryRun:
 
     def __str__(self) -> str:
         lines = [f"source: {self.source}, {self.images:,} images of {self.classes:,} classes",
-                 f"would write {_shards(self.shards)}, about {self.bytes / 1e9:,.3g} GB, to {self.folder} "
+                 f"would write {count_of(self.shards)}, about {self.bytes / 1e9:,.3g} GB, to {self.folder} "
                  f"({self.free_bytes / 1e9:,.3g} GB free)",
                  f"in about {_duration(self.images / self.images_per_second)}: {self.images_per_second:,.0f} images/s "
                  f"with {self.workers} workers, measured on {self.tried:,} images; nothing was written"]
         if self.found_shards:
-            lines.append(f"{_shards(self.found_shards)} of these are finished already")
+            lines.append(f"{count_of(self.found_shards)} of these are finished already")
         lines += [f"  {file.filename}: {file.reason}" for file in self.skipped]
         return "\n".join(lines)
 
@@ -190,17 +167,17 @@ def convert(source: Path, split: str, output: Path, settings: Settings = Setting
     check_executor(executor)
     listed, parts, record = _plan(source, folder, settings, classes)
     if os.path.lexists(folder):
-        return _summary(folder, listed, _complete(folder, record), began, was_complete=True)
-    with _claimed(folder, record, len(parts)) as (partial, token):
-        done: list[_Done] = []
+        return _summary(folder, listed, complete(folder, record), began, was_complete=True)
+    with claimed(folder, record, len(parts)) as (partial, token):
+        done: list[DoneShard] = []
         if not (partial / MANIFEST).exists():  # otherwise it was killed when all was written
-            tasks = _Tasks(listed, parts, partial, token, settings.pictures, record["encoders"])
+            tasks = ShardTasks(listed, parts, partial, token, settings.pictures, record["encoders"])
             done = _run(tasks, min(workers, len(tasks)), executor, is_stopping, folder.with_name(folder.name + SLURM))
             _write_manifest(partial, listed, done, split, settings, record)
         manifest = read_manifest(partial)
         try:
-            _name_shards(partial, token, manifest)
-            _publish(partial, folder)
+            name_shards(partial, token, manifest)
+            publish(partial, folder)
         except OSError as error:
             raise DataError(f"cannot rename what is in {partial}, or itself to {folder}: {error.strerror}") from error
     return _summary(folder, listed, manifest, began, [shard for shard in done if shard.was_found])
@@ -215,13 +192,13 @@ def dry_run(source: Path, split: str, output: Path, settings: Settings = Setting
     _check_settings(source, split, folder, settings, workers)
     check_executor(executor)
     listed, parts, record = _plan(source, folder, settings, classes)
-    found = _found_before(folder, record)
+    found = found_before(folder, record)
     place = next(path for path in folder.parents if path.is_dir())
     pictures = replace(settings.pictures, on_error="skip") if settings.pictures.on_error == "fail" else \
         settings.pictures
-    with _scratch(place) as scratch:
-        tasks = _Tasks(listed, [part[:_DRY_RUN_SAMPLES] for part in parts[:workers]], scratch, secrets.token_hex(8),
-                       pictures, record["encoders"])
+    with scratch_folder(place) as scratch:
+        tasks = ShardTasks(listed, [part[:_DRY_RUN_SAMPLES] for part in parts[:workers]], scratch, new_token(),
+                           pictures, record["encoders"])
         done = _run(tasks, len(tasks), executor, is_stopping, scratch / "jobs")
     written = sum(len(shard.rows) for shard in done)
     skipped = tuple(file for shard in done for file in shard.skipped)
@@ -250,9 +227,9 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
                          settings.bytes_per_shard is not None)
     parts = _deal(len(listed.samples), listed.sizes, settings)
     numbers = _numbers_of(manifest, len(parts), names)
-    with _scratch(folder) as scratch:
-        tasks = _Tasks(listed, [parts[number] for number in numbers], scratch, secrets.token_hex(8), settings.pictures,
-                       encoder_versions(settings.pictures))
+    with scratch_folder(folder) as scratch:
+        tasks = ShardTasks(listed, [parts[number] for number in numbers], scratch, new_token(), settings.pictures,
+                           encoder_versions(settings.pictures))
         done = _run(tasks, min(workers, len(tasks)), "local", lambda: False, scratch / "jobs")
         expected = {shard.name: shard.sha256 for shard in manifest.shards}
         for name, shard in zip(names, done):
@@ -266,12 +243,6 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
             flush(folder)
         except OSError as error:
             raise DataError(f"cannot write in {folder}: {error.strerror}") from error
-
-
-def finished_shards(folder: Path) -> int:
-    """How many shards of the split that is to become `folder` an interrupted conversion has finished."""
-    tars = folder.with_name(folder.name + PARTIAL).glob("[!.]*.tar")
-    return sum(not _WORKING.fullmatch(path.name) or path.with_suffix(DONE).exists() for path in tars)
 
 
 # ---- before the work
@@ -368,180 +339,16 @@ def _settings_of(manifest: SplitManifest) -> Settings:
             from error
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two records, for messages; "" if nothing does."""
-    def shown(key: str) -> str:
-        if key == "images":
-            return f"the source had {before.get(key)} images, has {now[key]}"
-        if key == "source":
-            return "the names, classes or places of the source's images are others"
-        if key == "encoders":
-            return f"the versions of what encodes were {before.get(key)}, are {now[key]}"
-        return f"--{key.replace('_', '-')} was {before.get(key)}, is {now[key]}"
-    return "; ".join(shown(key) for key in now if before.get(key) != now[key])
+# ---- the work
 
 
-def _complete(folder: Path, record: Mapping[str, Any]) -> SplitManifest:
-    """The manifest of a split that the same conversion has written; DataError if it was another one."""
-    again = "remove it to convert again, or choose another --output"
-    if not folder.is_dir():
-        raise DataError(f"{folder} exists already and is no folder; {again}")
-    try:
-        manifest = read_manifest(folder)
-    except DataError as error:
-        raise DataError(f"{folder} exists already; {again}") from error
-    if manifest.conversion is None:
-        raise DataError(f"{folder} exists already; {again}")
-    if differences := _differences(manifest.conversion, record):
-        raise DataError(f"{folder} exists already, from another conversion ({differences}); {again}")
-    _sweep(folder)
-    return manifest
-
-
-def _found_before(folder: Path, record: Mapping[str, Any]) -> int:
-    """How many shards the conversion will find finished. Raises DataError where it would be refused."""
-    if os.path.lexists(folder):
-        return len(_complete(folder, record).shards)
-    partial = folder.with_name(folder.name + PARTIAL)
-    if partial.is_dir() and (before := _journal(partial)) is not None:
-        _refuse_another(partial, before, record)
-    return finished_shards(folder)
-
-
-@contextmanager
-def _claimed(folder: Path, record: Mapping[str, Any], shards: int) -> Iterator[tuple[Path, str]]:
-    """The partial folder of this conversion of so many shards, new or as it was interrupted, with its lock; its token.
-
-    An exception leaves it, with a word of how to go on, if a shard is finished; otherwise it is removed.
-    """
-    partial = folder.with_name(folder.name + PARTIAL)
-    made = [path for path in (partial, *partial.parents) if not path.exists()]
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        held = lock(partial / LOCK)
-    except BlockingIOError as error:
-        raise DataError(f"{partial} is in use: another conversion is writing there; wait for it, end it, or choose "
-                        "another --output") from error
-    except OSError as error:
-        raise DataError(f"cannot write to {folder.parent}: {error.strerror}; choose another --output") from error
-    try:
-        yield partial, _begin(partial, record)
-    except BaseException as error:
-        finished = finished_shards(folder)
-        if not finished:
-            _remove(made)
-        elif isinstance(error, VirError):
-            raise type(error)(f"{error}. {finished:,} of {_shards(shards)} are finished and kept: the same command "
-                              "continues") from error
-        raise
-    finally:
-        unlock(held)
-
-
-def _begin(partial: Path, record: Mapping[str, Any]) -> str:
-    """Writes the journal, or compares it with that of the conversion that was interrupted here; gives its token."""
-    try:
-        for left in partial.glob(f".*{TEMPORARY}"):  # of a process that was killed; the lock says that none is at work
-            left.unlink(missing_ok=True)
-        before = _journal(partial)
-        if before is None:
-            strangers = [path.name for path in partial.iterdir()
-                         if path.name != LOCK and not _WORKING.fullmatch(path.name)]
-            if strangers:
-                raise DataError(f"{partial} holds {strangers[0]!r} but no {JOURNAL}: it is not of a conversion that "
-                                f"could be continued; remove it (rm -r {partial}) and convert again")
-            before = {**record, "token": secrets.token_hex(8)}
-            replace_text(partial / JOURNAL, json.dumps(before, indent=1) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write in {partial}: {error.strerror}; free some space, or choose another --output") \
-            from error
-    _refuse_another(partial, before, record)
-    return str(before.get("token"))
-
-
-def _refuse_another(partial: Path, before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    if differences := _differences(before, record):
-        raise DataError(f"{partial} is of another conversion, which was interrupted: {differences}. Give the same "
-                        f"source and settings to continue it, or remove it (rm -r {partial}) to start over")
-
-
-def _journal(partial: Path) -> Mapping[str, Any] | None:
-    """The record of the conversion that was interrupted; None if nothing has begun."""
-    path = partial / JOURNAL
-    try:
-        before = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; remove {partial} and convert again") from error
-    if not isinstance(before, dict):
-        raise DataError(f"{path} is damaged; remove {partial} and convert again")
-    return before
-
-
-# ---- the work: one task is one shard
-
-
-class _Done(NamedTuple):
-    """A finished shard."""
-
-    info: ShardInfo
-    rows: np.ndarray
-    skipped: list[SkippedFile]
-    fixed: list[SkippedFile]
-    changes: Counter[str]
-    seconds: float
-    was_found: bool
-    """It was finished by an earlier conversion."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    path: Path
-    """Of the shard to write."""
-    root: Path
-    samples: list[Sample]
-    pictures: PictureSettings
-    encoders: Mapping[str, str]
-    """The versions that the conversion began with: other machines may have others."""
-
-
-class _Tasks(Sequence[_Task]):
-    """The tasks, made when they are asked for: all samples at once would take gigabytes."""
-
-    def __init__(self, source: Source, parts: Sequence[np.ndarray], folder: Path, token: str,
-                 pictures: PictureSettings, encoders: Mapping[str, str]) -> None:
-        self._source, self._parts, self._folder, self._token = source, parts, folder, token
-        self._pictures, self._encoders = pictures, encoders
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    @overload
-    def __getitem__(self, at: int) -> _Task: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[_Task]: ...
-
-    def __getitem__(self, at: int | slice) -> _Task | list[_Task]:
-        if isinstance(at, slice):
-            return [self[number] for number in range(*at.indices(len(self)))]
-        return _Task(self.path(at), self._source.root, [self._source.samples[i] for i in self._parts[at]],
-                     self._pictures, self._encoders)
-
-    def path(self, number: int) -> Path:
-        return self._folder / f"{self._token}-{number:06d}.tar"
-
-    def images(self, number: int) -> int:
-        return len(self._parts[number])
-
-
-def _run(tasks: _Tasks, workers: int, executor: str, is_stopping: Callable[[], bool], jobs: Path) -> list[_Done]:
+def _run(tasks: ShardTasks, workers: int, executor: str, is_stopping: Callable[[], bool], jobs: Path
+         ) -> list[DoneShard]:
     """The finished shards in task order, with a progress bar in images and bytes."""
-    done: dict[int, _Done] = {}
+    done: dict[int, DoneShard] = {}
     images = written = 0
     total = sum(map(tasks.images, range(len(tasks))))
-    results = run_tasks(executor, _convert_shard, tasks, workers, is_stopping, jobs)
+    results = run_tasks(executor, convert_shard, tasks, workers, is_stopping, jobs)
     bar = tqdm(total=total, unit="img", mininterval=0.5 if sys.stderr.isatty() else 30)
     with closing(results), closing(bar):
         for number, shard in results:
@@ -554,109 +361,10 @@ def _run(tasks: _Tasks, workers: int, executor: str, is_stopping: Callable[[], b
     return [done[number] for number in range(len(tasks))]
 
 
-def _convert_shard(task: _Task) -> _Done:
-    if (here := encoder_versions(task.pictures)) != task.encoders:
-        raise DataError(f"{socket.gethostname()} encodes with {here}, the conversion began with {dict(task.encoders)}; "
-                        "install the same versions on all machines")
-    found = _found(task)
-    if found is not None:
-        return found
-    began = time.monotonic()
-    before = states(task.root, task.samples)
-    left = _Left([], [], Counter(), [])
-    pictures = _pictures(task, left)
-    first = next(pictures, None)
-    info, rows = ShardInfo(task.path.name, 0, 0, None), np.empty(0)
-    try:
-        if first is not None:
-            with replacing(task.path) as temporary:
-                info, rows = write_shard(temporary, itertools.chain([first], pictures))
-        info = replace(info, name=task.path.name)
-        _mark(task.path.with_suffix(DONE), info, rows, left, before)
-    except OSError as error:
-        raise DataError(f"cannot write {task.path}: {error.strerror}") from error
-    return _Done(info, rows, left.skipped, left.fixed, left.changes, time.monotonic() - began, False)
-
-
-class _Left(NamedTuple):
-    """What a shard does not hold as it was in the source."""
-
-    skipped: list[SkippedFile]
-    fixed: list[SkippedFile]
-    changes: Counter[str]
-    doubtful: list[str]
-    """Files that were skipped and could perhaps be read another day."""
-
-
-def _pictures(task: _Task, left: _Left) -> Iterator[ShardSample]:
-    reader = SampleReader(task.root)
-    try:
-        for sample in task.samples:
-            if stopping():
-                raise Stopped
-            try:
-                picture = prepare_picture(reader.read(sample), sample.filename, task.pictures)
-            except BadSampleError as error:
-                if task.pictures.on_error == "fail":
-                    raise _bad_file(task, sample, str(error)) from error
-                left.skipped.append(SkippedFile(sample.filename, str(error)))
-                if isinstance(error, UnreadableError):
-                    left.doubtful.append(sample.filename)
-                continue
-            if picture.change is not None:
-                left.changes[picture.change] += 1
-                if picture.is_fixed:
-                    left.fixed.append(SkippedFile(sample.filename, picture.change))
-            yield ShardSample(sample.key, picture.data, picture.extension, picture.width, picture.height, sample.label,
-                              sample.filename)
-    finally:
-        reader.close()
-
-
-def _bad_file(task: _Task, sample: Sample, reason: str) -> DataError:
-    inside = f" at byte {sample.offset} of {task.root / sample.path}" if sample.offset else f" in {task.root}"
-    return DataError(f"{sample.filename}{inside}: {reason}; mend the file, or leave out all such files with --on-error "
-                     "skip, or mend what can be mended with --on-error fix")
-
-
-def _mark(path: Path, info: ShardInfo, rows: np.ndarray, left: _Left, before: np.ndarray) -> None:
-    about = {"info": vars(info), "skipped": [vars(file) for file in left.skipped],
-             "fixed": [vars(file) for file in left.fixed], "changes": left.changes, "doubtful": left.doubtful}
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, rows=rows, states=before, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
-
-
-def _found(task: _Task) -> _Done | None:
-    """The shard of an earlier conversion, if it is whole.
-
-    Raises:
-        DataError: a file that went into it is another one now; or it has left out files, and none may be now.
-    """
-    try:
-        with open(task.path.with_suffix(DONE), "rb") as file, np.load(file, allow_pickle=False) as mark:
-            rows, before, about = mark["rows"], mark["states"], json.loads(mark["about"].tobytes())
-        info = ShardInfo(**about["info"])
-        skipped = [SkippedFile(**file) for file in about["skipped"]]
-        fixed = [SkippedFile(**file) for file in about["fixed"]]
-        if about["doubtful"] or (len(rows) and task.path.stat().st_size != info.bytes):
-            return None
-    except Exception:  # none yet, or damaged in any way: it is written again
-        return None
-    changed = np.flatnonzero((before != states(task.root, task.samples)).any(axis=1))
-    if len(changed):
-        path = task.root / task.samples[changed[0]].path
-        raise DataError(f"the source has changed since its first shards were written: {path} has another size or time "
-                        f"of change; give the source as it was, or remove {task.path.parent} to start over")
-    if skipped and task.pictures.on_error == "fail":
-        name, reason = skipped[0].filename, skipped[0].reason
-        raise _bad_file(task, next(sample for sample in task.samples if sample.filename == name), reason)
-    return _Done(info, rows, skipped, fixed, Counter(about["changes"]), 0.0, True)
-
-
 # ---- after the work
 
 
-def _write_manifest(partial: Path, source: Source, done: Sequence[_Done], split: str, settings: Settings,
+def _write_manifest(partial: Path, source: Source, done: Sequence[DoneShard], split: str, settings: Settings,
                     record: Mapping[str, Any]) -> None:
     """Index and manifest. Shards without samples, all of which were skipped, leave no gap in the numbers."""
     skipped = sorted((file for shard in done for file in shard.skipped), key=lambda file: file.filename)
@@ -677,40 +385,7 @@ def _write_manifest(partial: Path, source: Source, done: Sequence[_Done], split:
         raise DataError(f"cannot write in {partial}: {error.strerror}; free some space") from error
 
 
-def _name_shards(partial: Path, token: str, manifest: SplitManifest) -> None:
-    """Gives the shards the names in the manifest. A kill at any moment leaves what the next call can finish."""
-    for number, shard in zip(_full(manifest, len(manifest.shards) + len(_empty(manifest))), manifest.shards):
-        if not (partial / shard.name).exists():
-            os.rename(partial / f"{token}-{number:06d}.tar", partial / shard.name)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Gives the folder its name, without what only the conversion needed."""
-    flush(partial)
-    os.rename(partial, folder)
-    _sweep(folder)
-    flush(folder.parent)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what a conversion leaves beside a split: its own marks, and what a process of another machine that
-    outlived it has written since."""
-    for path in folder.iterdir():
-        if path.name in (JOURNAL, LOCK) or _WORKING.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
-def _empty(manifest: SplitManifest) -> list[int]:
-    return list((manifest.conversion or {}).get("empty_shards", ()))
-
-
-def _full(manifest: SplitManifest, count: int) -> list[int]:
-    """Which of so many dealt shards have images, in order: they have the names of the manifest."""
-    empty = set(_empty(manifest))
-    return [number for number in range(count) if number not in empty]
-
-
-def _summary(folder: Path, source: Source, manifest: SplitManifest, began: float, found: Sequence[_Done] = (),
+def _summary(folder: Path, source: Source, manifest: SplitManifest, began: float, found: Sequence[DoneShard] = (),
              was_complete: bool = False) -> ConversionSummary:
     assert manifest.conversion is not None  # it was written by a conversion
     return ConversionSummary(
@@ -723,46 +398,10 @@ def _summary(folder: Path, source: Source, manifest: SplitManifest, began: float
 
 def _numbers_of(manifest: SplitManifest, count: int, names: Sequence[str]) -> list[int]:
     """Of the dealt shards that have these names."""
-    number_of = dict(zip((shard.name for shard in manifest.shards), _full(manifest, count)))
+    number_of = dict(zip((shard.name for shard in manifest.shards), dealt_numbers(manifest, count)))
     if unknown := [name for name in names if name not in number_of]:
         raise DataError(f"the source does not have the images of {unknown[0]}; give the source as it was converted")
     return [number_of[name] for name in names]
-
-
-def _remove(made: Sequence[Path]) -> None:
-    """What this conversion has made and nothing was written to: a partial folder and those above it."""
-    for path in made:
-        if path.name.endswith(PARTIAL):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):  # something else lies there
-                path.rmdir()
-
-
-@contextmanager
-def _scratch(place: Path) -> Iterator[Path]:
-    """A folder in `place` that is empty, and gone after the block; one that a kill has left is taken up."""
-    scratch = place / SCRATCH
-    try:
-        scratch.mkdir(exist_ok=True)
-        held = lock(scratch / LOCK)
-    except BlockingIOError as error:
-        raise DataError(f"{scratch} is in use by another vir-convert or vir-verify; wait for its end") from error
-    except OSError as error:
-        raise DataError(f"cannot write in {place}: {error.strerror}; make it writable, or give another folder") \
-            from error
-    try:
-        for left in scratch.iterdir():
-            if left.name != LOCK:
-                left.unlink()
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        unlock(held)
-
-
-def _shards(count: int) -> str:
-    return f"{count:,} {'shard' if count == 1 else 'shards'}"
 
 
 def _duration(seconds: float) -> str:
