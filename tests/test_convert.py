@@ -652,7 +652,7 @@ def test_a_second_conversion_into_the_same_folder_is_refused(large, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda source: {"seed": 1}, r"--seed was 0, is 1"),
-    (lambda source: {"on_error": "fix"}, r"--fix was False, is True; the versions"),
+    (lambda source: {"on_error": "fix"}, r"--on-error fix was not given, now .*; the versions"),
     (lambda source: (source / "train/n01/new.JPEG").write_bytes(jpeg(0)) and {}, r"the source had 27 images, has 28"),
     (lambda source: (source / "train/n01/n01_1.JPEG").rename(source / "train/n01/x.JPEG") and {}, "the names"),
     (lambda source: os.utime(source / "train/n02/n02_1.JPEG", (5, 5)) or {}, r"n02_1.JPEG has another size or time"),

@@ -127,6 +127,8 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             return f"the source had {before.get(key)} images, has {now[key]}"
         if key == "source":
             return "the names, classes or places of the source's images are others"
+        if key == "fix":
+            return f"--on-error fix was {'given' if before.get(key) else 'not given'}, now it is the other way round"
         if key == "encoders":
             return f"the versions of what encodes were {before.get(key)}, are {now[key]}"
         return f"--{key.replace('_', '-')} was {before.get(key)}, is {now[key]}"
@@ -146,7 +148,8 @@ def complete(folder: Path, record: Mapping[str, Any]) -> SplitManifest:
         raise DataError(f"{folder} exists already; {again}")
     if differences := _differences(manifest.conversion, record):
         raise DataError(f"{folder} exists already, from another conversion ({differences}); {again}")
-    _sweep(folder)
+    with suppress(OSError):  # the folder may be read-only by now
+        _sweep(folder)
     return manifest
 
 
