@@ -213,12 +213,14 @@ def dry_run(source: Path, split: str, output: Path, settings: Settings = Setting
                   workers=workers, free_bytes=shutil.disk_usage(place).free, skipped=skipped)
 
 
-def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: int) -> None:
+def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: int,
+                   is_stopping: Callable[[], bool] = lambda: False) -> None:
     """Writes shards of a converted split anew from its source. All must come out as the manifest says, byte for byte;
     otherwise none is replaced.
 
     Raises:
         DataError: the split was made elsewhere; the source, or a library that encodes, is another than then.
+        Stopped: `is_stopping` returned True; none was replaced.
     """
     manifest = read_manifest(folder)
     if manifest.conversion is None:
@@ -231,7 +233,7 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
     with _scratch(folder) as scratch:
         numbers = _numbers_of(manifest, listed, parts, names)
         tasks = _Tasks(listed, [parts[number] for number in numbers], scratch, settings.pictures)
-        done = _run(tasks, min(workers, len(tasks)), "local", lambda: False, folder)
+        done = _run(tasks, min(workers, len(tasks)), "local", is_stopping, folder)
         expected = {shard.name: shard.sha256 for shard in manifest.shards}
         for name, shard in zip(names, done):
             if shard.info.sha256 != expected[name]:

@@ -66,7 +66,7 @@ class IndexSummary:
 
 
 @dataclass(frozen=True)
-class _Indexed:
+class IndexedShard:
     """One shard; the rows' labels are final, or ~i for names[i]."""
 
     info: ShardInfo
@@ -108,15 +108,15 @@ def index_shards(pattern: str, *, classes: Sequence[str] | None = None, split: s
     indexed = _run([folder / name for name in names], checksums, jobs, is_stopping)
     if empty := [shard.info.name for shard in indexed if not shard.info.num_samples]:
         raise DataError(f"shards without samples in {folder}: {some(empty)}; remove them, or leave them out of PATTERN")
-    classes, labelled = _label(indexed, classes)
-    _refuse_duplicates(labelled)
+    classes, shards = labelled(indexed, classes)
+    _refuse_duplicates(shards)
     try:
-        manifest = write_split(folder, [(shard.info, shard.rows) for shard in labelled], name=name, split=split,
+        manifest = write_split(folder, [(shard.info, shard.rows) for shard in shards], name=name, split=split,
                                classes=classes, seed=0,
-                               samples_per_shard=max(shard.info.num_samples for shard in labelled))
+                               samples_per_shard=max(shard.info.num_samples for shard in shards))
     except OSError as error:
         raise DataError(_not_writable(folder, error)) from error
-    return IndexSummary(folder, manifest.num_samples, len(labelled), sum(shard.info.bytes for shard in labelled),
+    return IndexSummary(folder, manifest.num_samples, len(shards), sum(shard.info.bytes for shard in shards),
                         len(classes), time.monotonic() - began, checksums)
 
 
@@ -216,7 +216,8 @@ def _not_writable(folder: Path, error: OSError) -> str:
             f"a folder of links and index that: mkdir {folder.name}; ln -s {folder}/*.tar {folder.name}/")
 
 
-def _label(indexed: Sequence[_Indexed], given: Sequence[str] | None) -> tuple[tuple[str, ...], list[_Indexed]]:
+def labelled(indexed: Sequence[IndexedShard], given: Sequence[str] | None
+             ) -> tuple[tuple[str, ...], list[IndexedShard]]:
     """The class list, and the shards with labels that are positions in it."""
     highest = max(int(shard.rows["label"].max()) for shard in indexed)
     names = sorted({name for shard in indexed for name in shard.names})
@@ -241,7 +242,7 @@ def _label(indexed: Sequence[_Indexed], given: Sequence[str] | None) -> tuple[tu
     return classes, [replace(shard, names=()) for shard in indexed]
 
 
-def _numbered(indexed: Sequence[_Indexed], highest: int, given: Sequence[str] | None) -> tuple[str, ...]:
+def _numbered(indexed: Sequence[IndexedShard], highest: int, given: Sequence[str] | None) -> tuple[str, ...]:
     limit = MAX_LABEL if given is None else len(given) - 1
     if highest > limit:
         list_says = (f"the list has {len(given)} classes" if given is not None else
@@ -251,7 +252,7 @@ def _numbered(indexed: Sequence[_Indexed], highest: int, given: Sequence[str] | 
     return tuple(map(str, range(highest + 1))) if given is None else tuple(given)
 
 
-def _first(indexed: Sequence[_Indexed], is_meant: Callable[[np.ndarray], np.ndarray]) -> str:
+def _first(indexed: Sequence[IndexedShard], is_meant: Callable[[np.ndarray], np.ndarray]) -> str:
     """SHARD:KEY of the sample with the highest label among those that are meant."""
     best = max((shard for shard in indexed if is_meant(shard.rows["label"]).any()),
                key=lambda shard: int(shard.rows["label"].max()))
@@ -259,7 +260,7 @@ def _first(indexed: Sequence[_Indexed], is_meant: Callable[[np.ndarray], np.ndar
     return f"{best.info.name}:{rows['key'][rows['label'].argmax()].decode()}"
 
 
-def _refuse_duplicates(indexed: Sequence[_Indexed]) -> None:
+def _refuse_duplicates(indexed: Sequence[IndexedShard]) -> None:
     """Raises DataError where a key comes twice. Takes 17 bytes a sample: only keys of one hash are compared."""
     hashes = np.concatenate([np.fromiter(map(hash, shard.rows["key"].tolist()), np.int64, len(shard.rows))
                              for shard in indexed])
@@ -276,11 +277,11 @@ def _refuse_duplicates(indexed: Sequence[_Indexed]) -> None:
             seen[key] = name
 
 
-def _run(paths: Sequence[Path], checksums: bool, jobs: int, is_stopping: Callable[[], bool]) -> list[_Indexed]:
+def _run(paths: Sequence[Path], checksums: bool, jobs: int, is_stopping: Callable[[], bool]) -> list[IndexedShard]:
     """The shards in order of the paths, with a progress bar."""
     tasks = [_Task(path, checksums) for path in paths]
     ended = run_tasks("local", _index, tasks, min(jobs, len(tasks)), is_stopping, Path())
-    results: dict[int, _Indexed] = {}
+    results: dict[int, IndexedShard] = {}
     bar = tqdm(total=len(paths), unit="shard", mininterval=0.5 if sys.stderr.isatty() else 30)
     with closing(ended), closing(bar):
         for number, result in ended:
@@ -297,17 +298,21 @@ class _Task(NamedTuple):
     checksums: bool
 
 
-def _index(task: _Task) -> _Indexed:
-    path, checksums = task
+def _index(task: _Task) -> IndexedShard:
     try:
-        with open(open_regular(path), "rb", buffering=0) as file:
-            return _index_open(file.fileno(), path, checksums)
+        return index_shard(*task)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; copy or download it again, or leave it out of PATTERN"
-                        ) from error
+        raise DataError(f"cannot read {task.path}: {error.strerror}; copy or download it again, or leave it out of "
+                        "PATTERN") from error
 
 
-def _index_open(descriptor: int, path: Path, checksums: bool) -> _Indexed:
+def index_shard(path: Path, checksums: bool) -> IndexedShard:
+    """Raises DataError where the tar is refused, OSError where it cannot be read."""
+    with open(open_regular(path), "rb", buffering=0) as file:
+        return _index_open(file.fileno(), path, checksums)
+
+
+def _index_open(descriptor: int, path: Path, checksums: bool) -> IndexedShard:
     size = os.fstat(descriptor).st_size
     reading = _Reading(descriptor, path) if checksums else None
     names: dict[str, int] = {}
@@ -324,7 +329,7 @@ def _index_open(descriptor: int, path: Path, checksums: bool) -> _Indexed:
         whole[start:start + len(part)] = part
         start += len(part)
     digest = None if reading is None else reading.rest(size)
-    return _Indexed(ShardInfo(path.name, len(whole), size, digest), whole, tuple(names))
+    return IndexedShard(ShardInfo(path.name, len(whole), size, digest), whole, tuple(names))
 
 
 def _row(sample: TarSample, path: Path, names: dict[str, int],
