@@ -103,6 +103,12 @@ class SplitManifest:
     """Source files that were written anew, as RGB JPEGs."""
     conversion: Mapping[str, Any] | None = None
     """What the bytes depend on: settings and source of the conversion. None for shards made elsewhere."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether vir-convert wrote the shards."""
+        return self.conversion is not None or self.format_version < 2  # 1 had none made elsewhere
 
     @property
     def num_samples(self) -> int:
@@ -159,8 +165,7 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
     manifest = SplitManifest(name=name, split=split, classes=tuple(classes), shards=tuple(info for info, _ in shards),
                              index_sha256=sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
                              skipped=tuple(skipped), fixed=tuple(fixed), conversion=conversion)
-    content = {"format_version": FORMAT_VERSION, **asdict(manifest), "num_samples": manifest.num_samples,
-               "fingerprint": manifest.fingerprint}
+    content = {**asdict(manifest), "num_samples": manifest.num_samples, "fingerprint": manifest.fingerprint}
     replace_text(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
     return manifest
 
@@ -301,7 +306,7 @@ def _manifest_of(content: dict[str, Any]) -> SplitManifest:
         seed=content["seed"], samples_per_shard=content["samples_per_shard"],
         skipped=tuple(SkippedFile(**file) for file in content["skipped"]),
         fixed=tuple(SkippedFile(**file) for file in content.get("fixed", ())),
-        conversion=content.get("conversion"))
+        conversion=content.get("conversion"), format_version=content["format_version"])
     texts = [manifest.name, manifest.split, manifest.index_sha256, *manifest.classes,
              *(shard.name for shard in manifest.shards)]
     if wrong := [value for value in texts if not _is_text(value)]:
