@@ -278,7 +278,9 @@ def manifest_classes_edited(folder):
     label_text("n02_3.json", lambda old: old.replace(b'"label": 1', b'"label": 3'), "json's label is 3, the index"),
     label_text("n02_3.json", lambda old: old.replace(b'"width": 16', b'"width": 17'), "json's width is 17, the index"),
     label_text("n02_3.json", lambda old: b"[" + old[1:], "damaged label: the json is none"),
-    label_text("n02_3.json", lambda old: old.replace(b"n02/", b"n03/"), "belong to no image .*'n02_3.json' is not as"),
+    *[label_text("n02_3.json", lambda old, pair=pair: old.replace(*pair), "belong to no image .*'n02_3.json' is not as")
+      for pair in [(b"n02/", b"n03/"), (b"JPEG", b"JPEF"), (b"JPEG", b"JpEG"), (b"/n02_3", b"/n02\x7f3"),
+                   (b"n02_3.J", b"n02_2.J"), (b"filename", b"fi,ename"), (b"height", b"hdight"), (b", ", b",\t")]],
     padding, end_of_tar, quiet_header_bit, zeroed_header, missing, extra, fifo, device, duplicate_key,
     label_out_of_range, overflowing_offset, broken_key, index_bit, index_of_another_split, rows_of_another_shard,
     fewer_rows, no_index, manifest_hash_edited, manifest_size_edited, manifest_classes_edited,
@@ -419,6 +421,38 @@ def test_damage_to_a_foreign_shard(foreign, name, inside, key, what):
     flip(foreign / "other.tar", member(foreign / "other.tar", name)[1] + inside)
     (finding,) = verify_split(foreign, jobs=1)
     assert finding.key == key and re.search(what, finding.what), str(finding)
+
+
+@pytest.mark.parametrize("members, extension, old, new, what", [
+    ({"json": b'{"label": 1}'}, "json", b"1", b"2", "the json's label is 2, the index says 1$"),
+    ({"json": b'{"label": 1}'}, "json", b"lab", b"lac", 'the json has no "label", the index says 1$'),
+    ({"json": b'{"label": 1}'}, "json", b"{", b"[", r"the json is none: b'\["),
+    ({"json": b'{"label": 7}', "cls": b"1"}, "cls", b"1", b"2", "the cls is b'2', the index says 1$"),
+    ({"json": b'{"label": 7}', "cls": b"1"}, "json", b"7", b"6", None),
+    ({"txt": b"1"}, "txt", b"1", b"0", r"the txt is b'0', the index says 1 \(bee\)$"),
+    ({"txt": b"bee"}, "txt", b"bee", b"bed", r"the txt is b'bed', the index says 1 \(bee\)$"),
+    ({"txt": b"bee"}, "txt", b"bee", b"\xffee", r"the txt is b'.xffee', the index says 1 \(bee\)$"),
+    ({"json": b'{"label": 1}', "txt": b"a caption"}, "txt", b"cap", b"cab", None),
+    ({"txt": b"a caption", "cls": b"1"}, "txt", b"cap", b"cab", None),
+])
+def test_a_damaged_label_of_a_foreign_shard(tmp_path, members, extension, old, new, what):
+    """What tells the label is compared, and what does not is not: then the shard alone is named."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key in ("a", "b", "c"):
+            for kind, content in (("jpg", IMAGES[0]), *members.items()):
+                item = tarfile.TarInfo(f"{key}.{kind}")
+                item.size, item.mtime = len(content), 5
+                tar.addfile(item, BytesIO(content))
+    index_shards(str(tmp_path), classes=["ant", "bee", "cat"], checksums=True, jobs=1)
+    _, offset, _ = member(tmp_path / "a.tar", f"b.{extension}")
+    with open(tmp_path / "a.tar", "r+b") as file:
+        file.seek(offset + members[extension].index(old))
+        file.write(new)
+    (finding,) = verify_split(tmp_path, jobs=1)
+    if what is None:
+        assert (finding.key, finding.offset) == (None, None) and "other members are damaged" in finding.what
+    else:
+        assert (finding.key, finding.offset) == ("b", offset) and re.search(what, finding.what), str(finding)
 
 
 def test_findings_are_bounded(tmp_path):
