@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.manifests import edit_manifest
 from vir import index as index_module
 from vir.data import foreign
 from vir.data.executors import Stopped
@@ -215,9 +216,9 @@ def test_a_manifest_of_this_command_is_replaced_and_no_other(folder, tmp_path):
     make_tar(folder / "set-validation-00.tar", sample(50))
     refused(folder / "set-validation-00.tar", "is the manifest of other shards .*give each split a folder of its own")
     assert len(ShardReader(folder)) == 12
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for change in ({"conversion": {"seed": 0}}, {"format_version": 1}):
-        (folder / "manifest.json").write_text(text := json.dumps({**manifest, **change}))
+    for change in ({"conversion": {"seed": 0}}, {"format_version": 1, "conversion": None}):
+        edit_manifest(folder, lambda content: content.update(change))
+        text = (folder / "manifest.json").read_text()
         refused(folder, "manifest.json was written by vir-convert, .*it stays")
         assert (folder / "manifest.json").read_text() == text
     (folder / "manifest.json").write_text("[" * 100_000)

@@ -1,6 +1,5 @@
 """Every kind of damage to a split is named, by shard, key and offset; a sound one passes; what is damaged is mended."""
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.manifests import edit_manifest, name_index
 from vir import verify as verify_module
 from vir.data.convert import convert
 from vir.data.damage import MAX_ALIKE, Finding, damaged_structure
@@ -89,25 +89,11 @@ def member(path, name):
         return found.offset, found.offset_data, found.size
 
 
-def edit_manifest(folder, edit):
-    """As a knowing hand would: what the manifest says of itself is true again afterwards."""
-    content = json.loads((folder / "manifest.json").read_text())
-    edit(content)
-    (folder / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="contradicts itself"):
-        read_manifest(folder)
-    from vir.data import shards
-    manifest = shards._manifest_of(content)
-    content.update(num_samples=manifest.num_samples, fingerprint=manifest.fingerprint)
-    (folder / "manifest.json").write_text(json.dumps(content))
-
-
 def edit_index(folder, edit, is_named=True):
     index = edit(read_index(folder).copy())
-    text, before = (folder / "manifest.json").read_text(), sha256(folder / "index.npy")
     np.save(folder / "index.npy", index)
     if is_named:
-        (folder / "manifest.json").write_text(text.replace(before, sha256(folder / "index.npy")))
+        name_index(folder)
 
 
 def setting(field, row, value):
@@ -252,9 +238,8 @@ def manifest_hash_edited(folder):
 
 
 def manifest_size_edited(folder):
-    path = folder / "manifest.json"
     size = (folder / NAMES[2]).stat().st_size
-    path.write_text(path.read_text().replace(f'"bytes": {size}', '"bytes": 20480'))
+    edit_manifest(folder, lambda content: content["shards"][2].update(bytes=20480))
     return NAMES[2], None, None, f"the manifest was edited: it says 20480 bytes, and the sha256 of this file of {size}"
 
 

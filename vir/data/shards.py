@@ -26,7 +26,7 @@ from vir.errors import DataError
 from vir.files import open_regular, read_regular, replace_text, replacing, sha256
 
 FORMAT_VERSION = 2
-"""2: a shard may be without sha256; `fixed` and `conversion` in the manifest."""
+"""2: a shard may be without sha256; `fixed`, `conversion` and a checksum of its own in the manifest."""
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -166,8 +166,15 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
                              index_sha256=sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
                              skipped=tuple(skipped), fixed=tuple(fixed), conversion=conversion)
     content = {**asdict(manifest), "num_samples": manifest.num_samples, "fingerprint": manifest.fingerprint}
+    content["manifest_sha256"] = _digest(content)
     replace_text(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
     return manifest
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, but for this digest itself: a flipped bit anywhere in it is seen."""
+    rest = {key: value for key, value in content.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
 
 
 def write_index(path: Path, parts: Sequence[np.ndarray]) -> None:
@@ -209,17 +216,19 @@ def read_manifest(folder: Path) -> SplitManifest:
     try:
         manifest = _manifest_of(content)
         whole = (content["num_samples"], content["fingerprint"]) == (manifest.num_samples, manifest.fingerprint)
+        if version > 1 or "manifest_sha256" in content:
+            whole = whole and content["manifest_sha256"] == _digest(content)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the split again") from error
-    if not whole:
-        raise DataError(f"{path} contradicts itself (sample count or fingerprint): it was edited or is damaged; "
-                        f"copy the split again or convert it again")
     names = [shard.name for shard in manifest.shards]
     if outside := [name for name in names if name != os.path.basename(name) or name in (os.curdir, os.pardir)]:
         raise DataError(f"{path} names shards outside its folder: {outside[0]!r}")
     (name, count), = Counter(names).most_common(1) or [("", 0)]
     if count > 1:
         raise DataError(f"{path} names the shard {name!r} {count} times; copy the split again or convert it again")
+    if not whole:
+        raise DataError(f"{path} contradicts itself (sample count, fingerprint or checksum): it was edited or is "
+                        f"damaged; copy the split again or convert it again")
     return manifest
 
 
