@@ -202,10 +202,21 @@ def test_folders_that_are_not_a_split(folder, tmp_path):
         read_manifest(tmp_path / "val")
 
 
+@pytest.mark.parametrize("names", [["ILSVRC2012_img_train.tar"],
+                                   ["ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_val.tar"]])
+def test_archives_of_imagenet_are_to_be_converted(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as error:
+        read_manifest(tmp_path)
+    assert str(error.value).endswith(f"but no manifest.json: archives of ImageNet; convert them: vir-convert --source "
+                                     f"{tmp_path} --split SPLIT --output SHARDS")
+
+
 @pytest.mark.parametrize("names, said, way", [
     (["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"], "2 tar files (imagenet1k-train-0000.tar, ...)", None),
-    (["ILSVRC2012_img_train.tar"], "1 tar file (ILSVRC2012_img_train.tar)", None),
-    (["ILSVRC2012_devkit_t12.tar.gz", "b.tgz"], "2 tar files (ILSVRC2012_devkit_t12.tar.gz, ...)",
+    (["a.tar"], "1 tar file (a.tar)", None),
+    (["a.tar.gz", "b.tgz"], "2 tar files (a.tar.gz, ...)",
      "they are compressed: unpack them (gunzip) to plain tars first")])
 def test_tars_that_were_made_elsewhere_are_named_with_the_command_that_reads_them(tmp_path, names, said, way):
     folder = tmp_path / "train"
@@ -216,7 +227,7 @@ def test_tars_that_were_made_elsewhere_are_named_with_the_command_that_reads_the
         read_manifest(folder)
     assert str(error.value) == (
         f"{folder} holds {said} but no manifest.json: shards or archives made elsewhere; make the index of WebDataset "
-        f"shards: {way or f'vir-index {folder}'}; convert other archives: vir-convert --source {folder} --split train "
+        f"shards: {way or f'vir-index {folder}'}; convert other archives: vir-convert --source {folder} --split SPLIT "
         "--output SHARDS")
 
 

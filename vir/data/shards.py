@@ -384,9 +384,12 @@ def _why_no_manifest(folder: Path) -> str:
         plain = [name for name in tars if name.endswith(".tar")]
         index = (f"vir-index {shlex.quote(str(folder))}" if plain else
                  "they are compressed: unpack them (gunzip) to plain tars first")
-        return (f"{folder} holds {count} ({tars[0]}{', ...' if tars[1:] else ''}) but no {MANIFEST}: shards or "
-                f"archives made elsewhere; make the index of WebDataset shards: {index}; convert other archives: "
-                f"{convert.format(shlex.quote(str(folder)), folder.name)}")
+        archives = convert.format(shlex.quote(str(folder)), "SPLIT")
+        holds = f"{folder} holds {count} ({tars[0]}{', ...' if tars[1:] else ''}) but no {MANIFEST}: "
+        if any(name.startswith("ILSVRC2012_") for name in tars):
+            return f"{holds}archives of ImageNet; convert them: {archives}"
+        return (f"{holds}shards or archives made elsewhere; make the index of WebDataset shards: {index}; convert other "
+                f"archives: {archives}")
     if folders:
         return (f"{folder} has no {MANIFEST}; it looks like an ImageNet folder of {len(folders)} class folders "
                 f"({folders[0]}, ...): convert it first: {convert.format(folder.parent, folder.name)}")
