@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
     add("--jobs", type=int, default=cores, help=f"threads, each with its own shard (default {cores}: one per core)")
     add("--repair", type=Path, metavar="SOURCE", help="what the shards were converted from: damaged ones are written "
-                                                      "anew")
+                                                      "anew (an index alone needs none: give any folder)")
     return parser
 
 

@@ -46,6 +46,7 @@ from vir.data.shards import (
 from vir.data.sources.choose import open_source
 from vir.data.sources.listing import Sample, Source
 from vir.data.sources.reading import SampleReader, states
+from vir.data.tar import padded
 from vir.errors import DataError, SettingsError, VirError
 from vir.files import TEMPORARY, flush, lock, replace_text, replacing, unlock
 
@@ -299,7 +300,7 @@ def _deal(total: int, sizes: np.ndarray | None, settings: Settings) -> list[np.n
         count = -(-total // settings.samples_per_shard)
         return np.split(order, [total * number // count for number in range(1, count)])
     assert sizes is not None  # asked for where bytes_per_shard is given
-    ends = np.cumsum(-(-sizes[order] // 512) * 512 + _TAR_BYTES)
+    ends = np.cumsum(padded(sizes[order]) + _TAR_BYTES)
     count = min(-(-int(ends[-1]) // settings.bytes_per_shard), total)
     cuts = np.searchsorted(ends, [int(ends[-1]) * number // count for number in range(1, count)], side="left")
     return [part for part in np.split(order, cuts) if len(part)]

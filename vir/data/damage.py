@@ -13,7 +13,7 @@ import numpy as np
 
 from vir.data.shards import ShardInfo, index_dtype, member_header, sample_json
 from vir.data.sources.listing import IMAGE_EXTENSIONS, make_key
-from vir.data.tar import BLOCK, Member, TarError, scan
+from vir.data.tar import BLOCK, Member, TarError, padded, scan
 from vir.data.tar_samples import IMAGES, LABELS, MAX_LABEL_BYTES, split_name, told_in
 
 MAX_ALIKE = 100
@@ -128,7 +128,7 @@ class _Look:
         while position is not None:
             position = self._walk(position)
         if not self.found:  # else a damaged header explains it
-            is_inside = self.offsets <= self.size - self.rows["size"] - -self.rows["size"] % BLOCK
+            is_inside = self.offsets <= self.size - padded(np.minimum(self.rows["size"], self.size))
             for i in np.flatnonzero(~self.is_met & is_inside).tolist():
                 self._add(self._sample(i).key, self._sample(i).offset, "the index has an image here, the tar has none")
         if not self.found and self.odd["header"].is_exception():
@@ -152,7 +152,7 @@ class _Look:
                     self._end_sample(is_whole)
                     is_whole = is_whole or last_key is not None
                 self._member(member, key, (extension or "").lower())
-                last, last_key = _behind(member.offset, member.size), key
+                last, last_key = member.offset + padded(member.size), key
             self._end_sample(is_whole)
         except TarError as error:
             self._end_sample(is_whole=False)
@@ -168,7 +168,7 @@ class _Look:
             self._add(_owner(around, stop), stop, what)
         # Behind the damaged header, the index knows where images begin and end; headers are before and behind them.
         places = [place for sample in around
-                  for place in (_header_start(self.descriptor, sample.offset), _behind(sample.offset, sample.size))
+                  for place in (_header_start(self.descriptor, sample.offset), sample.offset + padded(sample.size))
                   if stop < place <= self.size - BLOCK]
         return min(places, default=None)
 
@@ -325,11 +325,6 @@ def _owner(around: Sequence[_Sample], header: int) -> str | None:
             return sample.key if sample.offset - header <= 3 * BLOCK else before
         before = sample.key
     return before
-
-
-def _behind(offset: int, size: int) -> int:
-    """Where the next header begins behind a content."""
-    return offset + -(-size // BLOCK) * BLOCK
 
 
 def _header_start(descriptor: int, offset: int) -> int:

@@ -24,14 +24,14 @@ from vir.data.decode import BadSampleError, inspect_image
 from vir.data.executors import Stopped, run_tasks, stopping
 from vir.data.shards import MANIFEST, ShardInfo, SplitManifest, index_dtype, read_manifest, write_split
 from vir.data.sources.folder import names_in, some
+from vir.data.sources.reading import MAX_IMAGE_BYTES
 from vir.data.tar import Member
 from vir.data.tar_samples import TarSample, read_part, read_samples
 from vir.errors import DataError, SettingsError
 from vir.files import open_regular, try_to_write
 
-MAX_KEY_BYTES = 512
+MAX_FOREIGN_KEY_BYTES = 512
 """The longest key, in UTF-8, folders included: every row of the index takes as much as the longest key."""
-MAX_IMAGE_BYTES = 1 << 30
 MAX_CLASS_NAMES = 1 << 16
 """The most different names that the txt of a split may hold without a class list: more are captions."""
 MAX_LABEL = (1 << 20) - 1
@@ -367,9 +367,9 @@ def _index_open(descriptor: int, path: Path, checksums: bool) -> IndexedShard:
 def _row(sample: TarSample, path: Path, names: dict[str, int],
          reading: _Reading | None) -> tuple[int, int, int, int, int, int, int, bytes]:
     key, image = sample.key.encode(), sample.image
-    if len(key) > MAX_KEY_BYTES:
+    if len(key) > MAX_FOREIGN_KEY_BYTES:
         raise DataError(f"{path}: the key {sample.key[:50]!r}... at byte {sample.start} has {len(key)} bytes, the "
-                        f"limit is {MAX_KEY_BYTES}; write the shard again with shorter names")
+                        f"limit is {MAX_FOREIGN_KEY_BYTES}; write the shard again with shorter names")
     if not 0 < image.size <= MAX_IMAGE_BYTES:
         raise DataError(f"{path}: the image of sample {sample.key!r} at byte {image.offset} has {image.size} bytes, "
                         f"expected 1 to {MAX_IMAGE_BYTES}; copy or download the shard again")

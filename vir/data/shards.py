@@ -47,7 +47,7 @@ INDEX_FIELDS = [
 MAX_MANIFEST_BYTES = 1 << 26
 """Of a manifest that is read: 200,000 shards take less, and no JSON of this size fills the memory."""
 
-MAX_KEY_BYTES = 4096
+MAX_INDEX_KEY_BYTES = 4096
 """Of an index that is read: no path is longer."""
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -276,7 +276,7 @@ def _is_index(shape: tuple[int, ...], dtype: np.dtype) -> bool:
     names = [name for name, _ in INDEX_FIELDS] + ["key"]
     if len(shape) != 1 or not 0 <= shape[0] < 1 << 50 or dtype.names is None or list(dtype.names) != names:
         return False
-    return dtype["key"].itemsize <= MAX_KEY_BYTES and dtype == index_dtype(dtype["key"].itemsize)
+    return dtype["key"].itemsize <= MAX_INDEX_KEY_BYTES and dtype == index_dtype(dtype["key"].itemsize)
 
 
 class _TarWriter:
@@ -388,8 +388,8 @@ def _why_no_manifest(folder: Path) -> str:
         holds = f"{folder} holds {count} ({tars[0]}{', ...' if tars[1:] else ''}) but no {MANIFEST}: "
         if any(name.startswith("ILSVRC2012_") for name in tars):
             return f"{holds}archives of ImageNet; convert them: {archives}"
-        return (f"{holds}shards or archives made elsewhere; make the index of WebDataset shards: {index}; convert other "
-                f"archives: {archives}")
+        return (f"{holds}shards or archives made elsewhere; make the index of WebDataset shards: {index}; convert "
+                f"other archives: {archives}")
     if folders:
         return (f"{folder} has no {MANIFEST}; it looks like an ImageNet folder of {len(folders)} class folders "
                 f"({folders[0]}, ...): convert it first: {convert.format(folder.parent, folder.name)}")
