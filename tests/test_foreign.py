@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.manifests import edit_manifest
 from vir import index as index_module
 from vir.data import foreign
 from vir.data.executors import Stopped
@@ -191,7 +192,7 @@ def test_patterns(folder, monkeypatch):
 def test_patterns_that_are_refused(folder, tmp_path, monkeypatch):
     refused(folder / "set-train-{00..05}.tar", r"3 of the 6 shards that .* names are missing: '.*set-train-03.tar'")
     refused(folder / "no-*.tar", "no .tar is named by .*quote the pattern")
-    refused(folder / "gone.tar", "no .tar is named by")
+    refused(folder / "gone.tar", "gone.tar does not exist; give a folder of tars, or a quoted pattern")
     refused(tmp_path, "holds no .tar; found 'train'")
     refused(folder / "set-train-{00..02.tar", "has braces that do not match", SettingsError)
     refused(folder / "{0..99999999999999}.tar", "names more than 1048576 shards", SettingsError)
@@ -215,13 +216,51 @@ def test_a_manifest_of_this_command_is_replaced_and_no_other(folder, tmp_path):
     make_tar(folder / "set-validation-00.tar", sample(50))
     refused(folder / "set-validation-00.tar", "is the manifest of other shards .*give each split a folder of its own")
     assert len(ShardReader(folder)) == 12
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for change in ({"conversion": {"seed": 0}}, {"format_version": 1}):
-        (folder / "manifest.json").write_text(text := json.dumps({**manifest, **change}))
+    for change in ({"conversion": {"seed": 0}}, {"format_version": 1, "conversion": None}):
+        edit_manifest(folder, lambda content: content.update(change))
+        text = (folder / "manifest.json").read_text()
         refused(folder, "manifest.json was written by vir-convert, .*it stays")
         assert (folder / "manifest.json").read_text() == text
     (folder / "manifest.json").write_text("[" * 100_000)
     refused(folder, "is not valid JSON")
+
+
+def test_what_was_given_once_is_not_lost(folder, tmp_path, capsys):
+    """Files for other readers are written beside an index as it is; to index anew asks for the same again."""
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    given = ["--classes", str(tmp_path / "classes.txt"), "--checksums"]
+    main = index_module.main
+    assert main([str(folder), *given, "--jobs", "1"]) == 0
+    before = [(folder / name).read_bytes() for name in ("index.npy", "manifest.json")]
+    for pattern in (folder, f"{folder}/set-train-{{02..00}}.tar"):
+        assert main([str(pattern), "--also", "wids"]) == 0
+        (folder / "shardindex.json").unlink()
+    for arguments, message in [
+        (["--classes", given[1]], "manifest.json has checksums, which would be lost: give --checksums, or remove "),
+        (["--checksums"], "manifest.json has a list of 3 classes ('a', 'b', 'c'), which would be lost: give the list "),
+        (["--checksums", "--also", "wids"], "has a list of 3 classes"),
+        (["--also", "wids", "--split", "val"], "has checksums, which would be lost"),
+    ]:
+        assert main([str(folder), *arguments, "--jobs", "1"]) == 3
+        assert message in capsys.readouterr().err
+    assert [(folder / name).read_bytes() for name in ("index.npy", "manifest.json")] == before
+    make_tar(folder / "set-train-03.tar", sample(40))  # with another shard, the index is made anew
+    assert main([str(folder), "--also", "wids"]) == 3
+    assert main([str(folder), "--also", "wids", *given, "--jobs", "1"]) == 0
+    assert len(json.loads((folder / "shardindex.json").read_text())["shardlist"]) == 4
+    assert main([str(folder), *given, "--split", "val", "--jobs", "1"]) == 0 and read_manifest(folder).split == "val"
+    index(folder, checksums=True, classes=["0", "1", "2"])
+    index(folder, checksums=True)  # these are no names
+
+
+def test_names_from_txt_may_become_more_but_their_order_stays(tmp_path):
+    make_tar(tmp_path / "s/a.tar", sample(0, label=[("k000.txt", b"cat")]) + sample(1, label=[("k001.txt", b"eel")]))
+    index(tmp_path / "s")
+    make_tar(tmp_path / "s/b.tar", sample(2, label=[("k002.txt", b"dog")]))
+    index(tmp_path / "s")
+    assert read_manifest(tmp_path / "s").classes == ("cat", "dog", "eel")
+    index(tmp_path / "s", classes=["eel", "dog", "cat"])
+    refused(tmp_path / "s", "has a list of 3 classes .*, which would be lost")
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(folder, monkeypatch):
@@ -316,7 +355,11 @@ def test_captions_are_no_class_names(folder, monkeypatch):
     for shard, numbers in (("y", (50, 51)), ("z", (52, 53))):
         make_tar(folder / "in" / f"{shard}.tar", [member for number in numbers for member in sample(
             number, label=[(f"k{number:03d}.txt", b"a caption %d" % number)])])
-    refused(folder / "in", "the txt hold 4 different texts, as 'a caption 50': these are captions.*--classes")
+    refused(folder / "in", "the txt hold more than 3 different texts, as 'a caption 5.' in .*captions.*--classes")
+    (folder / "in/zz.tar").write_bytes(b"")  # refused at once: nobody comes as far as here
+    refused(folder / "in", "more than 3 different texts")
+    refused(folder / "in", "y.tar:k050 has the class 'a caption 50', which the list of 1 classes lacks", classes=["a"])
+    (folder / "in/zz.tar").unlink()
     make_tar(folder / "in/y.tar", [member for number in range(6) for member in sample(
         number, label=[(f"k{number:03d}.txt", b"a caption %d" % number)])])
     with pytest.raises(DataError, match="y.tar: the txt hold more than 3 different texts, .*captions"):
@@ -333,7 +376,7 @@ def test_an_image_of_gigabytes_is_not_read(tmp_path):
         label = tarfile.TarInfo("k.cls")
         label.size = 1
         file.write(label.tobuf() + b"1" + bytes(511 + 1024))
-    refused(tmp_path, "the image of sample 'k' at byte 512 has 3221225472 bytes, expected 1 to 1073741824",
+    refused(tmp_path, "the image of sample 'k' at byte 512 has 3221225472 bytes, expected 1 to 268435456",
             checksums=True)
 
 
@@ -362,7 +405,7 @@ def test_the_command(folder, tmp_path):
 
 def test_the_command_tells_errors_in_a_line(folder, tmp_path, capsys):
     for arguments, code, message in [
-        ([str(tmp_path / "gone")], 3, "vir-index: no .tar is named by"),
+        ([str(tmp_path / "gone")], 3, f"vir-index: {tmp_path / 'gone'} does not exist; give"),
         ([str(folder), "--also", "timm,tf"], 2, "vir-index: --also 'tf' is none of timm, dali, energon, wids, open_"),
         ([str(folder), "--classes", str(tmp_path / "no")], 3, "vir-index: cannot read the class list"),
     ]:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.manifests import name_index
 from vir.data import reader as reader_module
 from vir.data.decode import BadSampleError, decode_image, inspect_image
 from vir.data.reader import ShardReader
 from vir.data.shards import ShardSample, read_index, read_manifest, write_shard, write_split
 from vir.errors import DataError
-from vir.files import sha256
 
 LABELS = [0, 0, 0, 2, 1, 0, 0, 1]  # three shards of 4, 3 and 1
 
@@ -164,11 +164,8 @@ def edit_index(edit):
     """Changes the index together with its hash in the manifest, as a converter with a defect would."""
     def damage(folder):
         index = edit(read_index(folder).copy())
-        manifest = (folder / "manifest.json").read_text()
-        old = sha256(folder / "index.npy")
         np.save(folder / "index.npy", index)
-        (folder / "manifest.json").write_text(
-            manifest.replace(old, sha256(folder / "index.npy")))
+        name_index(folder)
     return damage
 
 

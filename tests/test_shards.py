@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -132,6 +133,9 @@ def change(**fields):
     (change(format_version=None), r"no manifest of shards \(format_version is None\)"),
     (change(num_samples=5), r"contradicts itself"),
     (change(classes=["b", "a"]), r"contradicts itself"),
+    (change(split="val"), r"contradicts itself \(sample count, fingerprint or checksum\)"),
+    (change(manifest_sha256="0" * 64), r"contradicts itself"),
+    (change(format_version=1, seed=6), r"contradicts itself"),
     (change(shards=[{"name": "a"}]), r"is damaged \(TypeError"),
     (change(shards=[], num_samples=0), r"contradicts itself"),
     (lambda folder: (folder / "manifest.json").write_text('{"format_ver'), r"is not valid JSON"),
@@ -141,6 +145,33 @@ def change(**fields):
 def test_broken_manifests(folder, damage, message):
     damage(folder)
     with pytest.raises(DataError, match=message):
+        read_manifest(folder)
+
+
+def test_every_changed_byte_of_a_manifest_is_found(folder):
+    """But for white space between the values: that is no value."""
+    path = folder / "manifest.json"
+    write_split(folder, [write_shard(folder / "s.tar", samples())], name="s", split="train", classes=["a", "b"], seed=5,
+                samples_per_shard=4, conversion={"seed": 5, "changes": {"a PNG called JPEG": 3}, "quality": None})
+    whole, before = path.read_bytes(), read_manifest(folder)
+    for place, byte in enumerate(whole):
+        for new in {byte ^ 1, byte ^ 16, byte ^ 32, ord("0"), ord(" ")} - {byte}:
+            path.write_bytes(whole[:place] + bytes([new]) + whole[place + 1:])
+            try:
+                assert read_manifest(folder) == before and {chr(byte), chr(new)} <= set(" \n\t\r"), (place, chr(new))
+            except DataError as error:
+                assert "manifest.json" in str(error)
+
+
+def test_version_1_had_no_checksum(folder):
+    before = read_manifest(folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    for key in ("fixed", "conversion", "manifest_sha256"):
+        del content[key]
+    (folder / "manifest.json").write_text(json.dumps({**content, "format_version": 1}))
+    assert read_manifest(folder) == replace(before, format_version=1) and read_manifest(folder).is_converted
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="is damaged .KeyError: 'manifest_sha256'"):
         read_manifest(folder)
 
 
@@ -171,10 +202,21 @@ def test_folders_that_are_not_a_split(folder, tmp_path):
         read_manifest(tmp_path / "val")
 
 
+@pytest.mark.parametrize("names", [["ILSVRC2012_img_train.tar"],
+                                   ["ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_img_val.tar"]])
+def test_archives_of_imagenet_are_to_be_converted(tmp_path, names):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as error:
+        read_manifest(tmp_path)
+    assert str(error.value).endswith(f"but no manifest.json: archives of ImageNet; convert them: vir-convert --source "
+                                     f"{tmp_path} --split SPLIT --output SHARDS")
+
+
 @pytest.mark.parametrize("names, said, way", [
     (["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar"], "2 tar files (imagenet1k-train-0000.tar, ...)", None),
-    (["ILSVRC2012_img_train.tar"], "1 tar file (ILSVRC2012_img_train.tar)", None),
-    (["ILSVRC2012_devkit_t12.tar.gz", "b.tgz"], "2 tar files (ILSVRC2012_devkit_t12.tar.gz, ...)",
+    (["a.tar"], "1 tar file (a.tar)", None),
+    (["a.tar.gz", "b.tgz"], "2 tar files (a.tar.gz, ...)",
      "they are compressed: unpack them (gunzip) to plain tars first")])
 def test_tars_that_were_made_elsewhere_are_named_with_the_command_that_reads_them(tmp_path, names, said, way):
     folder = tmp_path / "train"
@@ -185,7 +227,7 @@ def test_tars_that_were_made_elsewhere_are_named_with_the_command_that_reads_the
         read_manifest(folder)
     assert str(error.value) == (
         f"{folder} holds {said} but no manifest.json: shards or archives made elsewhere; make the index of WebDataset "
-        f"shards: {way or f'vir-index {folder}'}; convert other archives: vir-convert --source {folder} --split train "
+        f"shards: {way or f'vir-index {folder}'}; convert other archives: vir-convert --source {folder} --split SPLIT "
         "--output SHARDS")
 
 

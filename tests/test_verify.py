@@ -1,13 +1,15 @@
 """Every kind of damage to a split is named, by shard, key and offset; a sound one passes; what is damaged is mended."""
 
-import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zlib
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -15,8 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.manifests import edit_manifest, name_index
+from vir import verify as verify_module
 from vir.data.convert import convert
 from vir.data.damage import MAX_ALIKE, Finding, damaged_structure
+from vir.data.executors import Stopped
+from vir.data.foreign import index_shards
 from vir.data.shards import (
     ShardInfo,
     ShardSample,
@@ -83,25 +89,11 @@ def member(path, name):
         return found.offset, found.offset_data, found.size
 
 
-def edit_manifest(folder, edit):
-    """As a knowing hand would: what the manifest says of itself is true again afterwards."""
-    content = json.loads((folder / "manifest.json").read_text())
-    edit(content)
-    (folder / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="contradicts itself"):
-        read_manifest(folder)
-    from vir.data import shards
-    manifest = shards._manifest_of(content)
-    content.update(num_samples=manifest.num_samples, fingerprint=manifest.fingerprint)
-    (folder / "manifest.json").write_text(json.dumps(content))
-
-
 def edit_index(folder, edit, is_named=True):
     index = edit(read_index(folder).copy())
-    text, before = (folder / "manifest.json").read_text(), sha256(folder / "index.npy")
     np.save(folder / "index.npy", index)
     if is_named:
-        (folder / "manifest.json").write_text(text.replace(before, sha256(folder / "index.npy")))
+        name_index(folder)
 
 
 def setting(field, row, value):
@@ -246,9 +238,8 @@ def manifest_hash_edited(folder):
 
 
 def manifest_size_edited(folder):
-    path = folder / "manifest.json"
     size = (folder / NAMES[2]).stat().st_size
-    path.write_text(path.read_text().replace(f'"bytes": {size}', '"bytes": 20480'))
+    edit_manifest(folder, lambda content: content["shards"][2].update(bytes=20480))
     return NAMES[2], None, None, f"the manifest was edited: it says 20480 bytes, and the sha256 of this file of {size}"
 
 
@@ -272,7 +263,9 @@ def manifest_classes_edited(folder):
     label_text("n02_3.json", lambda old: old.replace(b'"label": 1', b'"label": 3'), "json's label is 3, the index"),
     label_text("n02_3.json", lambda old: old.replace(b'"width": 16', b'"width": 17'), "json's width is 17, the index"),
     label_text("n02_3.json", lambda old: b"[" + old[1:], "damaged label: the json is none"),
-    label_text("n02_3.json", lambda old: old.replace(b"n02/", b"n03/"), "belong to no image .*'n02_3.json' is not as"),
+    *[label_text("n02_3.json", lambda old, pair=pair: old.replace(*pair), "belong to no image .*'n02_3.json' is not as")
+      for pair in [(b"n02/", b"n03/"), (b"JPEG", b"JPEF"), (b"JPEG", b"JpEG"), (b"/n02_3", b"/n02\x7f3"),
+                   (b"n02_3.J", b"n02_2.J"), (b"filename", b"fi,ename"), (b"height", b"hdight"), (b", ", b",\t")]],
     padding, end_of_tar, quiet_header_bit, zeroed_header, missing, extra, fifo, device, duplicate_key,
     label_out_of_range, overflowing_offset, broken_key, index_bit, index_of_another_split, rows_of_another_shard,
     fewer_rows, no_index, manifest_hash_edited, manifest_size_edited, manifest_classes_edited,
@@ -415,6 +408,38 @@ def test_damage_to_a_foreign_shard(foreign, name, inside, key, what):
     assert finding.key == key and re.search(what, finding.what), str(finding)
 
 
+@pytest.mark.parametrize("members, extension, old, new, what", [
+    ({"json": b'{"label": 1}'}, "json", b"1", b"2", "the json's label is 2, the index says 1$"),
+    ({"json": b'{"label": 1}'}, "json", b"lab", b"lac", 'the json has no "label", the index says 1$'),
+    ({"json": b'{"label": 1}'}, "json", b"{", b"[", r"the json is none: b'\["),
+    ({"json": b'{"label": 7}', "cls": b"1"}, "cls", b"1", b"2", "the cls is b'2', the index says 1$"),
+    ({"json": b'{"label": 7}', "cls": b"1"}, "json", b"7", b"6", None),
+    ({"txt": b"1"}, "txt", b"1", b"0", r"the txt is b'0', the index says 1 \(bee\)$"),
+    ({"txt": b"bee"}, "txt", b"bee", b"bed", r"the txt is b'bed', the index says 1 \(bee\)$"),
+    ({"txt": b"bee"}, "txt", b"bee", b"\xffee", r"the txt is b'.xffee', the index says 1 \(bee\)$"),
+    ({"json": b'{"label": 1}', "txt": b"a caption"}, "txt", b"cap", b"cab", None),
+    ({"txt": b"a caption", "cls": b"1"}, "txt", b"cap", b"cab", None),
+])
+def test_a_damaged_label_of_a_foreign_shard(tmp_path, members, extension, old, new, what):
+    """What tells the label is compared, and what does not is not: then the shard alone is named."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key in ("a", "b", "c"):
+            for kind, content in (("jpg", IMAGES[0]), *members.items()):
+                item = tarfile.TarInfo(f"{key}.{kind}")
+                item.size, item.mtime = len(content), 5
+                tar.addfile(item, BytesIO(content))
+    index_shards(str(tmp_path), classes=["ant", "bee", "cat"], checksums=True, jobs=1)
+    _, offset, _ = member(tmp_path / "a.tar", f"b.{extension}")
+    with open(tmp_path / "a.tar", "r+b") as file:
+        file.seek(offset + members[extension].index(old))
+        file.write(new)
+    (finding,) = verify_split(tmp_path, jobs=1)
+    if what is None:
+        assert (finding.key, finding.offset) == (None, None) and "other members are damaged" in finding.what
+    else:
+        assert (finding.key, finding.offset) == ("b", offset) and re.search(what, finding.what), str(finding)
+
+
 def test_findings_are_bounded(tmp_path):
     """A tar of many members that the index does not know, and one of a thousand damaged images."""
     samples = [ShardSample(f"k_{number}", IMAGES[0], "jpg", 16, 16, 0, f"n01/{number}.JPEG") for number in range(300)]
@@ -447,7 +472,7 @@ def test_the_command_line(folder, tmp_path):
     *findings, summary = broken.stdout.splitlines()
     assert broken.returncode == 3 and "Traceback" not in broken.stderr
     assert findings[0].startswith(f"train/{NAMES[1]}:{key}@{offset}: the image's")
-    assert summary == f"{folder} is NOT SOUND: 1 finding in 1 file; --repair SOURCE writes shards of vir-convert anew"
+    assert summary == f"{folder} is NOT SOUND: 1 finding in 1 file"
 
 
 def test_the_summary_says_what_was_not_checked(folder, capsys):
@@ -465,9 +490,69 @@ def test_what_is_no_split_and_what_is_no_number_of_jobs(tmp_path, folder, capsys
         split_folders(tmp_path / "gone")
     with pytest.raises(SettingsError, match="--jobs must be at least 1, got 0"):
         verify_split(folder, jobs=0)
-    with pytest.raises(DataError, match="has an index.npy but no manifest.json"):
-        (folder / "manifest.json").unlink()
-        verify_split(folder, jobs=1)
+    with pytest.raises(DataError, match="no such folder"):
+        verify_split(tmp_path / "gone", jobs=1)
+
+
+@pytest.mark.parametrize("lost, found", [
+    (["manifest.json"], "^missing: .*has an index.npy but no manifest.json; copy the split again"),
+    (["manifest.json", "index.npy"], "^missing: .*holds 3 tar files")])
+def test_a_split_without_its_manifest_is_found(folder, tmp_path, capsys, lost, found):
+    write(tmp_path / "val", "val")
+    shutil.copytree(folder, tmp_path / "test.partial")
+    shutil.copytree(folder, tmp_path / ".scratch")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "a.tar").touch()
+    for name in lost:
+        (folder / name).unlink()
+    assert split_folders(tmp_path) == [folder, tmp_path / "val"]
+    (finding,) = verify_split(folder, jobs=1)
+    assert (finding.shard, finding.key, finding.offset) == ("manifest.json", None, None)
+    assert re.search(found, finding.what), finding.what
+    assert main([str(tmp_path)]) == 3
+    *_, of_train, of_val = capsys.readouterr().out.splitlines()
+    assert of_train == f"{folder} is NOT SOUND: 1 finding in 1 file" and f"{tmp_path / 'val'} is sound" in of_val
+
+
+@contextmanager
+def without_rights():
+    """As a user who is not root."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.fixture()
+def public():
+    """A folder that is not below one of root's."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_a_split_beside_which_nothing_can_be_listed(sound, public):
+    folder = Path(shutil.copytree(sound, public / "shards" / "train"))
+    index_bit(folder)
+    os.chmod(public / "shards", 0o311)
+    with without_rights():
+        (finding,) = verify_split(folder, jobs=1)
+    os.chmod(public / "shards", 0o755)
+    assert "damaged or of another split" in finding.what
+
+
+def test_a_split_that_cannot_be_listed_is_no_sound_one(sound, public, capsys):
+    folder = Path(shutil.copytree(sound, public / "train"))
+    shutil.copytree(sound, public / "val")
+    os.chmod(folder, 0)
+    with without_rights():
+        assert main([str(public)]) == 3
+    os.chmod(folder, 0o755)
+    said = capsys.readouterr()
+    assert "val is sound" in said.out and "manifest.json: Permission denied" in said.err
 
 
 @pytest.mark.parametrize("damage", [index_bit, index_of_another_split, no_index])
@@ -481,24 +566,108 @@ def test_the_index_is_made_anew_from_the_shards(folder, sound, damage):
 def test_an_index_is_not_made_from_damaged_shards(folder):
     no_index(folder)
     image_bit(folder)
-    with pytest.raises(DataError, match="is not the one that the manifest names: a shard or the manifest is"):
+    with pytest.raises(DataError, match=f"index.npy cannot be made anew, because {NAMES[1]} is damaged: copy it again"):
         restore_index(folder, jobs=1)
     assert not any("index" in name for name in os.listdir(folder))
-    flip(folder / NAMES[0], 0)
-    with pytest.raises(DataError, match="at byte 0, the checksum of its header is wrong"):
-        restore_index(folder, jobs=1)
     (folder / NAMES[0]).unlink()
     with pytest.raises(DataError, match=f"cannot make .*index.npy anew: .*{NAMES[0]}: No such file"):
         restore_index(folder, jobs=1)
 
 
-def test_repair_writes_the_very_bytes(tmp_path, capsys):
+def test_an_index_of_another_way_of_counting_is_not_put_in_place(folder):
+    setting("width", 0, 99)(folder)
+    no_index(folder)
+    with pytest.raises(DataError, match="is not the one that the manifest names: it was made by another version"):
+        restore_index(folder, jobs=1)
+    assert not any("index" in name for name in os.listdir(folder))
+
+
+@pytest.mark.parametrize("labels, classes", [
+    (["cls"], None), (["json"], ["x", "y", "z"]), (["txt"], None), (["txt"], ["z", "a name", "y", "another"])])
+def test_the_index_of_foreign_shards_is_made_anew(tmp_path, labels, classes):
+    """Two members a sample, or more; by number or by name."""
+    names = ["a name", "another", "a name"]
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"o-{shard}.tar", "w") as tar:
+            for number in range(3):
+                told = {"cls": b"%d" % number, "json": b'{"label": %d}' % number, "txt": names[number].encode()}
+                for extension, content in (("jpg", IMAGES[number]), *((kind, told[kind]) for kind in labels)):
+                    item = tarfile.TarInfo(f"d/{shard}{number}.{extension}")
+                    item.size = len(content)
+                    tar.addfile(item, BytesIO(content))
+    index_shards(str(tmp_path), classes=classes, checksums=True, jobs=1)
+    before = (tmp_path / "index.npy").read_bytes()
+    index_bit(tmp_path)
+    findings = verify_split(tmp_path, jobs=1)
+    repair_split(tmp_path, tmp_path / "no source is needed", findings, jobs=2)
+    assert (tmp_path / "index.npy").read_bytes() == before and verify_split(tmp_path, jobs=1) == []
+
+
+def test_without_checksums_no_repair_is_promised(folder, capsys):
+    without_checksums(folder)
+    (folder / "index.npy").write_bytes(b"")
+    (folder / NAMES[0]).unlink()
+    (finding, _) = verify_split(folder, jobs=1)
+    assert finding.what.endswith("vir-index makes it and manifest.json anew")
+    assert main([str(folder)]) == 3
+    assert "--repair" not in capsys.readouterr().out
+
+
+def test_a_split_that_cannot_be_repaired_does_not_end_the_work(sound, tmp_path, capsys):
+    train, val = (Path(shutil.copytree(sound, tmp_path / name)) for name in ("train", "val"))
+    image_bit(train)
+    index_bit(val)
+    assert main([str(tmp_path), "--repair", str(tmp_path)]) == 3
+    said = capsys.readouterr()
+    assert "train was not written by this version of vir-convert" in said.err
+    assert f"{val} is sound" in said.out and verify_split(val, jobs=1) == []
+
+
+@pytest.fixture()
+def converted(tmp_path):
     for number, key in enumerate(KEYS):
         folder = tmp_path / "src" / "train" / key.partition("_")[0]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{key}.JPEG").write_bytes(IMAGES[number])
     convert(tmp_path / "src", "train", tmp_path / "out", workers=1)
-    split = tmp_path / "out" / "train"
+    return tmp_path / "out" / "train"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_repair(converted, tmp_path, monkeypatch, capsys, number):
+    repair = verify_module.repair_split
+
+    def signal_and_repair(*arguments, **options):
+        signal.raise_signal(number)
+        repair(*arguments, **options)
+
+    monkeypatch.setattr(verify_module, "repair_split", signal_and_repair)
+    (shard,) = converted.glob("*.tar")
+    shard.unlink()
+    for damage in (lambda: None, lambda: index_bit(converted)):
+        damage()
+        assert main([str(converted), "--repair", str(tmp_path / "src")]) == 128 + number
+        assert f"vir-verify: stopped by {number.name}" in capsys.readouterr().err
+        assert sorted(os.listdir(converted)) == ["index.npy", "manifest.json"]
+    monkeypatch.setattr(verify_module, "repair_split", repair)
+    assert main([str(converted), "--repair", str(tmp_path / "src")]) == 0
+    with pytest.raises(Stopped):
+        restore_index(converted, jobs=1, is_stopping=lambda: True)
+
+
+def test_the_summary_names_the_repair_where_there_is_one(converted, tmp_path, capsys):
+    (shard,) = converted.glob("*.tar")
+    flip(shard, 600)
+    assert main([str(converted)]) == 3
+    assert capsys.readouterr().out.endswith("in 1 file; --repair SOURCE writes what can be mended anew\n")
+    shutil.copy(shard, converted / "more.tar")
+    assert main([str(converted), "--repair", str(tmp_path / "src")]) == 3
+    assert main([str(converted)]) == 3  # the extra file is left
+    assert "--repair" not in capsys.readouterr().out
+
+
+def test_repair_writes_the_very_bytes(converted, tmp_path, capsys):
+    split = converted
     before = {path.name: path.read_bytes() for path in split.iterdir()}
     shard = read_manifest(split).shards[0].name
     flip(split / shard, int(read_index(split)["offset"][0]) + 30)
@@ -507,7 +676,7 @@ def test_repair_writes_the_very_bytes(tmp_path, capsys):
     assert main([str(split), "--repair", str(tmp_path / "src")]) == 3
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "train/more.tar: extra: the manifest does not name it; remove it if it is not needed",
-        f"{split} is NOT SOUND: 1 finding in 1 file; --repair SOURCE writes shards of vir-convert anew"]
+        f"{split} is NOT SOUND: 1 finding in 1 file"]
     assert {name: (split / name).read_bytes() for name in before} == before
     (split / "more.tar").unlink()
     (split / shard).unlink()

@@ -4,7 +4,8 @@
     vir-index 'shards/imagenet1k-train-{0000..1023}.tar' --classes classes.txt --checksums --also timm,dali
 
 The tars are only read; index.npy and manifest.json appear beside them. Each sample is an image (jpg, jpeg, png or webp)
-with its label (a number in cls, "label" in json, or a number or class name in txt).
+with its label (a number in cls, "label" in json, or a number or class name in txt). The exit code is 130 after Ctrl-C;
+then nothing was written.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from vir import cli
 from vir.data.executors import Stopped
-from vir.data.foreign import find_shards, index_shards, is_converted
+from vir.data.foreign import find_shards, index_shards, is_indexed
 from vir.data.sidecars import KINDS, parse_kinds, write_sidecars
 from vir.data.sources.folder import read_class_list
 from vir.errors import VirError
@@ -24,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     with cli.stop_requests() as received:
         try:
             kinds = parse_kinds(args.also)
-            folder, _ = find_shards(args.pattern)
-            if not (kinds and is_converted(folder)):
+            folder, names = find_shards(args.pattern)
+            settings = (args.classes, args.split, args.name, args.checksums or None)
+            if not kinds or any(value is not None for value in settings) or not is_indexed(folder, names):
                 print(index_shards(args.pattern, classes=read_class_list(args.classes) if args.classes else None,
                                    split=args.split, name=args.name, jobs=args.jobs, checksums=args.checksums,
                                    is_stopping=lambda: bool(received)))
@@ -53,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--checksums", action="store_true", help="read every image: keeps the checksums of shards and images, and the "
                                                  "images' sizes; damage is then seen at once (default: headers only)")
     add("--also", default="", help=f"write files for other readers too, separated by commas: {', '.join(KINDS)}; "
-                                   "for shards of vir-convert, which have an index, nothing else is written")
+                                   "for shards that have an index, nothing else is written, unless "
+                                   "--classes, --split, --name or --checksums is given")
     return parser
 
 

@@ -22,6 +22,7 @@ from vir.data.picture import PictureSettings, encoder_versions
 from vir.data.shards import MANIFEST, PARTIAL, SkippedFile, SplitManifest, read_manifest, write_split
 from vir.data.sources.choose import open_source
 from vir.data.sources.listing import Source
+from vir.data.tar import padded
 from vir.data.tasks import DoneShard, ShardTasks, convert_shard
 from vir.data.work_folder import (
     claimed,
@@ -211,12 +212,14 @@ def dry_run(source: Path, split: str, output: Path, settings: Settings = Setting
                   workers=workers, free_bytes=shutil.disk_usage(place).free, found_shards=found, skipped=skipped)
 
 
-def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: int) -> None:
+def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: int,
+                   is_stopping: Callable[[], bool] = lambda: False) -> None:
     """Writes shards of a converted split anew from its source. All must come out as the manifest says, byte for byte;
     otherwise none is replaced.
 
     Raises:
         DataError: the split was made elsewhere; the source, or a library that encodes, is another than then.
+        Stopped: `is_stopping` returned True; none was replaced.
     """
     manifest = read_manifest(folder)
     if manifest.conversion is None:
@@ -230,7 +233,7 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
     with scratch_folder(folder) as scratch:
         tasks = ShardTasks(listed, [parts[number] for number in numbers], scratch, new_token(), settings.pictures,
                            encoder_versions(settings.pictures))
-        done = _run(tasks, min(workers, len(tasks)), "local", lambda: False, scratch / "jobs")
+        done = _run(tasks, min(workers, len(tasks)), "local", is_stopping, scratch / "jobs")
         expected = {shard.name: shard.sha256 for shard in manifest.shards}
         for name, shard in zip(names, done):
             if shard.info.sha256 != expected[name]:
@@ -308,7 +311,7 @@ def _deal(total: int, sizes: np.ndarray | None, settings: Settings) -> list[np.n
         count = -(-total // settings.samples_per_shard)
         return np.split(order, [total * number // count for number in range(1, count)])
     assert sizes is not None  # asked for where bytes_per_shard is given
-    ends = np.cumsum(-(-sizes[order] // 512) * 512 + _TAR_BYTES)
+    ends = np.cumsum(padded(sizes[order]) + _TAR_BYTES)
     count = min(-(-int(ends[-1]) // settings.bytes_per_shard), total)
     cuts = np.searchsorted(ends, [int(ends[-1]) * number // count for number in range(1, count)], side="left")
     return [part for part in np.split(order, cuts) if len(part)]

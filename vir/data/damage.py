@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vir.data.shards import ShardInfo, index_dtype, member_header, sample_json
-from vir.data.sources.listing import make_key
-from vir.data.tar import BLOCK, Member, TarError, scan
+from vir.data.sources.listing import IMAGE_EXTENSIONS, make_key
+from vir.data.tar import BLOCK, Member, TarError, padded, scan
+from vir.data.tar_samples import IMAGES, LABELS, MAX_LABEL_BYTES, split_name, told_in
 
 MAX_ALIKE = 100
 """The most findings of one kind that a file gets; the others are counted."""
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_LABELS = ("cls", "json")
 _PIECE = 1 << 20
 """Bytes that are read at once."""
-_MAX_LABEL_BYTES = 1 << 20
-"""Of a member that is read to be compared with the index."""
 _OWN_FIELDS = {"filename", "height", "label", "width"}
 """Of the json members that vir-convert writes."""
 
@@ -121,21 +117,23 @@ class _Look:
         self.is_met = np.zeros(len(rows), bool)
         self.found: list[Finding] = []
         self.more = 0
-        self.members = 0
-        self.odd: list[Finding] = []
+        self.told: dict[str, Finding | None] = {}
+        """Of the sample at hand: which of its members tell the label, and what is wrong with what they tell; "" is a
+        json that tells none."""
+        self.odd = {kind: _Odd() for kind in ("header", *LABELS)}
         """What differs from what vir-convert writes: a trace only where it is the exception."""
-        self.odd_count = 0
 
     def findings(self) -> list[Finding]:
         position: int | None = 0
         while position is not None:
             position = self._walk(position)
         if not self.found:  # else a damaged header explains it
-            is_inside = self.offsets <= self.size - self.rows["size"] - -self.rows["size"] % BLOCK
+            is_inside = self.offsets <= self.size - padded(np.minimum(self.rows["size"], self.size))
             for i in np.flatnonzero(~self.is_met & is_inside).tolist():
                 self._add(self._sample(i).key, self._sample(i).offset, "the index has an image here, the tar has none")
-        if not self.found and self.odd_count <= self.members // 2:
-            self.found, self.more = self.odd, self.odd_count - len(self.odd)
+        if not self.found and self.odd["header"].is_exception():
+            for odd in filter(_Odd.is_exception, self.odd.values()):
+                self.found, self.more = self.found + odd.findings, self.more + odd.count - len(odd.findings)
         more = [Finding(self.shard, None, None, f"and {self.more:,} more of its members")] if self.more else []
         return [*self.found, *more]
 
@@ -146,12 +144,18 @@ class _Look:
 
     def _walk(self, begin: int) -> int | None:
         """Checks the members from there on; returns where to go on behind what cannot be read."""
-        last, is_told = begin, False
+        last, is_told, last_key, is_whole = begin, False, None, begin == 0
         try:
             for member in scan(self.descriptor, self.shard, begin):
-                self._member(member)
-                last = _behind(member.offset, member.size)
+                key, extension = split_name(member.name)
+                if key != last_key:
+                    self._end_sample(is_whole)
+                    is_whole = is_whole or last_key is not None
+                self._member(member, key, (extension or "").lower())
+                last, last_key = member.offset + padded(member.size), key
+            self._end_sample(is_whole)
         except TarError as error:
+            self._end_sample(is_whole=False)
             stop, is_told = begin + error.offset, error.is_cut and self.is_truncated
             what = f"{'the tar ends too early' if error.is_cut else 'a damaged tar header'}: {error.reason}"
         else:
@@ -164,19 +168,15 @@ class _Look:
             self._add(_owner(around, stop), stop, what)
         # Behind the damaged header, the index knows where images begin and end; headers are before and behind them.
         places = [place for sample in around
-                  for place in (_header_start(self.descriptor, sample.offset), _behind(sample.offset, sample.size))
+                  for place in (_header_start(self.descriptor, sample.offset), sample.offset + padded(sample.size))
                   if stop < place <= self.size - BLOCK]
         return min(places, default=None)
 
-    def _member(self, member: Member) -> None:
-        self.members += 1
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        key, extension = f"{folder}{slash}{stem}", extension.lower()
+    def _member(self, member: Member, key: str, extension: str) -> None:
         sample = next((sample for sample in self._around(member.start) if sample.key == key), None)
-        if self.has_index and extension in _IMAGES:
+        if self.has_index and extension in IMAGES:
             self._image(member, key)
-        elif self.has_index and extension in _LABELS and sample is None:
+        elif self.has_index and extension in LABELS and sample is None:
             self._add(key, member.start, f"the index does not know {member.name!r}")
         if self.reads_contents:
             self._contents(member, key, extension, sample)
@@ -199,34 +199,59 @@ class _Look:
         if stripped := padding.lstrip(b"\0"):
             self._add(key, end + len(padding) - len(stripped), "bytes that belong to no image are damaged: the padding "
                       f"after {member.name!r} is not zero")
-        content = b""
-        if sample is not None and extension in _LABELS and member.size <= _MAX_LABEL_BYTES:
-            content = os.pread(self.descriptor, member.size, member.offset)
-            if what := (self._wrong_cls(content, sample) if extension == "cls" else _wrong_json(content, sample)):
-                self._add(key, member.offset, what)
         header = os.pread(self.descriptor, min(member.offset - member.start, _PIECE), member.start)
-        if header != member_header(member.name, member.size):
-            self._odd(key, member.start, f"the tar header of {member.name!r} is not as vir-convert writes it")
-        if sample is not None and extension == "cls" and content != str(sample.label).encode():
-            self._odd(key, member.offset, f"{member.name!r} is not as vir-convert writes it")
-        if sample is not None and extension == "json" and not self._is_own_json(content, sample):
-            self._odd(key, member.offset, f"{member.name!r} is not as vir-convert writes it: {content[:200]!r}")
+        self._compare("header", header == member_header(member.name, member.size), Finding(
+            self.shard, key, member.start, f"the tar header of {member.name!r} is not as vir-convert writes it"))
+        if sample is not None and extension in LABELS and member.size <= MAX_LABEL_BYTES[extension]:
+            content = os.pread(self.descriptor, member.size, member.offset)
+            self._label(member, extension, content, sample)
+            is_own = (content == str(sample.label).encode() if extension == "cls" else
+                      extension == "json" and self._is_own_json(content, sample))
+            self._compare(extension, is_own, Finding(
+                self.shard, key, member.offset, f"{member.name!r} is not as vir-convert writes it: {content[:200]!r}"))
 
-    def _wrong_cls(self, content: bytes, sample: _Sample) -> str | None:
-        told = content.strip()
-        if told == self._class_name(sample).encode() or (told.isdigit() and len(told) < 20
-                                                         and int(told) == sample.label):
-            return None
-        return f"a damaged label: the cls is {told[:50]!r}, the index says {sample.label}"
+    def _label(self, member: Member, extension: str, content: bytes, sample: _Sample) -> None:
+        """Keeps what a member tells of the label until the sample ends: a cls comes before a json, both before a txt,
+        which may be a caption."""
+        try:
+            told = told_in(extension, content)
+        except (ValueError, RecursionError):
+            told = None
+        if extension == "json":
+            if what := _wrong_json(told, content, sample):  # not as it was when the index was made, also beside a cls
+                self._add(sample.key, member.offset, what)
+                return
+            if not isinstance(told, dict) or "label" not in told:
+                extension, told, what = "", None, 'json has no "label"'
+            else:
+                told, what = told["label"], f"json's label is {str(told['label'])[:50]}"
+        else:
+            what = f"{extension} is {content.strip()[:50]!r}"
+        name = self._class_name(sample) if extension == "txt" else None
+        self.told[extension] = None if told is not None and told in (sample.label, name) else Finding(
+            self.shard, sample.key, member.offset,
+            f"a damaged label: the {what}, the index says {sample.label}{f' ({name})' if name else ''}")
+
+    def _end_sample(self, is_whole: bool) -> None:
+        """Args: is_whole: no damaged header may hide a member of the sample, such as a cls."""
+        order = (*LABELS, "") if is_whole else LABELS[:1]
+        first = next((self.told[extension] for extension in order if extension in self.told), None)
+        if first is not None and first.key is not None and first.offset is not None:
+            self._add(first.key, first.offset, first.what)
+        self.told.clear()
 
     def _is_own_json(self, content: bytes, sample: _Sample) -> bool:
         """Whether it is what vir-convert writes for this sample, as far as its file name leads to class and key."""
-        told = _json(content)
+        try:
+            told = told_in("json", content)
+        except (ValueError, RecursionError):
+            return False
         filename = told.get("filename") if isinstance(told, dict) else None
         if not isinstance(filename, str) or content != sample_json(filename, sample.label, sample.width, sample.height):
             return False
         class_name, _, name = filename.rpartition("/")
-        return class_name == self._class_name(sample) and any(
+        ending = os.path.splitext(name)[1]  # the only part of the name that the key lacks
+        return class_name == self._class_name(sample) and name.isprintable() and _is_image_ending(ending) and any(
             sample.key == key or sample.key.startswith(f"{key}-")
             for key in (make_key(class_name, name), make_key(class_name, name, class_in_key=False)))
 
@@ -250,10 +275,24 @@ class _Look:
         else:
             self.more += 1
 
-    def _odd(self, key: str, offset: int, what: str) -> None:
-        self.odd_count += 1
-        if len(self.odd) < MAX_ALIKE:
-            self.odd.append(Finding(self.shard, key, offset, f"bytes that belong to no image are damaged: {what}"))
+    def _compare(self, kind: str, is_own: bool, finding: Finding) -> None:
+        """Counts whether something is as vir-convert writes it."""
+        odd = self.odd[kind]
+        odd.members += 1
+        odd.count += not is_own
+        if not is_own and len(odd.findings) < MAX_ALIKE:
+            odd.findings.append(replace(finding, what=f"bytes that belong to no image are damaged: {finding.what}"))
+
+
+class _Odd:
+    """What of one kind is not as vir-convert writes it."""
+
+    def __init__(self) -> None:
+        self.members = self.count = 0
+        self.findings: list[Finding] = []
+
+    def is_exception(self) -> bool:
+        return self.count <= max(1, self.members // 2)
 
 
 def _sample(rows: np.ndarray, i: int) -> _Sample:
@@ -261,9 +300,9 @@ def _sample(rows: np.ndarray, i: int) -> _Sample:
     return _Sample(key.decode("utf-8", "backslashreplace"), label, offset, size, width, height)
 
 
-def _wrong_json(content: bytes, sample: _Sample) -> str | None:
-    told = _json(content)
-    if told is None:
+def _wrong_json(told: Any, content: bytes, sample: _Sample) -> str | None:
+    """What is wrong with it wherever the label comes from; told is None where it is no JSON."""
+    if told is None and content.strip() != b"null":
         return f"a damaged label: the json is none: {content[:200]!r}"
     if isinstance(told, dict) and told.keys() == _OWN_FIELDS:
         pairs = [("label", sample.label)]
@@ -274,11 +313,8 @@ def _wrong_json(content: bytes, sample: _Sample) -> str | None:
     return None
 
 
-def _json(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
+def _is_image_ending(ending: str) -> bool:
+    return ending.lower() in IMAGE_EXTENSIONS and ending in (ending.lower(), ending.upper())
 
 
 def _owner(around: Sequence[_Sample], header: int) -> str | None:
@@ -289,11 +325,6 @@ def _owner(around: Sequence[_Sample], header: int) -> str | None:
             return sample.key if sample.offset - header <= 3 * BLOCK else before
         before = sample.key
     return before
-
-
-def _behind(offset: int, size: int) -> int:
-    """Where the next header begins behind a content."""
-    return offset + -(-size // BLOCK) * BLOCK
 
 
 def _header_start(descriptor: int, offset: int) -> int:

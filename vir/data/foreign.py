@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from glob import glob
@@ -23,16 +22,16 @@ from tqdm import tqdm
 
 from vir.data.decode import BadSampleError, inspect_image
 from vir.data.executors import Stopped, run_tasks, stopping
-from vir.data.shards import MANIFEST, MAX_MANIFEST_BYTES, ShardInfo, index_dtype, read_manifest, write_split
+from vir.data.shards import MANIFEST, ShardInfo, SplitManifest, index_dtype, read_manifest, write_split
 from vir.data.sources.folder import names_in, some
+from vir.data.sources.reading import MAX_IMAGE_BYTES
 from vir.data.tar import Member
 from vir.data.tar_samples import TarSample, read_part, read_samples
 from vir.errors import DataError, SettingsError
-from vir.files import open_regular, read_regular, try_to_write
+from vir.files import open_regular, try_to_write
 
-MAX_KEY_BYTES = 512
+MAX_FOREIGN_KEY_BYTES = 512
 """The longest key, in UTF-8, folders included: every row of the index takes as much as the longest key."""
-MAX_IMAGE_BYTES = 1 << 30
 MAX_CLASS_NAMES = 1 << 16
 """The most different names that the txt of a split may hold without a class list: more are captions."""
 MAX_LABEL = (1 << 20) - 1
@@ -66,7 +65,7 @@ class IndexSummary:
 
 
 @dataclass(frozen=True)
-class _Indexed:
+class IndexedShard:
     """One shard; the rows' labels are final, or ~i for names[i]."""
 
     info: ShardInfo
@@ -104,19 +103,21 @@ def index_shards(pattern: str, *, classes: Sequence[str] | None = None, split: s
                         "it")
     split = _checked_name("--split", folder.name if split is None else split)
     name = _checked_name("--name", _common_name(names, split) if name is None else name)
-    _refuse_manifest(folder, names)
-    indexed = _run([folder / name for name in names], checksums, jobs, is_stopping)
+    before = _replaceable(folder, names, checksums)
+    indexed = _run([folder / name for name in names], checksums, classes, jobs, is_stopping)
     if empty := [shard.info.name for shard in indexed if not shard.info.num_samples]:
         raise DataError(f"shards without samples in {folder}: {some(empty)}; remove them, or leave them out of PATTERN")
-    classes, labelled = _label(indexed, classes)
-    _refuse_duplicates(labelled)
+    given, (classes, shards) = classes, labelled(indexed, classes)
+    if before is not None and given is None:
+        _refuse_to_drop(before.classes, classes, folder)
+    _refuse_duplicates(shards)
     try:
-        manifest = write_split(folder, [(shard.info, shard.rows) for shard in labelled], name=name, split=split,
+        manifest = write_split(folder, [(shard.info, shard.rows) for shard in shards], name=name, split=split,
                                classes=classes, seed=0,
-                               samples_per_shard=max(shard.info.num_samples for shard in labelled))
+                               samples_per_shard=max(shard.info.num_samples for shard in shards))
     except OSError as error:
         raise DataError(_not_writable(folder, error)) from error
-    return IndexSummary(folder, manifest.num_samples, len(labelled), sum(shard.info.bytes for shard in labelled),
+    return IndexSummary(folder, manifest.num_samples, len(shards), sum(shard.info.bytes for shard in shards),
                         len(classes), time.monotonic() - began, checksums)
 
 
@@ -144,14 +145,16 @@ def find_shards(pattern: str) -> tuple[Path, list[str]]:
     return Path(folders[0]).absolute(), list(dict.fromkeys(os.path.basename(path) for path in paths))
 
 
-def is_converted(folder: Path) -> bool:
-    """Whether a folder has a manifest that vir-convert wrote. Raises DataError where the manifest is damaged."""
-    path = folder / MANIFEST
-    if not os.path.lexists(path):
+def is_indexed(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a folder has a manifest of exactly these tars, or one of vir-convert.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    if not os.path.lexists(folder / MANIFEST):
         return False
-    read_manifest(folder)
-    content = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
-    return content["format_version"] < 2 or content["conversion"] is not None
+    manifest = read_manifest(folder)
+    return manifest.is_converted or {shard.name for shard in manifest.shards} == set(names)
 
 
 def _expand(pattern: str) -> list[str]:
@@ -171,6 +174,8 @@ def _expand(pattern: str) -> list[str]:
             paths += sorted(path for path in glob(part) if path.endswith(".tar"))
         else:
             (paths if os.path.lexists(part) else missing).append(part)
+    if missing == [pattern]:
+        raise DataError(f"{pattern} does not exist; give a folder of tars, or a quoted pattern that names some")
     if missing and len(parts) > 1:
         raise DataError(f"{len(missing)} of the {len(parts)} shards that {pattern} names are missing: {some(missing)}; "
                         "complete them, or name those that are there")
@@ -194,21 +199,36 @@ def _checked_name(flag: str, value: str) -> str:
     return value
 
 
-def _refuse_manifest(folder: Path, names: Sequence[str]) -> None:
-    """Raises DataError where the manifest in `folder` must stay, or none can be written."""
+def _replaceable(folder: Path, names: Sequence[str], checksums: bool) -> SplitManifest | None:
+    """The manifest in `folder`, if there is one. Raises DataError where it must stay, or none can be written."""
     path = folder / MANIFEST
-    if is_converted(folder):
+    before = read_manifest(folder) if os.path.lexists(path) else None
+    if before is not None and before.is_converted:
         raise DataError(f"{path} was written by vir-convert, with the checksums of every image: it stays. The files of "
                         f"other readers are written beside it by --also; to index anew all the same, remove {path}")
-    if os.path.lexists(path):
-        known = {shard.name for shard in read_manifest(folder).shards}
+    if before is not None:
+        known = {shard.name for shard in before.shards}
         if not known & set(names):
             raise DataError(f"{path} is the manifest of other shards ({some(sorted(known), 1)}), and a folder holds "
                             "one split: give each split a folder of its own, with the tars or with links to them")
+        if not checksums and any(shard.sha256 is not None for shard in before.shards):
+            raise DataError(f"{path} has checksums, which would be lost: give --checksums, or remove {path} to do "
+                            "without them; with --also alone, files for other readers are written beside it")
     try:
         try_to_write(path)
     except OSError as error:
         raise DataError(_not_writable(folder, error)) from error
+    return before
+
+
+def _refuse_to_drop(before: Sequence[str], classes: Sequence[str], folder: Path) -> None:
+    """Raises DataError where a class list that was given once would be lost. Names from txt stay, so they are none."""
+    known = set(before)
+    is_numbered = list(before) == [str(label) for label in range(len(before))]
+    if not is_numbered and [name for name in classes if name in known] != list(before):
+        path = folder / MANIFEST
+        raise DataError(f"{path} has a list of {len(before):,} classes ({some(before)}), which would be lost: give the "
+                        f"list with --classes, or remove {path} to do without it")
 
 
 def _not_writable(folder: Path, error: OSError) -> str:
@@ -216,7 +236,8 @@ def _not_writable(folder: Path, error: OSError) -> str:
             f"a folder of links and index that: mkdir {folder.name}; ln -s {folder}/*.tar {folder.name}/")
 
 
-def _label(indexed: Sequence[_Indexed], given: Sequence[str] | None) -> tuple[tuple[str, ...], list[_Indexed]]:
+def labelled(indexed: Sequence[IndexedShard], given: Sequence[str] | None
+             ) -> tuple[tuple[str, ...], list[IndexedShard]]:
     """The class list, and the shards with labels that are positions in it."""
     highest = max(int(shard.rows["label"].max()) for shard in indexed)
     names = sorted({name for shard in indexed for name in shard.names})
@@ -227,21 +248,23 @@ def _label(indexed: Sequence[_Indexed], given: Sequence[str] | None) -> tuple[tu
         raise DataError(f"{_first(indexed, lambda labels: labels < 0)} has the class {names[0]!r}, {number} has the "
                         f"number {highest}: all labels of a split are names, or all are numbers")
     classes = tuple(names if given is None else given)
-    if len(classes) > MAX_CLASS_NAMES and given is None:
-        raise DataError(f"the txt hold {len(classes):,} different texts, as {names[0][:50]!r}: these are captions, not "
-                        "class names; give the class list with --classes, or add a cls with the label")
     label_of = {name: label for label, name in enumerate(classes)}
     for shard in indexed:
-        if unknown := [name for name in shard.names if name not in label_of]:
-            which = ~shard.names.index(unknown[0])
-            raise DataError(f"{_first([shard], lambda labels: labels == which)} has the class {unknown[0]!r}, which "
-                            f"the list of {len(classes)} classes lacks; give the right list with --classes")
+        _refuse_unknown(shard, label_of)
     for shard in indexed:
         shard.rows["label"] = np.array([label_of[name] for name in shard.names])[~shard.rows["label"]]
     return classes, [replace(shard, names=()) for shard in indexed]
 
 
-def _numbered(indexed: Sequence[_Indexed], highest: int, given: Sequence[str] | None) -> tuple[str, ...]:
+def _refuse_unknown(shard: IndexedShard, known: Collection[str]) -> None:
+    """Raises DataError where a sample has the name of a class that is none of the known ones."""
+    if unknown := [name for name in shard.names if name not in known]:
+        which = ~shard.names.index(unknown[0])
+        raise DataError(f"{_first([shard], lambda labels: labels == which)} has the class {unknown[0][:100]!r}, which "
+                        f"the list of {len(known)} classes lacks; give the right list with --classes")
+
+
+def _numbered(indexed: Sequence[IndexedShard], highest: int, given: Sequence[str] | None) -> tuple[str, ...]:
     limit = MAX_LABEL if given is None else len(given) - 1
     if highest > limit:
         list_says = (f"the list has {len(given)} classes" if given is not None else
@@ -251,7 +274,7 @@ def _numbered(indexed: Sequence[_Indexed], highest: int, given: Sequence[str] | 
     return tuple(map(str, range(highest + 1))) if given is None else tuple(given)
 
 
-def _first(indexed: Sequence[_Indexed], is_meant: Callable[[np.ndarray], np.ndarray]) -> str:
+def _first(indexed: Sequence[IndexedShard], is_meant: Callable[[np.ndarray], np.ndarray]) -> str:
     """SHARD:KEY of the sample with the highest label among those that are meant."""
     best = max((shard for shard in indexed if is_meant(shard.rows["label"]).any()),
                key=lambda shard: int(shard.rows["label"].max()))
@@ -259,7 +282,7 @@ def _first(indexed: Sequence[_Indexed], is_meant: Callable[[np.ndarray], np.ndar
     return f"{best.info.name}:{rows['key'][rows['label'].argmax()].decode()}"
 
 
-def _refuse_duplicates(indexed: Sequence[_Indexed]) -> None:
+def _refuse_duplicates(indexed: Sequence[IndexedShard]) -> None:
     """Raises DataError where a key comes twice. Takes 17 bytes a sample: only keys of one hash are compared."""
     hashes = np.concatenate([np.fromiter(map(hash, shard.rows["key"].tolist()), np.int64, len(shard.rows))
                              for shard in indexed])
@@ -276,15 +299,25 @@ def _refuse_duplicates(indexed: Sequence[_Indexed]) -> None:
             seen[key] = name
 
 
-def _run(paths: Sequence[Path], checksums: bool, jobs: int, is_stopping: Callable[[], bool]) -> list[_Indexed]:
-    """The shards in order of the paths, with a progress bar."""
+def _run(paths: Sequence[Path], checksums: bool, classes: Sequence[str] | None, jobs: int,
+         is_stopping: Callable[[], bool]) -> list[IndexedShard]:
+    """The shards in order of the paths, with a progress bar. Refuses as soon as the names in the txt cannot be those of
+    classes, and keeps each name once, so that captions do not fill the memory."""
     tasks = [_Task(path, checksums) for path in paths]
     ended = run_tasks("local", _index, tasks, min(jobs, len(tasks)), is_stopping, Path())
-    results: dict[int, _Indexed] = {}
+    results: dict[int, IndexedShard] = {}
+    names: dict[str, str] = {}
+    known = None if classes is None else set(classes)
     bar = tqdm(total=len(paths), unit="shard", mininterval=0.5 if sys.stderr.isatty() else 30)
     with closing(ended), closing(bar):
         for number, result in ended:
-            results[number] = result
+            if known is not None:
+                _refuse_unknown(result, known)
+            results[number] = replace(result, names=tuple(names.setdefault(name, name) for name in result.names))
+            if known is None and len(names) > MAX_CLASS_NAMES:
+                raise DataError(f"the txt hold more than {MAX_CLASS_NAMES:,} different texts, as "
+                                f"{result.names[-1][:50]!r} in {result.info.name}: these are captions, not class "
+                                "names; give the class list with --classes, or add a cls with the label")
             bar.update()
     return [results[number] for number in range(len(paths))]
 
@@ -297,17 +330,21 @@ class _Task(NamedTuple):
     checksums: bool
 
 
-def _index(task: _Task) -> _Indexed:
-    path, checksums = task
+def _index(task: _Task) -> IndexedShard:
     try:
-        with open(open_regular(path), "rb", buffering=0) as file:
-            return _index_open(file.fileno(), path, checksums)
+        return index_shard(*task)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; copy or download it again, or leave it out of PATTERN"
-                        ) from error
+        raise DataError(f"cannot read {task.path}: {error.strerror}; copy or download it again, or leave it out of "
+                        "PATTERN") from error
 
 
-def _index_open(descriptor: int, path: Path, checksums: bool) -> _Indexed:
+def index_shard(path: Path, checksums: bool) -> IndexedShard:
+    """Raises DataError where the tar is refused, OSError where it cannot be read."""
+    with open(open_regular(path), "rb", buffering=0) as file:
+        return _index_open(file.fileno(), path, checksums)
+
+
+def _index_open(descriptor: int, path: Path, checksums: bool) -> IndexedShard:
     size = os.fstat(descriptor).st_size
     reading = _Reading(descriptor, path) if checksums else None
     names: dict[str, int] = {}
@@ -324,15 +361,15 @@ def _index_open(descriptor: int, path: Path, checksums: bool) -> _Indexed:
         whole[start:start + len(part)] = part
         start += len(part)
     digest = None if reading is None else reading.rest(size)
-    return _Indexed(ShardInfo(path.name, len(whole), size, digest), whole, tuple(names))
+    return IndexedShard(ShardInfo(path.name, len(whole), size, digest), whole, tuple(names))
 
 
 def _row(sample: TarSample, path: Path, names: dict[str, int],
          reading: _Reading | None) -> tuple[int, int, int, int, int, int, int, bytes]:
     key, image = sample.key.encode(), sample.image
-    if len(key) > MAX_KEY_BYTES:
+    if len(key) > MAX_FOREIGN_KEY_BYTES:
         raise DataError(f"{path}: the key {sample.key[:50]!r}... at byte {sample.start} has {len(key)} bytes, the "
-                        f"limit is {MAX_KEY_BYTES}; write the shard again with shorter names")
+                        f"limit is {MAX_FOREIGN_KEY_BYTES}; write the shard again with shorter names")
     if not 0 < image.size <= MAX_IMAGE_BYTES:
         raise DataError(f"{path}: the image of sample {sample.key!r} at byte {image.offset} has {image.size} bytes, "
                         f"expected 1 to {MAX_IMAGE_BYTES}; copy or download the shard again")

@@ -26,7 +26,7 @@ from vir.errors import DataError
 from vir.files import open_regular, read_regular, replace_text, replacing, sha256
 
 FORMAT_VERSION = 2
-"""2: a shard may be without sha256; `fixed` and `conversion` in the manifest."""
+"""2: a shard may be without sha256; `fixed`, `conversion` and a checksum of its own in the manifest."""
 
 MANIFEST = "manifest.json"
 INDEX = "index.npy"
@@ -44,10 +44,10 @@ INDEX_FIELDS = [
 ]
 """A last field, "key", follows: its type is S{n}, UTF-8, where n is the length of the longest key in the split."""
 
-MAX_MANIFEST_BYTES = 1 << 26
+MAX_MANIFEST_BYTES = 1 << 27
 """Of a manifest that is read: 200,000 shards take less, and no JSON of this size fills the memory."""
 
-MAX_KEY_BYTES = 4096
+MAX_INDEX_KEY_BYTES = 4096
 """Of an index that is read: no path is longer."""
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -103,6 +103,12 @@ class SplitManifest:
     """Source files that were written anew, as RGB JPEGs."""
     conversion: Mapping[str, Any] | None = None
     """What the bytes depend on: settings and source of the conversion. None for shards made elsewhere."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether vir-convert wrote the shards."""
+        return self.conversion is not None or self.format_version < 2  # 1 had none made elsewhere
 
     @property
     def num_samples(self) -> int:
@@ -159,24 +165,29 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
     manifest = SplitManifest(name=name, split=split, classes=tuple(classes), shards=tuple(info for info, _ in shards),
                              index_sha256=sha256(folder / INDEX), seed=seed, samples_per_shard=samples_per_shard,
                              skipped=tuple(skipped), fixed=tuple(fixed), conversion=conversion)
-    content = {"format_version": FORMAT_VERSION, **asdict(manifest), "num_samples": manifest.num_samples,
-               "fingerprint": manifest.fingerprint}
+    content = {**asdict(manifest), "num_samples": manifest.num_samples, "fingerprint": manifest.fingerprint}
+    content["manifest_sha256"] = _digest(content)
     replace_text(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
     return manifest
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of all that a manifest says, but for this digest itself: a flipped bit anywhere in it is seen."""
+    rest = {key: value for key, value in content.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
+
 def write_index(path: Path, parts: Sequence[np.ndarray]) -> None:
     """Writes the index of shards whose rows are given in order; field "shard" becomes their position."""
-    longest = max((rows.dtype["key"].itemsize for rows in parts), default=1)
-    index = np.empty(sum(map(len, parts)), dtype=index_dtype(longest))
-    start = 0
-    for number, rows in enumerate(parts):
-        part = index[start:start + len(rows)]
-        part[:] = rows
-        part["shard"] = number
-        start += len(rows)
-    with open(path, "wb") as file:
-        np.save(file, index, allow_pickle=False)
+    dtype = index_dtype(max((rows.dtype["key"].itemsize for rows in parts), default=1))
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (sum(map(len, parts)),)}
+    with open(path, "wb") as file:  # as np.save writes it, without a second copy of all rows
+        np.lib.format.write_array_header_1_0(file, about)
+        for number, rows in enumerate(parts):
+            part = np.empty(len(rows), dtype)
+            part[:] = rows
+            part["shard"] = number
+            file.write(part.tobytes())
 
 
 def read_manifest(folder: Path) -> SplitManifest:
@@ -204,17 +215,19 @@ def read_manifest(folder: Path) -> SplitManifest:
     try:
         manifest = _manifest_of(content)
         whole = (content["num_samples"], content["fingerprint"]) == (manifest.num_samples, manifest.fingerprint)
+        if version > 1 or "manifest_sha256" in content:
+            whole = whole and content["manifest_sha256"] == _digest(content)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the split again") from error
-    if not whole:
-        raise DataError(f"{path} contradicts itself (sample count or fingerprint): it was edited or is damaged; "
-                        f"copy the split again or convert it again")
     names = [shard.name for shard in manifest.shards]
     if outside := [name for name in names if name != os.path.basename(name) or name in (os.curdir, os.pardir)]:
         raise DataError(f"{path} names shards outside its folder: {outside[0]!r}")
     (name, count), = Counter(names).most_common(1) or [("", 0)]
     if count > 1:
         raise DataError(f"{path} names the shard {name!r} {count} times; copy the split again or convert it again")
+    if not whole:
+        raise DataError(f"{path} contradicts itself (sample count, fingerprint or checksum): it was edited or is "
+                        f"damaged; copy the split again or convert it again")
     return manifest
 
 
@@ -262,7 +275,7 @@ def _is_index(shape: tuple[int, ...], dtype: np.dtype) -> bool:
     names = [name for name, _ in INDEX_FIELDS] + ["key"]
     if len(shape) != 1 or not 0 <= shape[0] < 1 << 50 or dtype.names is None or list(dtype.names) != names:
         return False
-    return dtype["key"].itemsize <= MAX_KEY_BYTES and dtype == index_dtype(dtype["key"].itemsize)
+    return dtype["key"].itemsize <= MAX_INDEX_KEY_BYTES and dtype == index_dtype(dtype["key"].itemsize)
 
 
 class _TarWriter:
@@ -301,7 +314,7 @@ def _manifest_of(content: dict[str, Any]) -> SplitManifest:
         seed=content["seed"], samples_per_shard=content["samples_per_shard"],
         skipped=tuple(SkippedFile(**file) for file in content["skipped"]),
         fixed=tuple(SkippedFile(**file) for file in content.get("fixed", ())),
-        conversion=content.get("conversion"))
+        conversion=content.get("conversion"), format_version=content["format_version"])
     texts = [manifest.name, manifest.split, manifest.index_sha256, *manifest.classes,
              *(shard.name for shard in manifest.shards)]
     if wrong := [value for value in texts if not _is_text(value)]:
@@ -370,9 +383,12 @@ def _why_no_manifest(folder: Path) -> str:
         plain = [name for name in tars if name.endswith(".tar")]
         index = (f"vir-index {shlex.quote(str(folder))}" if plain else
                  "they are compressed: unpack them (gunzip) to plain tars first")
-        return (f"{folder} holds {count} ({tars[0]}{', ...' if tars[1:] else ''}) but no {MANIFEST}: shards or "
-                f"archives made elsewhere; make the index of WebDataset shards: {index}; convert other archives: "
-                f"{convert.format(shlex.quote(str(folder)), folder.name)}")
+        archives = convert.format(shlex.quote(str(folder)), "SPLIT")
+        holds = f"{folder} holds {count} ({tars[0]}{', ...' if tars[1:] else ''}) but no {MANIFEST}: "
+        if any(name.startswith("ILSVRC2012_") for name in tars):
+            return f"{holds}archives of ImageNet; convert them: {archives}"
+        return (f"{holds}shards or archives made elsewhere; make the index of WebDataset shards: {index}; convert "
+                f"other archives: {archives}")
     if folders:
         return (f"{folder} has no {MANIFEST}; it looks like an ImageNet folder of {len(folders)} class folders "
                 f"({folders[0]}, ...): convert it first: {convert.format(folder.parent, folder.name)}")

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from vir.data.shards import ShardInfo, SplitManifest, read_manifest
-from vir.data.tar import BLOCK, Member, scan
+from vir.data.tar import Member, padded, scan
+from vir.data.tar_samples import IMAGES, split_name
 from vir.errors import DataError, SettingsError
 from vir.files import open_regular, replace_text, replacing
 
 ENERGON_FOLDER = ".nv-meta"
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
 _ROWS_AT_ONCE = 4096
 
 # What `energon prepare` of version 7.4 makes; its readers select from these tables and columns by name.
@@ -209,11 +209,11 @@ def _fill(database: sqlite3.Connection, number: int, parts: Iterator[_Part]) -> 
 
 def _energon_dataset(extensions: Sequence[str]) -> dict[str, Any]:
     """How Energon makes its image classification samples of the members."""
-    images = [extension for extension in extensions if extension.lower() in _IMAGES]
+    images = [extension for extension in extensions if extension.lower() in IMAGES]
     label = ({"label": "cls"} if "cls" in extensions else {"label": "json[label]"} if "json" in extensions else
              {"label_name": "txt"})
     return {"sample_type": {"__module__": "megatron.energon", "__class__": "ImageClassificationSample"},
-            "field_map": {"image": ",".join(dict.fromkeys([*images, *_IMAGES])), **label}}
+            "field_map": {"image": ",".join(dict.fromkeys([*images, *IMAGES])), **label}}
 
 
 def _extensions_of_first(folder: Path, manifest: SplitManifest) -> list[str]:
@@ -240,14 +240,13 @@ def _parts(folder: Path, shard: ShardInfo) -> Iterator[_Part]:
         raise DataError(f"cannot open {path}: {error.strerror}; copy the split again") from error
     with open(descriptor, "rb", buffering=0):
         for member in scan(descriptor, str(path)):
-            before, slash, name = member.name.rpartition("/")
-            stem, dot, extension = name.partition(".")
-            if not dot or not stem:
+            key, extension = split_name(member.name)
+            stem = key.rpartition("/")[2]
+            if extension is None or not stem:
                 continue
             if stem.startswith("__"):
                 raise DataError(f"{path} has a member {member.name!r} that is no sample, but other programs take it "
                                 "for one; write the shard again without it")
-            key = f"{before}{slash}{stem}"
             is_first, last = key != last, key
             count += is_first
             yield _Part(is_first, key, extension, member)
@@ -258,7 +257,7 @@ def _parts(folder: Path, shard: ShardInfo) -> Iterator[_Part]:
 
 def _end(member: Member) -> int:
     """Of its content and what fills the last block."""
-    return member.offset + -(-member.size // BLOCK) * BLOCK
+    return member.offset + padded(member.size)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> Path:

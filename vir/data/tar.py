@@ -6,12 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from vir.errors import DataError
 from vir.files import open_regular
 
 BLOCK = 512
+Size = TypeVar("Size", int, np.ndarray)
+"""One number of bytes, or an array of them."""
 _ZEROS = bytes(BLOCK)
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
@@ -55,6 +59,11 @@ class _Extension(NamedTuple):
     start: int
     name: bytes | None = None
     size: int | None = None
+
+
+def padded(size: Size) -> Size:
+    """The bytes that so many bytes of content take in a tar: whole blocks."""
+    return -(-size // BLOCK) * BLOCK
 
 
 @contextmanager
@@ -105,7 +114,7 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
         if kind in _FILES and extension is not None and extension.size is not None:
             size = extension.size
         offset = position + BLOCK
-        following = offset if kind in _WITHOUT_DATA else offset + -(-size // BLOCK) * BLOCK
+        following = offset if kind in _WITHOUT_DATA else offset + padded(size)
         if following > end:
             raise TarError(f"{where}: the member at byte {position - start} says it has {size} bytes, more than the "
                            "file has left; the file is cut off or damaged; copy or download it again",

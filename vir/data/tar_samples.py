@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vir.data.sources.listing import IMAGE_EXTENSIONS
 from vir.data.tar import Member, scan
 from vir.errors import DataError
+from vir.files import pread
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 """Endings of members that are images, in upper or lower case."""
 LABELS = ("cls", "json", "txt")
 """Endings of members that tell the label; the first one that does wins."""
 
-_LIMITS = {"cls": 64, "json": 1 << 20, "txt": 4096}
+MAX_LABEL_BYTES = {"cls": 64, "json": 1 << 20, "txt": 4096}
 """The most bytes of a label's member."""
 _MAX_LABEL = (1 << 31) - 1
 
@@ -71,6 +72,26 @@ def read_samples(descriptor: int, where: str) -> Iterator[TarSample]:
         _refuse_twice(twice, descriptor, where)
 
 
+def split_name(name: str) -> tuple[str, str | None]:
+    """Key and ending of a member, as WebDataset has them: all up to the first dot of the last part, and what comes
+    after that dot; None where there is no dot."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, extension = last.partition(".")
+    return f"{folder}{slash}{stem}", extension if dot else None
+
+
+def told_in(extension: str, content: bytes) -> Any:
+    """What a member of LABELS says: a json its value; cls and txt a number where it is a decimal one, else their text.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON or no UTF-8.
+    """
+    if extension == "json":
+        return json.loads(content)
+    text = content.decode("utf-8").strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else text
+
+
 def read_part(descriptor: int, member: Member, where: str) -> bytes:
     """All bytes of a member that is known to be small.
 
@@ -78,10 +99,12 @@ def read_part(descriptor: int, member: Member, where: str) -> bytes:
         DataError: the file has become shorter.
         OSError: it cannot be read.
     """
-    data = os.pread(descriptor, member.size, member.offset)
-    if len(data) != member.size:
-        raise DataError(f"{where} became shorter while it was read, at byte {member.offset}")
-    return data
+    try:
+        return pread(descriptor, member.size, member.offset)
+    except OSError as error:
+        if error.errno is None:
+            raise DataError(f"{where} became shorter while it was read, at byte {member.offset}") from error
+        raise
 
 
 def _by_key(descriptor: int, where: str) -> Iterator[tuple[str, Iterable[_Named]]]:
@@ -90,11 +113,10 @@ def _by_key(descriptor: int, where: str) -> Iterator[tuple[str, Iterable[_Named]
     last: str | None = None
     kept: list[_Named] = []
     for member in scan(descriptor, where):
-        folder, slash, name = member.name.rpartition("/")
-        if name.startswith((".", "__")):
+        if member.name.rpartition("/")[2].startswith((".", "__")):
             continue
-        stem, _, extension = name.partition(".")
-        named = _Named(f"{folder}{slash}{stem}", extension.lower(), member)
+        key, extension = split_name(member.name)
+        named = _Named(key, (extension or "").lower(), member)
         if named.key != last:
             if last is not None:
                 yield last, kept
@@ -119,7 +141,8 @@ def _sample(key: str, members: Iterable[_Named], descriptor: int, where: str) ->
     if not images:
         raise _refused(where, first, f"has no image: it begins with {first.member.name!r}, an image would be "
                        f"{key}.jpg, .jpeg, .png or .webp beside it (a key ends at the first dot)")
-    about = _json(by_extension.get("json"), descriptor, where)
+    about = _told(by_extension["json"], descriptor, where) if "json" in by_extension else None
+    about = about if isinstance(about, dict) else {}
     filename = about.get("filename")
     label = _label(by_extension, about, descriptor, where)
     if label is None:
@@ -131,43 +154,24 @@ def _sample(key: str, members: Iterable[_Named], descriptor: int, where: str) ->
 
 def _label(members: dict[str, _Named], about: dict[str, Any], descriptor: int, where: str) -> int | str | None:
     if named := members.get("cls"):
-        text = _text(named, descriptor, where)
-        return _checked(int(text) if _is_decimal(text) else text, named, where)
+        return _checked(_told(named, descriptor, where), named, where)
     if "label" in about:
         return _checked(about["label"], members["json"], where)
     if named := members.get("txt"):
-        text = _text(named, descriptor, where)
-        return _checked(int(text), named, where) if _is_decimal(text) else text
+        told = _told(named, descriptor, where)
+        return told if isinstance(told, str) else _checked(told, named, where)
     return None
 
 
-def _json(named: _Named | None, descriptor: int, where: str) -> dict[str, Any]:
-    """What a json says; nothing where it is no object."""
-    if named is None:
-        return {}
-    try:
-        content = json.loads(_payload(named, descriptor, where))
-    except (ValueError, RecursionError) as error:
-        raise _refused(where, named, f"has a json that is none: {str(error)[:200]}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _text(named: _Named, descriptor: int, where: str) -> str:
-    try:
-        return _payload(named, descriptor, where).decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise _refused(where, named, f"has a {named.extension} that is no text") from error
-
-
-def _payload(named: _Named, descriptor: int, where: str) -> bytes:
-    limit = _LIMITS[named.extension]
+def _told(named: _Named, descriptor: int, where: str) -> Any:
+    limit = MAX_LABEL_BYTES[named.extension]
     if named.member.size > limit:
         raise _refused(where, named, f"has a {named.extension} of {named.member.size} bytes, the limit is {limit}")
-    return read_part(descriptor, named.member, where)
-
-
-def _is_decimal(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 20
+    try:
+        return told_in(named.extension, read_part(descriptor, named.member, where))
+    except (ValueError, RecursionError) as error:
+        why = f"none: {str(error)[:200]}" if named.extension == "json" else "no text"
+        raise _refused(where, named, f"has a {named.extension} that is {why}") from error
 
 
 def _checked(label: Any, named: _Named, where: str) -> int:

@@ -9,7 +9,6 @@ import hashlib
 import os
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,19 +18,19 @@ import numpy as np
 from tqdm import tqdm
 
 from vir.data.damage import MAX_ALIKE, Finding, damaged_images, damaged_structure, lost_images
+from vir.data.executors import Stopped
 from vir.data.shards import (
     INDEX,
     MANIFEST,
+    PARTIAL,
     ShardInfo,
     SplitManifest,
-    index_dtype,
     read_index,
     read_manifest,
     write_index,
 )
-from vir.data.tar import Member, scan
 from vir.errors import DataError, SettingsError
-from vir.files import open_regular, pread, replacing, sha256
+from vir.files import open_regular, replacing, sha256
 
 _BLOCK = 1 << 20
 """Bytes that a thread reads and hashes at a time: they stay in its cache in between."""
@@ -43,6 +42,9 @@ _KEY_BYTES = 1 << 22
 def split_folders(shards: Path) -> list[Path]:
     """The folder itself if it is a split, else the splits in it, sorted.
 
+    One that holds an index or tars is a split that has lost its manifest; so may be one that cannot be listed. What
+    a conversion has not finished is none.
+
     Raises:
         DataError: there are none.
     """
@@ -50,10 +52,19 @@ def split_folders(shards: Path) -> list[Path]:
     if os.path.lexists(shards / MANIFEST):
         return [shards]
     with suppress(OSError):
-        if found := sorted(path for path in shards.iterdir() if os.path.lexists(path / MANIFEST)):
+        if found := sorted(path for path in shards.iterdir() if not path.name.startswith(".")
+                           and not path.name.endswith(PARTIAL) and path.is_dir() and _may_be_split(path)):
             return found
     read_manifest(shards)  # tells what the folder is instead
     return [shards]
+
+
+def _may_be_split(folder: Path) -> bool:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return True
+    return MANIFEST in names or INDEX in names or any(name.endswith(".tar") for name in names)
 
 
 def verify_split(folder: Path, *, jobs: int) -> list[Finding]:
@@ -65,7 +76,7 @@ def verify_split(folder: Path, *, jobs: int) -> list[Finding]:
         jobs: threads; each reads another shard.
 
     Raises:
-        DataError: the folder is no split.
+        DataError: the folder cannot be read, or holds nothing of a split.
         SettingsError: jobs < 1.
     """
     if jobs < 1:
@@ -74,19 +85,27 @@ def verify_split(folder: Path, *, jobs: int) -> list[Finding]:
     try:
         manifest = read_manifest(folder)
     except DataError as error:
-        if not os.path.lexists(folder / MANIFEST):
-            raise
-        return [Finding(MANIFEST, None, None, str(error))]
+        if os.path.lexists(folder / MANIFEST):
+            return [Finding(MANIFEST, None, None, str(error))]
+        if isinstance(error.__cause__, FileNotFoundError) and folder.is_dir() and _may_be_split(folder):
+            return [Finding(MANIFEST, None, None, f"missing: {error}")]
+        raise
     index, findings = _checked_index(folder, manifest)
     return [*findings, *_extra(folder, manifest), *_damaged_shards(folder, manifest, index, jobs)]
 
 
-def repair_split(folder: Path, source: Path, findings: Sequence[Finding], *, jobs: int) -> None:
+def repair_split(folder: Path, source: Path, findings: Sequence[Finding], *, jobs: int,
+                 is_stopping: Callable[[], bool] = lambda: False) -> None:
     """Writes the damaged shards anew from the source that they were converted from, then a damaged index from the
     shards. Removes nothing.
 
+    Args:
+        is_stopping: called several times a second while shards are written, and before each shard that is read for
+            the index; True ends the repair.
+
     Raises:
         DataError: that would give other bytes than the manifest names; then nothing is replaced.
+        Stopped: `is_stopping` returned True. What was not replaced until then stays as it is.
     """
     from vir.data.convert import rewrite_shards  # slow to import, and seldom needed
 
@@ -94,27 +113,55 @@ def repair_split(folder: Path, source: Path, findings: Sequence[Finding], *, job
     manifest = read_manifest(folder)
     damaged = {finding.shard for finding in findings}
     if names := [shard.name for shard in manifest.shards if shard.name in damaged]:
-        rewrite_shards(folder, Path(source).absolute(), names, jobs)
+        rewrite_shards(folder, Path(source).absolute(), names, jobs, is_stopping)
     if INDEX in damaged:
-        restore_index(folder, jobs=jobs)
+        restore_index(folder, jobs=jobs, is_stopping=is_stopping)
 
 
-def restore_index(folder: Path, *, jobs: int) -> None:
+def is_repairable(folder: Path, findings: Sequence[Finding]) -> bool:
+    """Whether repair_split can mend any of it: it needs what vir-convert or vir-index --checksums wrote."""
+    try:
+        manifest = read_manifest(folder)
+    except DataError:
+        return False
+    damaged = {finding.shard for finding in findings}
+    return (INDEX in damaged and _names_checksums(manifest)
+            or manifest.conversion is not None and any(shard.name in damaged for shard in manifest.shards))
+
+
+def _names_checksums(manifest: SplitManifest) -> bool:
+    return all(shard.sha256 is not None for shard in manifest.shards)
+
+
+def restore_index(folder: Path, *, jobs: int, is_stopping: Callable[[], bool] = lambda: False) -> None:
     """Makes the index anew from the shards.
 
     Raises:
         DataError: a shard is damaged, or the result is not the index that the manifest names; then nothing is replaced.
+        Stopped: `is_stopping` returned True; nothing is replaced.
     """
+    from vir.data.foreign import IndexedShard, index_shard, labelled  # brings Pillow, which checking does not need
+
     manifest = read_manifest(folder)
     if unread := [shard.name for shard in manifest.shards if shard.sha256 is None]:
         raise DataError(f"{folder / INDEX} cannot be made anew as it was, because {unread[0]} was indexed without its "
                         "images; make index and manifest anew with vir-index")
+
+    def indexed(shard: ShardInfo) -> IndexedShard:
+        if is_stopping():
+            raise Stopped
+        if sha256(folder / shard.name) != shard.sha256:
+            raise DataError(f"{folder / INDEX} cannot be made anew, because {shard.name} is damaged: copy it again")
+        return index_shard(folder / shard.name, checksums=True)
+
     try:
         with ThreadPoolExecutor(jobs) as pool, replacing(folder / INDEX) as path:
-            write_index(path, list(pool.map(lambda shard: _rows_of(folder / shard.name), manifest.shards)))
+            _, shards = labelled(list(pool.map(indexed, manifest.shards)), manifest.classes)
+            write_index(path, [shard.rows for shard in shards])
             if sha256(path) != manifest.index_sha256:
                 raise DataError(f"{folder / INDEX} was made anew from the shards and is not the one that the manifest "
-                                "names: a shard or the manifest is damaged too; convert the split again")
+                                "names: it was made by another version, or in another way; make or convert the split "
+                                "again")
     except OSError as error:
         raise DataError(f"cannot make {folder / INDEX} anew: {error.filename or folder}: {error.strerror}") from error
 
@@ -128,7 +175,7 @@ def _checked_index(folder: Path, manifest: SplitManifest) -> tuple[np.ndarray | 
         index = read_index(folder)
         is_named = sha256(folder / INDEX) == manifest.index_sha256
     except (DataError, OSError) as error:
-        return None, [Finding(INDEX, None, None, f"{error}; --repair makes it anew from the shards")]
+        return None, [Finding(INDEX, None, None, f"{error}; {_way_to_index(manifest)}")]
     findings = [] if is_named else [_another_index(folder, manifest)]
     sizes = [shard.num_samples for shard in manifest.shards]
     if len(index) != sum(sizes):
@@ -145,13 +192,25 @@ def _checked_index(folder: Path, manifest: SplitManifest) -> tuple[np.ndarray | 
 def _another_index(folder: Path, manifest: SplitManifest) -> Finding:
     """Names the split beside this one that the index belongs to, if it does."""
     digest = sha256(folder / INDEX)
-    for other in sorted(folder.parent.iterdir()):
+    for other in _beside(folder):
         with suppress(DataError, OSError):
             if (other / MANIFEST).is_file() and read_manifest(other).index_sha256 == digest:
                 return Finding(INDEX, None, None, f"it is the index of another split, {other.name}: copy the right "
-                               "one, or --repair makes it anew from the shards")
+                               f"one, or {_way_to_index(manifest)}")
     return Finding(INDEX, None, None, f"it is damaged or of another split: its sha256 is {digest}, the manifest says "
-                   f"{manifest.index_sha256}; --repair makes it anew from the shards")
+                   f"{manifest.index_sha256}; {_way_to_index(manifest)}")
+
+
+def _beside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.parent.iterdir())
+    except OSError:
+        return []
+
+
+def _way_to_index(manifest: SplitManifest) -> str:
+    return ("--repair makes it anew from the shards" if _names_checksums(manifest) else
+            f"vir-index makes it and {MANIFEST} anew")
 
 
 def _bad_values(index: np.ndarray, manifest: SplitManifest) -> list[Finding]:
@@ -342,35 +401,6 @@ def _sha256(descriptor: int, advance: Callable[[int], None]) -> str:
         digest.update(view[:count])
         advance(count)
     return digest.hexdigest()
-
-
-# ---- an index from the shards
-
-
-def _rows_of(path: Path) -> np.ndarray:
-    """The index rows of a shard of vir-convert, field "shard" 0. Raises DataError or OSError."""
-    from vir.data.decode import inspect_image  # brings Pillow, which checking does not need
-
-    descriptor = open_regular(path)
-    try:
-        members = list(scan(descriptor, str(path)))
-        rows = []
-        for image, label in zip(members[::3], members[1::3]):
-            data = pread(descriptor, image.size, image.offset)
-            _, width, height = inspect_image(data)
-            rows.append((0, _label(descriptor, label, path), image.offset, image.size, zlib.crc32(data), width, height,
-                         image.name.partition(".")[0].encode()))
-    finally:
-        os.close(descriptor)
-    return np.array(rows, index_dtype(max((len(row[-1]) for row in rows), default=1)))
-
-
-def _label(descriptor: int, member: Member, path: Path) -> int:
-    content = pread(descriptor, min(member.size, 64), member.offset)
-    try:
-        return int(content)
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {member.name!r} says {content!r} where a label belongs") from error
 
 
 if __name__ == "__main__":
