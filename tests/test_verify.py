@@ -266,6 +266,7 @@ def manifest_classes_edited(folder):
     *[label_text("n02_3.json", lambda old, pair=pair: old.replace(*pair), "belong to no image .*'n02_3.json' is not as")
       for pair in [(b"n02/", b"n03/"), (b"JPEG", b"JPEF"), (b"JPEG", b"JpEG"), (b"/n02_3", b"/n02\x7f3"),
                    (b"n02_3.J", b"n02_2.J"), (b"filename", b"fi,ename"), (b"height", b"hdight"), (b", ", b",\t")]],
+    label_text(f"{LONG}.json", lambda old: old.replace(b"e_x", b"e\x7fx"), "belong to no image .*json' is not as"),
     padding, end_of_tar, quiet_header_bit, zeroed_header, missing, extra, fifo, device, duplicate_key,
     label_out_of_range, overflowing_offset, broken_key, index_bit, index_of_another_split, rows_of_another_shard,
     fewer_rows, no_index, manifest_hash_edited, manifest_size_edited, manifest_classes_edited,

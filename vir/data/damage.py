@@ -251,7 +251,7 @@ class _Look:
             return False
         class_name, _, name = filename.rpartition("/")
         ending = os.path.splitext(name)[1]  # the only part of the name that the key lacks
-        return class_name == self._class_name(sample) and name.isprintable() and _is_image_ending(ending) and any(
+        return class_name == self._class_name(sample) and _is_image_ending(ending) and any(
             sample.key == key or sample.key.startswith(f"{key}-")
             for key in (make_key(class_name, name), make_key(class_name, name, class_in_key=False)))
 
