@@ -22,6 +22,7 @@ import webdataset
 from PIL import Image
 
 from support.imagenet import tiny_imagenet, write_archives, write_folders, write_kaggle
+from vir import files
 from vir.data import convert as convert_module
 from vir.data import tasks as tasks_module
 from vir.data.convert import Settings
@@ -337,7 +338,7 @@ def test_bad_settings(source, tmp_path, monkeypatch, settings, message):
 
 
 def test_an_output_among_class_folders_is_refused(source, tmp_path):
-    with pytest.raises(SettingsError, match="shards lies among the class folders of .*src/train; choose another"):
+    with pytest.raises(SettingsError, match="shards would write among the images of .*src/train; choose another"):
         convert(source / "train", "train", source / "train/shards")
 
 
@@ -568,7 +569,8 @@ def test_what_processes_that_outlived_a_conversion_write_is_swept_away(source, t
 
     def disturbed(partial, folder):
         token = json.loads((partial / "conversion.json").read_text())["token"]
-        for name in (f"{token}-000002.tar", f"{'0' * 16}-000000.tar", f"{'0' * 16}-000000.done", ".x.tar.1-ff.tmp"):
+        for name in (f"{token}-000002.tar", f"{'0' * 16}-000000.tar", f"{'0' * 16}-000000.done",
+                     f".{token}-000001.tar.1-ff.tmp"):
             (partial / name).touch()
         publish(partial, folder)
     monkeypatch.setattr(convert_module, "publish", disturbed)
@@ -584,7 +586,7 @@ def task_of(source, folder, **pictures):
 def test_files_that_a_failing_disk_did_not_give_are_tried_again_another_day(source, tmp_path, monkeypatch):
     task = task_of(source, tmp_path, on_error="skip")
     with monkeypatch.context() as patch:
-        patch.setattr(reading_module, "RETRY_WAITS_S", (0,))
+        patch.setattr(files, "RETRY_WAITS_S", (0,))
         read, calls = reading_module.pread, []
 
         def fail_at_the_end(*arguments):
@@ -605,7 +607,7 @@ def test_files_that_a_failing_disk_did_not_give_are_tried_again_another_day(sour
 
 
 def test_three_files_in_a_row_that_fail_are_a_lost_disk_and_two_are_not(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading_module, "RETRY_WAITS_S", ())
+    monkeypatch.setattr(files, "RETRY_WAITS_S", ())
     task, read = task_of(source, tmp_path, on_error="skip"), reading_module.pread
     for failing, lost in (({1, 2, 4, 5, 7, 8}, False), ({3, 4, 5}, True)):
         calls = itertools.count()
@@ -616,6 +618,48 @@ def test_three_files_in_a_row_that_fail_are_a_lost_disk_and_two_are_not(source, 
                 tasks_module.convert_shard(task)
         else:
             assert len(tasks_module.convert_shard(task).skipped) == 6
+
+
+def test_a_tar_that_has_gone_is_never_skipped(source, tmp_path):
+    """Its images are not missing one by one: all are, and the next conversion must not take them for changed."""
+    convert(source, "train", tmp_path / "shards", samples_per_shard=20)
+    task = tasks_module.ShardTasks(convert_module.open_source(tmp_path / "shards", "train"), [np.arange(27)], tmp_path,
+                                   "0" * 16, PictureSettings(on_error="skip"), {})[0]
+    shard = next((tmp_path / "shards/train").glob("*.tar"))
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=f"cannot read {shard}, which holds many images: No such file or directory"):
+        tasks_module.convert_shard(task)
+    (tmp_path / "elsewhere").rename(shard)
+    assert len(tasks_module.convert_shard(task).rows) == 27
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=f"cannot read {shard}, which holds many images"):
+        tasks_module.convert_shard(task)
+
+
+def test_the_headers_of_a_tar_are_read_again_where_one_read_fails(source, tmp_path, monkeypatch):
+    convert(source, "train", tmp_path / "shards")
+    listed = list(convert_module.open_source(tmp_path / "shards", "train").samples)
+    monkeypatch.setattr(files, "RETRY_WAITS_S", (0,))
+    read, calls = os.pread, itertools.count(1)
+    monkeypatch.setattr(os, "pread", lambda *arguments: read(*(arguments if next(calls) % 10 else (-1, 1, 0))))
+    assert list(convert_module.open_source(tmp_path / "shards", "train").samples) == listed and next(calls) > 80
+
+
+def test_shards_are_never_cut_anew_over_themselves(source, tmp_path):
+    convert(source, "train", tmp_path / "shards")
+    before = hashes(tmp_path / "shards/train")
+    with pytest.raises(SettingsError, match="shards would write among the images of .*shards/train; choose another"):
+        convert(tmp_path / "shards/train", "train", tmp_path / "shards", samples_per_shard=5)
+    assert hashes(tmp_path / "shards/train") == before
+
+
+def test_a_link_in_the_place_of_the_scratch_folder_is_refused(source, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/kept").touch()
+    (tmp_path / ".vir-scratch").symlink_to(tmp_path / "mine")
+    with pytest.raises(DataError, match="cannot write in .*: .vir-scratch is a link"):
+        convert(source, "train", tmp_path / "out", act=convert_module.dry_run)
+    assert (tmp_path / "mine/kept").exists()
 
 
 def test_a_machine_that_encodes_with_other_versions_is_refused(source, tmp_path):
@@ -660,9 +704,9 @@ def test_a_second_conversion_into_the_same_folder_is_refused(large, tmp_path):
 def test_another_source_or_other_settings_do_not_continue(source, tmp_path, change, message):
     interrupt(source, tmp_path / "out", samples_per_shard=9)
     settings = change(source)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         convert(source, "train", tmp_path / "out", **{"samples_per_shard": 9, **settings})
-    assert len(finished(tmp_path / "out")) == 3
+    assert len(finished(tmp_path / "out")) == 3 and "the same command continues" not in str(caught.value)
 
 
 def interrupt(source, output, **settings):

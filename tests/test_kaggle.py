@@ -31,7 +31,7 @@ def test_kaggles_layout_gives_what_the_archives_give(split, both):
     for folder in ("ILSVRC", "ILSVRC/Data/CLS-LOC"):
         assert contents(open_source(both / "kaggle" / folder, split)) == contents(source)
     sized = open_source(both / "kaggle", split, sized=True)
-    assert [sample.size for sample in sized.samples] == [len(data) for *_, data in contents(archive)]
+    assert sized.sizes.tolist() == [len(data) for *_, data in contents(archive)]
     assert sized.sizes.tolist() == archive.sizes.tolist()
 
 

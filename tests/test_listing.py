@@ -66,7 +66,7 @@ def test_samples_tell_where_their_bytes_are():
     assert list(source({"a": ["1.jpg"]}, files=(), sized=False).samples) == [
         Sample("a_1", 0, "a/1.jpg", "a/1.jpg", 0, WHOLE)]
     flat = source({"a": [Image("1.jpg", size=4)]}, files=(), flat=True)
-    assert list(flat.samples) == [Sample("a_1", 0, "a/1.jpg", "1.jpg", 0, 4)]
+    assert list(flat.samples) == [Sample("a_1", 0, "a/1.jpg", "1.jpg", 0, WHOLE)]
     assert (flat.sizes.sum(), flat.ignored, flat.classes, flat.kind) == (4, 3, ("a",), "test")
     assert source(images, files=("x.tar", "y.tar")).sizes.sum() == 2 ** 33 + 7
     with pytest.raises(IndexError):

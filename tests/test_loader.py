@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from support.launchers import ROOT
-from vir import run_folder
+from vir import files, run_folder
 from vir.config import AugmentConfig
-from vir.data import reader as reader_module
 from vir.data import transforms
 from vir.data.convert import Settings, convert
 from vir.data.loader import Patience, eval_batches, train_batches
@@ -236,7 +235,7 @@ def test_a_damaged_validation_image_stops_and_is_named(damaged):
 
 
 def test_a_shard_that_disappears_stops_the_run_and_is_never_substituted(damaged, monkeypatch):
-    monkeypatch.setattr(reader_module, "RETRY_WAITS_S", (0, 0))
+    monkeypatch.setattr(files, "RETRY_WAITS_S", (0, 0))
     broken = damaged("train", [])
     shard = broken.where(0).split(":")[0]
     (broken.folder / shard).unlink()

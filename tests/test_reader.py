@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from support.manifests import name_index
+from vir import files
 from vir.data import reader as reader_module
 from vir.data.decode import BadSampleError, decode_image, inspect_image
 from vir.data.reader import ShardReader
@@ -48,7 +49,7 @@ def folder(tmp_path):
 
 @pytest.fixture()
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(reader_module, "RETRY_WAITS_S", (0, 0, 0))
+    monkeypatch.setattr(files, "RETRY_WAITS_S", (0, 0, 0))
 
 
 def test_reads_every_sample(folder):

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped:
             finished = 0 if args.dry_run else finished_shards(args.output / args.split)
             kept = f"{finished:,} shards are finished and kept, the same command continues" if finished else \
-                "nothing is left of it"
+                "no shard was finished"
             print(f"vir-convert: stopped by {received[0].name}; {kept}", file=sys.stderr)
             return EXIT_STOPPED_BY_SIGNAL
     if written:

@@ -39,4 +39,4 @@ EXIT_RANK_LOST = 5
 """Another rank of the run has failed or was lost."""
 
 EXIT_STOPPED_BY_SIGNAL = 75
-"""A signal asked the run to stop; it saved a checkpoint and the same command continues it."""
+"""A signal asked the program to stop; what was done is saved and the same command continues it."""

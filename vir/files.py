@@ -9,9 +9,12 @@ import logging
 import os
 import secrets
 import stat
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Container, Iterator, TypeVar
+
+T = TypeVar("T")
 
 TEMPORARY = ".tmp"
 """The end of the names under which files are written before they take their own; they begin with a dot."""
@@ -54,8 +57,9 @@ def lock(path: Path) -> int:
     except BlockingIOError:
         unlock(descriptor)
         raise
-    except OSError:  # no locks here
-        pass
+    except OSError as error:
+        logging.getLogger("vir").warning("%s: this file system has no locks (%s): nothing keeps a second program out",
+                                         path.parent, error.strerror)
     if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
         unlock(descriptor)
         return lock(path)
@@ -154,6 +158,28 @@ def read_regular(path: Path | str, limit: int) -> bytes:
         if (size := os.fstat(file.fileno()).st_size) > limit:
             raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {limit} that it may have", str(path))
         return file.read()
+
+
+def retried(act: Callable[[], T], final: Container[int | None] = (), failed: Callable[[], None] = lambda: None) -> T:
+    """What `act` returns, in one of 1 + len(RETRY_WAITS_S) attempts.
+
+    Args:
+        final: errno of errors that another attempt would meet too.
+        failed: called after each attempt that fails.
+
+    Raises:
+        OSError: that of the last attempt.
+    """
+    waits = iter(RETRY_WAITS_S)
+    while True:
+        try:
+            return act()
+        except OSError as error:
+            failed()
+            wait = next(waits, None)
+            if wait is None or error.errno in final:
+                raise
+            time.sleep(wait)
 
 
 def pread(descriptor: int, size: int, offset: int) -> bytes:

@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from vir.data.executors import check_executor, run_tasks
 from vir.data.picture import PictureSettings, encoder_versions
-from vir.data.shards import MANIFEST, PARTIAL, SkippedFile, SplitManifest, read_manifest, write_split
+from vir.data.shards import (
+    MANIFEST,
+    MAX_SHARDS,
+    PARTIAL,
+    ShardInfo,
+    SkippedFile,
+    SplitManifest,
+    read_manifest,
+    write_split,
+)
 from vir.data.sources.choose import open_source
 from vir.data.sources.listing import Source
 from vir.data.tar import padded
@@ -38,14 +47,13 @@ from vir.data.work_folder import (
 from vir.errors import DataError, SettingsError
 from vir.files import flush
 
-MAX_SHARDS = 1 << 18
-"""Of a split: the manifest must stay readable."""
-
 SLURM = ".slurm"
 """The end of the name of the folder beside OUTPUT/SPLIT that keeps the logs of Slurm jobs that failed."""
 
 _TAR_BYTES = 5 * 512
 """Of a sample beside its image: three headers, label and json."""
+
+_COUNTS = ("samples_per_shard", "bytes_per_shard")
 
 _DRY_RUN_SAMPLES = 256
 """Of each worker."""
@@ -91,7 +99,8 @@ class ConversionSummary:
 
     def __str__(self) -> str:
         if self.was_complete:
-            return f"{self.folder} is complete already: {self.images:,} images in {count_of(self.shards)}"
+            left_out = f"; {len(self.skipped):,} files were left out" if self.skipped else ""
+            return f"{self.folder} is complete already: {self.images:,} images in {count_of(self.shards)}{left_out}"
         lines = [f"{self.images:,} images of {self.classes:,} classes in {count_of(self.shards)}, "
                  f"{self.bytes / 1e6:,.1f} MB, in {self.seconds:.1f} s "
                  f"({(self.images - self.found_images) / self.seconds:,.0f} images/s), from: {self.source}"]
@@ -170,18 +179,20 @@ def convert(source: Path, split: str, output: Path, settings: Settings = Setting
     if os.path.lexists(folder):
         return _summary(folder, listed, complete(folder, record), began, was_complete=True)
     with claimed(folder, record, len(parts)) as (partial, token):
-        done: list[DoneShard] = []
-        if not (partial / MANIFEST).exists():  # otherwise it was killed when all was written
+        if (partial / MANIFEST).exists():  # it was killed when all was written
+            found = read_manifest(partial).shards
+        else:
             tasks = ShardTasks(listed, parts, partial, token, settings.pictures, record["encoders"])
             done = _run(tasks, min(workers, len(tasks)), executor, is_stopping, folder.with_name(folder.name + SLURM))
             _write_manifest(partial, listed, done, split, settings, record)
+            found = tuple(shard.info for shard in done if shard.was_found and len(shard.rows))
         manifest = read_manifest(partial)
         try:
             name_shards(partial, token, manifest)
             publish(partial, folder)
         except OSError as error:
             raise DataError(f"cannot rename what is in {partial}, or itself to {folder}: {error.strerror}") from error
-    return _summary(folder, listed, manifest, began, [shard for shard in done if shard.was_found])
+    return _summary(folder, listed, manifest, began, found)
 
 
 def dry_run(source: Path, split: str, output: Path, settings: Settings = Settings(), *, workers: int = 8,
@@ -226,13 +237,16 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
         raise DataError(f"{folder} was not written by this version of vir-convert: its settings are not known; convert "
                         "the split again")
     settings = _settings_of(manifest)
+    if (before := manifest.conversion.get("encoders")) != (now := encoder_versions(settings.pictures)):
+        raise DataError(f"{folder} was encoded with {before}, here is {now}: other versions give other bytes; install "
+                        "those")
     listed = open_source(Path(source).absolute(), manifest.split, manifest.classes,
                          settings.bytes_per_shard is not None)
     parts = _deal(len(listed.samples), listed.sizes, settings)
     numbers = _numbers_of(manifest, len(parts), names)
     with scratch_folder(folder) as scratch:
         tasks = ShardTasks(listed, [parts[number] for number in numbers], scratch, new_token(), settings.pictures,
-                           encoder_versions(settings.pictures))
+                           now)
         done = _run(tasks, min(workers, len(tasks)), "local", is_stopping, scratch / "jobs")
         expected = {shard.name: shard.sha256 for shard in manifest.shards}
         for name, shard in zip(names, done):
@@ -264,13 +278,9 @@ def _check_settings(source: Path, split: str, folder: Path, settings: Settings, 
     if len(f"{settings.name}-{split}".encode()) > 200:
         raise SettingsError(f"--name and --split have {len(settings.name) + len(split)} characters: too long for the "
                             "names of files; the limit is 200")
-    if _is_within(folder, source / split):
-        raise SettingsError(f"--output {folder.parent} would write into the folder to convert; choose another")
-
-
-def _is_within(path: Path, folder: Path) -> bool:
     # Unlike resolve, realpath says nothing of links that go round in circles: reading or writing them does.
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(source / split)):
+        raise SettingsError(f"--output {folder.parent} would write into the folder to convert; choose another")
 
 
 def _plan(source: Path, folder: Path, settings: Settings, classes: Sequence[str] | None
@@ -279,8 +289,8 @@ def _plan(source: Path, folder: Path, settings: Settings, classes: Sequence[str]
     if folder.parent.exists() and not folder.parent.is_dir():
         raise DataError(f"--output {folder.parent} is a file; give a folder")
     listed = open_source(source, folder.name, _class_list(folder.parent, classes), settings.bytes_per_shard is not None)
-    if "/" in listed.samples[0].path and _is_within(folder, listed.root):
-        raise SettingsError(f"--output {folder.parent} lies among the class folders of {listed.root}; choose another")
+    if listed.holds(folder):
+        raise SettingsError(f"--output {folder.parent} would write among the images of {listed.root}; choose another")
     parts = _deal(len(listed.samples), listed.sizes, settings)
     if len(parts) > MAX_SHARDS:
         raise SettingsError(f"these settings make {len(parts):,} shards, the limit is {MAX_SHARDS:,}; give more "
@@ -331,15 +341,17 @@ def _settings_of(manifest: SplitManifest) -> Settings:
     """The settings that a record tells. Raises DataError where it is not one of ours."""
     try:
         record = dict(manifest.conversion or {})
+        if not all(isinstance(record[name], int) and record[name] > 0 for name in _COUNTS if record[name] is not None):
+            raise ValueError(f"one of {', '.join(_COUNTS)} is no count")
         return Settings(
             name=record["name"], samples_per_shard=record["samples_per_shard"], seed=record["seed"],
             bytes_per_shard=record["bytes_per_shard"],
             pictures=PictureSettings(on_error="fix" if record["fix"] else "skip", check=record["check"],
                                      resize_short=record["resize_short"], quality=record["quality"],
                                      transcode=record["transcode"]))
-    except KeyError as error:
-        raise DataError(f"the manifest does not say with which {error} the split was converted; convert it again") \
-            from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the manifest does not say with which settings the split was converted ({error}); convert it "
+                        "again") from error
 
 
 # ---- the work
@@ -388,15 +400,15 @@ def _write_manifest(partial: Path, source: Source, done: Sequence[DoneShard], sp
         raise DataError(f"cannot write in {partial}: {error.strerror}; free some space") from error
 
 
-def _summary(folder: Path, source: Source, manifest: SplitManifest, began: float, found: Sequence[DoneShard] = (),
+def _summary(folder: Path, source: Source, manifest: SplitManifest, began: float, found: Sequence[ShardInfo] = (),
              was_complete: bool = False) -> ConversionSummary:
-    assert manifest.conversion is not None  # it was written by a conversion
+    changes = (manifest.conversion or {}).get("changes", {})
     return ConversionSummary(
         folder=folder, source=source.kind, images=manifest.num_samples, shards=len(manifest.shards),
         bytes=sum(shard.bytes for shard in manifest.shards), classes=len(manifest.classes),
         seconds=time.monotonic() - began, skipped=manifest.skipped, fixed=manifest.fixed,
-        changes=manifest.conversion["changes"], ignored=source.ignored, found_shards=len(found),
-        found_images=sum(shard.info.num_samples for shard in found), was_complete=was_complete)
+        changes=changes, ignored=source.ignored, found_shards=len(found),
+        found_images=sum(shard.num_samples for shard in found), was_complete=was_complete)
 
 
 def _numbers_of(manifest: SplitManifest, count: int, names: Sequence[str]) -> list[int]:

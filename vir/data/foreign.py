@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vir.data.decode import BadSampleError, inspect_image
 from vir.data.executors import Stopped, run_tasks, stopping
-from vir.data.shards import MANIFEST, ShardInfo, SplitManifest, index_dtype, read_manifest, write_split
+from vir.data.shards import MANIFEST, MAX_SHARDS, ShardInfo, SplitManifest, index_dtype, read_manifest, write_split
 from vir.data.sources.folder import names_in, some
 from vir.data.sources.reading import MAX_IMAGE_BYTES
 from vir.data.tar import Member
@@ -36,7 +36,6 @@ MAX_CLASS_NAMES = 1 << 16
 """The most different names that the txt of a split may hold without a class list: more are captions."""
 MAX_LABEL = (1 << 20) - 1
 """The highest label without a class list, which then is "0", "1", ... up to it."""
-MAX_SHARDS = 1 << 20
 
 _CHUNK = 4096
 _BLOCK = 1 << 22

@@ -4,17 +4,17 @@ import errno
 import functools
 import os
 import stat
-import time
 import zlib
 from pathlib import Path
 from typing import Callable, Iterator, TypedDict
 
 import numpy as np
 
+from vir import files
 from vir.data.decode import BadSampleError
 from vir.data.shards import INDEX, SplitManifest, read_index, read_manifest
 from vir.errors import DataError
-from vir.files import RETRY_WAITS_S, open_regular, pread, sha256
+from vir.files import open_regular, pread, sha256
 
 MAX_OPEN_SHARDS = 128
 """The most open files per reader and process."""
@@ -106,7 +106,7 @@ class ShardReader:
         """The image file of sample i.
 
         Raises:
-            DataError: it could not be read in 1 + len(RETRY_WAITS_S) attempts.
+            DataError: it could not be read in 1 + len(files.RETRY_WAITS_S) attempts.
             BadSampleError: it was read twice, and both times its checksum differed from the index. Shards that were
                 indexed without checksums have none.
         """
@@ -139,20 +139,17 @@ class ShardReader:
                 yield j
 
     def _read_with_retries(self, i: int, shard: int, offset: int, size: int) -> bytes:
-        waits = iter(RETRY_WAITS_S)
-        while True:
-            try:
-                # Kept in a variable while reading: another thread may remove it from the cache, which would close it.
-                descriptor = self._descriptor(shard)
-                return pread(descriptor.number, size, offset)
-            except OSError as error:
-                wait = next(waits, None)
-                if wait is None:
-                    raise DataError(f"cannot read {self.where(i)} in {self.folder}: {error.strerror or error}, after "
-                                    f"{1 + len(RETRY_WAITS_S)} attempts; check the disk or copy the shard again") \
-                        from error
-                self._descriptor.cache_clear()  # on network disks, a new descriptor may work where a stale one fails
-                time.sleep(wait)
+        def read() -> bytes:
+            # Kept in a variable while reading: another thread may remove it from the cache, which would close it.
+            descriptor = self._descriptor(shard)
+            return pread(descriptor.number, size, offset)
+
+        try:  # on network disks, a new descriptor may work where a stale one fails
+            return files.retried(read, failed=self._descriptor.cache_clear)
+        except OSError as error:
+            raise DataError(f"cannot read {self.where(i)} in {self.folder}: {error.strerror or error}, after "
+                            f"{1 + len(files.RETRY_WAITS_S)} attempts; check the disk or copy the shard again") \
+                from error
 
     def _check_shards(self) -> None:
         try:

@@ -45,7 +45,10 @@ INDEX_FIELDS = [
 """A last field, "key", follows: its type is S{n}, UTF-8, where n is the length of the longest key in the split."""
 
 MAX_MANIFEST_BYTES = 1 << 27
-"""Of a manifest that is read: 200,000 shards take less, and no JSON of this size fills the memory."""
+"""Of a manifest: no JSON of this size fills the memory that reads it."""
+
+MAX_SHARDS = 1 << 18
+"""Of a split: they take 50 MB of the manifest."""
 
 MAX_INDEX_KEY_BYTES = 4096
 """Of an index that is read: no path is longer."""
@@ -127,7 +130,7 @@ class SplitManifest:
 
 
 def write_shard(path: Path, samples: Iterable[ShardSample]) -> tuple[ShardInfo, np.ndarray]:
-    """Writes one tar at `path`, which must not exist, and forces it to disk.
+    """Writes one tar at `path`, which must not exist. It is not forced to disk: vir.files.replacing does that.
 
     Returns:
         Its entry in the manifest, and its rows of the index (field "shard" is 0; write_split sets it).
@@ -144,8 +147,6 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> tuple[ShardInfo, 
                          sample.height, b""))
             keys.append(sample.key.encode("utf-8"))
         tar.end()
-        file.flush()
-        os.fsync(file.fileno())
     index = np.array(rows, dtype=index_dtype(max(map(len, keys), default=1)))
     index["key"] = keys
     return ShardInfo(path.name, len(rows), tar.size, tar.sha256.hexdigest()), index
@@ -167,7 +168,12 @@ def write_split(folder: Path, shards: Sequence[tuple[ShardInfo, np.ndarray]], *,
                              skipped=tuple(skipped), fixed=tuple(fixed), conversion=conversion)
     content = {**asdict(manifest), "num_samples": manifest.num_samples, "fingerprint": manifest.fingerprint}
     content["manifest_sha256"] = _digest(content)
-    replace_text(folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    if len(text) > MAX_MANIFEST_BYTES:  # json.dumps writes ASCII
+        raise DataError(f"the manifest of {folder} would have {len(text):,} bytes, over {MAX_MANIFEST_BYTES:,}; "
+                        f"{len(skipped):,} files were left out and {len(fixed):,} mended; mend or remove them in the "
+                        "source, and convert it in parts")
+    replace_text(folder / MANIFEST, text)
     return manifest
 
 
@@ -208,7 +214,8 @@ def read_manifest(folder: Path) -> SplitManifest:
         raise DataError(f"{path} is not valid JSON ({error}); copy the split again or convert it again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if type(version) is not int or version < 1:
-        raise DataError(f"{path} is no manifest of shards (format_version is {version!r}); convert the split again")
+        raise DataError(f"{path} is no manifest of shards (format_version is {str(version)[:50]}); convert the split "
+                        "again")
     if version > FORMAT_VERSION:
         raise DataError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: "
                         f"update vir-at-scale, or convert the split again")
@@ -217,7 +224,7 @@ def read_manifest(folder: Path) -> SplitManifest:
         whole = (content["num_samples"], content["fingerprint"]) == (manifest.num_samples, manifest.fingerprint)
         if version > 1 or "manifest_sha256" in content:
             whole = whole and content["manifest_sha256"] == _digest(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}); convert the split again") from error
     names = [shard.name for shard in manifest.shards]
     if outside := [name for name in names if name != os.path.basename(name) or name in (os.curdir, os.pardir)]:
@@ -308,6 +315,8 @@ def _manifest_of(content: dict[str, Any]) -> SplitManifest:
     """Raises KeyError, TypeError or ValueError where the content is not what write_split writes."""
     if wrong := [key for key in ("classes", "shards", "skipped") if not isinstance(content[key], list)]:
         raise ValueError(f"{wrong[0]} is no list")
+    if not content["shards"]:
+        raise ValueError("it names no shards")
     manifest = SplitManifest(
         name=content["name"], split=content["split"], classes=tuple(content["classes"]),
         shards=tuple(ShardInfo(**shard) for shard in content["shards"]), index_sha256=content["index_sha256"],
@@ -325,9 +334,9 @@ def _manifest_of(content: dict[str, Any]) -> SplitManifest:
             raise ValueError(f"{str(number)[:100]} where a count belongs")
     for shard in manifest.shards:
         if shard.sha256 is not None and not (isinstance(shard.sha256, str) and _SHA256.fullmatch(shard.sha256)):
-            raise ValueError(f"{shard.sha256!r} where a sha256 belongs")
+            raise ValueError(f"{str(shard.sha256)[:100]!r} where a sha256 belongs")
     if not isinstance(manifest.conversion, dict | None):
-        raise ValueError(f"conversion is {manifest.conversion!r}")
+        raise ValueError("conversion is neither an object nor null")
     return manifest
 
 

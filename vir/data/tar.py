@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from vir.errors import DataError
-from vir.files import open_regular
+from vir.files import open_regular, retried
 
 BLOCK = 512
 Size = TypeVar("Size", int, np.ndarray)
@@ -99,7 +99,7 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
     end = os.fstat(descriptor).st_size if end is None else end
     position, extension = start, None
     while True:
-        header = os.pread(descriptor, BLOCK, position) if position + BLOCK <= end else b""
+        header = _read(descriptor, BLOCK, position) if position + BLOCK <= end else b""
         if len(header) < BLOCK:
             raise TarError(f"{where} is cut off at byte {position - start}: a tar ends with blocks of zeros; copy or "
                            "download it again", position - start, "the tar is cut off", is_cut=True)
@@ -191,7 +191,14 @@ def _text(name: bytes, where: str, position: int) -> str:
 def _content(descriptor: int, offset: int, size: int, where: str, position: int) -> bytes:
     if size > _MAX_EXTENSION:
         raise _damaged(where, position, f"an extended header of {size} bytes")
-    return os.pread(descriptor, size, offset)
+    return _read(descriptor, size, offset)
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    try:
+        return os.pread(descriptor, size, offset)
+    except OSError:  # of the millions of small reads of a large archive one may fail
+        return retried(lambda: os.pread(descriptor, size, offset))
 
 
 def _pax(known: _Extension, content: bytes, where: str, position: int) -> _Extension:

@@ -12,7 +12,7 @@ import numpy as np
 from vir.data.sources.listing import IMAGE_EXTENSIONS
 from vir.data.tar import Member, scan
 from vir.errors import DataError
-from vir.files import pread
+from vir.files import pread, retried
 
 IMAGES = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 """Endings of members that are images, in upper or lower case."""
@@ -100,7 +100,7 @@ def read_part(descriptor: int, member: Member, where: str) -> bytes:
         OSError: it cannot be read.
     """
     try:
-        return pread(descriptor, member.size, member.offset)
+        return retried(lambda: pread(descriptor, member.size, member.offset))
     except OSError as error:
         if error.errno is None:
             raise DataError(f"{where} became shorter while it was read, at byte {member.offset}") from error

@@ -20,7 +20,7 @@ from vir.data.picture import PictureSettings, encoder_versions, prepare_picture
 from vir.data.shards import ShardInfo, ShardSample, SkippedFile, write_shard
 from vir.data.sources.listing import Sample, Source
 from vir.data.sources.reading import SampleReader, UnreadableError, states
-from vir.data.work_folder import DONE, working_name
+from vir.data.work_folder import DONE, NotToContinueError, working_name
 from vir.errors import DataError
 from vir.files import replacing
 
@@ -177,8 +177,9 @@ def _found(task: ShardTask) -> DoneShard | None:
     changed = np.flatnonzero((before != states(task.root, task.samples)).any(axis=1))
     if len(changed):
         path = task.root / task.samples[changed[0]].path
-        raise DataError(f"the source has changed since its first shards were written: {path} has another size or time "
-                        f"of change; give the source as it was, or remove {task.path.parent} to start over")
+        raise NotToContinueError(f"the source has changed since its first shards were written: {path} has another size "
+                                 f"or time of change; give the source as it was, or remove {task.path.parent} to start "
+                                 "over")
     if skipped and task.pictures.on_error == "fail":
         name, reason = skipped[0].filename, skipped[0].reason
         raise _bad_file(task, next(sample for sample in task.samples if sample.filename == name), reason)

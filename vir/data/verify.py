@@ -97,7 +97,7 @@ def verify_split(folder: Path, *, jobs: int) -> list[Finding]:
 def repair_split(folder: Path, source: Path, findings: Sequence[Finding], *, jobs: int,
                  is_stopping: Callable[[], bool] = lambda: False) -> None:
     """Writes the damaged shards anew from the source that they were converted from, then a damaged index from the
-    shards. Removes nothing.
+    shards; each only if it becomes what the manifest names. Removes nothing.
 
     Args:
         is_stopping: called several times a second while shards are written, and before each shard that is read for

@@ -4,12 +4,13 @@
     TOKEN-000000.tar       a finished shard; TOKEN-000000.done is its commit mark, with its rows of the index
     .lock                  held by the conversion that is at work
 
-It is renamed to OUTPUT/SPLIT when all is whole. Processes of another machine can outlive a conversion that was killed:
-the token keeps their files apart from those of the next one.
+It is renamed to OUTPUT/SPLIT when all is whole. Processes of another machine can outlive a conversion that was killed.
+The token keeps their files apart from those of another conversion; those of the same one have the same bytes.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any
 
 from vir.data.shards import PARTIAL, SplitManifest, read_manifest
 from vir.errors import DataError, VirError
-from vir.files import TEMPORARY, flush, lock, replace_text, unlock
+from vir.files import TEMPORARY, flush, lock, read_regular, replace_text, unlock
 
 JOURNAL = "conversion.json"
 LOCK = ".lock"
@@ -30,8 +31,14 @@ DONE = ".done"
 SCRATCH = ".vir-scratch"
 """In it shards are tried, or written anew."""
 
-_WORKING = re.compile(r"[0-9a-f]{16}-[0-9]{6,}(\.tar|\.done)|\..*\.tmp")
-"""Names of what a conversion, or one that was killed, leaves in its folder beside the shards."""
+_WORKING = re.compile(r"[0-9a-f]{16}-[0-9]{6,}\.(tar|done)|\.[0-9a-f]{16}-[0-9]{6,}\.(tar|done)\..*\.tmp")
+"""Names of what a task, or one that was killed, leaves in the folder beside the shards."""
+
+_MAX_JOURNAL_BYTES = 1 << 20
+
+
+class NotToContinueError(DataError):
+    """A conversion that was interrupted cannot be continued with this source and these settings."""
 
 
 def new_token() -> str:
@@ -67,10 +74,12 @@ def claimed(folder: Path, record: Mapping[str, Any], shards: int) -> Iterator[tu
         raise DataError(f"cannot write to {folder.parent}: {error.strerror}; choose another --output") from error
     try:
         yield partial, _begin(partial, record)
+    except NotToContinueError:
+        raise
     except BaseException as error:
         finished = finished_shards(folder)
         if not finished:
-            _remove(made)
+            _remove(partial, made)
         elif isinstance(error, VirError):
             raise type(error)(f"{error}. {finished:,} of {count_of(shards)} are finished and kept: the same command "
                               "continues") from error
@@ -82,17 +91,18 @@ def claimed(folder: Path, record: Mapping[str, Any], shards: int) -> Iterator[tu
 def _begin(partial: Path, record: Mapping[str, Any]) -> str:
     """Writes the journal, or compares it with that of the conversion that was interrupted here; gives its token."""
     try:
-        for left in partial.glob(f".*{TEMPORARY}"):  # of a process that was killed; the lock says that none is at work
-            left.unlink(missing_ok=True)
         before = _journal(partial)
         if before is None:
-            strangers = [path.name for path in partial.iterdir()
-                         if path.name != LOCK and not _WORKING.fullmatch(path.name)]
+            strangers = [path.name for path in partial.iterdir() if path.name != LOCK and
+                         not path.name.startswith(f".{JOURNAL}.") and not _WORKING.fullmatch(path.name)]
             if strangers:
-                raise DataError(f"{partial} holds {strangers[0]!r} but no {JOURNAL}: it is not of a conversion that "
-                                f"could be continued; remove it (rm -r {partial}) and convert again")
+                raise NotToContinueError(
+                    f"{partial} holds {strangers[0]!r} but no {JOURNAL}: it is not of a conversion that could be "
+                    f"continued; remove it (rm -r {partial}) and convert again")
             before = {**record, "token": new_token()}
             replace_text(partial / JOURNAL, json.dumps(before, indent=1) + "\n")
+        for left in partial.glob(f".*{TEMPORARY}"):  # of a process that was killed; the lock says that none is at work
+            left.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot write in {partial}: {error.strerror}; free some space, or choose another --output") \
             from error
@@ -102,21 +112,22 @@ def _begin(partial: Path, record: Mapping[str, Any]) -> str:
 
 def _refuse_another(partial: Path, before: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     if differences := _differences(before, record):
-        raise DataError(f"{partial} is of another conversion, which was interrupted: {differences}. Give the same "
-                        f"source and settings to continue it, or remove it (rm -r {partial}) to start over")
+        raise NotToContinueError(
+            f"{partial} is of another conversion, which was interrupted: {differences}. Give the same source and "
+            f"settings to continue it, or remove it (rm -r {partial}) to start over")
 
 
 def _journal(partial: Path) -> Mapping[str, Any] | None:
     """The record of the conversion that was interrupted; None if nothing has begun."""
     path = partial / JOURNAL
     try:
-        before = json.loads(path.read_bytes())
+        before = json.loads(read_regular(path, _MAX_JOURNAL_BYTES))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}; remove {partial} and convert again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotToContinueError(f"cannot read {path}: {error}; remove {partial} and convert again") from error
     if not isinstance(before, dict):
-        raise DataError(f"{path} is damaged; remove {partial} and convert again")
+        raise NotToContinueError(f"{path} is damaged; remove {partial} and convert again")
     return before
 
 
@@ -146,7 +157,8 @@ def complete(folder: Path, record: Mapping[str, Any]) -> SplitManifest:
         raise DataError(f"{folder} exists already; {again}") from error
     if manifest.conversion is None:
         raise DataError(f"{folder} exists already; {again}")
-    if differences := _differences(manifest.conversion, record):
+    # Whatever would encode now, it is written.
+    if differences := _differences(manifest.conversion, {**record, "encoders": manifest.conversion.get("encoders")}):
         raise DataError(f"{folder} exists already, from another conversion ({differences}); {again}")
     with suppress(OSError):  # the folder may be read-only by now
         _sweep(folder)
@@ -182,7 +194,7 @@ def _sweep(folder: Path) -> None:
     """Removes what a conversion leaves beside a split: its own marks, and what a process of another machine that
     outlived it has written since."""
     for path in folder.iterdir():
-        if path.name in (JOURNAL, LOCK) or _WORKING.fullmatch(path.name):
+        if path.name in (JOURNAL, LOCK) or path.name.startswith(f".{JOURNAL}.") or _WORKING.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
@@ -193,7 +205,8 @@ def dealt_numbers(manifest: SplitManifest, count: int) -> list[int]:
 
 
 def _empty(manifest: SplitManifest) -> list[int]:
-    return list((manifest.conversion or {}).get("empty_shards", ()))
+    empty = (manifest.conversion or {}).get("empty_shards")
+    return empty if isinstance(empty, list) else []
 
 
 @contextmanager
@@ -201,6 +214,8 @@ def scratch_folder(place: Path) -> Iterator[Path]:
     """A folder in `place` that is empty, and gone after the block; one that a kill has left is taken up."""
     scratch = place / SCRATCH
     try:
+        if scratch.is_symlink():
+            raise OSError(errno.EEXIST, f"{SCRATCH} is a link")
         scratch.mkdir(exist_ok=True)
         held = lock(scratch / LOCK)
     except BlockingIOError as error:
@@ -211,17 +226,17 @@ def scratch_folder(place: Path) -> Iterator[Path]:
     try:
         for left in scratch.iterdir():
             if left.name != LOCK:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                left.unlink()
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         unlock(held)
 
 
-def _remove(made: Sequence[Path]) -> None:
-    """What this conversion has made and nothing was written to: a partial folder and those above it."""
+def _remove(partial: Path, made: Sequence[Path]) -> None:
+    """What this conversion has made and nothing was written to: the partial folder and those above it."""
     for path in made:
-        if path.name.endswith(PARTIAL):
+        if path == partial:
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):  # something else lies there

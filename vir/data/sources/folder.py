@@ -62,6 +62,8 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     names = [name for name in names if name]
     if not names:
         raise DataError(f"the class list {path} is empty; expected one class name a line")
+    if wrong := [name for name in names if not name.isprintable()]:
+        raise DataError(f"the class list {path} has {wrong[0][:50]!r}, which is no name; expected one class a line")
     if twice := sorted(name for name, count in Counter(names).items() if count > 1):
         raise DataError(f"the class list {path} names classes twice: {some(twice)}")
     return tuple(names)

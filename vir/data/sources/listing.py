@@ -25,7 +25,7 @@ MAX_KEPT_KEY_BYTES = 512
 """The longest key of a sample that has one already."""
 
 WHOLE = -1
-"""The size of a sample that is a file of its own and whose size was not asked."""
+"""The size of a sample that is a file of its own."""
 
 _UNSAFE_IN_KEYS = {ord(character): "_" for character in "./\\\x7f"} | {code: "_" for code in range(32)}
 
@@ -43,7 +43,7 @@ class Sample(NamedTuple):
     offset: int
     """Of the image's first byte in that file."""
     size: int
-    """Of the image, in bytes; WHOLE: all of the file."""
+    """Of the image, in bytes; WHOLE: it is all of the file."""
 
 
 class Image(NamedTuple):
@@ -76,6 +76,12 @@ class Source:
     """[len(samples)] int64, of the images in bytes; None where they were not asked."""
     fingerprint: str
     """sha256 of class list, file names and labels, and of places and sizes where they are known."""
+
+    def holds(self, folder: Path) -> bool:
+        """Whether what is written to `folder` would lie among the images."""
+        # Unlike resolve, realpath says nothing of links that go round in circles: reading or writing them does.
+        root, path = Path(os.path.realpath(self.root)), Path(os.path.realpath(folder))
+        return path == root or (path.is_relative_to(root) and "/" in self.samples[0].path)
 
 
 class Listing:
@@ -178,10 +184,9 @@ class _Samples(Sequence[Sample]):
         if number := self.suffixes.get(i):
             key = f"{key}-{number}"
         filename = f"{class_name}/{name}"
-        size = int(self.size[i]) if len(self.size) else WHOLE
         if self.files:
-            return Sample(key, label, filename, self.files[self.file[i]], int(self.offset[i]), size)
-        return Sample(key, label, filename, name if self.flat else filename, 0, size)
+            return Sample(key, label, filename, self.files[self.file[i]], int(self.offset[i]), int(self.size[i]))
+        return Sample(key, label, filename, name if self.flat else filename, 0, WHOLE)
 
     def base_key(self, i: int) -> str:
         """The key before it is made unique."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from vir import files
 from vir.data.decode import BadSampleError
 from vir.data.sources.listing import WHOLE, Sample
 from vir.errors import DataError
-from vir.files import RETRY_WAITS_S, open_regular, pread
+from vir.files import open_regular, pread, retried
 
 MAX_IMAGE_BYTES = 1 << 28
 """A file that is larger is no image to train on; it is not read into memory."""
@@ -48,7 +48,8 @@ class SampleReader:
             DataError: the disk does not answer.
         """
         try:
-            data = self._read_with_retries(sample)
+            # On network disks, a new descriptor may work where a stale one fails.
+            data = retried(lambda: self._read(sample), _OF_THE_FILE, self.close)
         except OSError as error:
             self._fail(sample, error)
         self._unreadable = 0
@@ -58,18 +59,6 @@ class SampleReader:
         if self._path is not None:
             os.close(self._descriptor)
         self._path = None
-
-    def _read_with_retries(self, sample: Sample) -> bytes:
-        waits = iter(RETRY_WAITS_S)
-        while True:
-            try:
-                return self._read(sample)
-            except OSError as error:
-                self.close()  # on network disks, a new descriptor may work where a stale one fails
-                wait = next(waits, None)
-                if wait is None or error.errno in _OF_THE_FILE:
-                    raise
-                time.sleep(wait)
 
     def _read(self, sample: Sample) -> bytes:
         if self._path != sample.path:
@@ -82,15 +71,23 @@ class SampleReader:
 
     def _fail(self, sample: Sample, error: OSError) -> None:
         path, why = self._root / sample.path, error.strerror or str(error)
-        if not _is_there(path.parent):
-            raise DataError(f"cannot read {path}: {why}, and its folder is gone: is the disk still mounted?") from error
+        _refuse_lost(path, sample, error)
         if error.errno in _OF_THE_FILE:
             raise BadSampleError(f"it cannot be read: {why}") from error
         self._unreadable += 1
         if self._unreadable >= _MOST_UNREADABLE:
-            raise DataError(f"cannot read {path}: {why}, after {1 + len(RETRY_WAITS_S)} attempts, nor the "
+            raise DataError(f"cannot read {path}: {why}, after {1 + len(files.RETRY_WAITS_S)} attempts, nor the "
                             f"{_MOST_UNREADABLE - 1} files before it; check the disk") from error
-        raise UnreadableError(f"it cannot be read: {why}, after {1 + len(RETRY_WAITS_S)} attempts") from error
+        raise UnreadableError(f"it cannot be read: {why}, after {1 + len(files.RETRY_WAITS_S)} attempts") from error
+
+
+def _refuse_lost(path: Path, sample: Sample, error: OSError) -> None:
+    """Raises DataError where it is not one image that cannot be reached, but all."""
+    why = error.strerror or str(error)
+    if not _is_there(path.parent):
+        raise DataError(f"cannot read {path}: {why}, and its folder is gone: is the disk still mounted?") from error
+    if sample.size != WHOLE:
+        raise DataError(f"cannot read {path}, which holds many images: {why}; is the disk still mounted?") from error
 
 
 def _is_there(folder: Path) -> bool:
@@ -102,12 +99,25 @@ def _is_there(folder: Path) -> bool:
 
 def states(root: Path, samples: Sequence[Sample]) -> np.ndarray:
     """[n, 2] int64: size and time of the last change, in seconds, of the file that holds each sample; -1 for one that
-    is not there. A file that has changed is known by it without being read."""
+    cannot be reached by itself. A file that has changed is known by it without being read.
+
+    Raises:
+        DataError: the disk does not answer.
+    """
     known: dict[str, tuple[int, int]] = {}
-    for path in {sample.path for sample in samples}:
-        try:
-            found = os.stat(root / path)
-            known[path] = found.st_size, int(found.st_mtime)
-        except OSError:
-            known[path] = -1, -1
+    for sample in samples:
+        if sample.path not in known:
+            known[sample.path] = _state(root / sample.path, sample)
     return np.array([known[sample.path] for sample in samples], np.int64).reshape(-1, 2)
+
+
+def _state(path: Path, sample: Sample) -> tuple[int, int]:
+    try:
+        found = retried(lambda: os.stat(path), _OF_THE_FILE)
+        return found.st_size, int(found.st_mtime)
+    except OSError as error:
+        _refuse_lost(path, sample, error)
+        if error.errno not in _OF_THE_FILE:
+            raise DataError(f"cannot read {path}: {error.strerror}, after {1 + len(files.RETRY_WAITS_S)} attempts; "
+                            "check the disk") from error
+        return -1, -1
