@@ -75,9 +75,14 @@ def test_no_tasks_are_no_work():
     assert list(local(chores.double, [])) == []
 
 
+def check_that_results_come_as_the_tasks_end(results, folder):
+    assert next(results) == (1, "second")
+    (folder / "seen").touch()
+    assert list(results) == [(0, "first")]
+
+
 def test_results_come_as_the_tasks_end(tmp_path):
-    tasks = [tmp_path / "first", tmp_path / "second"]
-    assert list(local(chores.in_turn, tasks)) == [(1, "second"), (0, "first")]
+    check_that_results_come_as_the_tasks_end(local(chores.in_turn, [tmp_path / "first", tmp_path / "second"]), tmp_path)
 
 
 def test_few_tasks_are_handed_over_at_a_time():
@@ -197,8 +202,8 @@ def test_dask_gives_the_same_results(cluster, tmp_path):
     assert sorted(cluster.run(chores.double, range(20))) == [(number, 2 * number) for number in range(20)]
     pids = {pid for _, pid in cluster.run(chores.process, range(20))}
     assert pids <= {worker.pid for worker in cluster.workers}
-    tasks = [tmp_path / "first", tmp_path / "second"]
-    assert list(cluster.run(chores.in_turn, tasks)) == [(1, "second"), (0, "first")]
+    check_that_results_come_as_the_tasks_end(cluster.run(chores.in_turn, [tmp_path / "first", tmp_path / "second"]),
+                                             tmp_path)
 
 
 @pytest.fixture()

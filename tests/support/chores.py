@@ -29,11 +29,10 @@ def process(number):
 
 
 def in_turn(path):
-    """The first of two tasks ends after the second; each is the name of a file."""
+    """The first of two tasks ends when the result of the second has been seen; each is the name of a file."""
     path = Path(path)
     if path.name == "first":
-        wait_for(path.with_name("second").exists, "the second task")
-    path.touch()
+        wait_for(path.with_name("seen").exists, "the result of the second task")
     return path.name
 
 
