@@ -636,6 +636,21 @@ def test_a_tar_that_has_gone_is_never_skipped(source, tmp_path):
         tasks_module.convert_shard(task)
 
 
+def test_one_image_in_a_tar_that_cannot_be_read_is_bad_by_itself(source, tmp_path, monkeypatch):
+    (source / "train/n01/huge.JPEG").write_bytes(jpeg(7, 100, 100))
+    convert(source, "train", tmp_path / "shards")
+    listed = convert_module.open_source(tmp_path / "shards", "train")
+    task = tasks_module.ShardTasks(listed, [np.arange(28)], tmp_path, "0" * 16, PictureSettings(on_error="skip"), {})[0]
+    failing, read = listed.samples[20].offset, reading_module.pread
+    monkeypatch.setattr(files, "RETRY_WAITS_S", ())
+    monkeypatch.setattr(reading_module, "MAX_IMAGE_BYTES", 10_000)
+    monkeypatch.setattr(reading_module, "pread", lambda descriptor, size, offset: read(
+        descriptor if offset != failing else -1, size, offset))
+    done = tasks_module.convert_shard(task)
+    assert len(done.rows) == 26 and [(file.filename, file.reason[:24]) for file in done.skipped] == [
+        ("n01/huge.JPEG", "it cannot be read: it ha"), (listed.samples[20].filename, "it cannot be read: Bad f")]
+
+
 def test_the_headers_of_a_tar_are_read_again_where_one_read_fails(source, tmp_path, monkeypatch):
     convert(source, "train", tmp_path / "shards")
     listed = list(convert_module.open_source(tmp_path / "shards", "train").samples)

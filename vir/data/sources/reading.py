@@ -86,7 +86,7 @@ def _refuse_lost(path: Path, sample: Sample, error: OSError) -> None:
     why = error.strerror or str(error)
     if not _is_there(path.parent):
         raise DataError(f"cannot read {path}: {why}, and its folder is gone: is the disk still mounted?") from error
-    if sample.size != WHOLE:
+    if sample.size != WHOLE and error.errno in _OF_THE_FILE - {errno.EFBIG}:  # that one is of the image
         raise DataError(f"cannot read {path}, which holds many images: {why}; is the disk still mounted?") from error
 
 
