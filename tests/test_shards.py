@@ -23,6 +23,7 @@ from vir.data.shards import (
     SkippedFile,
     read_index,
     read_manifest,
+    sample_json,
     write_shard,
     write_split,
 )
@@ -68,6 +69,17 @@ def test_gnu_tar_extracts_the_very_bytes(folder, tmp_path):
         assert (tmp_path / f"{sample.key}.cls").read_text() == str(sample.label)
         assert json.loads((tmp_path / f"{sample.key}.json").read_text()) == {
             "filename": sample.filename, "height": sample.height, "label": sample.label, "width": sample.width}
+
+
+def test_the_bytes_are_those_of_webdatasets_writer(folder, tmp_path):
+    """Shards that were converted before, with it, and after have one fingerprint."""
+    with open(tmp_path / "theirs.tar", "wb") as file, \
+            webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+        for sample in samples()[:3]:
+            about = sample_json(sample.filename, sample.label, sample.width, sample.height)
+            for member in ({"jpg": sample.data}, {"cls": str(sample.label).encode()}, {"json": about}):
+                tar.write({"__key__": sample.key, **member})
+    assert (tmp_path / "theirs.tar").read_bytes() == (folder / "s-train-000000.tar").read_bytes()
 
 
 def test_webdataset_reads_the_samples(folder):
