@@ -47,6 +47,7 @@ TESTED_ELSEWHERE = {
     "vir.data.worker": "test_loader.py: in processes that are its workers",
     "vir.data.sources.choose": "test_folder.py: and in the files of the kinds of sources",
     "vir.data.sources.imagenet": "test_archives.py: the class list that archives must have",
+    "vir.data.repeats": "test_listing.py: keys made unique, and in those of tars, vir-index and vir-verify",
     "vir.data.sources.reading": "test_convert.py: of files and disks that fail",
     "vir.data.damage": "test_verify.py: by what is found in a split",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",

@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,6 +20,11 @@ def shows_bars() -> bool:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # no terminal
         return False
+
+
+def progress_bar(total: int, unit: str, **options: Any) -> tqdm[Any]:
+    """The bar of a program: drawn anew twice a second on a terminal, a line each half minute in a file."""
+    return tqdm(total=total, unit=unit, mininterval=0.5 if sys.stderr.isatty() else 30, **options)
 
 
 class _PastTheBar(logging.Handler):

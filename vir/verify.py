@@ -18,7 +18,7 @@ from pathlib import Path
 from vir import cli
 from vir.data.damage import Finding
 from vir.data.executors import Stopped
-from vir.data.shards import read_manifest
+from vir.data.shards import count_of, read_manifest
 from vir.data.verify import is_repairable, repair_split, split_folders, verify_split
 from vir.errors import DataError, SettingsError, VirError
 
@@ -90,9 +90,8 @@ def _summary(folder: Path, findings: list[Finding], seconds: float) -> str:
                 f"{files:,} {'file' if files == 1 else 'files'}")
     manifest = read_manifest(folder)
     size = sum(shard.bytes for shard in manifest.shards)
-    line = (f"{folder} is sound: {manifest.num_samples:,} images in {len(manifest.shards):,} "
-            f"{'shard' if len(manifest.shards) == 1 else 'shards'}, {size / 1e6:,.1f} MB in {seconds:.1f} s "
-            f"({size / 1e6 / seconds:,.0f} MB/s)")
+    line = (f"{folder} is sound: {manifest.num_samples:,} images in {count_of(len(manifest.shards))}, "
+            f"{size / 1e6:,.1f} MB in {seconds:.1f} s ({size / 1e6 / seconds:,.0f} MB/s)")
     if unread := sum(shard.sha256 is None for shard in manifest.shards):
         line += (f"; the contents of {unread:,} of them were not checked, only their tar headers, because the manifest "
                  "has no checksums of them: vir-index --checksums makes some")

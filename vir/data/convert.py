@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,28 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vir.data.executors import check_executor, run_tasks
 from vir.data.picture import PictureSettings, encoder_versions
 from vir.data.shards import (
     MANIFEST,
     MAX_SHARDS,
+    NAME,
     PARTIAL,
     ShardInfo,
     SkippedFile,
     SplitManifest,
+    count_of,
     read_manifest,
     write_split,
 )
 from vir.data.sources.choose import open_source
 from vir.data.sources.listing import Source
-from vir.data.tar import padded
+from vir.data.tar import BLOCK, padded
 from vir.data.tasks import DoneShard, ShardTasks, convert_shard
 from vir.data.work_folder import (
     claimed,
     complete,
-    count_of,
     dealt_numbers,
     found_before,
     name_shards,
@@ -46,11 +44,12 @@ from vir.data.work_folder import (
 )
 from vir.errors import DataError, SettingsError
 from vir.files import flush
+from vir.log import progress_bar
 
 SLURM = ".slurm"
 """The end of the name of the folder beside OUTPUT/SPLIT that keeps the logs of Slurm jobs that failed."""
 
-_TAR_BYTES = 5 * 512
+_TAR_BYTES = 5 * BLOCK
 """Of a sample beside its image: three headers, label and json."""
 
 _COUNTS = ("samples_per_shard", "bytes_per_shard")
@@ -179,19 +178,18 @@ def convert(source: Path, split: str, output: Path, settings: Settings = Setting
     if os.path.lexists(folder):
         return _summary(folder, listed, complete(folder, record), began, was_complete=True)
     with claimed(folder, record, len(parts)) as (partial, token):
-        if (partial / MANIFEST).exists():  # it was killed when all was written
-            found = read_manifest(partial).shards
-        else:
+        done: list[DoneShard] | None = None
+        if not (partial / MANIFEST).exists():  # else it was killed when all was written
             tasks = ShardTasks(listed, parts, partial, token, settings.pictures, record["encoders"])
             done = _run(tasks, min(workers, len(tasks)), executor, is_stopping, folder.with_name(folder.name + SLURM))
             _write_manifest(partial, listed, done, split, settings, record)
-            found = tuple(shard.info for shard in done if shard.was_found and len(shard.rows))
         manifest = read_manifest(partial)
         try:
             name_shards(partial, token, manifest)
             publish(partial, folder)
         except OSError as error:
             raise DataError(f"cannot rename what is in {partial}, or itself to {folder}: {error.strerror}") from error
+    found = manifest.shards if done is None else [shard.info for shard in done if shard.was_found and len(shard.rows)]
     return _summary(folder, listed, manifest, began, found)
 
 
@@ -267,7 +265,7 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
 
 def _check_settings(source: Path, split: str, folder: Path, settings: Settings, workers: int) -> None:
     for flag, value in (("--split", split), ("--name", settings.name)):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value) or value.endswith(PARTIAL):
+        if not NAME.fullmatch(value) or value.endswith(PARTIAL):
             raise SettingsError(f"{flag} {value!r} cannot be part of a file name; use letters, digits, '_', '-', '.'")
     for flag, number in (("--workers", workers), ("--samples-per-shard", settings.samples_per_shard),
                          ("--bytes-per-shard", settings.bytes_per_shard)):
@@ -364,7 +362,7 @@ def _run(tasks: ShardTasks, workers: int, executor: str, is_stopping: Callable[[
     images = written = 0
     total = sum(map(tasks.images, range(len(tasks))))
     results = run_tasks(executor, convert_shard, tasks, workers, is_stopping, jobs)
-    bar = tqdm(total=total, unit="img", mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = progress_bar(total, "img")
     with closing(results), closing(bar):
         for number, shard in results:
             done[number] = shard

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -18,17 +17,28 @@ from typing import NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
-from tqdm import tqdm
 
 from vir.data.decode import BadSampleError, inspect_image
 from vir.data.executors import Stopped, run_tasks, stopping
-from vir.data.shards import MANIFEST, MAX_SHARDS, ShardInfo, SplitManifest, index_dtype, read_manifest, write_split
+from vir.data.repeats import among, repeated
+from vir.data.shards import (
+    MANIFEST,
+    MAX_SHARDS,
+    NAME,
+    ShardInfo,
+    SplitManifest,
+    count_of,
+    index_dtype,
+    read_manifest,
+    write_split,
+)
 from vir.data.sources.folder import names_in, some
 from vir.data.sources.reading import MAX_IMAGE_BYTES
 from vir.data.tar import Member
 from vir.data.tar_samples import TarSample, read_part, read_samples
 from vir.errors import DataError, SettingsError
 from vir.files import open_regular, try_to_write
+from vir.log import progress_bar
 
 MAX_FOREIGN_KEY_BYTES = 512
 """The longest key, in UTF-8, folders included: every row of the index takes as much as the longest key."""
@@ -54,9 +64,8 @@ class IndexSummary:
     checksums: bool
 
     def __str__(self) -> str:
-        count = "1 shard" if self.shards == 1 else f"{self.shards:,} shards"
-        lines = [f"{self.images:,} images of {self.classes:,} classes in {count}, {self.bytes / 1e6:,.1f} MB, "
-                 f"in {self.seconds:.1f} s ({self.images / self.seconds:,.0f} images/s)"]
+        lines = [f"{self.images:,} images of {self.classes:,} classes in {count_of(self.shards)}, "
+                 f"{self.bytes / 1e6:,.1f} MB, in {self.seconds:.1f} s ({self.images / self.seconds:,.0f} images/s)"]
         if not self.checksums:
             lines.append("the images were not read: damage within them is seen only where they do not decode; "
                          "--checksums reads them and keeps their checksums")
@@ -192,7 +201,7 @@ def _common_name(names: Sequence[str], split: str) -> str:
 
 
 def _checked_name(flag: str, value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", value):
+    if not NAME.fullmatch(value):
         raise SettingsError(f"{flag} {value!r} cannot be a name; give one of letters, digits, '_', '-', '.' with "
                             f"{flag}")
     return value
@@ -285,17 +294,15 @@ def _refuse_duplicates(indexed: Sequence[IndexedShard]) -> None:
     """Raises DataError where a key comes twice. Takes 17 bytes a sample: only keys of one hash are compared."""
     hashes = np.concatenate([np.fromiter(map(hash, shard.rows["key"].tolist()), np.int64, len(shard.rows))
                              for shard in indexed])
-    ordered = np.sort(hashes)
     starts = np.cumsum([0, *(len(shard.rows) for shard in indexed)])
-    for value in ordered[1:][ordered[1:] == ordered[:-1]]:
-        seen: dict[bytes, str] = {}
-        for position in np.flatnonzero(hashes == value).tolist():
-            number = int(np.searchsorted(starts, position, side="right")) - 1
-            key, name = indexed[number].rows["key"][position - starts[number]], indexed[number].info.name
-            if key in seen:
-                raise DataError(f"the key {key.decode()!r} is in {seen[key]} and in {name}: keys must differ within a "
-                                "split; does PATTERN mix two splits, or name a shard and its copy?")
-            seen[key] = name
+    seen: dict[bytes, str] = {}
+    for position in np.flatnonzero(among(hashes, repeated(hashes))).tolist():
+        number = int(np.searchsorted(starts, position, side="right")) - 1
+        key, name = indexed[number].rows["key"][position - starts[number]], indexed[number].info.name
+        if key in seen:
+            raise DataError(f"the key {key.decode()!r} is in {seen[key]} and in {name}: keys must differ within a "
+                            "split; does PATTERN mix two splits, or name a shard and its copy?")
+        seen[key] = name
 
 
 def _run(paths: Sequence[Path], checksums: bool, classes: Sequence[str] | None, jobs: int,
@@ -307,7 +314,7 @@ def _run(paths: Sequence[Path], checksums: bool, classes: Sequence[str] | None, 
     results: dict[int, IndexedShard] = {}
     names: dict[str, str] = {}
     known = None if classes is None else set(classes)
-    bar = tqdm(total=len(paths), unit="shard", mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = progress_bar(len(paths), "shard")
     with closing(ended), closing(bar):
         for number, result in ended:
             if known is not None:

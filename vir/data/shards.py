@@ -33,6 +33,9 @@ INDEX = "index.npy"
 PARTIAL = ".partial"
 """The end of the folder name of a split while it is being written."""
 
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""Of a data set or a split: a part of file names."""
+
 INDEX_FIELDS = [
     ("shard", "<i4"),   # position in the manifest's list
     ("label", "<i4"),
@@ -348,6 +351,11 @@ def _is_text(value: object) -> bool:
         return bool(value.encode("utf-8"))
     except UnicodeEncodeError:
         return False
+
+
+def count_of(shards: int) -> str:
+    """For messages: "1 shard", "1,282 shards"."""
+    return f"{shards:,} {'shard' if shards == 1 else 'shards'}"
 
 
 def index_dtype(key_bytes: int) -> np.dtype:

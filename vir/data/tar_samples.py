@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vir.data.repeats import repeated
 from vir.data.sources.listing import IMAGE_EXTENSIONS
 from vir.data.tar import Member, scan
 from vir.errors import DataError
@@ -67,8 +68,7 @@ def read_samples(descriptor: int, where: str) -> Iterator[TarSample]:
     for key, members in _by_key(descriptor, where):
         hashes.append(hash(key))
         yield _sample(key, members, descriptor, where)
-    ordered = np.sort(np.frombuffer(hashes, np.int64))
-    if twice := set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()):
+    if twice := set(repeated(np.frombuffer(hashes, np.int64)).tolist()):
         _refuse_twice(twice, descriptor, where)
 
 

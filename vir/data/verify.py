@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from vir.data.damage import MAX_ALIKE, Finding, damaged_images, damaged_structure, lost_images
 from vir.data.executors import Stopped
+from vir.data.repeats import among, repeated
 from vir.data.shards import (
     INDEX,
     MANIFEST,
@@ -31,6 +30,7 @@ from vir.data.shards import (
 )
 from vir.errors import DataError, SettingsError
 from vir.files import open_regular, replacing, sha256
+from vir.log import progress_bar
 
 _BLOCK = 1 << 20
 """Bytes that a thread reads and hashes at a time: they stay in its cache in between."""
@@ -173,10 +173,11 @@ def _checked_index(folder: Path, manifest: SplitManifest) -> tuple[np.ndarray | 
     """The index, or None where it does not tell which image is which, and what is wrong with it."""
     try:
         index = read_index(folder)
-        is_named = sha256(folder / INDEX) == manifest.index_sha256
+        digest = sha256(folder / INDEX)
     except (DataError, OSError) as error:
         return None, [Finding(INDEX, None, None, f"{error}; {_way_to_index(manifest)}")]
-    findings = [] if is_named else [_another_index(folder, manifest)]
+    is_named = digest == manifest.index_sha256
+    findings = [] if is_named else [_another_index(folder, manifest, digest)]
     sizes = [shard.num_samples for shard in manifest.shards]
     if len(index) != sum(sizes):
         return None, [*findings, Finding(INDEX, None, None, f"it has {len(index):,} samples, the manifest says "
@@ -189,9 +190,8 @@ def _checked_index(folder: Path, manifest: SplitManifest) -> tuple[np.ndarray | 
     return index if is_named else None, findings
 
 
-def _another_index(folder: Path, manifest: SplitManifest) -> Finding:
+def _another_index(folder: Path, manifest: SplitManifest, digest: str) -> Finding:
     """Names the split beside this one that the index belongs to, if it does."""
-    digest = sha256(folder / INDEX)
     for other in _beside(folder):
         with suppress(DataError, OSError):
             if (other / MANIFEST).is_file() and read_manifest(other).index_sha256 == digest:
@@ -258,17 +258,16 @@ def _bad_keys(index: np.ndarray, manifest: SplitManifest) -> list[Finding]:
         hashes[start:start + len(keys)] = _hashes(keys)
         if _is_broken_text(keys):
             is_broken[start:start + len(keys)] = [_is_broken_text(key) for key in keys]
-    ordered = np.sort(hashes)
-    rows = np.flatnonzero(np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]]))
+    rows = np.flatnonzero(among(hashes, repeated(hashes)))
     keys = index["key"][rows]
     order = np.argsort(keys, kind="stable")
     is_same = keys[order][1:] == keys[order][:-1]
-    repeated, earlier = rows[order[1:][is_same]], rows[order[:-1][is_same]]
-    by_row = np.argsort(repeated)
-    before = dict(zip(repeated[by_row[:MAX_ALIKE]].tolist(), earlier[by_row[:MAX_ALIKE]].tolist()))
+    later, earlier = rows[order[1:][is_same]], rows[order[:-1][is_same]]
+    by_row = np.argsort(later)
+    before = dict(zip(later[by_row[:MAX_ALIKE]].tolist(), earlier[by_row[:MAX_ALIKE]].tolist()))
     return [
         *_row_findings(index, manifest, np.flatnonzero(is_broken), lambda i: "the key is not UTF-8"),
-        *_row_findings(index, manifest, repeated[by_row], lambda i: (
+        *_row_findings(index, manifest, later[by_row], lambda i: (
             f"a duplicate key: the sample at {_place(index, manifest, before[i])} has it too"))]
 
 
@@ -315,8 +314,7 @@ def _extra(folder: Path, manifest: SplitManifest) -> list[Finding]:
 def _damaged_shards(folder: Path, manifest: SplitManifest, index: np.ndarray | None, jobs: int) -> Iterator[Finding]:
     starts = np.cumsum([0, *(shard.num_samples for shard in manifest.shards)])
     owners = {shard.sha256: shard.name for shard in manifest.shards if shard.num_samples}
-    bar = tqdm(total=sum(shard.bytes for shard in manifest.shards), unit="B", unit_scale=True, desc=folder.name,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = progress_bar(sum(shard.bytes for shard in manifest.shards), "B", unit_scale=True, desc=folder.name)
     lock, stop = threading.Lock(), threading.Event()
 
     def advance(count: int) -> None:

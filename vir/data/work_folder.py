@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vir.data.shards import PARTIAL, SplitManifest, read_manifest
+from vir.data.shards import PARTIAL, SplitManifest, count_of, read_manifest
 from vir.errors import DataError, VirError
 from vir.files import TEMPORARY, flush, lock, read_regular, replace_text, unlock
 
@@ -241,10 +241,6 @@ def _remove(partial: Path, made: Sequence[Path]) -> None:
         else:
             with suppress(OSError):  # something else lies there
                 path.rmdir()
-
-
-def count_of(count: int) -> str:
-    return f"{count:,} {'shard' if count == 1 else 'shards'}"
 
 
 if __name__ == "__main__":

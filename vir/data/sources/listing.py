@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vir.data.repeats import among, repeated
 from vir.errors import DataError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -225,32 +226,22 @@ def _checked_key(key: str, class_name: str, filename: str, limit: int) -> str:
 def _suffixes(hashes: np.ndarray, samples: _Samples) -> dict[int, int]:
     """For each sample whose key is taken, the number that makes it unique: the first of key-1, key-2, ... that is free.
 
-    A set of all keys would take more memory than all else. So only the keys that occur more than once by their hash
-    are looked at as text, and those that meet a key which was made unique.
+    Only the keys that occur more than once by their hash are looked at as text, and those that meet a key which was
+    made unique.
     """
-    ordered = np.sort(hashes)
-    watched = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    del ordered
+    watched = set(repeated(hashes).tolist())
     while watched:
         taken: set[str] = set()
         numbers: dict[int, int] = {}
-        for i in np.flatnonzero(_among(hashes, watched)).tolist():
+        for i in np.flatnonzero(among(hashes, np.array(sorted(watched)))).tolist():
             key = base = samples.base_key(i)
             while key in taken:
                 numbers[i] = numbers.get(i, 0) + 1
                 key = f"{base}-{numbers[i]}"
             taken.add(key)
         met = {value for i in numbers if (value := hash(f"{samples.base_key(i)}-{numbers[i]}")) not in watched}
-        met &= set(hashes[_among(hashes, met)].tolist())
+        met &= set(hashes[among(hashes, np.array(sorted(met)))].tolist())
         if not met:
             return numbers
         watched |= met
     return {}
-
-
-def _among(hashes: np.ndarray, values: set[int]) -> np.ndarray:
-    """[n] bool: which hashes are among the values. numpy's isin takes 40 bytes a sample for it."""
-    if not values:
-        return np.zeros(len(hashes), bool)
-    ordered = np.array(sorted(values))
-    return ordered[np.searchsorted(ordered, hashes).clip(max=len(ordered) - 1)] == hashes
