@@ -42,6 +42,7 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.training": "test_benchmark_training.py",
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
+    "vir.data.deal": "test_convert.py: the shuffle is a promise, and sizes of shards",
     "vir.data.tasks": "test_convert.py: in processes of its own, and by hand",
     "vir.data.work_folder": "test_convert.py: killed between any two changes",
     "vir.data.worker": "test_loader.py: in processes that are its workers",

@@ -26,6 +26,7 @@ from vir import files
 from vir.data import convert as convert_module
 from vir.data import tasks as tasks_module
 from vir.data.convert import Settings
+from vir.data.deal import deal
 from vir.data.picture import PictureSettings
 from vir.data.reader import ShardReader
 from vir.data.shards import read_manifest
@@ -119,7 +120,7 @@ def test_another_seed_is_another_order(source, tmp_path):
 
 def test_the_shuffle_never_changes():
     """Released shards must come out the same for ever: this order is a promise, not an observation."""
-    parts = convert_module._deal(10, None, Settings(samples_per_shard=4, seed=0))
+    parts = deal(10, samples_per_shard=4, seed=0)
     assert [part.tolist() for part in parts] == [[0, 2, 9], [1, 8, 5], [4, 3, 6, 7]]
 
 

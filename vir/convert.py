@@ -22,6 +22,7 @@ from pathlib import Path
 
 from vir import cli
 from vir.data.convert import Settings, convert, dry_run
+from vir.data.deal import SAMPLES_PER_SHARD, SEED
 from vir.data.executors import Stopped
 from vir.data.picture import CHECKS, ON_ERROR, TRANSCODES, PictureSettings
 from vir.data.sidecars import KINDS, parse_kinds, write_sidecars
@@ -80,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="say what would be written and in what time, measured on a few images")
     add("--classes", type=Path, help="file with the class names, one a line, in label order (default: as in the splits "
                                      "already in OUTPUT, else that of SOURCE: ImageNet's, or its sorted class folders)")
-    add("--seed", type=int, default=0, help="of the shuffle over the whole split (default 0)")
+    add("--seed", type=int, default=SEED, help=f"of the shuffle over the whole split (default {SEED})")
 
     shards = parser.add_argument_group("shards")
     shards.add_argument("--name", default="imagenet1k", help="first part of the shards' names (default imagenet1k)")
     size = shards.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", type=int, default=1000, metavar="N",
-                      help="at most, spread evenly (default 1000: about 110 MB)")
+    size.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, metavar="N",
+                      help=f"at most, spread evenly (default {SAMPLES_PER_SHARD}: about 110 MB)")
     size.add_argument("--bytes-per-shard", type=_bytes, metavar="SIZE",
                       help="about, spread evenly: 500MB; asks the size of every image first")
     shards.add_argument("--also", default="", metavar="READERS",

@@ -154,10 +154,13 @@ def open_regular(path: Path | str) -> int:
 
 def read_regular(path: Path | str, limit: int) -> bytes:
     """All of a regular file that has at most `limit` bytes. Raises OSError, as open_regular, and where it has more."""
-    with open(open_regular(path), "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) > limit:
+    descriptor = open_regular(path)
+    try:
+        if (size := os.fstat(descriptor).st_size) > limit:
             raise OSError(errno.EFBIG, f"it has {size} bytes, more than the {limit} that it may have", str(path))
-        return file.read()
+        return pread(descriptor, size, 0)
+    finally:
+        os.close(descriptor)
 
 
 def retried(act: Callable[[], T], final: Container[int | None] = (), failed: Callable[[], None] = lambda: None) -> T:

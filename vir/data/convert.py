@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vir.data.deal import SAMPLES_PER_SHARD, SEED, deal
 from vir.data.executors import check_executor, run_tasks
 from vir.data.picture import PictureSettings, encoder_versions
 from vir.data.shards import (
@@ -30,7 +31,6 @@ from vir.data.shards import (
 )
 from vir.data.sources.choose import open_source
 from vir.data.sources.listing import Source
-from vir.data.tar import BLOCK, padded
 from vir.data.tasks import DoneShard, ShardTasks, convert_shard
 from vir.data.work_folder import (
     claimed,
@@ -49,9 +49,6 @@ from vir.log import progress_bar
 SLURM = ".slurm"
 """The end of the name of the folder beside OUTPUT/SPLIT that keeps the logs of Slurm jobs that failed."""
 
-_TAR_BYTES = 5 * BLOCK
-"""Of a sample beside its image: three headers, label and json."""
-
 _COUNTS = ("samples_per_shard", "bytes_per_shard")
 
 _DRY_RUN_SAMPLES = 256
@@ -64,11 +61,11 @@ class Settings:
 
     name: str = "imagenet1k"
     """First part of the shards' names."""
-    samples_per_shard: int = 1000
+    samples_per_shard: int = SAMPLES_PER_SHARD
     """The most samples in a shard; they are spread evenly, so that no last shard is tiny."""
     bytes_per_shard: int | None = None
     """If given, it takes the place of samples_per_shard: shards of about this size."""
-    seed: int = 0
+    seed: int = SEED
     """Of the shuffle over the whole split."""
     pictures: PictureSettings = field(default_factory=PictureSettings)
 
@@ -240,7 +237,7 @@ def rewrite_shards(folder: Path, source: Path, names: Sequence[str], workers: in
                         "those")
     listed = open_source(Path(source).absolute(), manifest.split, manifest.classes,
                          settings.bytes_per_shard is not None)
-    parts = _deal(len(listed.samples), listed.sizes, settings)
+    parts = _deal(listed, settings)
     numbers = _numbers_of(manifest, len(parts), names)
     with scratch_folder(folder) as scratch:
         tasks = ShardTasks(listed, [parts[number] for number in numbers], scratch, new_token(), settings.pictures,
@@ -289,7 +286,7 @@ def _plan(source: Path, folder: Path, settings: Settings, classes: Sequence[str]
     listed = open_source(source, folder.name, _class_list(folder.parent, classes), settings.bytes_per_shard is not None)
     if listed.holds(folder):
         raise SettingsError(f"--output {folder.parent} would write among the images of {listed.root}; choose another")
-    parts = _deal(len(listed.samples), listed.sizes, settings)
+    parts = _deal(listed, settings)
     if len(parts) > MAX_SHARDS:
         raise SettingsError(f"these settings make {len(parts):,} shards, the limit is {MAX_SHARDS:,}; give more "
                             "--samples-per-shard, or --bytes-per-shard")
@@ -310,19 +307,9 @@ def _class_list(output: Path, classes: Sequence[str] | None) -> Sequence[str] | 
     return classes
 
 
-def _deal(total: int, sizes: np.ndarray | None, settings: Settings) -> list[np.ndarray]:
-    """Shuffles so many samples and cuts them into shards whose lengths, or sizes, are about equal."""
-    # Sorts Philox's raw output, because numpy promises the same raw output in all versions, but not the same results of
-    # Generator methods.
-    order = np.argsort(np.random.Philox(key=settings.seed).random_raw(total), kind="stable")
-    if settings.bytes_per_shard is None:
-        count = -(-total // settings.samples_per_shard)
-        return np.split(order, [total * number // count for number in range(1, count)])
-    assert sizes is not None  # asked for where bytes_per_shard is given
-    ends = np.cumsum(padded(sizes[order]) + _TAR_BYTES)
-    count = min(-(-int(ends[-1]) // settings.bytes_per_shard), total)
-    cuts = np.searchsorted(ends, [int(ends[-1]) * number // count for number in range(1, count)], side="left")
-    return [part for part in np.split(order, cuts) if len(part)]
+def _deal(source: Source, settings: Settings) -> list[np.ndarray]:
+    return deal(len(source.samples), source.sizes, seed=settings.seed, samples_per_shard=settings.samples_per_shard,
+                bytes_per_shard=settings.bytes_per_shard)
 
 
 def _record(source: Source, split: str, settings: Settings) -> dict[str, Any]:

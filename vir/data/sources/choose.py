@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vir.data.sources.archives import ARCHIVES, DEVKIT, TRAIN, VAL, read_archive
-from vir.data.sources.folder import class_folders, images_in, names_in, read_folder, some
+from vir.data.sources.folder import class_folders, classes_beside, images_in, names_in, read_folder, some
 from vir.data.sources.kaggle import kaggle_images, read_kaggle
 from vir.data.sources.listing import Source
 from vir.data.sources.tars import SPLITS, read_tars, tars_in, tars_of
@@ -39,7 +39,7 @@ def _open(path: Path, split: str, classes: Sequence[str] | None, sized: bool) ->
     if images := kaggle_images(path):
         return read_kaggle(images, split, classes, sized)
     if folder.is_dir() and class_folders(folder):
-        return read_folder(folder, _classes_of(path, split) if classes is None else classes, sized)
+        return read_folder(folder, classes_beside(path, split) if classes is None else classes, sized)
     if official := [name for name in tars if name in ARCHIVES.values()]:
         # Also beside a folder of the split that holds what was unpacked of it, without classes.
         name = ARCHIVES.get(split, official[0])
@@ -62,14 +62,6 @@ def _open_file(path: Path, split: str, classes: Sequence[str] | None) -> Source:
     if path.suffix == ".tar":
         return read_tars(path, None, classes)
     raise DataError(f"{path} is neither a folder nor a tar; give a folder, {TRAIN}, {VAL} or a WebDataset shard")
-
-
-def _classes_of(path: Path, split: str) -> list[str] | None:
-    """The class folders of the training split, so that a validation split with fewer keeps its labels."""
-    train = path / "train"
-    if split != "train" and train.is_dir():
-        return class_folders(train) or None
-    return None
 
 
 def _holds_classes(path: Path) -> bool:

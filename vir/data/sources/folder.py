@@ -53,6 +53,15 @@ def class_folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_folder(entry))
 
 
+def classes_beside(path: Path, split: str) -> list[str] | None:
+    """The class folders of `path/train`, so that another split with fewer of them keeps its labels; None where there
+    are none, or `split` is train itself."""
+    train = path / "train"
+    if split != "train" and train.is_dir():
+        return class_folders(train) or None
+    return None
+
+
 def read_class_list(path: Path) -> tuple[str, ...]:
     """Class names from a text file, one a line, in label order; empty lines are skipped."""
     try:

@@ -70,7 +70,7 @@ class Source:
     root: Path
     classes: tuple[str, ...]
     """Class names; the position is the label. The split may have no images of some classes."""
-    samples: Sequence[Sample]
+    samples: Samples
     ignored: int
     """What lies among the images and is none by its name; hidden files are not counted."""
     sizes: np.ndarray | None
@@ -141,7 +141,7 @@ class Listing:
 
     def source(self, kind: str, root: Path, classes: tuple[str, ...], ignored: int) -> Source:
         """What was added, as a Source."""
-        samples = _Samples(
+        samples = Samples(
             groups=tuple(self._groups), starts=list(self._starts), names=b"".join(self._names), files=self._files,
             ends=np.frombuffer(self._ends, np.int64), file=np.frombuffer(self._file, np.int32),
             offset=np.frombuffer(self._offset, np.int64), size=np.frombuffer(self._size, np.int64), flat=self._flat,
@@ -164,7 +164,7 @@ class _Group(NamedTuple):
     class_in_key: bool
 
 
-class _Samples(Sequence[Sample]):
+class Samples(Sequence[Sample]):
     """The samples in arrays: a list of them would take 300 bytes each."""
 
     def __init__(self, *, groups: tuple[_Group, ...], starts: list[int], names: bytes, ends: np.ndarray,
@@ -188,6 +188,11 @@ class _Samples(Sequence[Sample]):
         if self.files:
             return Sample(key, label, filename, self.files[self.file[i]], int(self.offset[i]), int(self.size[i]))
         return Sample(key, label, filename, name if self.flat else filename, 0, WHOLE)
+
+    def labels(self) -> np.ndarray:
+        """[len(self)] int32."""
+        return np.repeat(np.array([group.label for group in self.groups], np.int32),
+                         np.diff([*self.starts, len(self.ends)]))
 
     def base_key(self, i: int) -> str:
         """The key before it is made unique."""
@@ -223,7 +228,7 @@ def _checked_key(key: str, class_name: str, filename: str, limit: int) -> str:
     return key
 
 
-def _suffixes(hashes: np.ndarray, samples: _Samples) -> dict[int, int]:
+def _suffixes(hashes: np.ndarray, samples: Samples) -> dict[int, int]:
     """For each sample whose key is taken, the number that makes it unique: the first of key-1, key-2, ... that is free.
 
     Only the keys that occur more than once by their hash are looked at as text, and those that meet a key which was

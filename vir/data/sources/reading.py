@@ -18,8 +18,8 @@ from vir.files import open_regular, pread, retried
 MAX_IMAGE_BYTES = 1 << 28
 """A file that is larger is no image to train on; it is not read into memory."""
 
-_OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
-                errno.EINVAL, errno.ENXIO, errno.EFBIG}
+OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+               errno.EINVAL, errno.ENXIO, errno.EFBIG}
 """Trying again does not help, and the next file may be well."""
 
 _MOST_UNREADABLE = 3
@@ -49,7 +49,7 @@ class SampleReader:
         """
         try:
             # On network disks, a new descriptor may work where a stale one fails.
-            data = retried(lambda: self._read(sample), _OF_THE_FILE, self.close)
+            data = retried(lambda: self._read(sample), OF_THE_FILE, self.close)
         except OSError as error:
             self._fail(sample, error)
         self._unreadable = 0
@@ -71,8 +71,8 @@ class SampleReader:
 
     def _fail(self, sample: Sample, error: OSError) -> None:
         path, why = self._root / sample.path, error.strerror or str(error)
-        _refuse_lost(path, sample, error)
-        if error.errno in _OF_THE_FILE:
+        refuse_lost(path, sample, error)
+        if error.errno in OF_THE_FILE:
             raise BadSampleError(f"it cannot be read: {why}") from error
         self._unreadable += 1
         if self._unreadable >= _MOST_UNREADABLE:
@@ -81,12 +81,12 @@ class SampleReader:
         raise UnreadableError(f"it cannot be read: {why}, after {1 + len(files.RETRY_WAITS_S)} attempts") from error
 
 
-def _refuse_lost(path: Path, sample: Sample, error: OSError) -> None:
+def refuse_lost(path: Path, sample: Sample, error: OSError) -> None:
     """Raises DataError where it is not one image that cannot be reached, but all."""
     why = error.strerror or str(error)
     if not _is_there(path.parent):
         raise DataError(f"cannot read {path}: {why}, and its folder is gone: is the disk still mounted?") from error
-    if sample.size != WHOLE and error.errno in _OF_THE_FILE - {errno.EFBIG}:  # that one is of the image
+    if sample.size != WHOLE and error.errno in OF_THE_FILE - {errno.EFBIG}:  # that one is of the image
         raise DataError(f"cannot read {path}, which holds many images: {why}; is the disk still mounted?") from error
 
 
@@ -113,11 +113,11 @@ def states(root: Path, samples: Sequence[Sample]) -> np.ndarray:
 
 def _state(path: Path, sample: Sample) -> tuple[int, int]:
     try:
-        found = retried(lambda: os.stat(path), _OF_THE_FILE)
+        found = retried(lambda: os.stat(path), OF_THE_FILE)
         return found.st_size, int(found.st_mtime)
     except OSError as error:
-        _refuse_lost(path, sample, error)
-        if error.errno not in _OF_THE_FILE:
+        refuse_lost(path, sample, error)
+        if error.errno not in OF_THE_FILE:
             raise DataError(f"cannot read {path}: {error.strerror}, after {1 + len(files.RETRY_WAITS_S)} attempts; "
                             "check the disk") from error
         return -1, -1
