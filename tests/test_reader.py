@@ -14,7 +14,7 @@ from PIL import Image
 
 from support.manifests import name_index
 from vir import files
-from vir.data import reader as reader_module
+from vir.data import access
 from vir.data.decode import BadSampleError, decode_image, inspect_image
 from vir.data.reader import ShardReader
 from vir.data.shards import ShardSample, read_index, read_manifest, write_shard, write_split
@@ -71,7 +71,7 @@ def test_substitutes_prefer_class_and_shard_and_never_repeat(folder):
 
 
 def test_descriptors_are_bounded_and_closed(folder, monkeypatch):
-    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(access, "most_open", lambda: 2)
     before = len(os.listdir("/proc/self/fd"))
     reader = ShardReader(folder)
     opened = len(os.listdir("/proc/self/fd"))  # the memory map may hold one
@@ -83,7 +83,7 @@ def test_descriptors_are_bounded_and_closed(folder, monkeypatch):
 
 
 def test_threads_share_a_reader(folder, monkeypatch):
-    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)  # each read closes what another thread may be reading
+    monkeypatch.setattr(access, "most_open", lambda: 1)  # each read closes what another thread may be reading
     reader, wrong = ShardReader(folder), []
 
     def work(seed):
@@ -107,7 +107,7 @@ def test_many_threads_read_while_one_meets_failures(tmp_path, monkeypatch, no_wa
                for number, data in enumerate(images)]
     shards = [write_shard(tmp_path / f"s-{number}.tar", samples[4 * number:4 * number + 4]) for number in range(10)]
     write_split(tmp_path, shards, name="s", split="train", classes=["a"], seed=0, samples_per_shard=4, skipped=[])
-    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr(access, "most_open", lambda: 3)
     reader = ShardReader(tmp_path)
     serially = [reader.read(i) for i in range(40)]
     assert serially == images
@@ -204,7 +204,7 @@ def test_damage_is_seen_at_opening(folder, damage, message):
 
 
 def test_a_shard_that_became_a_pipe_is_refused_without_waiting(folder, no_waiting):
-    reader = ShardReader(folder, check_shards=False)
+    reader = ShardReader(folder, check=False)
     (folder / "s-1.tar").unlink()
     os.mkfifo(folder / "s-1.tar")
     with pytest.raises(DataError, match="cannot read s-1.tar:k_5@.*it is no regular file"):
@@ -229,7 +229,7 @@ def test_shards_are_checked_from_one_listing_and_only_where_asked(folder, monkey
     pickle.loads(pickle.dumps(reader))
     assert listings == [folder] and not any(path.endswith(".tar") for path in asked)
     os.truncate(folder / "s-1.tar", 5120)
-    unchecked = ShardReader(folder, check_shards=False)
+    unchecked = ShardReader(folder, check=False)
     assert listings == [folder] and unchecked.read(0) == IMAGES[0]
     with pytest.raises(DataError, match="s-1.tar has 5120 bytes"):
         ShardReader(folder)
@@ -259,7 +259,7 @@ def test_a_flipped_byte_is_a_bad_sample(folder):
         file.seek(index["offset"][5] + 100)
         file.write(bytes([IMAGES[5][100] ^ 1]))
     reader = ShardReader(folder)
-    with pytest.raises(BadSampleError, match="wrong checksum, the shard in .* is damaged"):
+    with pytest.raises(BadSampleError, match="wrong checksum, the shard .*s-1.tar is damaged"):
         reader.read(5)
     assert reader.read(6) == IMAGES[6]
 

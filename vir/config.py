@@ -88,21 +88,35 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the shards are, and how they are read."""
+    """Where the images are, and how they are read."""
 
     train: str = _free("")
-    """Folder of training shards with index and manifest, as vir-convert writes it."""
+    """Training images: a folder of shards, a folder of one folder per class, or shards anywhere, by URL, pattern or a
+    list joined by ::, as s3://bucket/train-{0000..1023}.tar."""
     val: str = _free("")
-    """Folder of validation shards; its class list must equal the training one. Nothing is evaluated without it."""
+    """Validation images, named in the same ways; their class list must equal the training one. Nothing is evaluated
+    without them."""
+    cache: str = _free("")
+    """Folder on a disk of each machine, where shards from servers are kept; without it the images are read from the
+    server one by one."""
+    cache_bytes: str = _free("200GB")
+    """The most that the folder may hold, of all runs that use it."""
+    index_dir: str = _free("")
+    """Folder for the indexes of shards that have none beside them; vir-at-scale/indexes in the user's cache folder when
+    not given."""
+    timeout: float = _free(300.0)
+    """Seconds without an answer of a server, retries included, after which the run stops."""
     workers: Optional[int] = _free(None)
     """Loader processes per rank; changes speed only, never the data. What its share of the cores allows, at most 16,
     when not given."""
     prefetch: int = _free(4)
     """Micro-batches each worker prepares ahead; at least those of a step and one more."""
-    lanes: int = 64
-    """Shards read side by side; part of the definition of the sample order."""
-    window: int = 2500
-    """Samples over which a lane is shuffled; part of the definition of the sample order."""
+    lanes: Optional[int] = None
+    """Shards read side by side; part of the definition of the sample order. When not given, 64, or with a cache what
+    fits into it, chosen when the run begins."""
+    window: Optional[int] = None
+    """Samples over which a lane is shuffled; part of the definition of the sample order. When not given, 2500, or with
+    a cache what fits into it, chosen when the run begins."""
     max_bad_fraction: float = 0.001
     """Share of undecodable samples, replaced by substitutes, above which the run stops."""
 
@@ -110,8 +124,9 @@ class DataConfig:
         _check(self.workers is None or self.workers >= 1, "data.workers", self.workers,
                "at least 1: augmentation seeds its generators per sample and must not touch those of the trainer")
         _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 micro-batch")
-        _check(self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
-        _check(self.window >= 1, "data.window", self.window, "at least 1 sample")
+        _check(self.lanes is None or self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
+        _check(self.window is None or self.window >= 1, "data.window", self.window, "at least 1 sample")
+        _check(self.timeout > 0, "data.timeout", self.timeout, "more than 0 seconds")
         _check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
 
 

@@ -35,3 +35,62 @@ class Access(Protocol):
 
     def where(self, shard: int) -> str:
         """The place of a shard, for messages, without secrets."""
+
+
+class LocalShards:
+    """Files. Those read last stay open, as many as half of the files that the process may open."""
+
+    joins = 0
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+
+    @functools.cached_property
+    def _descriptor(self) -> Callable[[int], _Descriptor]:
+        # A descriptor that leaves the cache is closed when the last thread has read from it. The cached function does
+        # not refer to `self`: such a cycle would keep all files open until the garbage collector runs.
+        paths = self.paths
+        return functools.lru_cache(maxsize=most_open())(lambda shard: _Descriptor(paths[shard]))
+
+    def __getstate__(self) -> dict[str, tuple[Path, ...]]:
+        return {"paths": self.paths}
+
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        # Kept in a variable while reading: another thread may remove it from the cache, which would close it.
+        descriptor = self._descriptor(shard)
+        return pread(descriptor.number, size, offset)
+
+    def expect(self, shard: int, offset: int, size: int) -> None:
+        try:
+            descriptor = self._descriptor(shard)
+            os.posix_fadvise(descriptor.number, offset, size, os.POSIX_FADV_WILLNEED)
+        except OSError:  # the read itself will tell
+            pass
+
+    def forget(self) -> None:
+        self.__dict__.pop("_descriptor", None)
+
+    def where(self, shard: int) -> str:
+        return str(self.paths[shard])
+
+
+def most_open() -> int:
+    """The most shards that are kept open: the rest of the process's files have as much room again."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+class _Descriptor:
+    """An open file; it is closed when there is no reference to this object any more."""
+
+    number: int
+
+    def __init__(self, path: Path) -> None:
+        self.number = open_regular(path)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "number"):  # not if it could not be opened
+            close(self.number)
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.access is a part of the library; the program is vir-train")

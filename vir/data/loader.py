@@ -29,7 +29,7 @@ from vir.config import AugmentConfig
 from vir.data import transforms, worker
 from vir.data.decode import BadSampleError, decode_image
 from vir.data.order import SampleOrder
-from vir.data.reader import ShardReader
+from vir.data.reader import Reader
 from vir.errors import DataError, VirError
 from vir.models.spec import InputSpec
 from vir.streams import SAMPLE, generator
@@ -86,7 +86,7 @@ def seed_worker_globals(seed: int, position: int) -> None:
     torch.default_generator.manual_seed(int(numbers[1]))
 
 
-def read_image(reader: ShardReader, sample: int, read: Callable[[], bytes]) -> tuple[Image.Image, int, list[str]]:
+def read_image(reader: Reader, sample: int, read: Callable[[], bytes]) -> tuple[Image.Image, int, list[str]]:
     """The image at `sample`, or of its first good substitute; its label; what was wrong with those passed over.
 
     Args:
@@ -120,7 +120,7 @@ class _Requests(Dataset["Batch | VirError"]):
             return error
 
 
-def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConfig, seed: int, mix_until: float,
+def _train_batch(reader: Reader, transform: Transform, augment: AugmentConfig, seed: int, mix_until: float,
                  positions: np.ndarray, samples: np.ndarray) -> Batch:
     pixels, labels, bad = [], [], []
     reads = worker.here().read(reader, samples.tolist())
@@ -144,7 +144,7 @@ def _train_batch(reader: ShardReader, transform: Transform, augment: AugmentConf
                  noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad)
 
 
-def _eval_batch(reader: ShardReader, transform: Transform, positions: np.ndarray, samples: np.ndarray) -> Batch:
+def _eval_batch(reader: Reader, transform: Transform, positions: np.ndarray, samples: np.ndarray) -> Batch:
     pixels, labels = [], []
     for sample, read in zip(samples.tolist(), worker.here().read(reader, samples.tolist())):
         # No substitute here: an accuracy that silently counts another image would be false.
@@ -335,7 +335,7 @@ def processes_for(workers: int | None) -> int:
     return workers or min(16, max(1, launcher.cores() - 1))
 
 
-def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfig,
+def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
                   model_input: InputSpec, *, seed: int, first_step: int, last_step: int,
                   global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int | None,
                   prefetch: int, device: torch.device, patience: Patience | None = None) -> Batches:
@@ -363,7 +363,7 @@ def train_batches(reader: ShardReader, order: SampleOrder, augment: AugmentConfi
     return Batches(make, requests, workers, prefetch, device, patience)
 
 
-def eval_batches(reader: ShardReader, model_input: InputSpec, *, batch_size: int, rank: int,
+def eval_batches(reader: Reader, model_input: InputSpec, *, batch_size: int, rank: int,
                  world_size: int, workers: int | None, device: torch.device, patience: Patience | None = None,
                  first: int | None = None) -> Batches:
     """Every sample, or the first so many, once over all ranks, the same number of batches on each; padding is marked

@@ -1,73 +1,161 @@
-"""Reads the samples of a split by number: one pread per sample, with the checksum of the index where it has one."""
+"""Samples by number: what a reader is, and the one of shards, with the checksums of the index where it has them."""
+
+from __future__ import annotations
 
 import errno
-import functools
 import os
 import stat
 import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, TypedDict
+from typing import TypedDict
 
 import numpy as np
 
 from vir import files
+from vir.data.access import Access, LocalShards
 from vir.data.decode import BadSampleError
 from vir.data.shards import INDEX, SplitManifest, read_index, read_manifest
-from vir.errors import DataError
-from vir.files import open_regular, pread, sha256
+from vir.errors import DataError, VirError
+from vir.files import sha256
 
-MAX_OPEN_SHARDS = 128
-"""The most open files per reader and process."""
+_MOST_AT_ONCE = 1 << 23
+"""The most bytes of a read that takes several samples together."""
+
+
+class Reader(ABC):
+    """Labelled images, numbered in a fixed order. Threads may share a reader, a forked process may continue to use it.
+    """
+
+    name: str
+    """Where the images come from, for messages: a folder, or a URL without secrets."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """Class names; the position is the label."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes with the samples, their order and the class list; checkpoints keep it to know their data."""
+
+    @property
+    @abstractmethod
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples in each shard: those that are read best one after another."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> np.ndarray:
+        """[len(reader)] int32, read-only."""
+
+    @abstractmethod
+    def key(self, i: int) -> str:
+        """The sample's name, unique in the split."""
+
+    @abstractmethod
+    def where(self, i: int) -> str:
+        """The sample's place, for messages."""
+
+    @abstractmethod
+    def read(self, i: int) -> bytes:
+        """The image file of sample i.
+
+        Raises:
+            DataError: it could not be read in several attempts.
+            BadSampleError: it was read, and it is damaged.
+        """
+
+    def together(self, samples: Sequence[int]) -> list[list[int]]:
+        """The samples, each once, in groups that are best read by one call each, in the best order for a disk."""
+        return [[i] for i in sorted(set(samples))]
+
+    def read_group(self, group: Sequence[int]) -> list[bytes | VirError]:
+        """What read() gives or raises for each sample of a group of together()."""
+        return [self._read_or_error(i) for i in group]
+
+    def expect(self, group: Sequence[int]) -> None:
+        """A hint that a group will be read soon. Never raises."""
+
+    def substitutes(self, i: int) -> Iterator[int]:
+        """Every other sample once, the best substitutes first.
+
+        First the samples of the same class in the same shard, then all others; both in cyclic order after i.
+        """
+        ends = np.cumsum(self.shard_sizes)
+        shard = int(np.searchsorted(ends, i, side="right"))
+        start, stop = int(ends[shard]) - self.shard_sizes[shard], int(ends[shard])
+        same = start + np.flatnonzero(self.labels[start:stop] == self.labels[i])
+        same = [int(j) for j in np.concatenate([same[same > i], same[same < i]])]
+        yield from same
+        tried = {i, *same}
+        for step in range(1, len(self)):
+            j = (i + step) % len(self)
+            if j not in tried:
+                yield j
+
+    def _read_or_error(self, i: int) -> bytes | VirError:
+        try:
+            return self.read(i)
+        except VirError as error:
+            return error
 
 
 class _ReaderState(TypedDict):
     folder: Path
+    access: Access
+    name: str
     _manifest: SplitManifest
 
 
-class ShardReader:
-    """A split folder, opened and checked: all shards exist with the right size; the index fits the manifest.
+class ShardReader(Reader):
+    """The shards of a split, numbered as in its index.
 
-    It has `len(reader)` samples, numbered in shard order. Threads may share a reader, a forked process may continue to
-    use it, and it can be pickled: the copy opens its own files and does not repeat the checks.
+    It can be pickled: the copy opens its own files and does not repeat the checks.
 
     Args:
-        check_shards: False leaves the shards alone until they are read. For all ranks of a node but one: a network disk
-            is not asked for thousands of sizes by each.
+        folder: where manifest and index lie.
+        access: how the shards' bytes are reached. None: they lie in the folder.
+        name: as Reader.name; the folder if None.
+        check: False trusts the index, and leaves shards alone until they are read. For all ranks of a node but one: a
+            network disk is not asked for thousands of sizes by each, and the index is hashed once.
 
     Raises:
-        DataError: as read_manifest; also if a shard is missing or has another size, or the index is damaged.
+        DataError: as read_manifest; also if a shard in the folder is missing or has another size, or the index is
+            damaged.
     """
 
-    def __init__(self, folder: Path | str, *, check_shards: bool = True) -> None:
+    def __init__(self, folder: Path | str, access: Access | None = None, name: str | None = None, *,
+                 check: bool = True) -> None:
         self.folder = Path(folder).absolute()
+        self.name = str(self.folder) if name is None else name
         self._manifest = read_manifest(self.folder)
-        self._open()
-        if check_shards:
-            self._check_shards()
-        self._check_index()
-
-    def _open(self) -> None:
         self._index = read_index(self.folder)
-        self._starts = np.cumsum([0, *self.shard_sizes])
-        paths = [self.folder / shard.name for shard in self._manifest.shards]
-        # A descriptor that leaves the cache is closed when the last thread has read from it. The cached function does
-        # not refer to `self`: such a cycle would keep all files open until the garbage collector runs.
-        self._descriptor = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda shard: _Descriptor(paths[shard]))
+        self.access = access or LocalShards([self.folder / shard.name for shard in self._manifest.shards])
+        if check and access is None:
+            self._check_shards()
+        self._check_count()
+        if check:
+            self._check_index()
 
     def __getstate__(self) -> _ReaderState:
-        return {"folder": self.folder, "_manifest": self._manifest}
+        return {"folder": self.folder, "access": self.access, "name": self.name, "_manifest": self._manifest}
 
     def __setstate__(self, state: _ReaderState) -> None:
         self.__dict__.update(state)
-        self._open()
+        self._index = read_index(self.folder)
 
     def __len__(self) -> int:
         return len(self._index)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; the position is the label."""
         return self._manifest.classes
 
     @property
@@ -77,15 +165,12 @@ class ShardReader:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Samples in each shard."""
         return tuple(shard.num_samples for shard in self._manifest.shards)
 
-    @functools.cached_property
+    @property
     def labels(self) -> np.ndarray:
-        """[len(reader)] int32, read-only."""
-        labels = np.ascontiguousarray(self._index["label"])
-        labels.flags.writeable = False
-        return labels
+        """[len(reader)] int32, read-only, a part of the mapped index: a copy would be one for each worker."""
+        return self._index["label"]
 
     def key(self, i: int) -> str:
         """Raises DataError where it is not UTF-8."""
@@ -97,7 +182,7 @@ class ShardReader:
                             "split again or convert it again") from error
 
     def where(self, i: int) -> str:
-        """SHARD:KEY@OFFSET, for messages: enough to cut the sample out with dd."""
+        """SHARD:KEY@OFFSET: enough to cut the sample out with dd."""
         row = self._index[i]
         key = row["key"].decode("utf-8", "backslashreplace")
         return f"{self._manifest.shards[row['shard']].name}:{key}@{row['offset']}"
@@ -111,44 +196,58 @@ class ShardReader:
                 indexed without checksums have none.
         """
         row = self._index[i]
-        data = self._read_with_retries(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
-        if self._manifest.shards[row["shard"]].sha256 is None:
-            return data
-        if zlib.crc32(data) != row["crc32"]:
-            self._descriptor.cache_clear()
-            data = self._read_with_retries(i, int(row["shard"]), int(row["offset"]), int(row["size"]))
-        if zlib.crc32(data) != row["crc32"]:
-            raise BadSampleError(f"wrong checksum, the shard in {self.folder} is damaged; copy it again or convert "
-                                 "the split again")
+        data = self._read_with_retries(i, row)
+        if not self._is_sound(row, data):
+            self.access.forget()
+            data = self._read_with_retries(i, row)
+        if not self._is_sound(row, data):
+            raise BadSampleError(f"wrong checksum, the shard {self.access.where(row['shard'])} is damaged; copy it "
+                                 "again or convert the split again")
         return data
 
-    def substitutes(self, i: int) -> Iterator[int]:
-        """Every other sample once, the best substitutes first.
+    def together(self, samples: Sequence[int]) -> list[list[int]]:
+        """In order of shards and offsets, which is that of the numbers; neighbours that are worth one read together."""
+        groups: list[list[int]] = []
+        for i in sorted(set(samples)):
+            if groups and self._joins(groups[-1], i):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
 
-        First the samples of the same class in the same shard, then all others; both in cyclic order after i.
-        """
-        shard = self._index["shard"][i]
-        start, stop = self._starts[shard], self._starts[shard + 1]
-        same = start + np.flatnonzero(self.labels[start:stop] == self.labels[i])
-        same = [int(j) for j in np.concatenate([same[same > i], same[same < i]])]
-        yield from same
-        tried = {i, *same}
-        for step in range(1, len(self)):
-            j = (i + step) % len(self)
-            if j not in tried:
-                yield j
+    def read_group(self, group: Sequence[int]) -> list[bytes | VirError]:
+        rows = self._index[list(group)]
+        if len(group) == 1:
+            return super().read_group(group)
+        begin, end = int(rows["offset"][0]), int(rows["offset"][-1] + rows["size"][-1])
+        try:
+            data = self.access.read(int(rows["shard"][0]), begin, end - begin)
+        except (OSError, DataError):  # perhaps of one of them alone
+            return super().read_group(group)
+        parts = [data[int(row["offset"]) - begin:int(row["offset"]) - begin + int(row["size"])] for row in rows]
+        return [part if self._is_sound(row, part) else self._read_or_error(i)
+                for i, row, part in zip(group, rows, parts)]
 
-    def _read_with_retries(self, i: int, shard: int, offset: int, size: int) -> bytes:
-        def read() -> bytes:
-            # Kept in a variable while reading: another thread may remove it from the cache, which would close it.
-            descriptor = self._descriptor(shard)
-            return pread(descriptor.number, size, offset)
+    def expect(self, group: Sequence[int]) -> None:
+        for row in self._index[list(group)]:
+            self.access.expect(int(row["shard"]), int(row["offset"]), int(row["size"]))
 
+    def _joins(self, group: list[int], i: int) -> bool:
+        first, before, row = self._index[group[0]], self._index[group[-1]], self._index[i]
+        gap = int(row["offset"]) - int(before["offset"] + before["size"])
+        total = int(row["offset"] + row["size"] - first["offset"])
+        return bool(row["shard"] == before["shard"]) and 0 <= gap < self.access.joins and total <= _MOST_AT_ONCE
+
+    def _is_sound(self, row: np.void, data: bytes) -> bool:
+        return self._manifest.shards[row["shard"]].sha256 is None or zlib.crc32(data) == row["crc32"]
+
+    def _read_with_retries(self, i: int, row: np.void) -> bytes:
+        shard, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
         try:  # on network disks, a new descriptor may work where a stale one fails
-            return files.retried(read, failed=self._descriptor.cache_clear)
+            return files.retried(lambda: self.access.read(shard, offset, size), failed=self.access.forget)
         except OSError as error:
-            raise DataError(f"cannot read {self.where(i)} in {self.folder}: {error.strerror or error}, after "
-                            f"{1 + len(files.RETRY_WAITS_S)} attempts; check the disk or copy the shard again") \
+            raise DataError(f"cannot read {self.where(i)} in {self.access.where(shard)}: {error.strerror or error}, "
+                            f"after {1 + len(files.RETRY_WAITS_S)} attempts; check the disk or copy the shard again") \
                 from error
 
     def _check_shards(self) -> None:
@@ -173,14 +272,18 @@ class ShardReader:
                 raise DataError(f"shard {path} has {found.st_size} bytes, the manifest says {shard.bytes}; copy it "
                                 f"again or convert the split again")
 
+    def _check_count(self) -> None:
+        path, again = self.folder / INDEX, "copy the split again or convert it again"
+        if len(self._index) != self._manifest.num_samples:
+            raise DataError(f"{path} has {len(self._index)} samples, the manifest says {self._manifest.num_samples}; "
+                            f"{again}")
+        if not len(self._index):
+            raise DataError(f"{self.folder} holds no samples; {again}")
+
     def _check_index(self) -> None:
         path = self.folder / INDEX
         index, shards = self._index, self._manifest.shards
         again = "copy the split again or convert it again"
-        if len(index) != self._manifest.num_samples:
-            raise DataError(f"{path} has {len(index)} samples, the manifest says {self._manifest.num_samples}; {again}")
-        if not len(index):
-            raise DataError(f"{self.folder} holds no samples; {again}")
         if sha256(path) != self._manifest.index_sha256:
             raise DataError(f"{path} is not the index that the manifest names (its sha256 differs); {again}")
         if not np.array_equal(index["shard"], np.repeat(np.arange(len(shards)), self.shard_sizes)):
@@ -195,14 +298,5 @@ class ShardReader:
             raise DataError(f"{path} has samples beyond the end of their shard; {again}")
 
 
-class _Descriptor:
-    """An open file; it is closed when there is no reference to this object any more."""
-
-    number: int
-
-    def __init__(self, path: Path) -> None:
-        self.number = open_regular(path)
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if hasattr(self, "number"):  # not if it could not be opened
-            close(self.number)
+if __name__ == "__main__":
+    raise SystemExit("vir.data.reader is a part of the library; the program is vir-train")

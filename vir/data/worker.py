@@ -5,19 +5,23 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import resource
 import signal
 import stat
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 from vir.cluster.signals import SIGNALS
-from vir.data.reader import ShardReader
+from vir.data.reader import Reader
+from vir.errors import VirError
 
 _WHERE_BYTES = 1024
 _READERS = 16
 """Samples that a worker reads at the same time: a read from a network disk waits for 1 to 20 ms."""
+_MOST_FILES = 1 << 16
 _PR_SET_PDEATHSIG = 1
 """Of Linux's prctl."""
 
@@ -34,14 +38,36 @@ class Worker:
         self._number, self._reading = number, reading
         self._pool = ThreadPoolExecutor(_READERS)
 
-    def read(self, reader: ShardReader, samples: Sequence[int]) -> Iterator[Callable[[], bytes]]:
+    def read(self, reader: Reader, samples: Sequence[int]) -> Iterator[Callable[[], bytes]]:
         """Read all samples at once; for each in turn a function that waits for its bytes and raises what reading did.
+
+        They are read in the order of their places, and given in that of `samples`.
         """
-        for sample, read in [(sample, self._pool.submit(reader.read, sample)) for sample in samples]:
+        groups = reader.together(samples)
+        found: dict[int, Callable[[], bytes]] = {}
+        for number, group in enumerate(groups):
+            later = groups[number + _READERS:number + _READERS + 1]
+            reads = self._pool.submit(_read_group, reader, group, later)
+            found.update((sample, partial(_result, reads, place)) for place, sample in enumerate(group))
+        for sample in samples:
             # The text, not the number: to look it up, the trainer would read the index, on a disk that may hang.
-            where = f"{reader.where(sample)} of {reader.folder}".encode(errors="replace")
+            where = f"{reader.where(sample)} of {reader.name}".encode(errors="replace")
             self._reading[self._number].value = where[:_WHERE_BYTES - 1]
-            yield read.result
+            yield found[sample]
+
+
+def _read_group(reader: Reader, group: Sequence[int], later: Sequence[Sequence[int]]) -> list[bytes | VirError]:
+    """What the reader says of a group; the disk is told of those whose turn comes when all threads are done."""
+    for hint in later:
+        reader.expect(hint)
+    return reader.read_group(group)
+
+
+def _result(reads: Future[list[bytes | VirError]], place: int) -> bytes:
+    found = reads.result()[place]
+    if isinstance(found, VirError):
+        raise found
+    return found
 
 
 _here: Worker | None = None
@@ -62,7 +88,8 @@ def start(reading: Any, trainer: int, number: int) -> None:
     _die_with_parent()
     if os.getppid() != trainer:  # it ended before that was arranged
         os._exit(1)
-    _close_inherited_sockets()
+    _let_go_of_sockets()
+    _open_many_files()
     _here = Worker(number, reading)
 
 
@@ -72,12 +99,26 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _close_inherited_sockets() -> None:
-    """Those of the process group: while a copy is open, the other ranks do not see that the trainer has ended."""
-    folder = Path("/proc/self/fd")
+def _let_go_of_sockets() -> None:
+    """Those of the process group: while a copy is open, the other ranks do not see that the trainer has ended.
+
+    Their numbers stay taken, by /dev/null: objects of the trainer that this process has inherited may close them at any
+    time, and would close whatever file had the number by then.
+    """
+    folder, nothing = Path("/proc/self/fd"), os.open(os.devnull, os.O_RDWR)
     for name in os.listdir(folder) if folder.is_dir() else ():
         try:
             if int(name) > 2 and stat.S_ISSOCK(os.fstat(int(name)).st_mode):  # the output may be one
-                os.close(int(name))
+                os.dup2(nothing, int(name), inheritable=False)
         except OSError:  # the listing's own, closed by now
             pass
+    os.close(nothing)
+
+
+def _open_many_files() -> None:
+    """As many as the system lets this process have: a shard that is reopened for each read costs a network disk two
+    more round trips."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

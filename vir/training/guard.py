@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vir import distributed
 from vir.data.order import SampleOrder
-from vir.data.reader import ShardReader
+from vir.data.reader import Reader
 from vir.errors import DataError, NotFiniteError
 from vir.log import log
 
@@ -23,7 +23,7 @@ _TOO_FEW_TO_JUDGE = 10
 class FiniteGuard:
     """Counts steps that were skipped because their gradient was not finite, and says which samples they had."""
 
-    def __init__(self, order: SampleOrder, reader: ShardReader) -> None:
+    def __init__(self, order: SampleOrder, reader: Reader) -> None:
         self._order, self._reader = order, reader
         self._in_a_row = 0
 

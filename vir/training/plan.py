@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator
 
 from vir.config import OptimConfig, RunConfig, ScheduleConfig, plan_accumulation
-from vir.data.reader import ShardReader
+from vir.data.reader import Reader
 from vir.distributed import World
 from vir.engine import optimizer
 from vir.engine.engine import Engine
@@ -61,7 +61,7 @@ class Plan:
         return weight_decay(step, self.total_steps, self.optim)
 
 
-def make_plan(config: RunConfig, train: ShardReader, spec: ModelSpec, world: World, precision: str) -> Plan:
+def make_plan(config: RunConfig, train: Reader, spec: ModelSpec, world: World, precision: str) -> Plan:
     """Raises SettingsError where the global batch does not divide by micro batch times ranks."""
     num_samples, size = len(train), config.train.global_batch_size
     total = total_steps(config.train, num_samples)
@@ -88,8 +88,8 @@ def steps_every(epochs: float, num_samples: int, global_batch_size: int, total: 
     return frozenset(step for step in (*ends, total) if 0 < step <= total)
 
 
-def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, train: ShardReader,
-             val: ShardReader | None, world: World) -> Iterator[str]:
+def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, train: Reader,
+             val: Reader | None, world: World) -> Iterator[str]:
     """Lines for people: model, parameter groups, data, batches, steps, learning rate, memory, disk."""
     sizes = {p: getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()}
     parameters, frozen = sum(sizes.values()), sum(size for p, size in sizes.items() if not p.requires_grad)

@@ -14,7 +14,7 @@ import yaml
 from vir import distributed, launcher
 from vir.checkpoints.info import BEST, DESCRIPTION, LATEST, candidates
 from vir.config import RunConfig, differences, plan_accumulation, to_dict
-from vir.data.reader import ShardReader
+from vir.data.reader import Reader, ShardReader
 from vir.data.transforms import check_augmentation
 from vir.engine import ds_config, optimizer
 from vir.errors import DataError, SettingsError
@@ -31,8 +31,8 @@ class Prepared:
 
     config: RunConfig
     ds_config: dict[str, Any]
-    train: ShardReader
-    val: ShardReader | None
+    train: Reader
+    val: Reader | None
     """None: nothing is evaluated."""
 
 
@@ -67,10 +67,10 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(config, deepspeed_json, train, val)
 
 
-def _open_shards(flag: str, folder: str) -> ShardReader:
+def _open_shards(flag: str, folder: str) -> Reader:
     # The sizes of all shards are looked at once per machine: thousands of shards on a network disk take their time.
     try:
-        return ShardReader(folder, check_shards=launcher.local_rank() == 0)
+        return ShardReader(folder, check=launcher.local_rank() == 0)
     except DataError as error:
         raise DataError(f"{flag}: {error}") from error
 

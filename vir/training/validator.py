@@ -11,7 +11,7 @@ from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
 from vir.config import RunConfig
 from vir.data.loader import Patience, eval_batches
-from vir.data.reader import ShardReader
+from vir.data.reader import Reader
 from vir.distributed import World
 from vir.engine.engine import Engine
 from vir.evaluation.classify import Accuracy, classify
@@ -27,7 +27,7 @@ Results = dict[str, float]
 class Validator:
     """Accuracy of the weights and of their average on data.val, in the training precision."""
 
-    def __init__(self, config: RunConfig, engine: Engine, reader: ShardReader, model_input: InputSpec, world: World,
+    def __init__(self, config: RunConfig, engine: Engine, reader: Reader, model_input: InputSpec, world: World,
                  stop: StopRequest, patience: Patience, heartbeat: Heartbeat) -> None:
         self._config, self._engine, self._reader = config, engine, reader
         self._input, self._world, self._stop = model_input, world, stop
