@@ -11,18 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from support.imagenet import jpeg
 from vir import files
+from vir.config import AugmentConfig
 from vir.data.convert import convert
 from vir.data.decode import BadSampleError, decode_image
 from vir.data.folder_reader import FolderReader
+from vir.data.loader import train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.data.sources import reading
 from vir.errors import DataError
+from vir.models.spec import InputSpec
 
+torch.set_num_threads(1)
 CLASSES = [f"n{number:02d}" for number in range(12)]
 IMAGES = 2300  # three shards by default
 
@@ -44,8 +49,8 @@ def write(root, images):
 def source(tmp_path_factory):
     """train: 12 classes of different sizes, of all formats, with names whose keys collide; val: 4 of the classes."""
     root = tmp_path_factory.mktemp("source")
-    train = {f"{name}/{name}_{number}.JPEG": jpeg(f"{name} {number}") for label, name in enumerate(CLASSES)
-             for number in range(50 + 25 * label)}
+    train = {f"{name}/{name}_{number}.JPEG": jpeg(f"{name} {number}")
+             for label, name in enumerate(CLASSES) for number in range(50 + 25 * label)}
     odd = {"n01/1.jpg": jpeg("a"), "n01/1.png": encode("PNG", 1), "n01/1.x.webp": encode("WEBP", 2),
            "n01/1_x.JPG": jpeg("b"), "n03/a b ä.png": encode("PNG", 3), "n04/really a png.JPEG": encode("PNG", 4)}
     left = IMAGES - len(train) - len(odd)
@@ -66,7 +71,8 @@ def shards(source, tmp_path_factory):
 
 @pytest.fixture()
 def small(tmp_path):
-    write(tmp_path / "train", {f"{name}/{number}.jpg": jpeg(f"{name} {number}") for name in "ab" for number in range(4)})
+    images = {f"{name}/{number}.jpg": jpeg(f"{name} {number}") for name in "ab" for number in range(4)}
+    write(tmp_path / "train", images)
     return tmp_path / "train"
 
 
@@ -81,7 +87,8 @@ def test_samples_are_those_of_the_shards(source, shards, split):
     for i in range(len(converted)):
         assert (folder.key(i), folder.read(i)) == (converted.key(i), converted.read(i))
         path = folder.where(i)
-        assert Path(path).read_bytes() == folder.read(i) and Path(path).parent.name == folder.classes[folder.labels[i]]
+        assert Path(path).read_bytes() == folder.read(i)
+        assert Path(path).parent.name == folder.classes[folder.labels[i]]
 
 
 def test_epochs_are_the_same_sequence(source, shards):
@@ -91,6 +98,26 @@ def test_epochs_are_the_same_sequence(source, shards):
         keys = [[reader.key(i) for i in order.samples(order.global_batch(first, 700)).tolist()]
                 for reader, order in zip(readers, orders)]
         assert keys[0] == keys[1]
+
+
+def test_substitutes_are_the_same(source, shards):
+    readers = FolderReader(source / "train"), ShardReader(shards / "train")
+    for i in (0, 766, 767, IMAGES - 1):
+        assert list(readers[0].substitutes(i)) == list(readers[1].substitutes(i))
+
+
+def test_batches_have_the_same_pixels(source, shards):
+    batches = []
+    for reader in (FolderReader(source / "train"), ShardReader(shards / "train")):
+        order = SampleOrder(7, reader.shard_sizes, 2, 300)
+        loader = train_batches(reader, order, AugmentConfig(), InputSpec(
+            size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0),
+            seed=7, first_step=70, last_step=74, global_batch_size=32, micro_batch_size=16, rank=0, world_size=1,
+            workers=2, prefetch=2, device=torch.device("cpu"))  # an epoch ends within
+        batches.append([(batch.images, batch.labels, batch.positions) for batch in loader])
+        loader.close()
+    assert len(batches[0]) == 8
+    assert all(torch.equal(a, b) for two in zip(*batches) for a, b in zip(*two))
 
 
 def test_the_fingerprint_tells_names_and_classes_not_places(small, tmp_path):

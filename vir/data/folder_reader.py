@@ -11,6 +11,7 @@ import numpy as np
 from vir import files
 from vir.data.deal import SAMPLES_PER_SHARD, SEED, deal
 from vir.data.decode import BadSampleError
+from vir.data.reader import Reader
 from vir.data.sources.folder import class_folders, classes_beside, read_folder, some
 from vir.data.sources.listing import Sample
 from vir.data.sources.reading import MAX_IMAGE_BYTES, OF_THE_FILE, refuse_lost
@@ -18,7 +19,7 @@ from vir.errors import DataError
 from vir.files import read_regular, retried
 
 
-class FolderReader:
+class FolderReader(Reader):
     """FOLDER/CLASS/IMAGE, listed once: names only, no image is opened.
 
     Samples have the numbers, keys, labels and bytes that they have in the shards which vir-convert makes of the folder
@@ -34,20 +35,34 @@ class FolderReader:
         folder = Path(folder).absolute()
         source = read_folder(folder, _class_list(folder))
         parts = deal(len(source.samples))
-        self.name, self.classes = str(folder), source.classes
-        self.shard_sizes: tuple[int, ...] = tuple(map(len, parts))
-        """Samples in each of the shards that vir-convert would write."""
-        self._root, self._samples = source.root, source.samples
+        self.name, self._root, self._classes, self._samples = str(folder), folder, source.classes, source.samples
+        self._shard_sizes = tuple(map(len, parts))
         self._order = np.concatenate(parts).astype(np.int32 if len(source.samples) < 2**31 else np.int64)
-        self.labels = source.samples.labels()[self._order]
-        """[len(reader)] int32, read-only."""
-        self.labels.flags.writeable = False
+        self._labels = source.samples.labels()[self._order]
+        self._labels.flags.writeable = False
         about = ("image folder", source.fingerprint, SEED, SAMPLES_PER_SHARD)
-        self.fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
-        """Changes with the class list, with any name of a file, and with the order; not with the files' bytes."""
+        self._fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._order)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._classes
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the class list, with any name of a file, and with the order; not with the files' bytes."""
+        return self._fingerprint
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples in each of the shards that vir-convert would write."""
+        return self._shard_sizes
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self._labels
 
     def key(self, i: int) -> str:
         return self._sample(i).key
