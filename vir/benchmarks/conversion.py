@@ -49,7 +49,7 @@ def benchmark(settings: Settings, command: str) -> str:
     if not settings.folder.is_dir():
         raise DataError(f"no such folder: {settings.folder}")
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
-        total = _make_images(Path(place) / "src", settings)
+        total = make_images(Path(place) / "src", settings.images, settings.image_bytes)
         seconds = [_round(Path(place), settings.workers) for _ in range(settings.rounds)]
     columns = ("command", "images/s (least to most)", "MB/s", "× peer")
     rows = _rows(seconds, settings, total)
@@ -61,20 +61,20 @@ def benchmark(settings: Settings, command: str) -> str:
     return markdown(columns, rows)
 
 
-def _make_images(folder: Path, settings: Settings) -> int:
-    """An image folder of JPEGs, and the bytes of all."""
+def make_images(folder: Path, images: int, image_bytes: int) -> int:
+    """Writes FOLDER/train/CLASS/IMAGE, JPEGs of about `image_bytes` each, and gives the bytes of all."""
     rng = np.random.default_rng(0)
     pictures = []
-    for _ in range(min(_PICTURES, settings.images)):
+    for _ in range(min(_PICTURES, images)):
         file = BytesIO()
         coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
         coarse.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         pictures.append(file.getvalue())
     total = 0
-    for number in range(settings.images):
+    for number in range(images):
         path = folder / "train" / f"n{number % _CLASSES:08d}" / f"n{number % _CLASSES:08d}_{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        total += path.write_bytes(_padded(pictures[number % len(pictures)], number, settings.image_bytes))
+        total += path.write_bytes(_padded(pictures[number % len(pictures)], number, image_bytes))
     return total
 
 
