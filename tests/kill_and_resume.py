@@ -9,7 +9,9 @@ again. A kill is of all its processes, of one rank or of one loader process, aft
 every step's line of metrics must be the same in both, bit for bit.
 Exit codes: 0 all is equal, 1 something differs or did not end, 2 wrong arguments.
 
-SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. Works on Linux: it reads /proc.
+SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. With --killed-shards URL the killed run streams
+the same shards from a server, e.g. s3://bucket/shards, with --cache through a cache of --cache-bytes. Works on Linux: it
+reads /proc.
 """
 
 from __future__ import annotations
@@ -59,12 +61,13 @@ class Trouble(Exception):
     """The experiment could not be carried out, or a start did not do what it must."""
 
 
-def training_command(shards: Path, deepspeed_config: Path, steps: int, output: Path, port: str) -> list[str]:
+def training_command(shards: str, samples: int, deepspeed_config: Path, steps: int, output: Path, port: str
+                     ) -> list[str]:
     """The launcher and a run of so many short steps with every kind of randomness on."""
-    per_step = BATCH / len(read_index(shards / "train"))
+    per_step = BATCH / samples
     return [*DEEPSPEED, "--num_accelerators", str(RANKS), "--master_port",
-            port, "--module", "vir.train", *TINY, "--data.train", str(shards / "train"), "--data.val",
-            str(shards / "val"), "--output", str(output), "--deepspeed_config", str(deepspeed_config),
+            port, "--module", "vir.train", *TINY, "--data.train", f"{shards}/train", "--data.val", f"{shards}/val",
+            "--data.window", "65", "--output", str(output), "--deepspeed_config", str(deepspeed_config),
             "--model.drop_path_rate", "0.1", "--train.epochs", str(steps * per_step),
             "--train.global_batch_size", str(BATCH), "--train.micro_batch_size", str(MICRO), "--train.log_every", "1",
             "--schedule.warmup_epochs", "1", "--optim.lr", "1e-3", "--augment.scale", "[0.5, 1.0]",
@@ -358,12 +361,19 @@ def differences(uninterrupted: Path, killed: Path) -> list[str]:
     return said
 
 
-def experiment(shards: Path, deepspeed_config: Path, kills: int, seed: int, folder: Path) -> bool:
-    """Both runs and their comparison, in an empty folder; whether all is equal. Raises as interrupted_run does."""
+def experiment(shards: Path, elsewhere: list[str], deepspeed_config: Path, kills: int, seed: int, folder: Path) -> bool:
+    """Both runs and their comparison, in an empty folder; whether all is equal. Raises as interrupted_run does.
+
+    Args:
+        elsewhere: where the killed run finds the shards, and the settings that it needs for that; empty: there, too.
+    """
     total = STEPS_PER_KILL * kills
     one, other = folder / "uninterrupted", folder / "killed"
     port = free_port()  # one for all: each start also meets what the one before has left in shared memory
-    commands = [training_command(shards, deepspeed_config, total, run, port) for run in (one, other)]
+    place, *settings = elsewhere or [str(shards)]
+    samples = len(read_index(shards / "train"))
+    commands = [training_command(str(shards), samples, deepspeed_config, total, one, port),
+                training_command(place, samples, deepspeed_config, total, other, port) + settings]
     try:
         with Start(commands[0], folder / "uninterrupted.txt") as start:
             start.finish()
@@ -393,6 +403,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", type=Path, default=ROOT / "ds_configs" / "zero2_fp32.json",
                         help="DeepSpeed JSON of both runs (default: ds_configs/zero2_fp32.json)")
     parser.add_argument("--output", type=Path, help="new folder that keeps both runs; a temporary one when not given")
+    parser.add_argument("--killed-shards", metavar="URL", help="where the killed run finds the shards (default: there)")
+    parser.add_argument("--cache", type=Path, help="folder in which the killed run keeps shards of the server")
+    parser.add_argument("--cache-bytes", default="200GB", help="the most that it keeps (default: 200GB)")
     args = parser.parse_args(argv)
     if args.kills < 1:
         parser.error(f"--kills is {args.kills}; it must be at least 1")
@@ -408,12 +421,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    elsewhere = [args.killed_shards] if args.killed_shards else []
+    if elsewhere and args.cache:
+        elsewhere += ["--data.cache", str(args.cache), "--data.cache_bytes", args.cache_bytes]
     with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as temporary:
         folder = args.output or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            equal = experiment(args.shards.resolve(), args.deepspeed_config.resolve(), args.kills, args.seed,
-                               folder.resolve())
+            equal = experiment(args.shards.resolve(), elsewhere, args.deepspeed_config.resolve(), args.kills,
+                               args.seed, folder.resolve())
         except (Trouble, VirError) as error:
             print(error)
             print(f"FAILED before both runs could be compared, seed {args.seed}")

@@ -14,6 +14,7 @@ from typing import Any, Literal, Optional
 
 import yaml
 
+from vir.addresses import shown
 from vir.errors import SettingsError
 
 RetentionMode = Literal["auto", "parallel", "chunkwise", "recurrent"]
@@ -438,8 +439,12 @@ def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The settings as plain YAML and JSON types."""
-    return dict(_plain(dataclasses.asdict(config)))
+    """The settings as plain YAML and JSON types, without the secrets that URLs may hold."""
+    settings = dict(_plain(dataclasses.asdict(config)))
+    for name in ("train", "val"):
+        if isinstance(section := settings.get("data"), dict):
+            section[name] = shown(section[name])
+    return settings
 
 
 def _plain(value: Any) -> Any:

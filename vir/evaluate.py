@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vir import cli, launcher
-from vir.config import RetentionMode
+from vir.addresses import shown
+from vir.config import DataConfig, RetentionMode
 from vir.errors import DataError, SettingsError, VirError
 from vir.files import replace_text, try_to_write
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is import
     from torch import nn
 
     from vir.data.loader import Batch
-    from vir.data.reader import ShardReader
+    from vir.data.reader import Reader
     from vir.models.spec import InputSpec
     from vir.models.weights import WeightsMetadata
 
@@ -37,7 +38,15 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE.safetensors",
                         help="made by vir-consolidate; names its model itself")
-    parser.add_argument("--data", type=Path, required=True, metavar="SHARDS/val", help="folder of shards with index")
+    parser.add_argument("--data", required=True, metavar="SHARDS/val", help="images, named as by --data.val of vir-train: "
+                        "a folder of shards or of one folder per class, or shards by URL or pattern")
+    parser.add_argument("--cache", default="", metavar="DIR", help="keep shards from servers in this folder")
+    parser.add_argument("--cache-bytes", default=DataConfig.cache_bytes, metavar="BYTES",
+                        help=f"the most that it may hold (default: {DataConfig.cache_bytes})")
+    parser.add_argument("--index-dir", default="", metavar="DIR", help="folder for the indexes of shards that have none "
+                        "beside them (default: vir-at-scale/indexes in the user's cache folder)")
+    parser.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS",
+                        help=f"without an answer of a server, after which to give up (default: {DataConfig.timeout:g})")
     parser.add_argument("--mode", choices=MODES, default="auto", help="form of retention (default: auto)")
     parser.add_argument("--compare-modes", action="store_true",
                         help="run the three forms on the first batch and print their largest logit difference")
@@ -75,14 +84,15 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from vir import arithmetic, distributed
     from vir.data.loader import eval_batches
-    from vir.data.reader import ShardReader
+    from vir.data.opening import open_reader, places
     from vir.evaluation.classify import classify
     from vir.models import load
     from vir.models.spec import input_of
 
     distributed.check_driver()
+    kept = DataConfig(cache=args.cache, cache_bytes=args.cache_bytes, index_dir=args.index_dir, timeout=args.timeout)
     try:
-        reader = ShardReader(args.data)
+        reader = open_reader(args.data, places(kept), first=launcher.local_rank() == 0)
     except DataError as error:
         raise DataError(f"--data: {error}") from error
     arithmetic.set_up()
@@ -100,7 +110,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     batches: dict[str, Any] = dict(batch_size=args.batch_size, rank=state.process_index,
                                    world_size=state.num_processes, workers=args.workers, device=state.device)
     result: dict[str, Any] = {
-        "weights": str(args.weights), "data": str(args.data), "model": metadata.model.name, "step": metadata.step,
+        "weights": str(args.weights), "data": shown(args.data), "model": metadata.model.name, "step": metadata.step,
         "ema": metadata.ema, "dtype": metadata.dtype, "mode": args.mode, "processes": state.num_processes}
     if args.compare_modes:
         with closing(eval_batches(reader, model_input, **batches)) as first_of:
@@ -123,10 +133,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata, reader: ShardReader) -> None:
+def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata, reader: Reader) -> None:
     classes = metadata.model.classes
     if list(classes) != list(reader.classes):
-        raise SettingsError(f"{args.weights} knows {len(classes)} classes, {args.data} has {len(reader.classes)}, and "
+        raise SettingsError(f"{args.weights} knows {len(classes)} classes, {shown(args.data)} has {len(reader.classes)}, and "
                             "their lists differ; evaluate on the classes it was trained on")
     if not hasattr(model, "set_retention_mode") and (args.mode != "auto" or args.compare_modes):
         raise SettingsError(f"{metadata.model.name} has no retention; leave out --mode and --compare-modes")

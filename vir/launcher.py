@@ -75,6 +75,11 @@ def local_size() -> int:
     return max(1, int(said)) if said.isdigit() else 1
 
 
+def nodes() -> int:
+    """On how many machines the run is, as many processes on each; 1 where the launcher says nothing."""
+    return max(1, adopt().size // local_size())
+
+
 def cores() -> int:
     """How many cores this process may use: its share of those of its machine, or what srun has given it alone."""
     allowed = len(os.sched_getaffinity(0))

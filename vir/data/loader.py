@@ -28,7 +28,8 @@ from vir import launcher
 from vir.config import AugmentConfig
 from vir.data import transforms, worker
 from vir.data.decode import BadSampleError, decode_image
-from vir.data.order import SampleOrder
+from vir.data.order import InOrder, SampleOrder
+from vir.data.prefetch import Prefetcher, prefetcher_of
 from vir.data.reader import Reader
 from vir.errors import DataError, VirError
 from vir.models.spec import InputSpec
@@ -120,8 +121,9 @@ class _Requests(Dataset["Batch | VirError"]):
             return error
 
 
-def _train_batch(reader: Reader, transform: Transform, augment: AugmentConfig, seed: int, mix_until: float,
-                 positions: np.ndarray, samples: np.ndarray) -> Batch:
+def _train_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, augment: AugmentConfig, seed: int,
+                 mix_until: float, positions: np.ndarray, samples: np.ndarray) -> Batch:
+    _advance(ahead, int(positions[0]))
     pixels, labels, bad = [], [], []
     reads = worker.here().read(reader, samples.tolist())
     for position, sample, read in zip(positions.tolist(), samples.tolist(), reads):
@@ -144,7 +146,9 @@ def _train_batch(reader: Reader, transform: Transform, augment: AugmentConfig, s
                  noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad)
 
 
-def _eval_batch(reader: Reader, transform: Transform, positions: np.ndarray, samples: np.ndarray) -> Batch:
+def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, positions: np.ndarray,
+                samples: np.ndarray) -> Batch:
+    _advance(ahead, int(samples[0]))
     pixels, labels = [], []
     for sample, read in zip(samples.tolist(), worker.here().read(reader, samples.tolist())):
         # No substitute here: an accuracy that silently counts another image would be false.
@@ -160,6 +164,11 @@ def _eval_batch(reader: Reader, transform: Transform, positions: np.ndarray, sam
                  valid=torch.from_numpy(positions >= 0), erase=torch.zeros(size, 4, dtype=torch.long),
                  noise=torch.zeros(size, dtype=torch.int32), lam=torch.ones(size),
                  cut=torch.zeros(size, 4, dtype=torch.long), bad=[])
+
+
+def _advance(ahead: Prefetcher | None, position: int) -> None:
+    if ahead is not None and worker.here().is_first:
+        ahead.advance(position)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +366,9 @@ def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
                 positions = mine[first:first + micro_batch_size]
                 yield positions, order.samples(positions)
 
-    make = partial(_train_batch, reader, transforms.train_transform(augment, model_input), augment, seed, mix_until)
+    ahead = prefetcher_of(reader, order, last_step=last_step, global_batch_size=global_batch_size, rank=rank,
+                          world_size=world_size)
+    make = partial(_train_batch, reader, ahead, transforms.train_transform(augment, model_input), augment, seed, mix_until)
     # A step takes all its micro-batches at once, and meanwhile those of the next one are made.
     prefetch = max(prefetch, 1 + -(-per_rank // (micro_batch_size * workers)))
     return Batches(make, requests, workers, prefetch, device, patience)
@@ -378,7 +389,9 @@ def eval_batches(reader: Reader, model_input: InputSpec, *, batch_size: int, ran
             padding = len(samples) == 0  # ranks beyond the last sample take part with one that is not counted
             yield (np.array([-1]), np.array([0])) if padding else (samples, samples)
 
-    make = partial(_eval_batch, reader, transforms.eval_transform(model_input))
+    ahead = prefetcher_of(reader, InOrder(total), last_step=batches, global_batch_size=batch_size * world_size,
+                          rank=rank, world_size=world_size)
+    make = partial(_eval_batch, reader, ahead, transforms.eval_transform(model_input))
     return Batches(make, requests, processes_for(workers), 2, device, patience)
 
 

@@ -71,3 +71,18 @@ class SampleOrder:
             here = epochs == epoch
             indices[here] = self._epoch(int(epoch))[places[here]]
         return indices
+
+
+class InOrder:
+    """The samples one after another, each once, as an evaluation takes them."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def global_batch(self, first: int, size: int) -> np.ndarray:
+        """Positions [first, first + size)."""
+        return np.arange(first, first + size, dtype=np.int64)
+
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """Sample index at each position; the last one beyond the end."""
+        return np.minimum(positions, self.num_samples - 1)

@@ -31,6 +31,16 @@ class Reader(ABC):
     name: str
     """Where the images come from, for messages: a folder, or a URL without secrets."""
 
+    @property
+    def shard_bytes(self) -> tuple[int, ...]:
+        """The size of each shard; nothing where the images are files of their own."""
+        return ()
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Of the cache that shards are kept in; None without one."""
+        return None
+
     @abstractmethod
     def __len__(self) -> int:
         """The number of samples."""
@@ -166,6 +176,14 @@ class ShardReader(Reader):
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         return tuple(shard.num_samples for shard in self._manifest.shards)
+
+    @property
+    def shard_bytes(self) -> tuple[int, ...]:
+        return tuple(shard.bytes for shard in self._manifest.shards)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return self.access.budget_bytes
 
     @property
     def labels(self) -> np.ndarray:

@@ -38,6 +38,11 @@ class Worker:
         self._number, self._reading = number, reading
         self._pool = ThreadPoolExecutor(_READERS)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether it is number 0 of its loader."""
+        return self._number == 0
+
     def read(self, reader: Reader, samples: Sequence[int]) -> Iterator[Callable[[], bytes]]:
         """Read all samples at once; for each in turn a function that waits for its bytes and raises what reading did.
 

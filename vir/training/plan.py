@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
-from vir.config import OptimConfig, RunConfig, ScheduleConfig, plan_accumulation
+from vir import launcher
+from vir.config import DataConfig, OptimConfig, RunConfig, ScheduleConfig, plan_accumulation
 from vir.data.reader import Reader
+from vir.data.traffic import working_set
 from vir.distributed import World
 from vir.engine import optimizer
 from vir.engine.engine import Engine
@@ -106,6 +108,7 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
     yield (f"{len(train)} training images in {len(train.shard_sizes)} shards, "
            f"{len(val) if val else 'no'} validation images{'' if val else ' (--data.val): no evaluation'}, "
            f"{plan.num_classes} classes")
+    yield _order(config.data, train)
     yield (f"{plan.total_steps} steps of {plan.global_batch_size} = {plan.accumulation} x "
            f"{config.train.micro_batch_size} x {world.size} ranks; {len(plan.eval_steps)} evaluations, "
            f"{len(plan.checkpoint_steps)} checkpoints")
@@ -115,6 +118,21 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
            f"{state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}" +
            (f" + {buckets / 1e6:.1f} buckets of gradients" if buckets else "") + ", without activations")
     yield _disk(config, plan, checkpoint_bytes(parameters, frozen, engine.zero_stage, engine.dtype.itemsize, states))
+
+
+def _order(config: DataConfig, train: Reader) -> str:
+    """How samples are shuffled, and what of the shards that has in use on each machine."""
+    assert config.lanes and config.window, "chosen at the door"
+    shards = working_set(config.lanes / launcher.nodes(), config.window, train.shard_sizes)
+    share = shards / len(train.shard_sizes) * sum(train.shard_bytes)
+    line = f"order: {config.lanes} lanes, window {config.window}"
+    if not train.shard_bytes:
+        return line
+    line += f"; about {shards:.0f} shards of {share / 1e9:.3g} GB in use at a time on each machine"
+    if train.budget_bytes is None:
+        return line
+    few = ", too little: shards are read in parts, or again; give more, or fewer --data.lanes in a new run"
+    return f"{line}, of a cache of {train.budget_bytes / 1e9:.3g} GB{few if share > train.budget_bytes else ''}"
 
 
 def _course(plan: Plan) -> str:

@@ -12,12 +12,14 @@ import timm
 import yaml
 
 from vir import distributed, launcher
-from vir.checkpoints.info import BEST, DESCRIPTION, LATEST, candidates
-from vir.config import RunConfig, differences, plan_accumulation, to_dict
-from vir.data.reader import Reader, ShardReader
+from vir.checkpoints.info import BEST, DESCRIPTION, LATEST, candidates, read_info
+from vir.config import DataConfig, RunConfig, differences, plan_accumulation, to_dict
+from vir.data.opening import Places, open_reader, places
+from vir.data.reader import Reader
+from vir.data.traffic import choose
 from vir.data.transforms import check_augmentation
 from vir.engine import ds_config, optimizer
-from vir.errors import DataError, SettingsError
+from vir.errors import SettingsError, VirError
 from vir.models.build import FORBIDDEN_ARGS  # and vir.models registers our models with timm
 from vir.models.initialize import check_pretrained
 from vir.reports.metrics import read_metrics
@@ -48,12 +50,13 @@ def prepare(config: RunConfig) -> Prepared:
     deepspeed_json = ds_config.read(config.deepspeed_config)
     plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,
                       launcher.adopt().size)
-    train = _open_shards("--data.train", config.data.train)
-    val = _open_shards("--data.val", config.data.val) if config.data.val else None
+    kept = places(config.data)
+    train = _open("--data.train", config.data.train, kept)
+    val = _open("--data.val", config.data.val, kept) if config.data.val else None
     if val is not None and train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
-        raise SettingsError(f"--data.train {config.data.train} has {len(train.classes)} classes and --data.val "
-                            f"{config.data.val} has {len(val.classes)}" +
+        raise SettingsError(f"--data.train {train.name} has {len(train.classes)} classes and --data.val "
+                            f"{val.name} has {len(val.classes)}" +
                             (f"; not in both: {', '.join(only[:5])}" if only else " in another order") +
                             "; convert both from the same source")
     check_schedule(total_steps(config.train, len(train)), len(train) / config.train.global_batch_size, config.schedule)
@@ -63,16 +66,35 @@ def prepare(config: RunConfig) -> Prepared:
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise SettingsError(f"--train.wandb {config.train.wandb}: wandb is not installed; pip install wandb, or leave "
                             "it out")
+    config = replace(config, data=_with_order(config, train))
     _check_folder(config)
     return Prepared(config, deepspeed_json, train, val)
 
 
-def _open_shards(flag: str, folder: str) -> Reader:
-    # The sizes of all shards are looked at once per machine: thousands of shards on a network disk take their time.
+def _open(flag: str, spec: str, kept: Places) -> Reader:
     try:
-        return ShardReader(folder, check=launcher.local_rank() == 0)
-    except DataError as error:
-        raise DataError(f"{flag}: {error}") from error
+        return open_reader(spec, kept, first=launcher.local_rank() == 0)
+    except VirError as error:
+        raise type(error)(f"{flag}: {error}") from error
+
+
+def _with_order(config: RunConfig, train: Reader) -> DataConfig:
+    """Lanes and window as given, else as the run began, else as they fit the cache."""
+    began = _began_with(config).get("data", {})
+    lanes, window = (getattr(config.data, name) or began.get(name) for name in ("lanes", "window"))
+    chosen = choose(train.shard_sizes, sum(train.shard_bytes) / len(train.shard_sizes), train.budget_bytes,
+                    launcher.nodes(), config.train.global_batch_size)
+    return replace(config.data, lanes=lanes or chosen[0], window=window or chosen[1])
+
+
+def _began_with(config: RunConfig) -> dict[str, Any]:
+    """The settings of the run or checkpoint that this one continues; none where it begins."""
+    for folder in (Path(config.output), Path(config.resume)):
+        if (folder / CONFIG).is_file():
+            return _read_settings(folder / CONFIG)
+        if (folder / DESCRIPTION).is_file():
+            return read_info(folder).config
+    return {}
 
 
 def _check_model(config: RunConfig) -> None:
@@ -118,12 +140,15 @@ def _check_folder(config: RunConfig) -> None:
         read_metrics(Path(config.output))  # damage is told here by every rank, later it would be rank 0 alone
     if not saved.is_file() or config.validate_only:
         return
-    try:
-        before = dict(yaml.safe_load(saved.read_text()))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{saved} cannot be read ({error}); restore it, or give another --output") from error
-    changed = differences(before, to_dict(config))
+    changed = differences(_read_settings(saved), to_dict(config))
     if changed and not config.accept_config_change:
         raise SettingsError(f"--output {config.output} began with other settings: " + "; ".join(changed) +
                             "; give the old ones to go on, another --output to begin anew, or --accept_config_change "
                             "true to go on with the new ones")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(path.read_text()))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path} cannot be read ({error}); restore it, or give another --output") from error

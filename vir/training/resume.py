@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vir.addresses import shown
 from vir.checkpoints.info import BEST, CheckpointInfo, name_of
 from vir.checkpoints.partitions import Partitions
 from vir.checkpoints.store import select
@@ -76,7 +77,7 @@ def _check_model(folder: Path, info: CheckpointInfo, spec: ModelSpec) -> None:
 
 def _check_data(config: RunConfig, folder: Path, info: CheckpointInfo, fingerprint: str) -> None:
     if info.data_fingerprint != fingerprint and not config.accept_config_change:
-        raise SettingsError(f"{folder} was trained on other shards than --data.train {config.data.train}; give "
+        raise SettingsError(f"{folder} was trained on other shards than --data.train {shown(config.data.train)}; give "
                             "those, or --accept_config_change true")
     if info.samples_seen % config.train.global_batch_size:
         raise SettingsError(f"{folder} has seen {info.samples_seen} samples, not a multiple of "
