@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from vir.data.order import SampleOrder
-from vir.data.traffic import (LANES, NEVER, WINDOW, Needs, NextUse, choose, downloads, fitting, node_shards,
-                              working_set)
+from vir.data.traffic import LANES, NEVER, WINDOW, Needs, NextUse, choose, downloads, fitting, node_shards, working_set
 
 IMAGENET = [1251] * 1024 + [143]
 SHARD_BYTES = 141_000_000
