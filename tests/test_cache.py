@@ -1,0 +1,262 @@
+"""Whole shards on a disk: who downloads, what goes, what is never taken for whole; with real files and processes."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.support.file_store import within
+from vir.data.cache import (
+    RECENT_S,
+    Cache,
+    ChecksumError,
+    Entry,
+    File,
+    Filled,
+    NoRoomError,
+    Outcome,
+    Uses,
+    cache_name,
+    parse_bytes,
+    victims,
+)
+from vir.data.stores.store import Identity
+from vir.errors import DataError, SettingsError
+
+fork = multiprocessing.get_context("fork")
+KB = 1 << 10
+
+
+def entry_of(content, name="a", **fields):
+    return Entry(**{"name": f"{name}.tar", "where": f"http://host/{name}.tar", "size": len(content),
+                    "sha256": hashlib.sha256(content).hexdigest(), **fields})
+
+
+def fill(cache, content, name, uses=Uses(), **fields):
+    return cache.fill(entry_of(content, name, **fields), lambda: [content[:10], content[10:]], uses)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != ".room.lock")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "made" / "cache", 100 * KB)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True,
+                          timeout=10)
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True, timeout=10)
+
+
+@pytest.mark.parametrize("text, size", [
+    ("200GB", 200 * 10**9), ("1.5 TiB", 3 << 39), ("10mb", 10**7), ("3GiB", 3 << 30), ("2TB", 2 * 10**12),
+    ("64MiB", 64 << 20), ("123456", 123456), (" 7 GB ", 7 * 10**9)])
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "200QB", "-1GB", "0", "0GB", "1e9", "nan", "200 G B", "1,5GB", "5KB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(SettingsError, match=r"--data\.cache_bytes is .* give a number of bytes .* such as 200GB"):
+        parse_bytes(text)
+
+
+def test_names_differ_with_the_bytes_and_not_with_who_reads_them():
+    url, identity = "https://host/train/000.tar", Identity(100, '"e"')
+    name = cache_name(url, identity)
+    assert len(name) == 36 and name.endswith(".tar")
+    same = ["https://user:password@host/train/000.tar", url + "?X-Amz-Signature=1&X-Amz-Expires=5",
+            url + "?sv=1&sig=2&se=3", url + "#part"]
+    assert {cache_name(other, identity) for other in same} == {name}
+    others = [("https://host/val/000.tar", identity), ("https://other/train/000.tar", identity),
+              (url, Identity(101, '"e"')), (url, Identity(100, '"f"')), (url + "?id=2", identity),
+              (url + "?id=3", identity)]
+    assert len({name, *(cache_name(*other) for other in others)}) == 1 + len(others)
+
+
+def test_what_goes_first():
+    old, lately = 1e6 - RECENT_S - 1, 1e6 - RECENT_S + 1
+    files = [File("soon", 1, 5.0), File("now", 1, 5.0), File("late", 1, 5.0), File("latest", 1, 5.0),
+             File("done", 1, lately), File("done before", 1, old), File("other", 1, lately),
+             File("other's", 1, lately - 1), File("old", 1, old), File("older", 1, old - 1)]
+    uses = Uses({"soon", "now", "late", "latest", "done", "done before", "x"}, ["now", "soon", "x", "late", "latest"])
+    assert [file.name for file in victims(files, "x", uses, 1e6)] == [
+        "done before", "done", "older", "old", "latest", "late", "other's", "other"]
+    assert [file.name for file in victims(files[:4], "now", uses, 1e6)] == ["latest", "late", "soon", "now"]
+    assert [file.name for file in victims(files[:2], "unknown", Uses(), 1e6)] == ["soon", "now"]
+
+
+def test_a_shard_is_whole_or_not_there(cache):
+    content = os.urandom(5000)
+    assert cache.find(entry_of(content)) is None and cache.open(entry_of(content)) is None
+    assert fill(cache, content, "a") == Filled(Outcome.DOWNLOADED)
+    assert fill(cache, content, "a") == Filled(Outcome.PRESENT)
+    assert cache.find(entry_of(content)).read_bytes() == content
+    assert names(cache.folder) == ["a.tar"]
+    with open(cache.open(entry_of(content)), "rb") as file:
+        assert file.read() == content
+
+
+@pytest.mark.parametrize("content, fields, error, message", [
+    (b"x" * 999, {"size": 1000}, DataError, r"http://host/a\.tar: 999 bytes came, its server said 1000; if the shard "
+                                            r"was replaced, start the program again"),
+    (b"x" * 1001, {"size": 1000}, DataError, "1001 bytes came so far, its server said 1000"),
+    (b"x" * 1000, {"sha256": "00"}, ChecksumError, r"http://host/a\.tar has the SHA-256 [0-9a-f]{64}, the manifest "
+                                                   "says 00; copy the shard")])
+def test_other_bytes_than_were_announced_are_not_kept(cache, content, fields, error, message):
+    with pytest.raises(error, match=message):
+        fill(cache, content, "a", **fields)
+    assert names(cache.folder) == []
+
+
+def test_a_failing_download_leaves_nothing(cache):
+    def breaks():
+        yield b"some"
+        raise DataError("gone")
+
+    with pytest.raises(DataError, match="gone"):
+        cache.fill(entry_of(b"x" * 100), breaks)
+    assert names(cache.folder) == []
+    assert fill(cache, b"x" * 100, "a").outcome is Outcome.DOWNLOADED
+
+
+def test_the_budget_holds_and_the_farthest_use_goes(cache):
+    content = bytes(30 * KB)
+    uses = Uses({f"{name}.tar" for name in "abcde"}, [f"{name}.tar" for name in "adbc"])
+    for name in "abc":
+        assert fill(cache, content, name, uses) == Filled(Outcome.DOWNLOADED)
+    assert fill(cache, content, "d", uses) == Filled(Outcome.DOWNLOADED, ("c.tar",))
+    assert names(cache.folder) == ["a.tar", "b.tar", "d.tar"]
+    with pytest.raises(NoRoomError, match=rf"http://host/c\.tar has {30 * KB} bytes, for which the cache .*cache has "
+                                          rf"no room among its {100 * KB}; raise --data\.cache_bytes"):
+        fill(cache, content, "c", uses)
+    assert names(cache.folder) == ["a.tar", "b.tar", "d.tar"]
+
+
+def test_what_is_being_written_counts(cache):
+    gone = []
+
+    def during():
+        with pytest.raises(NoRoomError):
+            fill(cache, bytes(41 * KB), "b")
+        gone.append(fill(cache, bytes(40 * KB), "b"))
+        yield bytes(60 * KB)
+
+    assert cache.fill(entry_of(bytes(60 * KB)), during) == Filled(Outcome.DOWNLOADED)
+    assert gone == [Filled(Outcome.DOWNLOADED)]
+    assert names(cache.folder) == ["a.tar", "b.tar"]
+
+
+def test_opening_and_touching_note_the_use(cache):
+    entry = entry_of(b"x" * 100)
+    fill(cache, b"x" * 100, "a")
+    for use in (lambda: os.close(cache.open(entry)), lambda: cache.touch(entry)):
+        os.utime(cache.folder / "a.tar", (1, 1))
+        use()
+        assert time.time() - (cache.folder / "a.tar").stat().st_mtime < 60
+    assert cache.touch(entry) and not cache.touch(entry_of(b"", "b"))
+
+
+@pytest.mark.parametrize("spoil", [lambda path: os.truncate(path, 99), lambda path: path.unlink()])
+def test_what_was_changed_behind_our_back_is_not_there_and_comes_again(cache, spoil):
+    entry = entry_of(b"x" * 100)
+    fill(cache, b"x" * 100, "a")
+    spoil(cache.folder / "a.tar")
+    assert cache.find(entry) is None and cache.open(entry) is None and not cache.touch(entry)
+    assert fill(cache, b"x" * 100, "a").outcome is Outcome.DOWNLOADED
+    assert cache.find(entry).read_bytes() == b"x" * 100
+
+
+def test_eight_processes_that_want_a_shard_make_one_download(cache, tmp_path):
+    content = os.urandom(50 * KB)
+    starts = fork.Barrier(8)
+
+    def blocks():
+        with open(tmp_path / "count", "a") as file:
+            file.write("x")
+        time.sleep(0.2)
+        yield content
+
+    def race():
+        starts.wait(10)
+        outcomes = [cache.fill(entry_of(content), blocks).outcome]
+        while outcomes[-1] is Outcome.LOCKED:
+            time.sleep(0.005)
+            outcomes.append(cache.fill(entry_of(content), blocks).outcome)
+        assert cache.find(entry_of(content)).read_bytes() == content
+
+    processes = [fork.Process(target=race) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(20)
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert (tmp_path / "count").read_text() == "x"
+    assert names(cache.folder) == ["a.tar"]
+
+
+def test_a_killed_download_is_never_whole_and_goes_when_its_writer_has(cache, tmp_path):
+    content, begun = os.urandom(20 * KB), tmp_path / "begun"
+
+    def hangs():
+        yield content[:KB]
+        yield content[KB:]  # all bytes are there, but for the renaming
+        begun.touch()
+        time.sleep(60)
+
+    writer = fork.Process(target=cache.fill, args=(entry_of(content), hangs))
+    writer.start()
+    within(10, begun.exists)
+    leftover, = cache.folder.glob("*.tmp")
+    os.utime(leftover, (1, 1))
+    assert cache.progress(entry_of(content)) == 1 and cache.progress(entry_of(content, "b")) == 0
+    assert fill(cache, content, "a") == Filled(Outcome.LOCKED)
+    fill(cache, b"x" * 10, "b")
+    assert leftover.exists() and cache.find(entry_of(content)) is None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join(10)
+    assert cache.find(entry_of(content)) is None
+    fill(cache, b"x" * 10, "c")  # another shard, by another process
+    assert names(cache.folder) == ["b.tar", "c.tar"]
+    assert fill(cache, content, "a") == Filled(Outcome.DOWNLOADED)
+    assert cache.find(entry_of(content)).read_bytes() == content
+
+
+def test_a_full_disk_lowers_the_budget(small_disk):
+    cache = Cache(small_disk / "cache", 10**9)
+    content = os.urandom(300 * KB)
+    for name in "abc":
+        fill(cache, content, name)
+    with pytest.raises(OSError, match="No space left"):
+        fill(cache, content, "d")
+    assert names(cache.folder) == ["a.tar", "b.tar", "c.tar"] and cache.budget_bytes == 900 * KB
+    uses = Uses({"a.tar", "b.tar", "c.tar", "d.tar"}, ["d.tar", "b.tar", "c.tar"])
+    assert fill(cache, content, "d", uses) == Filled(Outcome.DOWNLOADED, ("a.tar",))
+    assert names(cache.folder) == ["b.tar", "c.tar", "d.tar"]
+
+
+def test_a_read_only_cache_gives_what_it_has(small_disk):
+    cache = Cache(small_disk / "cache", 10**6)
+    fill(cache, b"x" * 100, "a")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True, timeout=10)
+    with pytest.raises(OSError, match="Read-only"):
+        fill(cache, b"x" * 100, "b")
+    assert cache.touch(entry_of(b"x" * 100))
+    with open(cache.open(entry_of(b"x" * 100)), "rb") as file:
+        assert file.read() == b"x" * 100

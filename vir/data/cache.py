@@ -1,0 +1,318 @@
+"""Whole shards on a node's disk, within a budget of bytes: DIR/NAME, where the name tells which bytes they are.
+
+A shard is written under a temporary name, while `.NAME.lock` is locked, and takes its name when it is whole. Who holds
+the lock removes what a killed download has left. All of it holds between processes, and between runs on one node.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from vir.data.stores.store import Identity
+from vir.errors import DataError, SettingsError
+from vir.files import TEMPORARY, lock, open_regular, replacing, unlock
+
+SHARD = ".tar"
+"""The end of the names of whole shards."""
+
+RECENT_S = 3600.0
+"""A file that was opened within this time may be in use by another run."""
+
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_ROOM = ".room.lock"
+_ROOM_WAIT_S, _ROOM_POLL_S = 30.0, 0.01
+
+# What is in the query of a signed address besides the object: another one comes with each signing.
+_SIGNATURE = re.compile(r"x-(amz|goog|oss|cos|obs)-.*|awsaccesskeyid|googleaccessid|ossaccesskeyid|signature|expires|"
+                        r"policy|key-pair-id|token|sig|s[veprst]|srt|spr|sk(oid|tid|[tesv])", re.IGNORECASE)
+
+
+class ChecksumError(DataError):
+    """A download that is not what the manifest says."""
+
+
+class NoRoomError(DataError):
+    """The budget is used up by what is needed sooner."""
+
+
+def parse_bytes(text: str) -> int:
+    """The bytes of "200GB", "1.5 TiB" or "1000000".
+
+    Raises:
+        SettingsError: it is nothing of that kind, or less than one byte.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text, re.IGNORECASE)
+    unit = (found[2] or "").upper() if found else "?"
+    size = int(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
+    if size < 1:
+        raise SettingsError(f"--data.cache_bytes is {text!r}; give a number of bytes above 0, or one with MB, GB, TB, "
+                            "MiB, GiB or TiB, such as 200GB")
+    return size
+
+
+def cache_name(url: str, identity: Identity) -> str:
+    """The name of these bytes in a cache: the same for all who may read them, another one for other bytes."""
+    parts = urlsplit(url)
+    kept = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)
+            if not _SIGNATURE.fullmatch(name)]
+    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(kept)}"
+    text = f"{place}\0{identity.size}\0{identity.tag}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32] + SHARD
+
+
+class Entry(NamedTuple):
+    """A shard that a cache may hold."""
+
+    name: str
+    where: str
+    """Its address, for messages, without secrets."""
+    size: int
+    """In bytes."""
+    sha256: str | None = None
+    """Of its bytes, where the manifest has it."""
+
+
+class File(NamedTuple):
+    """A file of a cache."""
+
+    name: str
+    size: int
+    touched: float
+    """When it was last opened, in seconds since 1970."""
+
+
+class Outcome(enum.Enum):
+    DOWNLOADED = "downloaded"
+    PRESENT = "present"
+    LOCKED = "locked"
+    """Another process or thread downloads it."""
+
+
+class Filled(NamedTuple):
+    outcome: Outcome
+    evicted: tuple[str, ...] = ()
+    """The names of files that went for it."""
+
+
+class Uses(NamedTuple):
+    """What a run does with a cache."""
+
+    own: Collection[str] = ()
+    """The names of all its shards."""
+    needed: Sequence[str] = ()
+    """The names of those that it will need, in order of next use."""
+
+
+def victims(files: Sequence[File], name: str, uses: Uses, now: float) -> list[File]:
+    """The files that may go for the shard `name`, first those that are missed least.
+
+    They are: own ones that are not needed; those of other runs that nobody has opened lately; own ones that are needed
+    later than that shard, the farthest next use first; last, what other runs have opened lately.
+
+    Args:
+        now: in seconds since 1970.
+    """
+    places = {needed: place for place, needed in enumerate(uses.needed)}
+    own, place = set(uses.own), places.get(name, -1)
+
+    def missed(file: File) -> tuple[int, float]:
+        if file.name in places:
+            return 2, -places[file.name]
+        if file.name in own:
+            return 0, file.touched
+        return (1 if file.touched < now - RECENT_S else 3), file.touched
+
+    return sorted((file for file in files if places.get(file.name, place) >= place), key=missed)
+
+
+@dataclass
+class Cache:
+    """A folder of whole shards. It is made when the first one is filled in.
+
+    Processes and threads may share one, and so may several runs: each counts the bytes of all.
+    """
+
+    folder: Path
+    budget_bytes: int
+
+    def touch(self, entry: Entry) -> bool:
+        """Whether it is there, whole; notes that it is in use."""
+        path = self.find(entry)
+        with suppress(OSError):  # a folder that can only be read
+            os.utime(path or "")
+        return path is not None
+
+    def find(self, entry: Entry) -> Path | None:
+        """Where it lies, whole; None where it does not."""
+        path = self.folder / entry.name
+        with suppress(OSError):
+            if path.stat().st_size == entry.size:
+                return path
+        return None
+
+    def open(self, entry: Entry) -> int | None:
+        """A descriptor of it, for reading, or None where it is not there whole; notes that it is in use.
+
+        Raises:
+            OSError: it is there and cannot be opened.
+        """
+        try:
+            descriptor = open_regular(self.folder / entry.name)
+        except FileNotFoundError:
+            return None
+        if os.fstat(descriptor).st_size != entry.size:
+            os.close(descriptor)
+            return None
+        with suppress(OSError):  # a folder that can only be read
+            os.utime(descriptor)
+        return descriptor
+
+    def progress(self, entry: Entry) -> float:
+        """When something of it was last written, in seconds since 1970; 0 where nobody downloads it."""
+        times = [0.0]
+        with suppress(OSError):
+            for path in self.folder.glob(f".{entry.name}.*{TEMPORARY}"):
+                times.append(path.stat().st_mtime)
+        return max(times)
+
+    def fill(self, entry: Entry, blocks: Callable[[], Iterable[bytes]], uses: Uses = Uses()) -> Filled:
+        """Download it, unless it is there or somebody else is about it.
+
+        Args:
+            blocks: begins the download.
+            uses: what is needed sooner than this shard does not go for it.
+
+        Raises:
+            ChecksumError: other bytes came than the manifest says.
+            NoRoomError: there is no room for it.
+            DataError: as `blocks`; too many or too few bytes came.
+            OSError: they cannot be written. After a full disk the budget is what was there.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        locked = self.folder / f".{entry.name}.lock"
+        try:
+            held = lock(locked)
+        except BlockingIOError:
+            return Filled(Outcome.LOCKED)
+        try:
+            if self.find(entry):
+                return Filled(Outcome.PRESENT)
+            return Filled(Outcome.DOWNLOADED, self._download(entry, blocks, uses))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self.budget_bytes = min(self.budget_bytes, sum(file.size for file in self._files(SHARD, TEMPORARY)))
+            raise
+        finally:
+            with suppress(OSError):
+                locked.unlink()
+            unlock(held)
+
+    def _download(self, entry: Entry, blocks: Callable[[], Iterable[bytes]], uses: Uses) -> tuple[str, ...]:
+        path = self.folder / entry.name
+        with replacing(path) as temporary:
+            with self._room_locked():
+                self._remove_leftovers(entry.name)
+                evicted = self._make_room(entry, uses)
+                _reserve(temporary, entry.size)
+            with temporary.open("r+b") as file:
+                _write(file, entry, blocks())
+        return evicted
+
+    @contextmanager
+    def _room_locked(self) -> Iterator[None]:
+        """Alone with the room, for a moment."""
+        end = time.monotonic() + _ROOM_WAIT_S
+        while True:
+            try:
+                held = lock(self.folder / _ROOM)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise OSError(errno.ETIMEDOUT, f"another process has it since {_ROOM_WAIT_S:.0f} s",
+                                  str(self.folder / _ROOM)) from error
+                time.sleep(_ROOM_POLL_S)
+        try:
+            yield
+        finally:
+            unlock(held)
+
+    def _make_room(self, entry: Entry, uses: Uses) -> tuple[str, ...]:
+        """Let files go until this shard fits; which ones went."""
+        over = entry.size + sum(file.size for file in self._files(SHARD, TEMPORARY)) - self.budget_bytes
+        gone = []
+        for file in victims(self._files(SHARD), entry.name, uses, time.time()):
+            if over <= 0:
+                break
+            over -= file.size
+            gone.append(file)
+        if over > 0:
+            raise NoRoomError(f"{entry.where} has {entry.size} bytes, for which the cache {self.folder} has no room "
+                              f"among its {self.budget_bytes}; raise --data.cache_bytes")
+        for file in gone:
+            (self.folder / file.name).unlink(missing_ok=True)
+        return tuple(file.name for file in gone)
+
+    def _files(self, *ends: str) -> list[File]:
+        """Those whose names end so: whole shards, or what is being written."""
+        files = []
+        with os.scandir(self.folder) as listing:
+            for item in listing:
+                with suppress(FileNotFoundError):  # it has just gone
+                    if item.name.endswith(ends):
+                        found = item.stat()
+                        files.append(File(item.name, found.st_size, found.st_mtime))
+        return files
+
+    def _remove_leftovers(self, name: str) -> None:
+        """What killed downloads have left, of this shard, whose lock the caller holds, and of others that nobody
+        holds."""
+        for path in self.folder.glob(f".*{SHARD}.*{TEMPORARY}"):
+            other = path.name[1:path.name.index(SHARD)] + SHARD
+            if other == name:
+                path.unlink(missing_ok=True)
+                continue
+            locked = self.folder / f".{other}.lock"
+            with suppress(BlockingIOError):  # its writer lives
+                held = lock(locked)
+                path.unlink(missing_ok=True)
+                locked.unlink(missing_ok=True)
+                unlock(held)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A new file of this size, so that all see how much room it takes, and a full disk is found at once."""
+    with path.open("xb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):  # it cannot
+                raise
+            file.truncate(size)
+
+
+def _write(file: BinaryIO, entry: Entry, blocks: Iterable[bytes]) -> None:
+    digest, size = hashlib.sha256(), 0
+    for block in blocks:
+        size += len(block)
+        if size > entry.size:
+            break
+        file.write(block)
+        if entry.sha256 is not None:
+            digest.update(block)
+    if size != entry.size:
+        raise DataError(f"{entry.where}: {size} bytes came{' so far' if size > entry.size else ''}, its server said "
+                        f"{entry.size}; if the shard was replaced, start the program again")
+    if entry.sha256 not in (None, digest.hexdigest()):
+        raise ChecksumError(f"{entry.where} has the SHA-256 {digest.hexdigest()}, the manifest says {entry.sha256}; "
+                            "copy the shard to the store again")
