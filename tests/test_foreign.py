@@ -195,7 +195,7 @@ def test_patterns_that_are_refused(folder, tmp_path, monkeypatch):
     refused(folder / "gone.tar", "gone.tar does not exist; give a folder of tars, or a quoted pattern")
     refused(tmp_path, "holds no .tar; found 'train'")
     refused(folder / "set-train-{00..02.tar", "has braces that do not match", SettingsError)
-    refused(folder / "{0..99999999999999}.tar", "names more than 262144 shards", SettingsError)
+    refused(folder / "{0..99999999999999}.tar", "names more than 262144 files", SettingsError)
     with monkeypatch.context() as patch:
         patch.setattr(foreign, "MAX_SHARDS", 50)
         refused(folder / "{0..9}{0..9}.tar", "names more than 50 shards", SettingsError)

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
 
-from vir.addresses import shown
+from vir.addresses import expand, shown
 from vir.data.decode import BadSampleError, inspect_image
 from vir.data.executors import Stopped, run_tasks, run_threads, stopping
 from vir.data.random_access import LocalFile, RandomAccess, RemoteFile
@@ -57,7 +56,6 @@ MOST_REQUESTS = 64
 
 _CHUNK = 4096
 _BLOCK = 1 << 22
-_RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def find_shards(pattern: str) -> tuple[Path, list[str]]:
         if not names:
             raise DataError(f"{folder} holds no .tar; found {some(names_in(folder))}")
         return folder, names
-    paths = [pattern] if os.path.lexists(pattern) else _expand(pattern)
+    paths = find_paths(pattern)
     if other := [path for path in paths if not path.endswith(".tar")]:
         raise SettingsError(f"PATTERN names files that do not end in .tar: {some(other)}; index.npy and manifest.json "
                             "are for plain tars, compressed ones must be unpacked before")
@@ -189,16 +187,17 @@ def is_indexed(folder: Path, names: Sequence[str]) -> bool:
     return manifest.is_converted or {shard.name for shard in manifest.shards} == set(names)
 
 
-def _expand(pattern: str) -> list[str]:
-    too_many = SettingsError(f"PATTERN {pattern!r} names more than {MAX_SHARDS} shards")
-    if any(abs(int(last) - int(first)) > MAX_SHARDS for first, last in _RANGE.findall(pattern)):
-        raise too_many  # braceexpand would make a list of them
-    try:
-        parts = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
-    except ValueError as error:  # of its subclass for unbalanced braces, too
-        raise SettingsError(f"PATTERN {pattern!r} has braces that do not match") from error
-    if len(parts) > MAX_SHARDS:
-        raise too_many
+def find_paths(pattern: str) -> list[str]:
+    """The paths of the tars that a pattern names, in order: a path, a glob, a pattern with braces, or several of them
+    joined by `::`.
+
+    Raises:
+        DataError: there are none, or some of those that braces name are missing.
+        SettingsError: as vir.addresses.expand.
+    """
+    if os.path.lexists(pattern):
+        return [pattern]
+    parts = expand(pattern, MAX_SHARDS)
     paths: list[str] = []
     missing: list[str] = []
     for part in parts:
@@ -423,7 +422,8 @@ def _index(task: _Task) -> IndexedShard:
         raise
 
 
-class _Remote(NamedTuple):
+@dataclass(frozen=True)
+class _Remote:
     """Indexes one remote shard after another, in many threads at a time."""
 
     checksums: bool
@@ -530,8 +530,8 @@ class _Reading:
         try:
             _, width, height = inspect_image(data)
         except BadSampleError as error:
-            raise DataError(f"{self.where}: sample {key!r} at byte {member.offset}: {error}; copy or download the shard "
-                            "again, or index it without --checksums: training leaves out single images that do not "
+            raise DataError(f"{self.where}: sample {key!r} at byte {member.offset}: {error}; copy or download the "
+                            "shard again, or index it without --checksums: training leaves out single images that do not "
                             "decode") from error
         return zlib.crc32(data), width, height
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
-from vir.addresses import is_remote, shown
+from vir.addresses import expand, is_remote, shown
 from vir.data.executors import Stopped, run_threads
 from vir.data.foreign import (
     MOST_REQUESTS,
@@ -42,6 +42,7 @@ from vir.data.shards import (
     MANIFEST,
     MAX_INDEX_KEY_BYTES,
     MAX_MANIFEST_BYTES,
+    MAX_SHARDS,
     NAME,
     SplitManifest,
     count_of,
@@ -49,6 +50,7 @@ from vir.data.shards import (
     parse_manifest,
     read_manifest,
 )
+from vir.data.sources.folder import some
 from vir.data.stores.choose import open_store
 from vir.data.stores.store import Identity, MissingError, Store
 from vir.errors import DataError, SettingsError
@@ -226,11 +228,34 @@ def inside(url: str, name: str) -> str:
     return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
 
 
+def find_urls(spec: str, timeout: float) -> list[str]:
+    """The URLs of the tars that a text names: a folder, a tar, a pattern with braces, or several joined by `::`.
+
+    Raises:
+        DataError: a folder that holds none, or whose server does not tell what it holds.
+        SettingsError: as vir.addresses.expand; a glob.
+    """
+    urls = expand(spec, MAX_SHARDS)
+    if globs := [url for url in urls if is_remote(url) and set("*[") & set(urlsplit(url).path)]:
+        raise SettingsError(f"{shown(globs[0])!r} has '*' or '[', which servers do not know; name the shards by "
+                            "braces, as in {0000..1023}, or give their folder")
+    if len(urls) > 1 or urlsplit(urls[0]).path.endswith(".tar"):
+        return urls
+    names = open_store(urls[0], timeout).names(urls[0])
+    if names is None:
+        raise DataError(f"the server of {shown(urls[0])} does not tell what a folder holds; name the tars by braces, "
+                        "as in x-{0000..1023}.tar")
+    tars = [name for name in names if name.endswith(".tar")]
+    if not tars:
+        raise DataError(f"{shown(urls[0])} holds no .tar; found {some(names)}")
+    return [inside(urls[0], name) for name in tars]
+
+
 def shard_names(urls: Sequence[str]) -> list[str]:
     """By which names a manifest knows the shards: those of the files, with a number before where two are alike.
 
     Raises:
-        SettingsError: one cannot be printed.
+        DataError: one cannot be printed.
     """
     names = [(urlsplit(url).path if is_remote(url) else url).rstrip("/").rpartition("/")[2] for url in urls]
     if len(set(names)) < len(names) or not all(names):
