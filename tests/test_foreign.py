@@ -198,7 +198,7 @@ def test_patterns_that_are_refused(folder, tmp_path, monkeypatch):
     refused(folder / "{0..99999999999999}.tar", "names more than 262144 files", SettingsError)
     with monkeypatch.context() as patch:
         patch.setattr(foreign, "MAX_SHARDS", 50)
-        refused(folder / "{0..9}{0..9}.tar", "names more than 50 shards", SettingsError)
+        refused(folder / "{0..9}{0..9}.tar", "names more than 50 files", SettingsError)
     make_split(tmp_path / "val")
     refused(tmp_path / "{train,val}/*.tar", "names tars in 2 folders: .*index each folder by itself", SettingsError)
     (folder / "b.tar.gz").touch()

@@ -531,8 +531,8 @@ class _Reading:
             _, width, height = inspect_image(data)
         except BadSampleError as error:
             raise DataError(f"{self.where}: sample {key!r} at byte {member.offset}: {error}; copy or download the "
-                            "shard again, or index it without --checksums: training leaves out single images that do not "
-                            "decode") from error
+                            "shard again, or index it without --checksums: training leaves out single images that do "
+                            "not decode") from error
         return zlib.crc32(data), width, height
 
     def rest(self, size: int) -> str:

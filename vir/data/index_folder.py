@@ -54,7 +54,7 @@ from vir.data.sources.folder import some
 from vir.data.stores.choose import open_store
 from vir.data.stores.store import Identity, MissingError, Store
 from vir.errors import DataError, SettingsError
-from vir.files import flush, lock, read_regular, replace_text, replacing, sha256, unlock
+from vir.files import TEMPORARY, flush, lock, read_regular, replace_text, replacing, sha256, unlock
 from vir.log import log
 
 SHARDS = "shards.json"
@@ -128,7 +128,7 @@ def open_index(urls: Sequence[str], index_dir: Path, timeout: float, first: bool
     folder = folder_of(urls, index_dir)
     if not first and (known := _whole(folder)):
         return IndexFolder(folder, urls, known.identities)
-    with _writing(folder), _locked(folder / _LOCK, is_stopping):
+    with _writing(folder, is_stopping):
         known = _whole(folder, thorough=first)
         if known is None or first:
             stores = _stores(urls, timeout)
@@ -150,7 +150,7 @@ def make_index(urls: Sequence[str], index_dir: Path, timeout: float, settings: S
     began = time.monotonic()
     urls = _places(urls)
     folder = folder_of(urls, index_dir)
-    with _writing(folder), _locked(folder / _LOCK, is_stopping):
+    with _writing(folder, is_stopping):
         stores = _stores(urls, timeout)
         identities = _identities(urls, stores, is_stopping)
         return summary_of(folder, _build(folder, urls, stores, identities, settings, jobs, is_stopping), began)
@@ -177,7 +177,7 @@ def fetch_split(url: str, index_dir: Path, timeout: float, first: bool) -> Index
         return None
     manifest = parse_manifest(data, shown(inside(url, MANIFEST)))
     urls = _shard_urls(url, manifest)
-    with _writing(folder), _locked(folder / _LOCK, lambda: False):
+    with _writing(folder, lambda: False):
         known = _whole(folder, thorough=first)
         if known is not None and (folder / MANIFEST).read_bytes() != data:
             log.info("%s has changed: its index is fetched anew", shown(inside(url, MANIFEST)))
@@ -293,15 +293,8 @@ def _shard_urls(url: str, manifest: SplitManifest) -> tuple[str, ...]:
 
 
 def _stores(urls: Sequence[str], timeout: float) -> list[Store | None]:
-    """One for each server; None for paths."""
-    known: dict[tuple[str, str], Store] = {}
-    stores: list[Store | None] = []
-    for url in urls:
-        server = urlsplit(url)[:2] if is_remote(url) else None
-        if server is not None and server not in known:
-            known[server] = open_store(url, timeout)
-        stores.append(None if server is None else known[server])
-    return stores
+    """None for paths."""
+    return [open_store(url, timeout) if is_remote(url) else None for url in urls]
 
 
 def _identities(urls: Sequence[str], stores: Sequence[Store | None], is_stopping: Callable[[], bool]
@@ -378,11 +371,14 @@ def _uncommit(folder: Path) -> None:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Makes the folder. Raises DataError in place of an OSError."""
+def _writing(folder: Path, is_stopping: Callable[[], bool]) -> Iterator[None]:
+    """Makes the folder and keeps others from writing there. Raises DataError in place of an OSError; Stopped."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        yield
+        with _locked(folder / _LOCK, is_stopping):
+            for left_over in folder.glob(f".*{TEMPORARY}"):  # of one that was killed
+                left_over.unlink(missing_ok=True)
+            yield
     except OSError as error:
         raise DataError(f"cannot keep an index in {folder}: {error.strerror or error}; free space, or choose another "
                         "folder with --data.index_dir (--index-dir of vir-index and vir-evaluate)") from error

@@ -65,7 +65,9 @@ class RemoteFile:
         self._end, self._passed, self._hops = 0, 0, 0
 
     def pread(self, size: int, offset: int) -> bytes:
-        size = max(0, min(size, self.size - offset))
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
         gap, self._end = offset - self._end, offset + size
         if gap >= _GAP:
             self._passed, self._hops = self._passed + gap, self._hops + 1
