@@ -9,6 +9,7 @@ import tracemalloc
 
 import pytest
 
+from vir.data.random_access import LocalFile
 from vir.data.tar import scan
 from vir.errors import DataError
 
@@ -27,7 +28,7 @@ def write(path, content):
 def members(path, **bounds):
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return [tuple(member) for member in scan(descriptor, "a.tar", **bounds)]
+        return [tuple(member) for member in scan(LocalFile(descriptor), "a.tar", **bounds)]
     finally:
         os.close(descriptor)
 
@@ -153,7 +154,7 @@ def test_very_many_empty_members_take_no_memory(tmp_path):
     descriptor = os.open(path, os.O_RDONLY)
     tracemalloc.start()
     try:
-        assert sum(1 for _ in scan(descriptor, "a.tar")) == 20_000
+        assert sum(1 for _ in scan(LocalFile(descriptor), "a.tar")) == 20_000
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()

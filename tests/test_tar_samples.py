@@ -26,8 +26,8 @@ def write(path: Path, *members, format=tarfile.GNU_FORMAT) -> Path:
 
 
 def read(path):
-    with opened(path) as descriptor:
-        return list(read_samples(descriptor, path.name))
+    with opened(path) as file:
+        return list(read_samples(file, path.name))
 
 
 def label(number):
@@ -107,8 +107,8 @@ def test_what_is_no_sample_is_refused_with_key_and_byte(members, message, tmp_pa
 
 def test_a_file_that_becomes_shorter_is_refused(tmp_path):
     path = write(tmp_path / "x.tar", ("a.jpg", b""), ("a.cls", b"1"), ("b.jpg", b""), ("b.cls", b"1"))
-    with opened(path) as descriptor:
-        samples = read_samples(descriptor, "x.tar")
+    with opened(path) as file:
+        samples = read_samples(file, "x.tar")
         next(samples)
         os.truncate(path, 3 * 512)
         with pytest.raises(DataError, match="x.tar"):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vir.data.random_access import LocalFile
 from vir.data.shards import ShardInfo, index_dtype, member_header, sample_json
 from vir.data.sources.listing import IMAGE_EXTENSIONS, make_key
 from vir.data.tar import BLOCK, Member, TarError, padded, scan
@@ -146,7 +147,7 @@ class _Look:
         """Checks the members from there on; returns where to go on behind what cannot be read."""
         last, is_told, last_key, is_whole = begin, False, None, begin == 0
         try:
-            for member in scan(self.descriptor, self.shard, begin):
+            for member in scan(LocalFile(self.descriptor), self.shard, begin):
                 key, extension = split_name(member.name)
                 if key != last_key:
                     self._end_sample(is_whole)

@@ -25,6 +25,7 @@ from concurrent.futures import (
     Executor,
     Future,
     ProcessPoolExecutor,
+    ThreadPoolExecutor,
     wait,
 )
 from contextlib import AbstractContextManager, contextmanager
@@ -52,6 +53,8 @@ _MOST_TASKS_PER_JOB = 64
 
 _stop: Event | None = None
 """In a worker process of this machine: set when the work is to end."""
+_of_thread = threading.local()
+"""In a thread of run_threads: `stop`, as that."""
 
 
 class Stopped(Exception):
@@ -59,8 +62,9 @@ class Stopped(Exception):
 
 
 def stopping() -> bool:
-    """In a task: whether it should end now, by raising Stopped. Only processes of this machine are told."""
-    return _stop is not None and _stop.is_set()
+    """In a task: whether it should end now, by raising Stopped. Only processes and threads of this machine are told."""
+    stop = getattr(_of_thread, "stop", _stop)
+    return stop is not None and stop.is_set()
 
 
 def check_executor(spec: str) -> None:
@@ -110,6 +114,12 @@ def run_tasks(spec: str, function: Callable[[T], R], tasks: Sequence[T], workers
     else:
         opened, size = _open_dask(spec), 1
     return _run(opened, function, tasks, max(1, size), 2 * workers, stop_asked)
+
+
+def run_threads(function: Callable[[T], R], tasks: Sequence[T], workers: int, stop_asked: Callable[[], bool]
+                ) -> Generator[tuple[int, R], None, None]:
+    """As run_tasks, by threads of this process: for tasks that mostly wait, and need not be pickled."""
+    return _run(_open_threads(workers), function, tasks, 1, 2 * workers, stop_asked)
 
 
 def _run(opened: AbstractContextManager[Executor], function: Callable[[T], R], tasks: Sequence[T], size: int,
@@ -182,6 +192,24 @@ def _end_with_parent() -> None:
     assert parent is not None  # this is a worker
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
+
+
+# ---- threads of this process
+
+
+@contextmanager
+def _open_threads(workers: int) -> Iterator[Executor]:
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(workers, "vir-task", _start_thread, (stop,))
+    try:
+        yield pool
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_thread(stop: threading.Event) -> None:
+    _of_thread.stop = stop
 
 
 # ---- a dask cluster

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
+import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from glob import glob
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
 
+from vir.addresses import expand, shown
 from vir.data.decode import BadSampleError, inspect_image
-from vir.data.executors import Stopped, run_tasks, stopping
+from vir.data.executors import Stopped, run_tasks, run_threads, stopping
+from vir.data.random_access import LocalFile, RandomAccess, RemoteFile
 from vir.data.repeats import among, repeated
 from vir.data.shards import (
     MANIFEST,
@@ -34,10 +37,11 @@ from vir.data.shards import (
 )
 from vir.data.sources.folder import names_in, some
 from vir.data.sources.reading import MAX_IMAGE_BYTES
-from vir.data.tar import Member
+from vir.data.stores.store import Identity, Store
+from vir.data.tar import Member, opened
 from vir.data.tar_samples import TarSample, read_part, read_samples
 from vir.errors import DataError, SettingsError
-from vir.files import open_regular, try_to_write
+from vir.files import try_to_write
 from vir.log import progress_bar
 
 MAX_FOREIGN_KEY_BYTES = 512
@@ -47,9 +51,11 @@ MAX_CLASS_NAMES = 1 << 16
 MAX_LABEL = (1 << 20) - 1
 """The highest label without a class list, which then is "0", "1", ... up to it."""
 
+MOST_REQUESTS = 64
+"""Of indexing, at a time: each is small, and what takes time is the way to the server."""
+
 _CHUNK = 4096
 _BLOCK = 1 << 22
-_RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 
 
 @dataclass(frozen=True)
@@ -102,31 +108,47 @@ def index_shards(pattern: str, *, classes: Sequence[str] | None = None, split: s
         DataError, SettingsError: each names the shard, the value and what to do.
         Stopped: `is_stopping` returned True. Nothing was written.
     """
+    folder, names = find_shards(pattern)
+    return index_tars(folder, names, classes=classes, split=split, name=name, jobs=jobs, checksums=checksums,
+                      is_stopping=is_stopping)
+
+
+def index_tars(folder: Path, names: Sequence[str], *, classes: Sequence[str] | None = None, split: str | None = None,
+               name: str | None = None, jobs: int = 8, checksums: bool = False,
+               is_stopping: Callable[[], bool] = lambda: False) -> IndexSummary:
+    """As index_shards, of the tars of these names in this folder."""
     began = time.monotonic()
     if jobs < 1:
         raise SettingsError(f"--jobs must be at least 1, got {jobs}")
-    folder, names = find_shards(pattern)
     if unsayable := [name for name in names if not name.isprintable()]:
         raise DataError(f"the name of the shard {unsayable[0]!r} in {folder} is not UTF-8 or cannot be printed; rename "
                         "it")
     split = _checked_name("--split", folder.name if split is None else split)
-    name = _checked_name("--name", _common_name(names, split) if name is None else name)
+    name = _checked_name("--name", common_name(names, split) if name is None else name)
     before = _replaceable(folder, names, checksums)
-    indexed = _run([folder / name for name in names], checksums, classes, jobs, is_stopping)
-    if empty := [shard.info.name for shard in indexed if not shard.info.num_samples]:
-        raise DataError(f"shards without samples in {folder}: {some(empty)}; remove them, or leave them out of PATTERN")
-    given, (classes, shards) = classes, labelled(indexed, classes)
+    tars = [LocalTar(folder / name, name) for name in names]
+    given, (classes, shards) = classes, index_local(tars, checksums, classes, jobs, is_stopping)
     if before is not None and given is None:
         _refuse_to_drop(before.classes, classes, folder)
-    _refuse_duplicates(shards)
     try:
-        manifest = write_split(folder, [(shard.info, shard.rows) for shard in shards], name=name, split=split,
-                               classes=classes, seed=0,
-                               samples_per_shard=max(shard.info.num_samples for shard in shards))
+        manifest = write_foreign(folder, shards, name, split, classes)
     except OSError as error:
         raise DataError(_not_writable(folder, error)) from error
-    return IndexSummary(folder, manifest.num_samples, len(shards), sum(shard.info.bytes for shard in shards),
-                        len(classes), time.monotonic() - began, checksums)
+    return summary_of(folder, manifest, began)
+
+
+def write_foreign(folder: Path, shards: Sequence[IndexedShard], name: str, split: str, classes: Sequence[str]
+                  ) -> SplitManifest:
+    """Writes index and manifest of shards that vir-convert has not made. Raises OSError where it cannot."""
+    return write_split(folder, [(shard.info, shard.rows) for shard in shards], name=name, split=split, classes=classes,
+                       seed=0, samples_per_shard=max(shard.info.num_samples for shard in shards))
+
+
+def summary_of(folder: Path, manifest: SplitManifest, began: float) -> IndexSummary:
+    """Args: began: by time.monotonic."""
+    return IndexSummary(folder, manifest.num_samples, len(manifest.shards),
+                        sum(shard.bytes for shard in manifest.shards), len(manifest.classes), time.monotonic() - began,
+                        all(shard.sha256 is not None for shard in manifest.shards))
 
 
 def find_shards(pattern: str) -> tuple[Path, list[str]]:
@@ -142,7 +164,7 @@ def find_shards(pattern: str) -> tuple[Path, list[str]]:
         if not names:
             raise DataError(f"{folder} holds no .tar; found {some(names_in(folder))}")
         return folder, names
-    paths = [pattern] if os.path.lexists(pattern) else _expand(pattern)
+    paths = find_paths(pattern)
     if other := [path for path in paths if not path.endswith(".tar")]:
         raise SettingsError(f"PATTERN names files that do not end in .tar: {some(other)}; index.npy and manifest.json "
                             "are for plain tars, compressed ones must be unpacked before")
@@ -165,16 +187,17 @@ def is_indexed(folder: Path, names: Sequence[str]) -> bool:
     return manifest.is_converted or {shard.name for shard in manifest.shards} == set(names)
 
 
-def _expand(pattern: str) -> list[str]:
-    too_many = SettingsError(f"PATTERN {pattern!r} names more than {MAX_SHARDS} shards")
-    if any(abs(int(last) - int(first)) > MAX_SHARDS for first, last in _RANGE.findall(pattern)):
-        raise too_many  # braceexpand would make a list of them
-    try:
-        parts = list(islice(braceexpand(pattern), MAX_SHARDS + 1))
-    except ValueError as error:  # of its subclass for unbalanced braces, too
-        raise SettingsError(f"PATTERN {pattern!r} has braces that do not match") from error
-    if len(parts) > MAX_SHARDS:
-        raise too_many
+def find_paths(pattern: str) -> list[str]:
+    """The paths of the tars that a pattern names, in order: a path, a glob, a pattern with braces, or several of them
+    joined by `::`.
+
+    Raises:
+        DataError: there are none, or some of those that braces name are missing.
+        SettingsError: as vir.addresses.expand.
+    """
+    if os.path.lexists(pattern):
+        return [pattern]
+    parts = expand(pattern, MAX_SHARDS)
     paths: list[str] = []
     missing: list[str] = []
     for part in parts:
@@ -193,9 +216,9 @@ def _expand(pattern: str) -> list[str]:
     return paths
 
 
-def _common_name(names: Sequence[str], split: str) -> str:
+def common_name(names: Sequence[str], split: str) -> str:
     """imagenet1k of imagenet1k-train-0000.tar, ...; the split where nothing is left."""
-    prefix = os.path.commonprefix([name[:-len(".tar")] for name in names])
+    prefix = os.path.commonprefix([name.removesuffix(".tar") for name in names])
     prefix = re.sub(r"[0-9]*$", "", prefix).rstrip("-_.").removesuffix(split).rstrip("-_.")
     return re.sub(r"[^A-Za-z0-9_.-]", "_", prefix) or split
 
@@ -305,16 +328,56 @@ def _refuse_duplicates(indexed: Sequence[IndexedShard]) -> None:
         seen[key] = name
 
 
-def _run(paths: Sequence[Path], checksums: bool, classes: Sequence[str] | None, jobs: int,
-         is_stopping: Callable[[], bool]) -> list[IndexedShard]:
-    """The shards in order of the paths, with a progress bar. Refuses as soon as the names in the txt cannot be those of
-    classes, and keeps each name once, so that captions do not fill the memory."""
-    tasks = [_Task(path, checksums) for path in paths]
+def index_local(tars: Sequence[LocalTar], checksums: bool, classes: Sequence[str] | None, jobs: int,
+                is_stopping: Callable[[], bool]) -> tuple[tuple[str, ...], list[IndexedShard]]:
+    """The class list and the shards, indexed by processes, with a progress bar.
+
+    Args:
+        classes: as of index_shards.
+        jobs: processes.
+
+    Raises:
+        DataError: a shard is refused, or they do not fit together.
+        Stopped: `is_stopping` returned True.
+    """
+    tasks = [_Task(tar, checksums) for tar in tars]
     ended = run_tasks("local", _index, tasks, min(jobs, len(tasks)), is_stopping, Path())
+    return _together(_collected(ended, len(tasks), classes), [str(tar.path) for tar in tars], classes)
+
+
+def index_remote(tars: Sequence[RemoteTar], checksums: bool, classes: Sequence[str] | None, jobs: int, scratch: Path,
+                 is_stopping: Callable[[], bool]) -> tuple[tuple[str, ...], list[IndexedShard]]:
+    """As index_local, by threads that read headers and labels from servers.
+
+    A shard that has to be read whole, for its checksums or because its server sends no parts, is downloaded to
+    `scratch`, and removed when it is indexed.
+
+    Args:
+        jobs: the most shards that are downloaded at a time.
+    """
+    index = _Remote(checksums, threading.Semaphore(jobs), scratch)
+    ended = run_threads(index, tars, min(MOST_REQUESTS, len(tars)), is_stopping)
+    return _together(_collected(ended, len(tars), classes), [shown(tar.url) for tar in tars], classes)
+
+
+def _together(indexed: Sequence[IndexedShard], places: Sequence[str], given: Sequence[str] | None
+              ) -> tuple[tuple[str, ...], list[IndexedShard]]:
+    """Raises DataError where the shards do not make one split."""
+    if empty := [place for place, shard in zip(places, indexed) if not shard.info.num_samples]:
+        raise DataError(f"shards without samples: {some(empty)}; remove them, or leave them out of PATTERN")
+    classes, shards = labelled(indexed, given)
+    _refuse_duplicates(shards)
+    return classes, shards
+
+
+def _collected(ended: Generator[tuple[int, IndexedShard], None, None], count: int, classes: Sequence[str] | None
+               ) -> list[IndexedShard]:
+    """The shards in their order, with a progress bar. Refuses as soon as the names in the txt cannot be those of
+    classes, and keeps each name once, so that captions do not fill the memory."""
     results: dict[int, IndexedShard] = {}
     names: dict[str, str] = {}
     known = None if classes is None else set(classes)
-    bar = progress_bar(len(paths), "shard")
+    bar = progress_bar(count, "shard")
     with closing(ended), closing(bar):
         for number, result in ended:
             if known is not None:
@@ -325,40 +388,88 @@ def _run(paths: Sequence[Path], checksums: bool, classes: Sequence[str] | None, 
                                 f"{result.names[-1][:50]!r} in {result.info.name}: these are captions, not class "
                                 "names; give the class list with --classes, or add a cls with the label")
             bar.update()
-    return [results[number] for number in range(len(paths))]
+    return [results[number] for number in range(count)]
 
 
-# ---- worker processes: one task is one shard
+# ---- one task is one shard: local ones in worker processes, remote ones in threads
+
+
+class LocalTar(NamedTuple):
+    path: Path
+    name: str
+    """In the manifest."""
+
+
+class RemoteTar(NamedTuple):
+    store: Store
+    url: str
+    identity: Identity
+    name: str
+    """In the manifest."""
 
 
 class _Task(NamedTuple):
-    path: Path
+    tar: LocalTar
     checksums: bool
 
 
 def _index(task: _Task) -> IndexedShard:
     try:
-        return index_shard(*task)
-    except OSError as error:
-        raise DataError(f"cannot read {task.path}: {error.strerror}; copy or download it again, or leave it out of "
-                        "PATTERN") from error
+        return index_shard(*task.tar, task.checksums)
+    except DataError as error:
+        if isinstance(error.__cause__, OSError):
+            raise DataError(f"{error}; copy or download it again, or leave it out of PATTERN") from error
+        raise
 
 
-def index_shard(path: Path, checksums: bool) -> IndexedShard:
-    """Raises DataError where the tar is refused, OSError where it cannot be read."""
-    with open(open_regular(path), "rb", buffering=0) as file:
-        return _index_open(file.fileno(), path, checksums)
+@dataclass(frozen=True)
+class _Remote:
+    """Indexes one remote shard after another, in many threads at a time."""
+
+    checksums: bool
+    downloads: threading.Semaphore
+    scratch: Path
+
+    def __call__(self, tar: RemoteTar) -> IndexedShard:
+        where = shown(tar.url)
+        if tar.identity.ranged and not self.checksums:
+            return _index_open(RemoteFile(tar.store, tar.url, tar.identity), where, tar.name, checksums=False)
+        while not self.downloads.acquire(timeout=0.2):
+            if stopping():
+                raise Stopped
+        try:
+            with tempfile.TemporaryFile(dir=self.scratch) as file:
+                _download(tar, file)
+                return _index_open(LocalFile(file.fileno()), where, tar.name, self.checksums)
+        except OSError as error:
+            raise DataError(f"cannot keep {where} in {self.scratch} while it is indexed: {error.strerror}; free space, "
+                            "or choose another folder with --index-dir") from error
+        finally:
+            self.downloads.release()
 
 
-def _index_open(descriptor: int, path: Path, checksums: bool) -> IndexedShard:
-    size = os.fstat(descriptor).st_size
-    reading = _Reading(descriptor, path) if checksums else None
-    names: dict[str, int] = {}
-    chunks: list[np.ndarray] = []
-    samples = read_samples(descriptor, str(path))
-    while rows := [_row(sample, path, names, reading) for sample in islice(samples, _CHUNK)]:
+def _download(tar: RemoteTar, file: BinaryIO) -> None:
+    for block in tar.store.blocks(tar.url, tar.identity):
         if stopping():
             raise Stopped
+        file.write(block)
+    file.flush()
+
+
+def index_shard(path: Path, name: str, checksums: bool) -> IndexedShard:
+    """Args: name: in the manifest. Raises DataError where the tar is refused or cannot be read."""
+    with opened(path) as file:
+        return _index_open(file, str(path), name, checksums)
+
+
+def _index_open(file: RandomAccess, where: str, name: str, checksums: bool) -> IndexedShard:
+    """Args: where: names the tar in messages."""
+    size = file.size
+    reading = _Reading(file, where) if checksums else None
+    names: dict[str, int] = {}
+    chunks: list[np.ndarray] = []
+    samples = _until_stopped(read_samples(file, where))
+    while rows := [_row(sample, where, names, reading) for sample in islice(samples, _CHUNK)]:
         chunks.append(np.array(rows, dtype=index_dtype(max(len(row[-1]) for row in rows))))
     longest = max((part.dtype["key"].itemsize for part in chunks), default=1)
     whole = np.empty(sum(map(len, chunks)), index_dtype(longest))
@@ -367,30 +478,37 @@ def _index_open(descriptor: int, path: Path, checksums: bool) -> IndexedShard:
         whole[start:start + len(part)] = part
         start += len(part)
     digest = None if reading is None else reading.rest(size)
-    return IndexedShard(ShardInfo(path.name, len(whole), size, digest), whole, tuple(names))
+    return IndexedShard(ShardInfo(name, len(whole), size, digest), whole, tuple(names))
 
 
-def _row(sample: TarSample, path: Path, names: dict[str, int],
+def _until_stopped(samples: Iterable[TarSample]) -> Iterator[TarSample]:
+    for sample in samples:
+        if stopping():
+            raise Stopped
+        yield sample
+
+
+def _row(sample: TarSample, where: str, names: dict[str, int],
          reading: _Reading | None) -> tuple[int, int, int, int, int, int, int, bytes]:
     key, image = sample.key.encode(), sample.image
     if len(key) > MAX_FOREIGN_KEY_BYTES:
-        raise DataError(f"{path}: the key {sample.key[:50]!r}... at byte {sample.start} has {len(key)} bytes, the "
+        raise DataError(f"{where}: the key {sample.key[:50]!r}... at byte {sample.start} has {len(key)} bytes, the "
                         f"limit is {MAX_FOREIGN_KEY_BYTES}; write the shard again with shorter names")
     if not 0 < image.size <= MAX_IMAGE_BYTES:
-        raise DataError(f"{path}: the image of sample {sample.key!r} at byte {image.offset} has {image.size} bytes, "
+        raise DataError(f"{where}: the image of sample {sample.key!r} at byte {image.offset} has {image.size} bytes, "
                         f"expected 1 to {MAX_IMAGE_BYTES}; copy or download the shard again")
-    label = sample.label if isinstance(sample.label, int) else ~_name_number(sample, sample.label, path, names)
+    label = sample.label if isinstance(sample.label, int) else ~_name_number(sample, sample.label, where, names)
     crc32, width, height = (0, 0, 0) if reading is None else reading.image(sample.key, image)
     return 0, label, image.offset, image.size, crc32, width, height, key
 
 
-def _name_number(sample: TarSample, name: str, path: Path, names: dict[str, int]) -> int:
+def _name_number(sample: TarSample, name: str, where: str, names: dict[str, int]) -> int:
     if not name or not name.isprintable():
-        raise DataError(f"{path}: sample {sample.key!r} at byte {sample.start} has {name[:50]!r} in its txt, which is "
+        raise DataError(f"{where}: sample {sample.key!r} at byte {sample.start} has {name[:50]!r} in its txt, which is "
                         "neither a number nor the name of a class; add a cls with the label")
     number = names.setdefault(name, len(names))
     if number > MAX_CLASS_NAMES:
-        raise DataError(f"{path}: the txt hold more than {MAX_CLASS_NAMES} different texts, as {name[:50]!r}: these "
+        raise DataError(f"{where}: the txt hold more than {MAX_CLASS_NAMES} different texts, as {name[:50]!r}: these "
                         "are captions, not class names; add a cls with the label")
     return number
 
@@ -398,23 +516,23 @@ def _name_number(sample: TarSample, name: str, path: Path, names: dict[str, int]
 class _Reading:
     """All bytes of a shard, read once and in order: their sha256, and the images among them."""
 
-    def __init__(self, descriptor: int, path: Path) -> None:
-        self.descriptor, self.path = descriptor, path
+    def __init__(self, file: RandomAccess, where: str) -> None:
+        self.file, self.where = file, where
         self.position = 0
         self.sha256 = hashlib.sha256()
 
     def image(self, key: str, member: Member) -> tuple[int, int, int]:
         """crc32, width and height of an image that lies beyond all that was read."""
         self._read_to(member.offset)
-        data = read_part(self.descriptor, member, str(self.path))
+        data = read_part(self.file, member, self.where)
         self.sha256.update(data)
         self.position += len(data)
         try:
             _, width, height = inspect_image(data)
         except BadSampleError as error:
-            raise DataError(f"{self.path}: sample {key!r} at byte {member.offset}: {error}; copy or download the shard "
-                            "again, or index it without --checksums: training leaves out single images that do not "
-                            "decode") from error
+            raise DataError(f"{self.where}: sample {key!r} at byte {member.offset}: {error}; copy or download the "
+                            "shard again, or index it without --checksums: training leaves out single images that do "
+                            "not decode") from error
         return zlib.crc32(data), width, height
 
     def rest(self, size: int) -> str:
@@ -424,9 +542,9 @@ class _Reading:
 
     def _read_to(self, end: int) -> None:
         while self.position < end:
-            block = os.pread(self.descriptor, min(_BLOCK, end - self.position), self.position)
+            block = self.file.pread(min(_BLOCK, end - self.position), self.position)
             if not block:
-                raise DataError(f"{self.path} became shorter while it was read, at byte {self.position}")
+                raise DataError(f"{self.where} became shorter while it was read, at byte {self.position}")
             self.sha256.update(block)
             self.position += len(block)
 

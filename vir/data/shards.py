@@ -208,11 +208,18 @@ def read_manifest(folder: Path) -> SplitManifest:
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        content = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
+        data = read_regular(path, MAX_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(_why_no_manifest(folder)) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, path: str) -> SplitManifest:
+    """What manifest.json says. Raises DataError as read_manifest, with `path` as the file's name."""
+    try:
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); copy the split again or convert it again") from error
     version = content.get("format_version") if isinstance(content, dict) else None

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from vir.data.random_access import LocalFile
 from vir.data.shards import ShardInfo, SplitManifest, read_manifest
 from vir.data.tar import Member, padded, scan
 from vir.data.tar_samples import IMAGES, split_name
@@ -239,7 +240,7 @@ def _parts(folder: Path, shard: ShardInfo) -> Iterator[_Part]:
     except OSError as error:
         raise DataError(f"cannot open {path}: {error.strerror}; copy the split again") from error
     with open(descriptor, "rb", buffering=0):
-        for member in scan(descriptor, str(path)):
+        for member in scan(LocalFile(descriptor), str(path)):
             key, extension = split_name(member.name)
             stem = key.rpartition("/")[2]
             if extension is None or not stem:

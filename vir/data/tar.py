@@ -10,8 +10,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from vir.data.random_access import LocalFile, RandomAccess
 from vir.errors import DataError
-from vir.files import open_regular, retried
+from vir.files import open_regular
 
 BLOCK = 512
 Size = TypeVar("Size", int, np.ndarray)
@@ -67,8 +68,8 @@ def padded(size: Size) -> Size:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A descriptor of a tar, closed after the block.
+def opened(path: Path) -> Iterator[LocalFile]:
+    """A tar, open until the end of the block.
 
     Raises:
         DataError: it is no regular file, or the block or the opening met an OSError.
@@ -76,15 +77,15 @@ def opened(path: Path) -> Iterator[int]:
     try:
         descriptor = open_regular(path)
         try:
-            yield descriptor
+            yield LocalFile(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) -> Iterator[Member]:
-    """The regular files of the tar in bytes start..end of an open file; folders and links are passed over.
+def scan(file: RandomAccess, where: str, start: int = 0, end: int | None = None) -> Iterator[Member]:
+    """The regular files of the tar in bytes start..end of a file; folders and links are passed over.
 
     Reads GNU, PAX, ustar and v7 headers, one block at a time.
 
@@ -95,11 +96,12 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
         TarError: a header that is damaged, a member beyond the end, a tar that is cut off, a name that is not UTF-8
             or has a NUL, a sparse file.
         OSError: the file cannot be read.
+        DataError: what can be tried to read it was tried.
     """
-    end = os.fstat(descriptor).st_size if end is None else end
+    end = file.size if end is None else end
     position, extension = start, None
     while True:
-        header = _read(descriptor, BLOCK, position) if position + BLOCK <= end else b""
+        header = file.pread(BLOCK, position) if position + BLOCK <= end else b""
         if len(header) < BLOCK:
             raise TarError(f"{where} is cut off at byte {position - start}: a tar ends with blocks of zeros; copy or "
                            "download it again", position - start, "the tar is cut off", is_cut=True)
@@ -121,14 +123,14 @@ def scan(descriptor: int, where: str, start: int = 0, end: int | None = None) ->
                            position - start, f"a member of {size} bytes, more than the file has left", is_cut=True)
         begin = position if extension is None else extension.start
         if kind == _LONG_NAME or kind in _PAX:
-            content = _content(descriptor, offset, size, where, position - start)
+            content = _content(file, offset, size, where, position - start)
             known = extension or _Extension(begin)
             extension = (known._replace(name=content.rstrip(b"\0")) if kind == _LONG_NAME else
                          _pax(known, content, where, position - start))
         elif kind == _LONG_LINK:
             extension = extension or _Extension(begin)
         elif kind == _PAX_GLOBAL:
-            content = _content(descriptor, offset, size, where, position - start)
+            content = _content(file, offset, size, where, position - start)
             if _pax(_Extension(begin), content, where, position - start) != _Extension(begin):
                 raise _damaged(where, position - start, "one name or size for all members that follow")
         else:
@@ -188,17 +190,10 @@ def _text(name: bytes, where: str, position: int) -> str:
         raise _damaged(where, position, f"the name {name[:100]!r} is not UTF-8") from error
 
 
-def _content(descriptor: int, offset: int, size: int, where: str, position: int) -> bytes:
+def _content(file: RandomAccess, offset: int, size: int, where: str, position: int) -> bytes:
     if size > _MAX_EXTENSION:
         raise _damaged(where, position, f"an extended header of {size} bytes")
-    return _read(descriptor, size, offset)
-
-
-def _read(descriptor: int, size: int, offset: int) -> bytes:
-    try:
-        return os.pread(descriptor, size, offset)
-    except OSError:  # of the millions of small reads of a large archive one may fail
-        return retried(lambda: os.pread(descriptor, size, offset))
+    return file.pread(size, offset)
 
 
 def _pax(known: _Extension, content: bytes, where: str, position: int) -> _Extension:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vir.data.random_access import RandomAccess, read_exactly
 from vir.data.repeats import repeated
 from vir.data.sources.listing import IMAGE_EXTENSIONS
 from vir.data.tar import Member, scan
 from vir.errors import DataError
-from vir.files import pread, retried
 
 IMAGES = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 """Endings of members that are images, in upper or lower case."""
@@ -47,8 +47,8 @@ class _Named(NamedTuple):
     member: Member
 
 
-def read_samples(descriptor: int, where: str) -> Iterator[TarSample]:
-    """The samples of an open tar in order. Members of one key lie one after another.
+def read_samples(file: RandomAccess, where: str) -> Iterator[TarSample]:
+    """The samples of a tar in order. Members of one key lie one after another.
 
     The image is one of IMAGES. The label is the decimal number in cls, else "label" in json, else the number or the
     class name in txt. Other members of a sample are passed over, and so are those whose name begins with "." or "__",
@@ -65,11 +65,11 @@ def read_samples(descriptor: int, where: str) -> Iterator[TarSample]:
         OSError: the file cannot be read.
     """
     hashes = array("q")
-    for key, members in _by_key(descriptor, where):
+    for key, members in _by_key(file, where):
         hashes.append(hash(key))
-        yield _sample(key, members, descriptor, where)
+        yield _sample(key, members, file, where)
     if twice := set(repeated(np.frombuffer(hashes, np.int64)).tolist()):
-        _refuse_twice(twice, descriptor, where)
+        _refuse_twice(twice, file, where)
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -92,7 +92,7 @@ def told_in(extension: str, content: bytes) -> Any:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else text
 
 
-def read_part(descriptor: int, member: Member, where: str) -> bytes:
+def read_part(file: RandomAccess, member: Member, where: str) -> bytes:
     """All bytes of a member that is known to be small.
 
     Raises:
@@ -100,19 +100,17 @@ def read_part(descriptor: int, member: Member, where: str) -> bytes:
         OSError: it cannot be read.
     """
     try:
-        return retried(lambda: pread(descriptor, member.size, member.offset))
-    except OSError as error:
-        if error.errno is None:
-            raise DataError(f"{where} became shorter while it was read, at byte {member.offset}") from error
-        raise
+        return read_exactly(file, member.size, member.offset)
+    except EOFError as error:
+        raise DataError(f"{where} became shorter while it was read, at byte {member.offset}") from error
 
 
-def _by_key(descriptor: int, where: str) -> Iterator[tuple[str, Iterable[_Named]]]:
+def _by_key(file: RandomAccess, where: str) -> Iterator[tuple[str, Iterable[_Named]]]:
     """Neighbours of one key, without those that are no data. A sample has few members that matter: only the first
     member and those are kept."""
     last: str | None = None
     kept: list[_Named] = []
-    for member in scan(descriptor, where):
+    for member in scan(file, where):
         if member.name.rpartition("/")[2].startswith((".", "__")):
             continue
         key, extension = split_name(member.name)
@@ -134,17 +132,17 @@ def _is_same(one: _Named, other: _Named) -> bool:
     return one.extension == other.extension or (one.extension in IMAGES and other.extension in IMAGES)
 
 
-def _sample(key: str, members: Iterable[_Named], descriptor: int, where: str) -> TarSample:
+def _sample(key: str, members: Iterable[_Named], file: RandomAccess, where: str) -> TarSample:
     first, *_ = members
     by_extension = {named.extension: named for named in members}
     images = [named for named in members if named.extension in IMAGES]
     if not images:
         raise _refused(where, first, f"has no image: it begins with {first.member.name!r}, an image would be "
                        f"{key}.jpg, .jpeg, .png or .webp beside it (a key ends at the first dot)")
-    about = _told(by_extension["json"], descriptor, where) if "json" in by_extension else None
+    about = _told(by_extension["json"], file, where) if "json" in by_extension else None
     about = about if isinstance(about, dict) else {}
     filename = about.get("filename")
-    label = _label(by_extension, about, descriptor, where)
+    label = _label(by_extension, about, file, where)
     if label is None:
         raise _refused(where, first, f"has no label: expected {key}.cls, or {key}.json with a \"label\", or {key}.txt "
                        "right after or before its image")
@@ -152,23 +150,23 @@ def _sample(key: str, members: Iterable[_Named], descriptor: int, where: str) ->
                      filename if isinstance(filename, str) else None)
 
 
-def _label(members: dict[str, _Named], about: dict[str, Any], descriptor: int, where: str) -> int | str | None:
+def _label(members: dict[str, _Named], about: dict[str, Any], file: RandomAccess, where: str) -> int | str | None:
     if named := members.get("cls"):
-        return _checked(_told(named, descriptor, where), named, where)
+        return _checked(_told(named, file, where), named, where)
     if "label" in about:
         return _checked(about["label"], members["json"], where)
     if named := members.get("txt"):
-        told = _told(named, descriptor, where)
+        told = _told(named, file, where)
         return told if isinstance(told, str) else _checked(told, named, where)
     return None
 
 
-def _told(named: _Named, descriptor: int, where: str) -> Any:
+def _told(named: _Named, file: RandomAccess, where: str) -> Any:
     limit = MAX_LABEL_BYTES[named.extension]
     if named.member.size > limit:
         raise _refused(where, named, f"has a {named.extension} of {named.member.size} bytes, the limit is {limit}")
     try:
-        return told_in(named.extension, read_part(descriptor, named.member, where))
+        return told_in(named.extension, read_part(file, named.member, where))
     except (ValueError, RecursionError) as error:
         why = f"none: {str(error)[:200]}" if named.extension == "json" else "no text"
         raise _refused(where, named, f"has a {named.extension} that is {why}") from error
@@ -181,10 +179,10 @@ def _checked(label: Any, named: _Named, where: str) -> int:
     return label
 
 
-def _refuse_twice(hashes: set[int], descriptor: int, where: str) -> None:
+def _refuse_twice(hashes: set[int], file: RandomAccess, where: str) -> None:
     """Reads the tar once more for the names behind the hashes that came twice."""
     seen: dict[str, int] = {}
-    for key, members in _by_key(descriptor, where):
+    for key, members in _by_key(file, where):
         if hash(key) in hashes:
             first, *_ = members
             if key in seen:

@@ -152,7 +152,7 @@ def restore_index(folder: Path, *, jobs: int, is_stopping: Callable[[], bool] = 
             raise Stopped
         if sha256(folder / shard.name) != shard.sha256:
             raise DataError(f"{folder / INDEX} cannot be made anew, because {shard.name} is damaged: copy it again")
-        return index_shard(folder / shard.name, checksums=True)
+        return index_shard(folder / shard.name, shard.name, checksums=True)
 
     try:
         with ThreadPoolExecutor(jobs) as pool, replacing(folder / INDEX) as path:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vir.data.random_access import LocalFile
 from vir.data.sources.imagenet import check_classes
 from vir.data.sources.listing import IMAGE_EXTENSIONS, Image, Listing, Source
 from vir.data.tar import Member, opened, scan
@@ -53,15 +54,15 @@ def read_archive(path: Path, split: str, classes: Sequence[str] | None = None) -
 
 
 def _read_train(path: Path, classes: Sequence[str] | None) -> Source:
-    with opened(path) as descriptor:
-        inner = _named(scan(descriptor, str(path)), (".tar",), str(path))
+    with opened(path) as file:
+        inner = _named(scan(file, str(path)), (".tar",), str(path))
         classes = check_classes((name[:-len(".tar")] for name in inner.members), classes, str(path))
         listing = _listing(path, classes)
         ignored = inner.ignored
         for name, member in sorted(inner.members.items()):
             where = f"{name} in {path}"
             begin, end = member.offset, member.offset + member.size
-            images = _named(scan(descriptor, where, begin, end), IMAGE_EXTENSIONS, where, begin)
+            images = _named(scan(file, where, begin, end), IMAGE_EXTENSIONS, where, begin)
             ignored += images.ignored
             if not images.members:
                 raise DataError(f"{where} has no images; copy or download the archive again")
@@ -70,8 +71,8 @@ def _read_train(path: Path, classes: Sequence[str] | None) -> Source:
 
 
 def _read_val(path: Path, classes: Sequence[str] | None) -> Source:
-    with opened(path) as descriptor:
-        images = _named(scan(descriptor, str(path)), IMAGE_EXTENSIONS, str(path))
+    with opened(path) as file:
+        images = _named(scan(file, str(path)), IMAGE_EXTENSIONS, str(path))
     wnid_of, truth = _read_devkit(path.with_name(DEVKIT))
     classes = check_classes(wnid_of.values(), classes, str(path.with_name(DEVKIT)))
     if len(truth) != len(images.members):
@@ -136,9 +137,9 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
 def _unpacked(path: Path, names: Sequence[str]) -> dict[str, bytes]:
     """Some members of a .tar.gz by name."""
     parts: dict[str, bytes] = {}
-    with opened(path) as descriptor, tempfile.TemporaryFile() as tar:
+    with opened(path) as packed, tempfile.TemporaryFile() as tar:
         try:
-            with open(descriptor, "rb", closefd=False) as file, GzipFile(fileobj=file) as unpacking:
+            with open(packed.descriptor, "rb", closefd=False) as file, GzipFile(fileobj=file) as unpacking:
                 while block := unpacking.read(1 << 20):
                     if tar.tell() + len(block) > _MAX_DEVKIT_BYTES:
                         raise DataError(f"{path} unpacks to more than {_MAX_DEVKIT_BYTES} bytes: it is no devkit of "
@@ -147,9 +148,10 @@ def _unpacked(path: Path, names: Sequence[str]) -> dict[str, bytes]:
         except (BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path} is damaged ({error}); copy or download it again") from error
         tar.flush()
-        for member in scan(tar.fileno(), str(path)):
+        unpacked = LocalFile(tar.fileno())
+        for member in scan(unpacked, str(path)):
             if (name := os.path.normpath(member.name)) in names and member.size <= _MAX_DEVKIT_MEMBER:
-                parts[name] = read_part(tar.fileno(), member, str(path))
+                parts[name] = read_part(unpacked, member, str(path))
     if missing := [name for name in names if name not in parts]:
         raise DataError(f"{path} has no {missing[0]}, or one of more than {_MAX_DEVKIT_MEMBER} bytes; download "
                         "it again")

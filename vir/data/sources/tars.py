@@ -68,8 +68,8 @@ def read_tars(path: Path, names: Sequence[str] | None = None, classes: Sequence[
     counts = {shard.name: shard.num_samples for shard in manifest.shards} if manifest is not None else {}
     found = _Found(None if classes is None else tuple(classes))
     for number, name in enumerate(tars):
-        with opened(folder / name) as descriptor:
-            count = found.add_all(read_samples(descriptor, str(folder / name)), number, folder / name)
+        with opened(folder / name) as file:
+            count = found.add_all(read_samples(file, str(folder / name)), number, folder / name)
         if count != counts.get(name, count):
             raise DataError(f"{folder / name} has {count} samples, but {MANIFEST} says {counts[name]}; copy the split "
                             "again")
