@@ -18,8 +18,10 @@ class Access(Protocol):
 
     joins: int
     """Parts of a shard that lie at most so many bytes apart are worth one read; 0: each is read by itself."""
-    budget_bytes: int | None
-    """Of the cache that shards are kept in; None without one."""
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Of the cache that shards are kept in; None without one."""
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Exactly these bytes.
@@ -43,7 +45,7 @@ class LocalShards:
     """Files. Those read last stay open, as many as half of the files that the process may open."""
 
     joins = 0
-    budget_bytes = None
+    budget_bytes: int | None = None
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from vir.addresses import expand, is_remote, shown
 from vir.config import DataConfig
 from vir.data.access import Access, LocalShards
 from vir.data.cache import parse_bytes
 from vir.data.folder_reader import FolderReader
-from vir.data.foreign import index_beside
-from vir.data.index_folder import IndexFolder, default_index_dir, fetch_split, open_index
+from vir.data.index_folder import (
+    IndexFolder,
+    default_index_dir,
+    fetch_split,
+    find_urls,
+    index_beside,
+    open_index,
+)
 from vir.data.reader import Reader, ShardReader
 from vir.data.remote_shards import CachedShards, RemoteShards
 from vir.data.shards import MANIFEST, MAX_SHARDS, read_manifest
 from vir.data.sources.archives import ARCHIVES
 from vir.data.sources.folder import class_folders, some
 from vir.data.sources.tars import tars_in
-from vir.data.stores.choose import open_store
 from vir.errors import DataError, SettingsError
 
 
@@ -56,77 +63,64 @@ def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
         DataError, SettingsError: nothing there that is known, or what is there is damaged or cannot be reached.
     """
     parts = expand(spec, MAX_SHARDS)
-    remote = [part for part in parts if is_remote(part)]
-    if not remote:
+    if not any(map(is_remote, parts)):
         return _open_local(parts, places, first)
-    if len(remote) < len(parts):
-        raise SettingsError(f"{shown(spec)} joins shards of this machine and of a server; give them as two data sets, "
-                            "or copy the ones to the others")
-    if len(parts) == 1 and not parts[0].split("?")[0].endswith(".tar"):
-        return _open_remote_folder(parts[0], places, first)
-    return _open_index(open_index(parts, places.index_dir, places.timeout, first), shown(spec), places, first)
+    index = None
+    if len(parts) == 1 and not urlsplit(parts[0]).path.endswith(".tar"):
+        index = fetch_split(parts[0], places.index_dir, places.timeout, first)
+    if index is None:
+        index = open_index(find_urls(spec, places.timeout), places.index_dir, places.timeout, first)
+    return _open_remote(index, shown(spec), places, first)
 
 
 def _open_local(parts: Sequence[str], places: Places, first: bool) -> Reader:
-    if len(parts) == 1 and not parts[0].endswith(".tar") and "*" not in parts[0]:
-        return _open_folder(Path(parts[0]), first)
-    paths = _tars(parts)
+    folder = Path(parts[0])
+    if len(parts) == 1 and folder.is_dir() and not (folder / MANIFEST).exists():
+        if not (tars := tars_in(folder)) and class_folders(folder):
+            return FolderReader(folder)
+        if tars and not set(tars) & set(ARCHIVES.values()) and not index_beside(folder, tars):
+            return _open_tars([folder / name for name in tars], places, first)
+    if len(parts) == 1 and not _names_tars(parts[0]):
+        return ShardReader(folder, check=first)  # which tells what is there instead, where it is no split
+    return _open_tars(_tars(parts), places, first)
+
+
+def _open_tars(paths: Sequence[Path], places: Places, first: bool) -> Reader:
     folder = paths[0].parent
     if (folder / MANIFEST).is_file() and [folder / shard.name for shard in read_manifest(folder).shards] == paths:
         return ShardReader(folder, check=first)
     index = open_index([str(path) for path in paths], places.index_dir, places.timeout, first)
-    return ShardReader(index.folder, LocalShards(paths), "::".join(parts), check=first)
+    return ShardReader(index.folder, LocalShards(paths), str(folder), check=first)
 
 
-def _open_folder(folder: Path, first: bool) -> Reader:
-    if folder.is_dir() and not (folder / MANIFEST).exists():
-        tars = tars_in(folder)
-        if tars and not set(tars) & set(ARCHIVES.values()):
-            index_beside(folder, tars)
-        elif not tars and class_folders(folder):
-            return FolderReader(folder)
-    return ShardReader(folder, check=first)
+def _names_tars(part: str) -> bool:
+    return part.endswith(".tar") or any(character in part for character in "*?[")
 
 
 def _tars(parts: Sequence[str]) -> list[Path]:
     """The local tars that are named, in order."""
     found: list[Path] = []
     for part in parts:
-        paths = sorted(glob(part)) if any(character in part for character in "*?[") else [part]
+        paths = [part] if os.path.lexists(part) else sorted(glob(part))
+        if not paths:
+            raise DataError(f"no such file: {part}; complete the shards, or name those that are there")
         if other := [path for path in paths if not path.endswith(".tar")]:
-            raise SettingsError(f"{part} names {some(other)}, but of several names each is a .tar; give one folder, or "
-                                "name the tars")
-        if missing := [path for path in paths if not Path(path).is_file()] or not paths:
-            raise DataError(f"no such file: {part if missing is True else missing[0]}; complete the shards, or name "
-                            "those that are there")
+            raise SettingsError(f"{part} names {some(other)}, but where several are named each is a .tar; give one "
+                                "folder, or name the tars")
         found += [Path(path).absolute() for path in paths]
     return found
 
 
-def _open_remote_folder(url: str, places: Places, first: bool) -> Reader:
-    """A folder that vir-convert wrote and somebody copied there, or one of other tars where the server lists them."""
-    index = fetch_split(url, places.index_dir, places.timeout, first)
-    if index is None:
-        names = open_store(url, places.timeout).names(url)
-        if names is None:
-            raise DataError(f"{shown(url)} has no {MANIFEST}, and the server does not tell what else is there; name "
-                            f"the shards, as {shown(url).rstrip('/')}/NAME-{{0000..1023}}.tar")
-        if not (tars := [name for name in names if name.endswith(".tar")]):
-            raise DataError(f"{shown(url)} has neither a {MANIFEST} nor tars, but {some(names)}; give the folder of one "
-                            "split, or name the shards")
-        index = open_index([f"{url.rstrip('/')}/{name}" for name in tars], places.index_dir, places.timeout, first)
-    return _open_index(index, shown(url), places, first)
-
-
-def _open_index(index: IndexFolder, name: str, places: Places, first: bool) -> Reader:
+def _open_remote(index: IndexFolder, name: str, places: Places, first: bool) -> Reader:
     remote = RemoteShards(index.urls, index.identities, places.timeout)
-    if places.cache is None and (whole := [url for url, found in zip(index.urls, index.identities) if not found.ranged]):
-        raise SettingsError(f"the server of {shown(whole[0])} sends whole files alone, not parts of them: give "
-                            "--data.cache a folder on a disk of this machine, or copy the shards to it")
     access: Access = remote
     if places.cache is not None:
         hashes = [shard.sha256 for shard in read_manifest(index.folder).shards]
         access = CachedShards(remote, places.cache, places.cache_bytes, hashes)
+    elif whole := [url for url, found in zip(index.urls, index.identities) if not found.ranged]:
+        raise SettingsError(f"the server of {shown(whole[0])} sends whole files alone, not parts of them: give "
+                            "--data.cache (vir-evaluate: --cache) a folder on a disk of this machine, or copy the "
+                            "shards to it")
     return ShardReader(index.folder, access, name, check=first)
 
 

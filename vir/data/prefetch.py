@@ -8,9 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vir import launcher
 from vir.data.cache import ChecksumError, NoRoomError, Outcome, Uses
+from vir.data.order import InOrder, SampleOrder
+from vir.data.reader import Reader, ShardReader
 from vir.data.remote_shards import CachedShards
-from vir.data.traffic import Needs, NextUse, fitting
+from vir.data.traffic import Needs, NextUse, fitting, node_shards
 from vir.errors import DataError
 from vir.log import log
 
@@ -165,6 +168,27 @@ class Prefetcher:
         if kind not in self._told:
             self._told.add(kind)
             log.warning("%s", text)
+
+
+def prefetcher_of(reader: Reader, order: SampleOrder | InOrder, *, last_step: int, global_batch_size: int, rank: int,
+                  world_size: int) -> Prefetcher | None:
+    """That of this machine, for the first of its processes, where the reader reads through a cache; else None.
+
+    Args:
+        rank: of this process; those after it are on the same machine.
+        last_step: the batches end before it.
+    """
+    cached = reader.access if isinstance(reader, ShardReader) else None
+    if not isinstance(cached, CachedShards) or launcher.local_rank() != 0:
+        return None
+    ranks = range(rank, min(rank + launcher.local_size(), world_size))
+
+    def uses(first: int, last: int) -> Needs:
+        return node_shards(order, reader.shard_sizes, first_step=first, last_step=last,
+                           global_batch_size=global_batch_size, ranks=ranks, world_size=world_size)
+
+    return Prefetcher(cached, uses, reader.shard_sizes, global_batch_size=global_batch_size,
+                      steps_per_epoch=-(-order.num_samples // global_batch_size), last_step=last_step)
 
 
 class _Ahead:

@@ -68,6 +68,7 @@ class RemoteShards:
     """
 
     joins = _JOINS
+    budget_bytes: int | None = None
 
     def __init__(self, urls: Sequence[str], identities: Sequence[Identity], timeout: float,
                  open_store: Callable[[str, float], Store] = open_store) -> None:
@@ -119,6 +120,10 @@ class CachedShards:
             for shard, (url, identity, sha256) in enumerate(zip(remote.urls, remote.identities,
                                                                 sha256s or [None] * len(remote.urls))))
         self._open()
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.cache.budget_bytes
 
     def _open(self) -> None:
         self._descriptors: dict[int, _Descriptor] = {}

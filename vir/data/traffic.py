@@ -11,7 +11,7 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
-from vir.data.order import SampleOrder
+from vir.data.order import InOrder, SampleOrder
 
 LANES, WINDOW = 64, 2500
 """Without a cache, or with one that has room for them."""
@@ -63,7 +63,7 @@ def working_set(lanes: float, window: int, shard_sizes: Sequence[int]) -> float:
     return min(len(shard_sizes), lanes * (window / (sum(shard_sizes) / len(shard_sizes)) + 1))
 
 
-def node_shards(order: SampleOrder, shard_sizes: Sequence[int], *, first_step: int, last_step: int,
+def node_shards(order: SampleOrder | InOrder, shard_sizes: Sequence[int], *, first_step: int, last_step: int,
                 global_batch_size: int, ranks: range, world_size: int) -> Needs:
     """What these ranks, those of one node, read in steps [first_step, last_step)."""
     per_rank = global_batch_size // world_size
@@ -82,7 +82,7 @@ def _spans(first_step: int, last_step: int, global_batch_size: int) -> Iterator[
         yield first, min(first + length, last_step)
 
 
-def _shards_read(order: SampleOrder, shard_sizes: Sequence[int], first_step: int, last_step: int,
+def _shards_read(order: SampleOrder | InOrder, shard_sizes: Sequence[int], first_step: int, last_step: int,
                  global_batch_size: int, columns: slice) -> np.ndarray:
     """[steps, columns] int64, the shard of each sample of each global batch, in the order in which ranks take them."""
     positions = np.stack([order.global_batch(step * global_batch_size, global_batch_size)[columns]
@@ -156,7 +156,7 @@ class Downloads:
     """Samples that are read in parts, because their shard is not worth a download or there is no room for it."""
 
 
-def downloads(order: SampleOrder, shard_sizes: Sequence[int], shard_bytes: Sequence[int], *, nodes: int,
+def downloads(order: SampleOrder | InOrder, shard_sizes: Sequence[int], shard_bytes: Sequence[int], *, nodes: int,
               global_batch_size: int, budget_bytes: float | None, epoch: int = 0) -> list[Downloads]:
     """What each node fetches in the steps of one epoch, beginning with an empty cache.
 
