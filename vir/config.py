@@ -121,13 +121,19 @@ class DataConfig:
     max_bad_fraction: float = 0.001
     """Share of undecodable samples, replaced by substitutes, above which the run stops."""
 
+    @property
+    def order(self) -> tuple[int, int]:
+        """Lanes and window, once they are chosen."""
+        assert self.lanes is not None and self.window is not None, "chosen at the door"
+        return self.lanes, self.window
+
     def __post_init__(self) -> None:
         _check(self.workers is None or self.workers >= 1, "data.workers", self.workers,
                "at least 1: augmentation seeds its generators per sample and must not touch those of the trainer")
         _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 micro-batch")
         _check(self.lanes is None or self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
         _check(self.window is None or self.window >= 1, "data.window", self.window, "at least 1 sample")
-        _check(self.timeout > 0, "data.timeout", self.timeout, "more than 0 seconds")
+        _check(0 < self.timeout < float("inf"), "data.timeout", self.timeout, "more than 0 seconds")
         _check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
 
 

@@ -38,13 +38,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE.safetensors",
                         help="made by vir-consolidate; names its model itself")
-    parser.add_argument("--data", required=True, metavar="SHARDS/val", help="images, named as by --data.val of vir-train: "
-                        "a folder of shards or of one folder per class, or shards by URL or pattern")
+    parser.add_argument("--data", required=True, metavar="SHARDS/val", help="images, named as for vir-train: folder of "
+                        "shards or of one folder per class, or shards by URL or pattern")
     parser.add_argument("--cache", default="", metavar="DIR", help="keep shards from servers in this folder")
     parser.add_argument("--cache-bytes", default=DataConfig.cache_bytes, metavar="BYTES",
                         help=f"the most that it may hold (default: {DataConfig.cache_bytes})")
-    parser.add_argument("--index-dir", default="", metavar="DIR", help="folder for the indexes of shards that have none "
-                        "beside them (default: vir-at-scale/indexes in the user's cache folder)")
+    parser.add_argument("--index-dir", default="", metavar="DIR", help="folder for the indexes of shards that have "
+                        "none beside them (default: vir-at-scale/indexes in the user's cache folder)")
     parser.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS",
                         help=f"without an answer of a server, after which to give up (default: {DataConfig.timeout:g})")
     parser.add_argument("--mode", choices=MODES, default="auto", help="form of retention (default: auto)")
@@ -136,8 +136,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata, reader: Reader) -> None:
     classes = metadata.model.classes
     if list(classes) != list(reader.classes):
-        raise SettingsError(f"{args.weights} knows {len(classes)} classes, {shown(args.data)} has {len(reader.classes)}, and "
-                            "their lists differ; evaluate on the classes it was trained on")
+        raise SettingsError(f"{args.weights} knows {len(classes)} classes, {shown(args.data)} has "
+                            f"{len(reader.classes)}, and their lists differ; evaluate on the classes it was trained on")
     if not hasattr(model, "set_retention_mode") and (args.mode != "auto" or args.compare_modes):
         raise SettingsError(f"{metadata.model.name} has no retention; leave out --mode and --compare-modes")
 

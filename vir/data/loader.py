@@ -368,7 +368,8 @@ def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
 
     ahead = prefetcher_of(reader, order, last_step=last_step, global_batch_size=global_batch_size, rank=rank,
                           world_size=world_size)
-    make = partial(_train_batch, reader, ahead, transforms.train_transform(augment, model_input), augment, seed, mix_until)
+    make = partial(_train_batch, reader, ahead, transforms.train_transform(augment, model_input), augment, seed,
+                   mix_until)
     # A step takes all its micro-batches at once, and meanwhile those of the next one are made.
     prefetch = max(prefetch, 1 + -(-per_rank // (micro_batch_size * workers)))
     return Batches(make, requests, workers, prefetch, device, patience)

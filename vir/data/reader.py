@@ -101,8 +101,8 @@ class Reader(ABC):
         ends = np.cumsum(self.shard_sizes)
         shard = int(np.searchsorted(ends, i, side="right"))
         start, stop = int(ends[shard]) - self.shard_sizes[shard], int(ends[shard])
-        same = start + np.flatnonzero(self.labels[start:stop] == self.labels[i])
-        same = [int(j) for j in np.concatenate([same[same > i], same[same < i]])]
+        alike = start + np.flatnonzero(self.labels[start:stop] == self.labels[i])
+        same = [int(j) for j in np.concatenate([alike[alike > i], alike[alike < i]])]
         yield from same
         tried = {i, *same}
         for step in range(1, len(self)):

@@ -122,10 +122,10 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
 
 def _order(config: DataConfig, train: Reader) -> str:
     """How samples are shuffled, and what of the shards that has in use on each machine."""
-    assert config.lanes and config.window, "chosen at the door"
-    shards = working_set(config.lanes / launcher.nodes(), config.window, train.shard_sizes)
+    lanes, window = config.order
+    shards = working_set(lanes / launcher.nodes(), window, train.shard_sizes)
     share = shards / len(train.shard_sizes) * sum(train.shard_bytes)
-    line = f"order: {config.lanes} lanes, window {config.window}"
+    line = f"order: {lanes} lanes, window {window}"
     if not train.shard_bytes:
         return line
     line += f"; about {shards:.0f} shards of {share / 1e9:.3g} GB in use at a time on each machine"

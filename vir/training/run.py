@@ -166,7 +166,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
         _describe(prepared, plan, engine, spec, world)
         if first:
             log.info("continuing after step %d", first)
-        order = SampleOrder(config.train.seed, reader.shard_sizes, config.data.lanes, config.data.window)
+        order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order)
         patience = _patience(config, stop, world)
         batches = train_batches(
             reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
