@@ -370,7 +370,7 @@ def experiment(shards: Path, elsewhere: list[str], deepspeed_config: Path, kills
     total = STEPS_PER_KILL * kills
     one, other = folder / "uninterrupted", folder / "killed"
     port = free_port()  # one for all: each start also meets what the one before has left in shared memory
-    place, *settings = elsewhere or [str(shards)]
+    place, *settings = [*elsewhere, "--data.index_dir", str(folder / "indexes")] if elsewhere else [str(shards)]
     samples = len(read_index(shards / "train"))
     commands = [training_command(str(shards), samples, deepspeed_config, total, one, port),
                 training_command(place, samples, deepspeed_config, total, other, port) + settings]

@@ -1,4 +1,5 @@
-"""A run that is killed at random and started again ends as the one that is not; and the comparison sees differences."""
+"""A run that streams from S3, is killed at random and started again ends as one from local shards that is not killed;
+and the comparison sees differences."""
 
 import contextlib
 import io
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from support.launchers import HANGS
+from support.s3_server import S3Server
 from vir.checkpoints.info import LATEST
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, METRICS
@@ -21,10 +23,19 @@ pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
 @pytest.fixture(scope="module")
 def experiment(shards, tmp_path_factory):
-    """Exit code, printed lines and kept folder of an experiment."""
-    folder = tmp_path_factory.mktemp("killed") / "experiment"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = kill_and_resume.main(["--shards", str(shards), "--kills", str(KILLS), "--output", str(folder)])
+    """Exit code, printed lines and kept folder of an experiment; the cache has room for three of seven shards."""
+    tmp = tmp_path_factory.mktemp("killed")
+    folder, cache = tmp / "experiment", tmp / "cache"
+    room = 3 * max(path.stat().st_size for path in (shards / "train").glob("*.tar"))
+    with S3Server() as server:
+        server.upload_folder(shards)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            code = kill_and_resume.main([
+                "--shards", str(shards), "--kills", str(KILLS), "--output", str(folder), "--killed-shards",
+                server.url("").rstrip("/"), "--cache", str(cache), "--cache-bytes", str(room)])
+        asked = {path.split("?")[0] for method, path, status in server.requests() if method == "GET" and status < 300}
+    assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= room
+    assert len(asked) > 7, asked  # the shards, and what lies beside them
     return code, printed.getvalue().splitlines(), folder
 
 

@@ -21,7 +21,7 @@ _PACKAGES = ("deepspeed", "timm", "webdataset")
 
 def describe_environment(world: World) -> Iterator[str]:
     """Lines for people: the command line, versions, hosts with their devices. Collective."""
-    yield f"command: {shlex.join(sys.orig_argv)}"
+    yield f"command: {shlex.join(map(shown, sys.orig_argv))}"
     accelerator = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     others = (f"{name} {metadata.version(name)}" for name in _PACKAGES)
     yield (f"vir-at-scale {vir.__version__}, Python {platform.python_version()}, torch {torch.__version__} "
