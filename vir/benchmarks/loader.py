@@ -38,6 +38,7 @@ _BATCH = 64
 _PREFETCH = 2
 """Batches that each worker makes ahead."""
 _SHARDS = 20
+"""About; every worker of a peer must have some."""
 _LANES, _WINDOW = 64, 2500
 _INPUT = InputSpec(size=(3, 224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.875)
 
@@ -97,12 +98,10 @@ def benchmark(settings: Settings, command: str) -> str:
     return markdown(columns, cells)
 
 
-# ---- what is measured
-
-
 def _rows(place: Path, settings: Settings) -> list[_Row]:
     transform = transforms.train_transform(AugmentConfig(), _INPUT)
-    shards = _convert(place, settings.images)
+    small = convert.Settings(samples_per_shard=max(1, settings.images // _SHARDS))
+    shards = convert.convert(place / "src", "train", place / "shards", small, workers=1).folder
     readers = {"folder": FolderReader(place / "src" / "train"), "shards": ShardReader(shards)}
     rows = []
     for workers, latency in itertools.product(settings.workers, settings.latency):
@@ -113,12 +112,6 @@ def _rows(place: Path, settings: Settings) -> list[_Row]:
         if not latency:  # it reads shards from end to end, not image by image
             rows.append(_Row("webdataset", workers, latency, partial(_webdataset, shards, transform, workers)))
     return rows
-
-
-def _convert(place: Path, images: int) -> Path:
-    """The folder of the shards, of which every worker of a peer must have some."""
-    settings = convert.Settings(samples_per_shard=max(1, images // _SHARDS))
-    return convert.convert(place / "src", "train", place / "shards", settings, workers=1).folder
 
 
 def _ours(reader: Reader, workers: int) -> Iterator[Any]:
@@ -157,9 +150,6 @@ def _webdataset(folder: Path, transform: Callable[[Image.Image], np.ndarray], wo
     dataset = webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=_SHARDS).shuffle(_WINDOW)
     dataset = dataset.decode("pilrgb").to_tuple("jpg", "cls").map_tuple(transform).repeat()
     return iter(DataLoader(dataset, _BATCH, num_workers=workers, prefetch_factor=_PREFETCH))
-
-
-# ---- how
 
 
 def _rates(row: _Row, images: int) -> tuple[float, float | None]:
