@@ -116,7 +116,7 @@ PASSING = {
 WAITING = ("stall", "silent", "slow")
 
 
-@pytest.mark.parametrize("name", PASSING.keys() - WAITING)
+@pytest.mark.parametrize("name", [name for name in PASSING if name not in WAITING])
 def test_what_passes_is_tried_again(server, name):
     store, url, identity = opened(server)
     server.lie(PASSING[name], PASSING[name])
@@ -136,7 +136,7 @@ def test_whoever_is_silent_or_slow_is_asked_anew(server, name, impatient):
     assert len(server.requests) >= 3
 
 
-@pytest.mark.parametrize("name", PASSING.keys() - {*WAITING, "all of it"})  # of a whole download that is what was asked for
+@pytest.mark.parametrize("name", [name for name in PASSING if name not in (*WAITING, "all of it")])
 def test_a_download_survives_what_passes(server, name):
     store, url, identity = opened(server)
     server.lie(PASSING[name], PASSING[name])
@@ -184,13 +184,13 @@ def test_many_breaks_cost_no_time_as_long_as_bytes_come(server):
                                  Lie(sends=0, ends="stall"), Lie(sends=1000), Lie(waits=30.0), Lie(shift=1),
                                  Lie(bytes_per_second=5000), Lie(more=b"x", counted=False)])
 def test_never_a_hang_beyond_the_timeout(server, lie, impatient):
-    store, url, identity = opened(server, timeout=0.5)
+    store, url, identity = opened(server, timeout=0.4)
     server.always(lie)
     for attempt in (lambda: store.read(url, 0, 400_000, identity), lambda: whole(store, url, identity)):
         began = time.monotonic()
-        with pytest.raises(StoreError, match=r"for 0.5 s failed as well; see whether the server.*--data.timeout"):
+        with pytest.raises(StoreError, match=r"for 0.4 s failed as well; see whether the server.*--data.timeout"):
             attempt()
-        assert 0.25 < time.monotonic() - began < 1.5
+        assert 0.2 < time.monotonic() - began < 1.5
 
 
 def test_retry_after_is_kept_to(server):
@@ -478,7 +478,7 @@ SECRETS = "user:pass-secret@", "?X-Signature=query-secret", "#fragment-secret"
 @pytest.mark.parametrize("lie", [*PASSING.values(), *(lie for lie, _ in FINAL.values()), Lie(tag='"x"'),
                                  Lie(status=302, headers={"Location": "file:///x?y=query-secret"})])
 def test_no_message_has_a_secret(server, lie, impatient):
-    store, _, identity = opened(server, timeout=0.2)
+    store, _, identity = opened(server, timeout=0.05)
     url = server.url(PATH, user="user:pass-secret") + "?X-Signature=query-secret#fragment-secret"
     server.always(lie)
     for call in (lambda: store.stat(url), lambda: store.read(url, 0, 300_000, identity),
