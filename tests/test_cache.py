@@ -201,7 +201,7 @@ def test_eight_processes_that_want_a_shard_make_one_download(cache, tmp_path):
             outcomes.append(cache.fill(entry_of(content), blocks).outcome)
         assert cache.find(entry_of(content)).read_bytes() == content
 
-    processes = [fork.Process(target=race) for _ in range(8)]
+    processes = [fork.Process(target=race, daemon=True) for _ in range(8)]
     for process in processes:
         process.start()
     for process in processes:
@@ -220,7 +220,7 @@ def test_a_killed_download_is_never_whole_and_goes_when_its_writer_has(cache, tm
         begun.touch()
         time.sleep(60)
 
-    writer = fork.Process(target=cache.fill, args=(entry_of(content), hangs))
+    writer = fork.Process(target=cache.fill, args=(entry_of(content), hangs), daemon=True)
     writer.start()
     within(10, begun.exists)
     leftover, = cache.folder.glob("*.tmp")

@@ -80,10 +80,10 @@ def test_threads_a_fork_and_a_copy_read_the_same(cached, remote):
     for access in (cached, pickle.loads(pickle.dumps(cached))):
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda part: access.read(*part), wanted)) == expected
-    process = fork.Process(target=lambda: os._exit([cached.read(*part) for part in wanted] != expected))
-    process.start()
-    process.join(10)
-    assert process.exitcode == 0
+    child = fork.Process(target=lambda: os._exit([cached.read(*part) for part in wanted] != expected), daemon=True)
+    child.start()
+    child.join(10)
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("is_open", [True, False])
@@ -139,7 +139,7 @@ class TestWithoutRanges:
         def reads():
             assert cached.read(0, 200_000, 1000) == content(remote, 0, 200_000, 1000)
 
-        processes = [fork.Process(target=reads) for _ in range(4)]
+        processes = [fork.Process(target=reads, daemon=True) for _ in range(4)]
         for process in processes:
             process.start()
         within(10, lambda: store.noted())
@@ -187,7 +187,7 @@ def test_threads_count_without_loss():
 def test_a_fork_while_a_thread_counts_can_count():
     traffic = Traffic()
     with traffic._lock:
-        process = fork.Process(target=traffic.add, kwargs={"downloads": 1})
+        process = fork.Process(target=traffic.add, kwargs={"downloads": 1}, daemon=True)
         process.start()
         process.join(10)
     assert process.exitcode == 0
