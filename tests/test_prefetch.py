@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.file_store import FileStore, make_shards, within
-from tests.test_cache import small_disk  # noqa: F401
+from tests.support.small_disk import small_disk  # noqa: F401
 from vir.data import prefetch
 from vir.data.order import SampleOrder
 from vir.data.prefetch import Prefetcher

@@ -65,7 +65,7 @@ def test_where_is_without_secrets(store):
 
 def test_whole_shards_come_from_the_cache(cached, remote, store):
     assert cached.read(0, 5, 100) == content(remote, 0, 5, 100)
-    assert cached.download(0).outcome is Outcome.DOWNLOADED
+    assert cached.download(0) is Outcome.DOWNLOADED
     assert cached.read(0, 200_000, 100_000) == content(remote, 0, 200_000, 100_000)
     cached.expect(0, 5, 100)
     cached.expect(1, 5, 100)
@@ -218,7 +218,7 @@ class TestOverHttp:
 
         def races():
             starts.wait(10)
-            while cached.download(0).outcome is Outcome.LOCKED:
+            while cached.download(0) is Outcome.LOCKED:
                 time.sleep(0.005)
             assert cached.read(0, 1_000_001, 999) == self.CONTENT[1_000_001:1_001_000]
 
@@ -252,5 +252,5 @@ class TestOverHttp:
 
     def test_an_answer_that_breaks_off_is_gone_on_with(self, server, cached):
         server.lie(Lie(sends=700_000, ends="reset"))
-        assert cached.download(0).outcome is Outcome.DOWNLOADED
+        assert cached.download(0) is Outcome.DOWNLOADED
         assert cached.read(0, 699_000, 2000) == self.CONTENT[699_000:701_000]
