@@ -10,13 +10,13 @@ import time
 import pytest
 
 from tests.support.file_store import within
+from tests.support.small_disk import small_disk  # noqa: F401
 from vir.data.cache import (
     RECENT_S,
     Cache,
     ChecksumError,
     Entry,
     File,
-    Filled,
     NoRoomError,
     Outcome,
     Uses,
@@ -36,8 +36,9 @@ def entry_of(content, name="a", **fields):
                     "sha256": hashlib.sha256(content).hexdigest(), **fields})
 
 
-def fill(cache, content, name, uses=Uses(), **fields):
-    return cache.fill(entry_of(content, name, **fields), lambda: [content[:10], content[10:]], uses)
+def fill(cache, content, name, uses=Uses(), gone=None, **fields):
+    evicted = [] if gone is None else gone
+    return cache.fill(entry_of(content, name, **fields), lambda: [content[:10], content[10:]], uses, evicted.append)
 
 
 def names(folder):
@@ -47,21 +48,6 @@ def names(folder):
 @pytest.fixture
 def cache(tmp_path):
     return Cache(tmp_path / "made" / "cache", 100 * KB)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True,
-                          timeout=10)
-    if done.returncode:
-        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True, timeout=10)
 
 
 @pytest.mark.parametrize("text, size", [
@@ -105,8 +91,8 @@ def test_what_goes_first():
 def test_a_shard_is_whole_or_not_there(cache):
     content = os.urandom(5000)
     assert cache.find(entry_of(content)) is None and cache.open(entry_of(content)) is None
-    assert fill(cache, content, "a") == Filled(Outcome.DOWNLOADED)
-    assert fill(cache, content, "a") == Filled(Outcome.PRESENT)
+    assert fill(cache, content, "a") is Outcome.DOWNLOADED
+    assert fill(cache, content, "a") is Outcome.PRESENT
     assert cache.find(entry_of(content)).read_bytes() == content
     assert names(cache.folder) == ["a.tar"]
     with open(cache.open(entry_of(content)), "rb") as file:
@@ -133,15 +119,16 @@ def test_a_failing_download_leaves_nothing(cache):
     with pytest.raises(DataError, match="gone"):
         cache.fill(entry_of(b"x" * 100), breaks)
     assert names(cache.folder) == []
-    assert fill(cache, b"x" * 100, "a").outcome is Outcome.DOWNLOADED
+    assert fill(cache, b"x" * 100, "a") is Outcome.DOWNLOADED
 
 
 def test_the_budget_holds_and_the_farthest_use_goes(cache):
     content = bytes(30 * KB)
     uses = Uses({f"{name}.tar" for name in "abcde"}, [f"{name}.tar" for name in "adbc"])
     for name in "abc":
-        assert fill(cache, content, name, uses) == Filled(Outcome.DOWNLOADED)
-    assert fill(cache, content, "d", uses) == Filled(Outcome.DOWNLOADED, ("c.tar",))
+        assert fill(cache, content, name, uses) is Outcome.DOWNLOADED
+    gone = []
+    assert fill(cache, content, "d", uses, gone) is Outcome.DOWNLOADED and gone == ["c.tar"]
     assert names(cache.folder) == ["a.tar", "b.tar", "d.tar"]
     with pytest.raises(NoRoomError, match=rf"http://host/c\.tar has {30 * KB} bytes, for which the cache .*cache has "
                                           rf"no room among its {100 * KB}; raise --data\.cache_bytes"):
@@ -149,17 +136,30 @@ def test_the_budget_holds_and_the_farthest_use_goes(cache):
     assert names(cache.folder) == ["a.tar", "b.tar", "d.tar"]
 
 
+def test_nothing_goes_for_a_shard_that_does_not_come(cache):
+    fill(cache, bytes(90 * KB), "a")
+
+    def breaks():
+        raise DataError("no answer")
+        yield
+
+    with pytest.raises(DataError, match="no answer"):
+        cache.fill(entry_of(bytes(90 * KB), "b"), breaks)
+    assert names(cache.folder) == ["a.tar"]
+
+
 def test_what_is_being_written_counts(cache):
     gone = []
 
     def during():
+        yield bytes(10)  # it takes its room when its server answers
         with pytest.raises(NoRoomError):
             fill(cache, bytes(41 * KB), "b")
         gone.append(fill(cache, bytes(40 * KB), "b"))
-        yield bytes(60 * KB)
+        yield bytes(60 * KB - 10)
 
-    assert cache.fill(entry_of(bytes(60 * KB)), during) == Filled(Outcome.DOWNLOADED)
-    assert gone == [Filled(Outcome.DOWNLOADED)]
+    assert cache.fill(entry_of(bytes(60 * KB)), during) is Outcome.DOWNLOADED
+    assert gone == [Outcome.DOWNLOADED]
     assert names(cache.folder) == ["a.tar", "b.tar"]
 
 
@@ -179,7 +179,7 @@ def test_what_was_changed_behind_our_back_is_not_there_and_comes_again(cache, sp
     fill(cache, b"x" * 100, "a")
     spoil(cache.folder / "a.tar")
     assert cache.find(entry) is None and cache.open(entry) is None and not cache.touch(entry)
-    assert fill(cache, b"x" * 100, "a").outcome is Outcome.DOWNLOADED
+    assert fill(cache, b"x" * 100, "a") is Outcome.DOWNLOADED
     assert cache.find(entry).read_bytes() == b"x" * 100
 
 
@@ -195,13 +195,13 @@ def test_eight_processes_that_want_a_shard_make_one_download(cache, tmp_path):
 
     def race():
         starts.wait(10)
-        outcomes = [cache.fill(entry_of(content), blocks).outcome]
+        outcomes = [cache.fill(entry_of(content), blocks)]
         while outcomes[-1] is Outcome.LOCKED:
             time.sleep(0.005)
-            outcomes.append(cache.fill(entry_of(content), blocks).outcome)
+            outcomes.append(cache.fill(entry_of(content), blocks))
         assert cache.find(entry_of(content)).read_bytes() == content
 
-    processes = [fork.Process(target=race) for _ in range(8)]
+    processes = [fork.Process(target=race, daemon=True) for _ in range(8)]
     for process in processes:
         process.start()
     for process in processes:
@@ -220,13 +220,13 @@ def test_a_killed_download_is_never_whole_and_goes_when_its_writer_has(cache, tm
         begun.touch()
         time.sleep(60)
 
-    writer = fork.Process(target=cache.fill, args=(entry_of(content), hangs))
+    writer = fork.Process(target=cache.fill, args=(entry_of(content), hangs), daemon=True)
     writer.start()
     within(10, begun.exists)
     leftover, = cache.folder.glob("*.tmp")
     os.utime(leftover, (1, 1))
     assert cache.progress(entry_of(content)) == 1 and cache.progress(entry_of(content, "b")) == 0
-    assert fill(cache, content, "a") == Filled(Outcome.LOCKED)
+    assert fill(cache, content, "a") is Outcome.LOCKED
     fill(cache, b"x" * 10, "b")
     assert leftover.exists() and cache.find(entry_of(content)) is None
     os.kill(writer.pid, signal.SIGKILL)
@@ -234,11 +234,11 @@ def test_a_killed_download_is_never_whole_and_goes_when_its_writer_has(cache, tm
     assert cache.find(entry_of(content)) is None
     fill(cache, b"x" * 10, "c")  # another shard, by another process
     assert names(cache.folder) == ["b.tar", "c.tar"]
-    assert fill(cache, content, "a") == Filled(Outcome.DOWNLOADED)
+    assert fill(cache, content, "a") is Outcome.DOWNLOADED
     assert cache.find(entry_of(content)).read_bytes() == content
 
 
-def test_a_full_disk_lowers_the_budget(small_disk):
+def test_a_full_disk_lowers_the_budget(small_disk):  # noqa: F811
     cache = Cache(small_disk / "cache", 10**9)
     content = os.urandom(300 * KB)
     for name in "abc":
@@ -247,11 +247,12 @@ def test_a_full_disk_lowers_the_budget(small_disk):
         fill(cache, content, "d")
     assert names(cache.folder) == ["a.tar", "b.tar", "c.tar"] and cache.budget_bytes == 900 * KB
     uses = Uses({"a.tar", "b.tar", "c.tar", "d.tar"}, ["d.tar", "b.tar", "c.tar"])
-    assert fill(cache, content, "d", uses) == Filled(Outcome.DOWNLOADED, ("a.tar",))
+    gone = []
+    assert fill(cache, content, "d", uses, gone) is Outcome.DOWNLOADED and gone == ["a.tar"]
     assert names(cache.folder) == ["b.tar", "c.tar", "d.tar"]
 
 
-def test_a_read_only_cache_gives_what_it_has(small_disk):
+def test_a_read_only_cache_gives_what_it_has(small_disk):  # noqa: F811
     cache = Cache(small_disk / "cache", 10**6)
     fill(cache, b"x" * 100, "a")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True, timeout=10)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.file_store import FileStore, make_shards, within
-from tests.test_cache import small_disk  # noqa: F401
+from tests.support.small_disk import small_disk  # noqa: F401
 from vir.data import prefetch
 from vir.data.order import SampleOrder
 from vir.data.prefetch import Prefetcher
@@ -152,7 +152,7 @@ def test_two_runs_on_a_node_download_once(tmp_path):
         within(10, lambda: len(present(cached)) == SHARDS)
         prefetcher.close(5)
 
-    processes = [fork.Process(target=one) for _ in range(2)]
+    processes = [fork.Process(target=one, daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -276,7 +276,7 @@ def test_it_starts_in_the_process_that_advances(tmp_path):
         prefetcher.advance(0)
         within(10, lambda: len(present(cached)) == SHARDS)
 
-    process = fork.Process(target=child)  # which ends without close
+    process = fork.Process(target=child, daemon=True)  # which ends without close
     process.start()
     process.join(10)
     assert process.exitcode == 0 and prefetcher._thread is None

@@ -1,5 +1,6 @@
 """Shards on a server in parts, and from a cache: which bytes, from where, and what happens when either fails."""
 
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -10,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.support.file_store import FileStore, make_shards, within
+from tests.support.http_server import HttpServer, Lie
 from vir.data.cache import Outcome
 from vir.data.remote_shards import CachedShards, RemoteShards, Traffic
+from vir.data.stores.choose import open_store
 from vir.data.stores.store import MissingError, StoreError
 from vir.errors import DataError
 
@@ -62,7 +65,7 @@ def test_where_is_without_secrets(store):
 
 def test_whole_shards_come_from_the_cache(cached, remote, store):
     assert cached.read(0, 5, 100) == content(remote, 0, 5, 100)
-    assert cached.download(0).outcome is Outcome.DOWNLOADED
+    assert cached.download(0) is Outcome.DOWNLOADED
     assert cached.read(0, 200_000, 100_000) == content(remote, 0, 200_000, 100_000)
     cached.expect(0, 5, 100)
     cached.expect(1, 5, 100)
@@ -80,10 +83,10 @@ def test_threads_a_fork_and_a_copy_read_the_same(cached, remote):
     for access in (cached, pickle.loads(pickle.dumps(cached))):
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda part: access.read(*part), wanted)) == expected
-    process = fork.Process(target=lambda: os._exit([cached.read(*part) for part in wanted] != expected))
-    process.start()
-    process.join(10)
-    assert process.exitcode == 0
+    child = fork.Process(target=lambda: os._exit([cached.read(*part) for part in wanted] != expected), daemon=True)
+    child.start()
+    child.join(10)
+    assert child.exitcode == 0
 
 
 @pytest.mark.parametrize("is_open", [True, False])
@@ -139,7 +142,7 @@ class TestWithoutRanges:
         def reads():
             assert cached.read(0, 200_000, 1000) == content(remote, 0, 200_000, 1000)
 
-        processes = [fork.Process(target=reads) for _ in range(4)]
+        processes = [fork.Process(target=reads, daemon=True) for _ in range(4)]
         for process in processes:
             process.start()
         within(10, lambda: store.noted())
@@ -187,7 +190,67 @@ def test_threads_count_without_loss():
 def test_a_fork_while_a_thread_counts_can_count():
     traffic = Traffic()
     with traffic._lock:
-        process = fork.Process(target=traffic.add, kwargs={"downloads": 1})
+        process = fork.Process(target=traffic.add, kwargs={"downloads": 1}, daemon=True)
         process.start()
         process.join(10)
     assert process.exitcode == 0
+
+
+class TestOverHttp:
+    """By the store that belongs to the URL."""
+
+    CONTENT = bytes(range(256)) * 8000
+
+    @pytest.fixture
+    def server(self):
+        with HttpServer({"/0.tar": self.CONTENT, "/1.tar": self.CONTENT[::-1]}) as server:
+            yield server
+
+    @pytest.fixture
+    def cached(self, server, tmp_path):
+        urls = [server.url(f"/{shard}.tar") for shard in range(2)]
+        store = open_store(urls[0], 2.0)
+        return CachedShards(RemoteShards(urls, [store.stat(url) for url in urls], 2.0), tmp_path / "cache", 10**7,
+                            [hashlib.sha256(self.CONTENT).hexdigest(), None])
+
+    def test_eight_processes_make_one_download(self, server, cached):
+        starts = fork.Barrier(8)
+
+        def races():
+            starts.wait(10)
+            while cached.download(0) is Outcome.LOCKED:
+                time.sleep(0.005)
+            assert cached.read(0, 1_000_001, 999) == self.CONTENT[1_000_001:1_001_000]
+
+        server.forget()
+        server.always(Lie(waits=0.2))
+        processes = [fork.Process(target=races, daemon=True) for _ in range(8)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(20)
+        assert [process.exitcode for process in processes] == [0] * 8
+        assert server.bytes_of == {"/0.tar": len(self.CONTENT)}
+
+    def test_what_is_whole_needs_no_server(self, server, cached):
+        cached.download(0)
+        server.stop()
+        assert cached.read(0, 5, 10) == self.CONTENT[5:15]
+        with pytest.raises(StoreError, match=r"1\.tar"):
+            cached.read(1, 5, 10)
+        server.start()
+        assert cached.read(1, 5, 10) == self.CONTENT[::-1][5:15]
+
+    def test_a_shard_that_is_replaced_is_never_mixed(self, server, cached):
+        cached.download(0)
+        server.content["/0.tar"] = server.content["/1.tar"] = bytes(len(self.CONTENT))
+        assert cached.read(0, 5, 10) == self.CONTENT[5:15]  # those that the run has begun with
+        for read in (lambda: cached.read(1, 5, 10), lambda: cached.download(1)):
+            with pytest.raises(StoreError, match="changed on the server"):
+                read()
+        assert [path.name for path in cached.cache.folder.glob("*.tar")] == [cached.entries[0].name]
+
+    def test_an_answer_that_breaks_off_is_gone_on_with(self, server, cached):
+        server.lie(Lie(sends=700_000, ends="reset"))
+        assert cached.download(0) is Outcome.DOWNLOADED
+        assert cached.read(0, 699_000, 2000) == self.CONTENT[699_000:701_000]

@@ -128,7 +128,7 @@ def test_the_one_that_goes_is_that_with_the_farthest_next_use():
 
 
 @pytest.mark.parametrize("nodes, global_batch_size", [
-    (1, 4096), (3, 3072), (8, 8192), (24, 6144), (128, 8192)])
+    (1, 4096), (3, 3072), (24, 6144), (128, 8192)])
 def test_nodes_share_the_downloads_of_an_epoch(nodes, global_batch_size):
     """ImageNet's shards, and a cache that has just room for the working set: at most 1.15 downloads per shard."""
     budget = working_set(max(LANES, nodes) / nodes, WINDOW, IMAGENET) * SHARD_BYTES / 0.8 + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import errno
 import hashlib
+import itertools
 import os
 import re
 import time
@@ -99,12 +100,6 @@ class Outcome(enum.Enum):
     """Another process or thread downloads it."""
 
 
-class Filled(NamedTuple):
-    outcome: Outcome
-    evicted: tuple[str, ...] = ()
-    """The names of files that went for it."""
-
-
 class Uses(NamedTuple):
     """What a run does with a cache."""
 
@@ -186,12 +181,14 @@ class Cache:
                 times.append(path.stat().st_mtime)
         return max(times)
 
-    def fill(self, entry: Entry, blocks: Callable[[], Iterable[bytes]], uses: Uses = Uses()) -> Filled:
+    def fill(self, entry: Entry, blocks: Callable[[], Iterable[bytes]], uses: Uses = Uses(),
+             evicted: Callable[[str], None] = lambda name: None) -> Outcome:
         """Download it, unless it is there or somebody else is about it.
 
         Args:
             blocks: begins the download.
             uses: what is needed sooner than this shard does not go for it.
+            evicted: called with the name of each file that goes.
 
         Raises:
             ChecksumError: other bytes came than the manifest says.
@@ -204,11 +201,12 @@ class Cache:
         try:
             held = lock(locked)
         except BlockingIOError:
-            return Filled(Outcome.LOCKED)
+            return Outcome.LOCKED
         try:
             if self.find(entry):
-                return Filled(Outcome.PRESENT)
-            return Filled(Outcome.DOWNLOADED, self._download(entry, blocks, uses))
+                return Outcome.PRESENT
+            self._download(entry, blocks, uses, evicted)
+            return Outcome.DOWNLOADED
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self.budget_bytes = min(self.budget_bytes, sum(file.size for file in self._files(SHARD, TEMPORARY)))
@@ -218,16 +216,18 @@ class Cache:
                 locked.unlink()
             unlock(held)
 
-    def _download(self, entry: Entry, blocks: Callable[[], Iterable[bytes]], uses: Uses) -> tuple[str, ...]:
+    def _download(self, entry: Entry, blocks: Callable[[], Iterable[bytes]], uses: Uses,
+                  evicted: Callable[[str], None]) -> None:
+        coming = iter(blocks())
+        first = next(coming, b"")  # nothing goes for a shard whose server does not answer
         path = self.folder / entry.name
         with replacing(path) as temporary:
             with self._room_locked():
                 self._remove_leftovers(entry.name)
-                evicted = self._make_room(entry, uses)
+                self._make_room(entry, uses, evicted)
                 _reserve(temporary, entry.size)
             with temporary.open("r+b") as file:
-                _write(file, entry, blocks())
-        return evicted
+                _write(file, entry, itertools.chain([first], coming))
 
     @contextmanager
     def _room_locked(self) -> Iterator[None]:
@@ -247,8 +247,8 @@ class Cache:
         finally:
             unlock(held)
 
-    def _make_room(self, entry: Entry, uses: Uses) -> tuple[str, ...]:
-        """Let files go until this shard fits; which ones went."""
+    def _make_room(self, entry: Entry, uses: Uses, evicted: Callable[[str], None]) -> None:
+        """Let files go until this shard fits."""
         over = entry.size + sum(file.size for file in self._files(SHARD, TEMPORARY)) - self.budget_bytes
         gone = []
         for file in victims(self._files(SHARD), entry.name, uses, time.time()):
@@ -261,7 +261,7 @@ class Cache:
                               f"among its {self.budget_bytes}; raise --data.cache_bytes")
         for file in gone:
             (self.folder / file.name).unlink(missing_ok=True)
-        return tuple(file.name for file in gone)
+            evicted(file.name)
 
     def _files(self, *ends: str) -> list[File]:
         """Those whose names end so: whole shards, or what is being written."""

@@ -130,39 +130,41 @@ class Prefetcher:
         return self._again_at.get(shard, 0.0) <= now
 
     def _download(self, shard: int, uses: Uses) -> None:
+        self._again_at[shard] = time.monotonic() + _AGAIN_S  # before it is there, where another thread may let it go
         try:
-            wait = self._fetched(shard, uses)
-        except ChecksumError as error:
-            wait = 0.0
-            if shard in self._checksums:  # what readers get is checked too, and told sample by sample
-                self._tell("checksum", f"{error}; it is read in parts instead of being cached")
-                wait = float("inf")
-            self._checksums.add(shard)
-        except NoRoomError:  # until what is under way has its name, or other runs have let go
-            wait = _POLL_S
-        except DataError as error:  # readers will tell, if it lasts
-            self._tell("store", f"{error}; it is not cached for {_PENALTY_S:.0f} s")
-            wait = _PENALTY_S
-        except OSError as error:
-            self._tell("disk", f"the cache {self._cached.cache.folder} takes no more: {error.strerror or error}; what "
-                               "it has not is read in parts from the server; make room, or give another --data.cache")
-            wait = _PENALTY_S
-        except Exception as error:  # as in _run
-            self._tell("defect", f"a shard was not downloaded ahead: {type(error).__name__}: {error}")
-            wait = _PENALTY_S
+            outcome = self._cached.download(shard, uses, self._let_go)
+            wait = _POLL_S if outcome is Outcome.LOCKED else _LOOK_S
+        except Exception as error:
+            outcome, wait = None, self._wait_after(shard, error)
+        if outcome is not Outcome.DOWNLOADED:
+            self._again_at.pop(shard, None)
         self._look_at[shard] = time.monotonic() + wait
         del self._under_way[shard]
         self._wake.set()
 
-    def _fetched(self, shard: int, uses: Uses) -> float:
-        """Download it; the seconds after which it is to be looked at again."""
-        filled = self._cached.download(shard, uses)
-        for name in filled.evicted:  # what this run has let go may come back
-            self._look_at.pop(self._numbers.get(name, -1), None)
-            self._again_at.pop(self._numbers.get(name, -1), None)
-        if filled.outcome is Outcome.DOWNLOADED:
-            self._again_at[shard] = time.monotonic() + _AGAIN_S
-        return _POLL_S if filled.outcome is Outcome.LOCKED else _LOOK_S
+    def _wait_after(self, shard: int, error: Exception) -> float:
+        """Tell what has failed; the seconds after which the shard is tried again."""
+        if isinstance(error, NoRoomError):  # until what is under way has its name, or other runs have let go
+            return _POLL_S
+        if isinstance(error, ChecksumError) and shard not in self._checksums:
+            self._checksums.add(shard)
+            return 0.0
+        if isinstance(error, ChecksumError):  # what readers get is checked too, and told sample by sample
+            self._tell("checksum", f"{error}; it is read in parts instead of being cached")
+            return float("inf")
+        if isinstance(error, DataError):  # readers will tell, if it lasts
+            self._tell("store", f"{error}; it is not cached for {_PENALTY_S:.0f} s")
+        elif isinstance(error, OSError):
+            self._tell("disk", f"the cache {self._cached.cache.folder} takes no more: {error.strerror or error}; what "
+                               "it has not is read in parts from the server; make room, or give another --data.cache")
+        else:  # as in _run
+            self._tell("defect", f"a shard was not downloaded ahead: {type(error).__name__}: {error}")
+        return _PENALTY_S
+
+    def _let_go(self, name: str) -> None:
+        """What this run itself has removed may come back."""
+        for times in (self._look_at, self._again_at):
+            times.pop(self._numbers.get(name, -1), None)
 
     def _tell(self, kind: str, text: str) -> None:
         if kind not in self._told:

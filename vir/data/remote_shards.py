@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from vir.addresses import shown
-from vir.data.cache import Cache, Entry, Filled, Outcome, Uses, cache_name
+from vir.data.cache import Cache, Entry, Outcome, Uses, cache_name
 from vir.data.stores.choose import open_store
 from vir.data.stores.store import Identity, Store, StoreError
 from vir.errors import DataError
@@ -155,13 +155,16 @@ class CachedShards:
     def where(self, shard: int) -> str:
         return self.entries[shard].where
 
-    def download(self, shard: int, uses: Uses = Uses()) -> Filled:
+    def download(self, shard: int, uses: Uses = Uses(), evicted: Callable[[str], None] = lambda name: None) -> Outcome:
         """Bring a shard into the cache; see Cache.fill."""
-        filled = self.cache.fill(self.entries[shard], functools.partial(self.remote.blocks, shard), uses)
-        self.traffic.add(evictions=len(filled.evicted))
-        if filled.outcome is Outcome.DOWNLOADED:
+        def gone(name: str) -> None:
+            self.traffic.add(evictions=1)
+            evicted(name)
+
+        outcome = self.cache.fill(self.entries[shard], functools.partial(self.remote.blocks, shard), uses, gone)
+        if outcome is Outcome.DOWNLOADED:
             self.traffic.add(downloads=1, downloaded_bytes=self.entries[shard].size)
-        return filled
+        return outcome
 
     def _cached(self, shard: int, offset: int, size: int) -> bytes | None:
         """These bytes from the cache; None where it has them not, or its disk fails."""
@@ -191,12 +194,12 @@ class CachedShards:
                 raise StoreError(f"{entry.where} cannot be read in parts, and was not in the cache {self.cache.folder} "
                                  f"after {self.remote.timeout:g} s; raise --data.timeout or --data.cache_bytes")
             try:
-                filled = self.download(shard)
+                outcome = self.download(shard)
             except OSError as error:
                 raise DataError(f"{entry.where} cannot be read in parts, and not be kept in the cache "
                                 f"{self.cache.folder} either: {error.strerror or error}; make room there or give "
                                 "another folder to --data.cache") from error
-            if filled.outcome is Outcome.LOCKED:
+            if outcome is Outcome.LOCKED:
                 time.sleep(_POLL_S)
                 progress = max(progress, self.cache.progress(entry))
         return data
