@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # How far up in the house each file of vir/ and each room stands; imports go from higher to lower.
-BASE = {"arithmetic": 0, "errors": 0, "files": 0, "streams": 0, "config": 1, "launcher": 1, "log": 1, "cli": 2,
-        "distributed": 2, "flags": 2, "run_folder": 3}
+BASE = {"arithmetic": 0, "errors": 0, "files": 0, "streams": 0, "addresses": 1, "config": 1, "launcher": 1, "log": 1,
+        "cli": 2, "distributed": 2, "flags": 2, "run_folder": 3}
 ROOMS = {"cluster": 4, "models": 4, "data": 5, "checkpoints": 5, "engine": 6, "reports": 6, "evaluation": 7,
          "training": 8, "benchmarks": 9}
 ENTRY = 10  # vir/train.py and its like
@@ -42,6 +42,10 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.training": "test_benchmark_training.py",
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
+    "vir.data.stores.choose": "test_objects.py: which store has which URL",
+    "vir.data.stores.connections": "test_http.py: redirects, logins, proxies, forks",
+    "vir.data.stores.retries": "test_http.py: by the servers that make it wait",
+    "vir.data.stores.store": "test_http.py: what all stores promise",
     "vir.data.tasks": "test_convert.py: in processes of its own, and by hand",
     "vir.data.work_folder": "test_convert.py: killed between any two changes",
     "vir.data.worker": "test_loader.py: in processes that are its workers",

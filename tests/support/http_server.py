@@ -66,6 +66,8 @@ class Request:
     headers: dict[str, str]
     """Names in small letters."""
     status: int
+    connection: int
+    """The client's port: requests with one number came over one connection."""
 
     @property
     def range(self) -> str | None:
@@ -90,7 +92,7 @@ class HttpServer:
         self.content, self.ranged, self.tagged, self.latency = content, ranged, tagged, latency
         self.login, self.certificate, self.host = login, certificate, host
         self.requests: list[Request] = []
-        """In the order in which their headers were answered."""
+        """In the order in which they came."""
         self.bytes_of: Counter[str] = Counter()
         """Body bytes sent, by path without the query."""
         self.lock = threading.Lock()
@@ -197,7 +199,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         lying = self.server.lying
         lie = lying.next_lie()
-        lying.is_ending.wait(lying.latency + lie.waits)
         content = lying.content.get(self.path.split("?")[0])
         status, headers, body = self._honest(lying, lie, content)
         if lie.status is not None:
@@ -214,6 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Length"] = None
             headers["Transfer-Encoding" if lie.chunked else "Connection"] = "chunked" if lie.chunked else "close"
         self._answer(lying, lie, status, headers | lie.headers, body)
+
+    do_HEAD = do_GET
 
     def _honest(self, lying, lie, content):
         if lying.login is not None and self.headers.get("Authorization") != _basic(lying.login):
@@ -240,13 +243,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, lying, lie, status, headers, body):
         with lying.lock:
-            lying.requests.append(Request(self.command, self.path, {name.lower(): value for name, value
-                                                                    in self.headers.items()}, status))
+            lying.requests.append(Request(self.command, self.path, {
+                name.lower(): value for name, value in self.headers.items()}, status, self.client_address[1]))
+        lying.is_ending.wait(lying.latency + lie.waits)
         self.send_response(status)
         for name, value in headers.items():
             if value is not None:
                 self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
         self._send(lying, lie, body if lie.sends is None else body[:lie.sends])
         if lie.sends is not None or not (lie.counted or lie.chunked):
             self._end(lying, lie.ends)
@@ -257,9 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
             if lie.bytes_per_second is not None and lying.is_ending.wait(piece / lie.bytes_per_second):
                 return
             part = body[start:start + piece]
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if lie.chunked else part)
-            with lying.lock:
+            with lying.lock:  # before the client can have them and look
                 lying.bytes_of[self.path.split("?")[0]] += len(part)
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if lie.chunked else part)
         if lie.chunked and lie.sends is None:
             self.wfile.write(b"0\r\n\r\n")
 

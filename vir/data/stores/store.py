@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from vir.addresses import shown
 from vir.errors import DataError
+
+MAX_BLOCK = 8 << 20
+"""Bytes of a block of a whole download."""
+MAX_CONNECTIONS = 64
+"""Per process and server, kept open between reads: as many as threads may read at once."""
 
 
 class StoreError(DataError):
@@ -46,3 +52,15 @@ class Store(Protocol):
 
     def names(self, url: str) -> list[str] | None:
         """The sorted names of the objects right in this folder; None where the server does not tell."""
+
+
+def check_part(url: str, offset: int, size: int, identity: Identity) -> None:
+    """Raises StoreError where an object has no such bytes."""
+    if not 0 <= offset <= offset + size <= identity.size:
+        raise StoreError(f"{shown(url)} has {identity.size} bytes, so none at {offset} to {offset + size}: the index "
+                         "is not of this file; make it anew")
+
+
+def changed(url: str) -> StoreError:
+    return StoreError(f"{shown(url)} has changed on the server since it was first seen; make its index anew, and leave "
+                      "the files of a run as they are while it lasts")
