@@ -246,8 +246,8 @@ def find_urls(spec: str, timeout: float) -> list[str]:
         raise DataError(f"the server of {shown(urls[0])} does not tell what a folder holds; name the tars by braces, "
                         "as in x-{0000..1023}.tar")
     if MANIFEST in names:
-        raise DataError(f"{shown(urls[0])} has a {MANIFEST} beside its shards, which training takes; to index them anew, "
-                        "name them by braces, or remove it")
+        raise DataError(f"{shown(urls[0])} has a {MANIFEST} beside its shards, which training takes; to index them "
+                        "anew, name them by braces, or remove it")
     tars = [name for name in names if name.endswith(".tar")]
     if not tars:
         raise DataError(f"{shown(urls[0])} holds no .tar; found {some(names)}")
