@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from support.http_server import HttpServer, Lie
+from support.s3_server import S3Server
 from vir import index as index_module
 from vir.data import index_folder
 from vir.data.executors import Stopped
@@ -97,6 +98,18 @@ def test_it_is_the_index_of_the_same_tars_on_the_disk_by_few_bytes(server, tmp_p
     assert found.identities == tuple((len(content), f'"{hashlib.md5(content).hexdigest()}"', True)
                                      for content in contents)
     assert server.bytes < sum(map(len, contents)) / 10
+
+
+def test_processes_make_the_same_and_tell_what_is_wrong(tmp_path):
+    with HttpServer(shards(5)) as server:
+        found, urls = opened(urls_of(server), tmp_path), urls_of(server)
+        whole = files_of(found.folder)
+        make_index(urls, tmp_path / "indexes", 20.0, Settings(), jobs=2)
+        assert files_of(found.folder) == whole
+        server.content["/in/set-train-03.tar"] = tar_of([90])[:30_000]
+        with pytest.raises(DataError, match="http://.*/in/set-train-03.tar: the member at byte 0 says .* cut off"):
+            make_index(urls, tmp_path / "indexes", 20.0, Settings(), jobs=2)
+        assert files_of(found.folder) == whole
 
 
 @pytest.mark.parametrize("ranged", [True, False])
@@ -241,6 +254,29 @@ def test_vir_index_of_local_tars_in_two_folders(tmp_path, capsys):
     assert f"written to {found.folder}" in capsys.readouterr().out
 
 
+# ---- object stores
+
+def test_a_folder_and_a_split_in_a_bucket(split, tmp_path, capsys):
+    content = shards()
+    with S3Server() as server:
+        for path, data in (content | split).items():
+            server.upload(path[1:].replace("%20", " "), data)
+        server.upload("in/README", b"no shard")
+        assert index_module.main([server.url("in/"), "--index-dir", str(tmp_path / "indexes"), "--jobs", "1"]) == 0
+        urls = [server.url(path[1:]) for path in sorted(content)]
+        found = opened(urls, tmp_path, first=False)
+        assert f"written to {found.folder}" in capsys.readouterr().out
+        assert opened(urls, tmp_path) == found and {len(identity.tag) for identity in found.identities} == {34}
+        assert index_module.main([server.url("own"), "--index-dir", str(tmp_path / "indexes"), "--jobs", "1"]) == 3
+        assert "/own has a manifest.json beside its shards, which training takes" in capsys.readouterr().err
+        own = fetch_split(server.url("own"), tmp_path / "indexes", 20.0, True)
+        assert own.urls == tuple(server.url(f"own/own train-{i}.tar") for i in range(2))
+        assert files_of(own.folder)["index.npy"] == split["/own/index.npy"]
+        assert fetch_split(server.url("in"), tmp_path / "indexes", 20.0, True) is None
+    index_shards(str(on_disk(tmp_path / "in", content)), jobs=1)
+    assert files_of(found.folder)["index.npy"] == (tmp_path / "in/index.npy").read_bytes()
+
+
 # ---- many processes, and kills
 
 CODE = """
@@ -330,8 +366,7 @@ def test_a_kill_between_any_two_steps_of_making_it_anew(server, tmp_path, monkey
     taken = opened(urls, tmp_path, first=False)
     manifest, rows = read_manifest(taken.folder), read_index(taken.folder)
     assert hashlib.sha256((taken.folder / "index.npy").read_bytes()).hexdigest() == manifest.index_sha256
-    assert (b"k100" in rows["key"]) == (taken.identities == tuple(index_folder._identities(
-        urls, index_folder._stores(urls, 20.0), lambda: False)))
+    assert (b"k100" in rows["key"]) == (taken.identities == index_folder._identities(urls, 20.0, lambda: False))
     last = opened(urls, tmp_path)
     assert read_index(last.folder)["key"][4] == b"k100" and read_manifest(last.folder).classes == settings.classes
 
@@ -353,10 +388,12 @@ def test_who_is_waited_for_is_told(tmp_path, logged):
     assert f"waiting for process {os.getpid()} on " in logged.text and f"the index in {folder}" in logged.text
 
 
-def test_a_signal_ends_it_with_nothing_written(server, tmp_path):
-    server.always(Lie(waits=0.05))
-    with pytest.raises(Stopped):
-        opened(urls_of(server), tmp_path, is_stopping=lambda: len(server.requests) > 4)
+def test_a_signal_ends_it_with_nothing_written(tmp_path):
+    with HttpServer({"/a.tar": tar_of(range(60), size=20_000)}) as server:
+        server.always(Lie(waits=0.03))
+        with pytest.raises(Stopped):
+            opened([server.url("/a.tar")], tmp_path, is_stopping=lambda: len(server.requests) > 4)
+        assert len(server.requests) < 40  # of 61
     assert [path.name for path in (tmp_path / "indexes").glob("*/*") if path.name[0] != "."] == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("vir-task")]
 

@@ -37,6 +37,7 @@ from vir.data.shards import (
 )
 from vir.data.sources.folder import names_in, some
 from vir.data.sources.reading import MAX_IMAGE_BYTES
+from vir.data.stores.choose import open_store
 from vir.data.stores.store import Identity, Store
 from vir.data.tar import Member, opened
 from vir.data.tar_samples import TarSample, read_part, read_samples
@@ -51,9 +52,8 @@ MAX_CLASS_NAMES = 1 << 16
 MAX_LABEL = (1 << 20) - 1
 """The highest label without a class list, which then is "0", "1", ... up to it."""
 
-MOST_REQUESTS = 64
-"""Of indexing, at a time: each is small, and what takes time is the way to the server."""
-
+_THREADS = 16
+"""Of a process that indexes remote shards. They mostly wait, but each request takes a millisecond of Python's time."""
 _CHUNK = 4096
 _BLOCK = 1 << 22
 
@@ -347,17 +347,23 @@ def index_local(tars: Sequence[LocalTar], checksums: bool, classes: Sequence[str
 
 def index_remote(tars: Sequence[RemoteTar], checksums: bool, classes: Sequence[str] | None, jobs: int, scratch: Path,
                  is_stopping: Callable[[], bool]) -> tuple[tuple[str, ...], list[IndexedShard]]:
-    """As index_local, by threads that read headers and labels from servers.
+    """As index_local, by threads of processes that read headers and labels from servers.
 
     A shard that has to be read whole, for its checksums or because its server sends no parts, is downloaded to
-    `scratch`, and removed when it is indexed.
-
-    Args:
-        jobs: the most shards that are downloaded at a time.
+    `scratch`, and removed when it is indexed; a process does so with one at a time.
     """
-    index = _Remote(checksums, threading.Semaphore(jobs), scratch)
-    ended = run_threads(index, tars, min(MOST_REQUESTS, len(tars)), is_stopping)
+    size = min(_THREADS, -(-len(tars) // jobs))
+    groups = [_Group(tars[start:start + size], checksums, scratch) for start in range(0, len(tars), size)]
+    ended = (_by_threads(groups[0], is_stopping) if len(groups) == 1 else
+             _ungrouped(run_tasks("local", _index_group, groups, min(jobs, len(groups)), is_stopping, Path()), size))
     return _together(_collected(ended, len(tars), classes), [shown(tar.url) for tar in tars], classes)
+
+
+def _ungrouped(ended: Generator[tuple[int, list[IndexedShard]], None, None], size: int
+               ) -> Generator[tuple[int, IndexedShard], None, None]:
+    with closing(ended):
+        for group, shards in ended:
+            yield from enumerate(shards, group * size)
 
 
 def _together(indexed: Sequence[IndexedShard], places: Sequence[str], given: Sequence[str] | None
@@ -391,7 +397,7 @@ def _collected(ended: Generator[tuple[int, IndexedShard], None, None], count: in
     return [results[number] for number in range(count)]
 
 
-# ---- one task is one shard: local ones in worker processes, remote ones in threads
+# ---- in worker processes: one task is one local shard, or a few remote ones
 
 
 class LocalTar(NamedTuple):
@@ -401,8 +407,9 @@ class LocalTar(NamedTuple):
 
 
 class RemoteTar(NamedTuple):
-    store: Store
     url: str
+    timeout: float
+    """Of its server, in seconds."""
     identity: Identity
     name: str
     """In the manifest."""
@@ -411,6 +418,12 @@ class RemoteTar(NamedTuple):
 class _Task(NamedTuple):
     tar: LocalTar
     checksums: bool
+
+
+class _Group(NamedTuple):
+    tars: Sequence[RemoteTar]
+    checksums: bool
+    scratch: Path
 
 
 def _index(task: _Task) -> IndexedShard:
@@ -422,34 +435,45 @@ def _index(task: _Task) -> IndexedShard:
         raise
 
 
+def _index_group(group: _Group) -> list[IndexedShard]:
+    found = dict(_by_threads(group, stopping))
+    return [found[number] for number in range(len(group.tars))]
+
+
+def _by_threads(group: _Group, is_stopping: Callable[[], bool]) -> Generator[tuple[int, IndexedShard], None, None]:
+    index = _Remote(group.checksums, threading.Lock(), group.scratch)
+    return run_threads(index, group.tars, len(group.tars), is_stopping)
+
+
 @dataclass(frozen=True)
 class _Remote:
     """Indexes one remote shard after another, in many threads at a time."""
 
     checksums: bool
-    downloads: threading.Semaphore
+    downloading: threading.Lock
     scratch: Path
 
     def __call__(self, tar: RemoteTar) -> IndexedShard:
         where = shown(tar.url)
+        store = open_store(tar.url, tar.timeout)
         if tar.identity.ranged and not self.checksums:
-            return _index_open(RemoteFile(tar.store, tar.url, tar.identity), where, tar.name, checksums=False)
-        while not self.downloads.acquire(timeout=0.2):
+            return _index_open(RemoteFile(store, tar.url, tar.identity), where, tar.name, checksums=False)
+        while not self.downloading.acquire(timeout=0.2):
             if stopping():
                 raise Stopped
         try:
             with tempfile.TemporaryFile(dir=self.scratch) as file:
-                _download(tar, file)
+                _download(store, tar, file)
                 return _index_open(LocalFile(file.fileno()), where, tar.name, self.checksums)
         except OSError as error:
             raise DataError(f"cannot keep {where} in {self.scratch} while it is indexed: {error.strerror}; free space, "
                             "or choose another folder with --index-dir") from error
         finally:
-            self.downloads.release()
+            self.downloading.release()
 
 
-def _download(tar: RemoteTar, file: BinaryIO) -> None:
-    for block in tar.store.blocks(tar.url, tar.identity):
+def _download(store: Store, tar: RemoteTar, file: BinaryIO) -> None:
+    for block in store.blocks(tar.url, tar.identity):
         if stopping():
             raise Stopped
         file.write(block)

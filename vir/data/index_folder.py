@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
@@ -26,7 +27,6 @@ from urllib.parse import quote, urlsplit
 from vir.addresses import expand, is_remote, shown
 from vir.data.executors import Stopped, run_threads
 from vir.data.foreign import (
-    MOST_REQUESTS,
     IndexSummary,
     LocalTar,
     RemoteTar,
@@ -59,6 +59,8 @@ from vir.log import log
 
 SHARDS = "shards.json"
 _VERSION = 1
+_MOST_REQUESTS = 64
+"""At a time, for the state of shards."""
 _LOCK = ".vir-index.lock"
 _TELLS_EVERY_S = 60.0
 _MAX_SHARDS_BYTES = 1 << 28
@@ -117,7 +119,7 @@ def open_index(urls: Sequence[str], index_dir: Path, timeout: float, first: bool
         timeout: seconds that a server may take without an answer.
         first: asks for all shards whether they are still those of the index, and makes it anew where they are not;
             one process of a node does it before the others come.
-        jobs: processes for local shards; the most shards that are downloaded whole at a time.
+        jobs: processes.
         is_stopping: asked several times a second.
 
     Raises:
@@ -131,13 +133,12 @@ def open_index(urls: Sequence[str], index_dir: Path, timeout: float, first: bool
     with _writing(folder, is_stopping):
         known = _whole(folder, thorough=first)
         if known is None or first:
-            stores = _stores(urls, timeout)
-            identities = _identities(urls, stores, is_stopping)
+            identities = _identities(urls, timeout, is_stopping)
             if known is not None and (changed := _changed(urls, known.identities, identities)):
-                log.info("%s has changed since its index was made, %s in all: it is made anew", shown(changed[0]),
+                log.info("%s has changed since its index was made, %s in all: it is made anew", _told(changed[0]),
                          count_of(len(changed)))
             if known is None or changed:
-                _build(folder, urls, stores, identities, Settings(), jobs, is_stopping)
+                _build(folder, urls, identities, Settings(), timeout, jobs, is_stopping)
                 known = _whole(folder)
                 assert known is not None  # it was written a moment ago
         return IndexFolder(folder, urls, known.identities)
@@ -151,9 +152,8 @@ def make_index(urls: Sequence[str], index_dir: Path, timeout: float, settings: S
     urls = _places(urls)
     folder = folder_of(urls, index_dir)
     with _writing(folder, is_stopping):
-        stores = _stores(urls, timeout)
-        identities = _identities(urls, stores, is_stopping)
-        return summary_of(folder, _build(folder, urls, stores, identities, settings, jobs, is_stopping), began)
+        identities = _identities(urls, timeout, is_stopping)
+        return summary_of(folder, _build(folder, urls, identities, settings, timeout, jobs, is_stopping), began)
 
 
 def fetch_split(url: str, index_dir: Path, timeout: float, first: bool) -> IndexFolder | None:
@@ -182,7 +182,7 @@ def fetch_split(url: str, index_dir: Path, timeout: float, first: bool) -> Index
         if known is not None and (folder / MANIFEST).read_bytes() != data:
             log.info("%s has changed: its index is fetched anew", shown(inside(url, MANIFEST)))
             known = None
-        identities = _identities(urls, [store] * len(urls), lambda: False)
+        identities = _identities(urls, timeout, lambda: False)
         _refuse_other_sizes(urls, manifest, identities)
         if known is None:
             _fetch_index(store, inside(url, INDEX), folder, manifest)
@@ -232,7 +232,7 @@ def find_urls(spec: str, timeout: float) -> list[str]:
     """The URLs of the tars that a text names: a folder, a tar, a pattern with braces, or several joined by `::`.
 
     Raises:
-        DataError: a folder that holds none, or whose server does not tell what it holds.
+        DataError: a folder that holds none, that has a manifest, or whose server does not tell what it holds.
         SettingsError: as vir.addresses.expand; a glob.
     """
     urls = expand(spec, MAX_SHARDS)
@@ -245,6 +245,9 @@ def find_urls(spec: str, timeout: float) -> list[str]:
     if names is None:
         raise DataError(f"the server of {shown(urls[0])} does not tell what a folder holds; name the tars by braces, "
                         "as in x-{0000..1023}.tar")
+    if MANIFEST in names:
+        raise DataError(f"{shown(urls[0])} has a {MANIFEST} beside its shards, which training takes; to index them "
+                        "anew, name them by braces, or remove it")
     tars = [name for name in names if name.endswith(".tar")]
     if not tars:
         raise DataError(f"{shown(urls[0])} holds no .tar; found {some(names)}")
@@ -275,9 +278,12 @@ def _places(urls: Sequence[str]) -> tuple[str, ...]:
         raise SettingsError(f"{shown(urls[remote.index(True)])} is on a server and {urls[remote.index(False)]} is not: "
                             "the shards of a split are all remote, or all local; copy or name them so")
     if twice := [url for url, count in Counter(urls).items() if count > 1]:
-        raise SettingsError(f"the shard {shown(twice[0]) if remote[0] else twice[0]} is named {urls.count(twice[0])} "
-                            "times; name each once")
+        raise SettingsError(f"the shard {_told(twice[0])} is named {urls.count(twice[0])} times; name each once")
     return tuple(urls) if remote[0] else tuple(os.path.abspath(url) for url in urls)
+
+
+def _told(url: str) -> str:
+    return shown(url) if is_remote(url) else url  # a path has no secrets, whatever characters
 
 
 def _bare(url: str) -> str:
@@ -292,23 +298,16 @@ def _shard_urls(url: str, manifest: SplitManifest) -> tuple[str, ...]:
     return tuple(inside(url, shard.name) for shard in manifest.shards)
 
 
-def _stores(urls: Sequence[str], timeout: float) -> list[Store | None]:
-    """None for paths."""
-    return [open_store(url, timeout) if is_remote(url) else None for url in urls]
-
-
-def _identities(urls: Sequence[str], stores: Sequence[Store | None], is_stopping: Callable[[], bool]
-                ) -> tuple[Identity, ...]:
-    ended = run_threads(_identity, list(zip(urls, stores)), min(MOST_REQUESTS, len(urls)), is_stopping)
+def _identities(urls: Sequence[str], timeout: float, is_stopping: Callable[[], bool]) -> tuple[Identity, ...]:
+    ended = run_threads(partial(_identity, timeout=timeout), urls, min(_MOST_REQUESTS, len(urls)), is_stopping)
     found = dict(ended)
     return tuple(found[number] for number in range(len(urls)))
 
 
-def _identity(place: tuple[str, Store | None]) -> Identity:
+def _identity(url: str, timeout: float) -> Identity:
     """Raises DataError where there is no such shard."""
-    url, store = place
-    if store is not None:
-        return store.stat(url)
+    if is_remote(url):
+        return open_store(url, timeout).stat(url)
     try:
         found = os.stat(url)
     except OSError as error:
@@ -359,7 +358,7 @@ def _read_shards(folder: Path) -> _Known | None:
 
 
 def _write_shards(folder: Path, urls: Sequence[str], identities: Sequence[Identity], settings: Settings) -> None:
-    shards = [[shown(url) if is_remote(url) else url, *identity] for url, identity in zip(urls, identities)]
+    shards = [[_told(url), *identity] for url, identity in zip(urls, identities)]
     content = {"version": _VERSION, "settings": asdict(settings), "shards": shards}
     replace_text(folder / SHARDS, json.dumps(content, indent=1) + "\n")
 
@@ -422,8 +421,8 @@ def _holder(path: Path) -> str:
 # ---- how it is made
 
 
-def _build(folder: Path, urls: Sequence[str], stores: Sequence[Store | None], identities: Sequence[Identity],
-           given: Settings, jobs: int, is_stopping: Callable[[], bool]) -> SplitManifest:
+def _build(folder: Path, urls: Sequence[str], identities: Sequence[Identity], given: Settings, timeout: float,
+           jobs: int, is_stopping: Callable[[], bool]) -> SplitManifest:
     """Indexes the shards, and makes the folder whole; until they are all indexed it stays as it is."""
     if jobs < 1:
         raise SettingsError(f"--jobs must be at least 1, got {jobs}")
@@ -431,15 +430,14 @@ def _build(folder: Path, urls: Sequence[str], stores: Sequence[Store | None], id
     settings = given if known is None else _merged(given, known.settings)
     names = shard_names(urls)
     split, name = _names_for(urls, names, settings)
-    log.info("making the index of %s (%s, ...) in %s", count_of(len(urls)), shown(urls[0]) if stores[0] else urls[0],
-             folder)
-    remote = [RemoteTar(store, url, identity, name) for url, store, identity, name
-              in zip(urls, stores, identities, names) if store is not None]
+    log.info("making the index of %s, beginning with %s, in %s", count_of(len(urls)), _told(urls[0]), folder)
     checksums = bool(settings.checksums)
-    classes, shards = (
-        index_remote(remote, checksums, settings.classes, jobs, folder, is_stopping) if remote else
-        index_local([LocalTar(Path(url), name) for url, name in zip(urls, names)], checksums, settings.classes, jobs,
-                    is_stopping))
+    if is_remote(urls[0]):
+        tars = [RemoteTar(url, timeout, identity, file) for url, identity, file in zip(urls, identities, names)]
+        classes, shards = index_remote(tars, checksums, settings.classes, jobs, folder, is_stopping)
+    else:
+        paths = [LocalTar(Path(url), file) for url, file in zip(urls, names)]
+        classes, shards = index_local(paths, checksums, settings.classes, jobs, is_stopping)
     _uncommit(folder)
     _write_shards(folder, urls, identities, settings)
     return write_foreign(folder, shards, name, split, classes)
