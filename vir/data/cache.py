@@ -283,7 +283,7 @@ class Cache:
                 path.unlink(missing_ok=True)
                 continue
             locked = self.folder / f".{other}.lock"
-            with suppress(BlockingIOError):  # its writer lives
+            with suppress(OSError):  # its writer lives, or it is that of another user
                 held = lock(locked)
                 path.unlink(missing_ok=True)
                 locked.unlink(missing_ok=True)
@@ -316,3 +316,7 @@ def _write(file: BinaryIO, entry: Entry, blocks: Iterable[bytes]) -> None:
     if entry.sha256 not in (None, digest.hexdigest()):
         raise ChecksumError(f"{entry.where} has the SHA-256 {digest.hexdigest()}, the manifest says {entry.sha256}; "
                             "copy the shard to the store again")
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.cache is a part of the library; the program is vir-train")

@@ -215,3 +215,7 @@ class _Ahead:
         if self._needs is None or self._needs.last_step < step:
             return self._uses(step, last)
         return self._needs.from_step(step).and_then(self._uses(self._needs.last_step, last))
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.prefetch is a part of the library; the program is vir-train")

@@ -216,3 +216,7 @@ def _lane_counts(num_shards: int, nodes: int, global_batch_size: int) -> list[in
     most = max(nodes, min(LANES, num_shards // _SHARDS_PER_LANE))
     return [lanes for lanes in range(nodes, most + 1, nodes)
             if nodes == 1 or global_batch_size % lanes == 0 or lanes == nodes]
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.data.traffic is a part of the library; the program is vir-train")
