@@ -159,7 +159,8 @@ def _open_processes(workers: int, module: str) -> Iterator[Executor]:
     with _deferred(signal.SIGINT, signal.SIGHUP):  # they would end the server while it imports, and then this process
         stop = context.Event()
         forkserver.ensure_running()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(stop,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker,
+                               initargs=(stop, dict(os.environ)))
     try:
         yield pool
     except BrokenExecutor as error:
@@ -179,9 +180,12 @@ def _deferred(*numbers: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(stop: Event) -> None:
+def _start_worker(stop: Event, environment: dict[str, str]) -> None:
     global _stop
     _stop = stop
+    # That of the server, from which this process was forked, may be older: credentials can have come since.
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

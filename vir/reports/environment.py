@@ -14,6 +14,7 @@ import torch
 
 import vir
 from vir import distributed
+from vir.addresses import shown
 from vir.distributed import World
 
 _PACKAGES = ("deepspeed", "timm", "webdataset")
