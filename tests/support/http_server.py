@@ -7,6 +7,7 @@
 """
 
 import base64
+import functools
 import gzip
 import hashlib
 import re
@@ -223,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 401, {"Content-Length": "0", "WWW-Authenticate": "Basic"}, b""
         if content is None:
             return 404, {"Content-Length": "9"}, b"not found"
-        tag = lie.tag or f'"{hashlib.md5(content).hexdigest()}"'
+        tag = lie.tag or _tag(content)
         headers = {"ETag": tag} if lying.tagged else {}
         if lying.ranged and lie.ranged:
             headers["Accept-Ranges"] = "bytes"
@@ -284,6 +285,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.close()
             self.rfile.close()
             self.connection.close()
+
+
+@functools.lru_cache(64)
+def _tag(content: bytes) -> str:
+    return f'"{hashlib.md5(content).hexdigest()}"'
 
 
 def _basic(login: str) -> str:

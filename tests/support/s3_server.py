@@ -17,10 +17,14 @@ ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing
                "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull, "AWS_PROFILE": None,
                "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_EC2_METADATA_DISABLED": "true"}
 
+# A signature, which is not checked; and everyone may read.
+_HEADERS = {"Authorization": "AWS4-HMAC-SHA256 Credential=testing/20200101/us-east-1/s3/aws4_request, "
+                             "SignedHeaders=host, Signature=0", "x-amz-acl": "public-read"}
+
 
 class S3Server:
     """A server and one bucket, as long as the block lasts. Within it the environment names the endpoint and
-    credentials, so that this process and those that it starts need no settings.
+    credentials, so that this process and those that it starts need no settings. Objects may also be read by anyone.
 
         with S3Server() as server:
             server.upload("train/a.tar", content)
@@ -56,7 +60,7 @@ class S3Server:
     def _request(self, method: str, path: str, body: bytes | None = None) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
-            connection.request(method, path, body)
+            connection.request(method, path, body, _HEADERS)
             answer = connection.getresponse()
             assert answer.status < 300, (method, path, answer.status, answer.read())
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vir.addresses import shown
 from vir.data.stores.http import HttpStore
-from vir.data.stores.objects import PACKAGES, ObjectStore, try_to_import
+from vir.data.stores.objects import PACKAGES, ObjectStore
 from vir.data.stores.store import Store
 from vir.errors import SettingsError
 
@@ -27,8 +27,6 @@ def open_store(url: str, timeout: float) -> Store:
                             f"{', '.join(sorted([*_HTTP, *PACKAGES]))}")
     key = "http" if scheme in _HTTP else scheme, timeout
     if key not in _stores:
-        if scheme not in _HTTP:
-            try_to_import(scheme)
         _stores.setdefault(key, HttpStore(timeout) if scheme in _HTTP else ObjectStore(scheme, timeout))
     return _stores[key]
 

@@ -47,6 +47,9 @@ _OF_THE_WIRE = re.compile(r"Connect|Timeout|Payload|Incomplete|HTTPClientError|R
 
 def try_to_import(scheme: str) -> None:
     """Raises SettingsError where the package for a scheme of PACKAGES is not installed."""
+    if scheme in ("gs", "gcs"):
+        # With its newest features gcsfs starts threads of gRPC, which do not survive the fork of a loader's workers.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         fsspec.get_filesystem_class(scheme)
     except (ImportError, ValueError) as error:
@@ -59,9 +62,13 @@ class ObjectStore:
 
     Args:
         timeout: see Store, in seconds.
+
+    Raises:
+        SettingsError: the package for this scheme is not installed.
     """
 
     def __init__(self, scheme: str, timeout: float) -> None:
+        try_to_import(scheme)
         self._scheme, self._timeout = scheme, timeout
         # By process and options. Those of a parent are kept and not used: their event loop does not run in a child,
         # and closing them would wait for it.
@@ -197,20 +204,21 @@ def _translated(error: Exception, url: str, scheme: str) -> Exception:
     if isinstance(error, (PassingError, StoreError)):
         return error
     chain = _chain(error)
+    if _OF_THE_WIRE.search(_names(error)):
+        return PassingError(f"gave no whole answer ({type(error).__name__})")
     status, answer = next(((found, one) for one in chain if (found := _status(one))), (0, error))
-    names = " ".join(kind.__name__ for one in chain for kind in type(one).__mro__)
-    if isinstance(error, PermissionError) or status in (401, 403) or _NO_LOGIN.search(names) or str(error).startswith(
-            "Forbidden"):
+    has_no_login = any(_NO_LOGIN.search(_names(one)) for one in chain) or str(error).startswith("Forbidden")
+    if has_no_login or isinstance(error, PermissionError) or status in (401, 403):
         way = _LOGINS.get(scheme, "see how its library is given user and password")
-        return StoreError(f"{shown(url)} is refused ({status or type(chain[-1]).__name__}): {way}")
+        return StoreError(f"{shown(url)} is refused ({status or type(error).__name__}): {way}")
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)) or status in (404, 410):
         return MissingError(f"{shown(url)} does not exist; see whether bucket and path are right")
     if status in (412, 416):
         return changed(url)
     if status in PASSING:
         return PassingError(f"answered {status}", retry_after(_header(answer, "retry-after")))
-    if not status and (isinstance(error, OSError) or _OF_THE_WIRE.search(names)):
-        return PassingError(f"gave no whole answer ({type(chain[-1]).__name__})")
+    if not status and isinstance(error, OSError):
+        return PassingError(f"cannot be read now ({type(error).__name__})")
     return StoreError(f"{shown(url)} cannot be read: {status or type(error).__name__}; see whether the URL is right")
 
 
@@ -219,6 +227,10 @@ def _chain(error: BaseException) -> list[BaseException]:
     while len(chain) < 8 and (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     return chain
+
+
+def _names(error: BaseException) -> str:
+    return " ".join(kind.__name__ for kind in type(error).__mro__)
 
 
 def _status(error: BaseException) -> int:
