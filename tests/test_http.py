@@ -35,7 +35,7 @@ def quick(monkeypatch, tmp_path):
 def impatient(monkeypatch):
     """Towards servers that are silent or slow."""
     for module in (http, connections):
-        monkeypatch.setattr(module, "WINDOW", 0.3)
+        monkeypatch.setattr(module, "WINDOW", 0.2)
 
 
 @pytest.fixture
@@ -130,10 +130,9 @@ def test_whoever_is_silent_or_slow_is_asked_anew(server, name, impatient):
     server.lie(PASSING[name], PASSING[name])
     assert store.read(url, 1000, 200_000, identity) == CONTENT[1000:201_000]
     assert len(server.requests) >= 3
-    server.forget()
-    server.lie(PASSING[name], PASSING[name])
+    server.lie(PASSING[name])
     assert whole(store, url, identity) == CONTENT
-    assert len(server.requests) >= 3
+    assert len(server.requests) >= 5
 
 
 @pytest.mark.parametrize("name", [name for name in PASSING if name not in (*WAITING, "all of it")])
@@ -181,16 +180,16 @@ def test_many_breaks_cost_no_time_as_long_as_bytes_come(server):
 
 
 @pytest.mark.parametrize("lie", [Lie(status=503), Lie(status=503, headers={"Retry-After": "3600"}),
-                                 Lie(sends=0, ends="stall"), Lie(sends=1000), Lie(waits=30.0), Lie(shift=1),
+                                 Lie(sends=0, ends="stall"), Lie(waits=30.0),
                                  Lie(bytes_per_second=5000), Lie(more=b"x", counted=False)])
 def test_never_a_hang_beyond_the_timeout(server, lie, impatient):
-    store, url, identity = opened(server, timeout=0.4)
+    store, url, identity = opened(server, timeout=0.3)
     server.always(lie)
     for attempt in (lambda: store.read(url, 0, 400_000, identity), lambda: whole(store, url, identity)):
         began = time.monotonic()
-        with pytest.raises(StoreError, match=r"for 0.4 s failed as well; see whether the server.*--data.timeout"):
+        with pytest.raises(StoreError, match=r"for 0.3 s failed as well; see whether the server.*--data.timeout"):
             attempt()
-        assert 0.2 < time.monotonic() - began < 1.5
+        assert 0.15 < time.monotonic() - began < 1.5
 
 
 def test_retry_after_is_kept_to(server):
@@ -475,7 +474,8 @@ def test_a_proxy_of_the_environment(server, monkeypatch):
 SECRETS = "user:pass-secret@", "?X-Signature=query-secret", "#fragment-secret"
 
 
-@pytest.mark.parametrize("lie", [*PASSING.values(), *(lie for lie, _ in FINAL.values()), Lie(tag='"x"'),
+@pytest.mark.parametrize("lie", [*(PASSING[name] for name in ("503", "cut", "reset", "stall", "wrong range")),
+                                 *(lie for lie, _ in FINAL.values()), Lie(tag='"x"'),
                                  Lie(status=302, headers={"Location": "file:///x?y=query-secret"})])
 def test_no_message_has_a_secret(server, lie, impatient):
     store, _, identity = opened(server, timeout=0.05)

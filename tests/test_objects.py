@@ -255,7 +255,7 @@ STAT = """
 from vir.data.stores.choose import open_store
 from vir.data.stores.store import StoreError
 try:
-    print(open_store({0!r}, 5.0).stat({0!r}).size)
+    print(open_store({0!r}, 30.0).stat({0!r}).size)
 except StoreError as error:
     print(error)
 """

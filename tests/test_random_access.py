@@ -112,6 +112,14 @@ def test_small_images_come_many_at_a_time(server, tmp_path):
     assert server.bytes <= 1.01 * len(content)
 
 
+@pytest.mark.parametrize("size, is_skipped", [(12_000, False), (20_000, True)])
+def test_from_some_size_on_images_are_passed_over(server, tmp_path, size, is_skipped):
+    content = tar_of([size] * 60)
+    file = remote(server, content)
+    assert same(tmp_path, file, content) == 60
+    assert (len(server.requests) > 55, server.bytes < len(content) / 2) == (is_skipped, is_skipped)
+
+
 def test_large_images_after_small_ones_are_passed_over_again(server, tmp_path):
     content = tar_of([2000] * 1500 + [200_000] * 40, labels=("cls",))
     file = remote(server, content)

@@ -13,8 +13,6 @@ _FIRST = 4096
 _MOST = 1 << 20
 _SHORT = 1 << 14
 """Where the bytes that are passed over are no more than this on average, it costs less to ask for them too."""
-_GAP = 512
-"""The padding behind a member is shorter: it is nothing that was passed over."""
 
 
 class RandomAccess(Protocol):
@@ -69,7 +67,7 @@ class RemoteFile:
         if size <= 0:
             return b""
         gap, self._end = offset - self._end, offset + size
-        if gap >= _GAP:
+        if gap > _FIRST:  # less than that is padding, or a label whose turn comes later
             self._passed, self._hops = self._passed + gap, self._hops + 1
         for begin, part in self._parts:
             if begin <= offset and offset + size <= begin + len(part):
