@@ -54,8 +54,9 @@ class S3Server:
 
     def requests(self) -> list[tuple[str, str, int]]:
         """Method, path with query, and status of all requests since the start, in order of their answers."""
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", self._log.read_text())  # what is no 200 has a colour
         return [(method, path, int(status)) for method, path, status in re.findall(
-            r'"([A-Z]+) (\S+) HTTP/1\.1" (\d+)', self._log.read_text())]
+            r'"([A-Z]+) (\S+) HTTP/1\.1" (\d+)', plain)]
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
