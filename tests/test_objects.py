@@ -176,7 +176,9 @@ def test_forked_children_use_a_store_that_their_parent_uses(s3, store):
     assert [child.exitcode for child in children] == [0] * 2
 
 
-PASSING = [Lie(status=500), Lie(status=503, headers={"Retry-After": "0"}), Lie(status=429), Lie(sends=50_000),
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+PASSING = [Lie(status=503, body=SLOW_DOWN, headers={"Content-Length": str(len(SLOW_DOWN))}),
+           Lie(status=500), Lie(status=503, headers={"Retry-After": "0"}), Lie(status=429), Lie(sends=50_000),
            Lie(sends=50_000, ends="reset"), Lie(sends=0), Lie(sends=50_000, counted=False), Lie(sends=9, chunked=True),
            Lie(body=CONTENT[:9], headers={"Content-Length": "9"}), Lie(more=b"x" * 9), Lie(ranged=False)]
 
