@@ -176,6 +176,7 @@ def test_forked_children_use_a_store_that_their_parent_uses(s3, store):
     assert [child.exitcode for child in children] == [0] * 2
 
 
+SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 PASSING = [Lie(status=500), Lie(status=503, headers={"Retry-After": "0"}), Lie(status=429), Lie(sends=50_000),
            Lie(sends=50_000, ends="reset"), Lie(sends=0), Lie(sends=50_000, counted=False), Lie(sends=9, chunked=True),
            Lie(body=CONTENT[:9], headers={"Content-Length": "9"}), Lie(more=b"x" * 9), Lie(ranged=False)]
@@ -186,8 +187,17 @@ def test_what_passes_is_tried_again(lying, misled, lie):
     store, url, identity = opened(misled)
     lying.lie(lie, lie)
     assert store.read(url, 1000, 200_000, identity) == CONTENT[1000:201_000]
-    assert [request.method for request in lying.requests] == ["GET"] * 3  # no other layer tries by itself
+    assert [request.method for request in lying.requests] == ["GET"] * 3
     assert {request.headers["if-match"] for request in lying.requests} == {identity.tag}
+
+
+def test_no_other_layer_tries_by_itself(lying, misled):
+    """They would not wait as long as they are asked to."""
+    store, url, identity = opened(misled)
+    lying.lie(Lie(status=503, body=SLOW_DOWN, headers={"Content-Length": str(len(SLOW_DOWN)), "Retry-After": "1"}))
+    began = time.monotonic()
+    assert store.read(url, 0, 9, identity) == CONTENT[:9]
+    assert time.monotonic() - began >= 1
 
 
 def test_stat_is_tried_again(lying, misled):
