@@ -1,4 +1,4 @@
-"""Images per second of the loader from a folder and from shards, by the latency of a read, beside other loaders.
+"""Images per second of the loader from a folder, shards and a server, by the latency of a read, beside other loaders.
 
     python tools/benchmark_loader.py --folder /data --json loader.json
 

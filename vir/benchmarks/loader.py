@@ -23,11 +23,13 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets.folder import ImageFolder, default_loader  # type: ignore[import-untyped]
 
 from vir.benchmarks.conversion import make_images
+from vir.benchmarks.file_server import serving
 from vir.benchmarks.tables import markdown
 from vir.config import AugmentConfig
 from vir.data import convert, transforms, worker
 from vir.data.folder_reader import FolderReader
 from vir.data.loader import Batches, Request, train_batches
+from vir.data.opening import Places, open_reader
 from vir.data.order import SampleOrder
 from vir.data.reader import Reader, ShardReader
 from vir.errors import DataError, SettingsError
@@ -86,8 +88,10 @@ def benchmark(settings: Settings, command: str) -> str:
         raise DataError(f"no such folder: {settings.folder}")
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
         total = make_images(Path(place) / "src", settings.images, settings.image_bytes)
-        rows = _rows(Path(place), settings)
-        rates = [[_rates(row, settings.images) for row in rows] for _ in range(settings.rounds)]
+        shards = _convert(Path(place), settings.images)
+        with serving(shards) as url:
+            rows = _rows(Path(place), shards, url, settings)
+            rates = [[_rates(row, settings.images) for row in rows] for _ in range(settings.rounds)]
     columns = ("loader", "workers", "ms a read", "images/s (least to most)", "read alone, images/s")
     cells = [[row.name, str(row.workers), f"{row.latency:g}", *map(_spread, zip(*measured))]
              for row, measured in zip(rows, zip(*rates))]
@@ -98,13 +102,18 @@ def benchmark(settings: Settings, command: str) -> str:
     return markdown(columns, cells)
 
 
-def _rows(place: Path, settings: Settings) -> list[_Row]:
+def _convert(place: Path, images: int) -> Path:
+    settings = convert.Settings(samples_per_shard=max(1, images // _SHARDS))
+    return convert.convert(place / "src", "train", place / "shards", settings, workers=1).folder
+
+
+def _rows(place: Path, shards: Path, url: str, settings: Settings) -> list[_Row]:
     transform = transforms.train_transform(AugmentConfig(), _INPUT)
-    small = convert.Settings(samples_per_shard=max(1, settings.images // _SHARDS))
-    shards = convert.convert(place / "src", "train", place / "shards", small, workers=1).folder
-    readers = {"folder": FolderReader(place / "src" / "train"), "shards": ShardReader(shards)}
+    local = {"folder": FolderReader(place / "src" / "train"), "shards": ShardReader(shards)}
+    places = Places(index_dir=place / "indexes", timeout=60)
     rows = []
     for workers, latency in itertools.product(settings.workers, settings.latency):
+        readers = {**local, "http": open_reader(f"{url}/{latency:g}", places, first=True)}
         rows += [_Row(name, workers, latency, partial(_ours, reader, workers), partial(_read_alone, reader, workers))
                  for name, reader in readers.items()]
         rows.append(_Row("ImageFolder", workers, latency,

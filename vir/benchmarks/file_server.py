@@ -1,0 +1,60 @@
+"""A server of files on this machine, in a process of its own, that answers as late as it is asked to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The URL under which the server has the files: URL/MS/NAME is `folder`/NAME, MS milliseconds later."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, folder))
+    process = multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True)
+    process.start()
+    server.server_close()  # this process's copy
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        process.kill()
+        process.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits up to 40 ms for the client to confirm the head
+
+    def __init__(self, folder: Path, *args: object) -> None:
+        self._folder = folder
+        super().__init__(*args)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        _, milliseconds, name = self.path.split("/")
+        time.sleep(float(milliseconds) / 1000)
+        path = self._folder / name
+        if not path.is_file():
+            self.send_error(404)
+            return
+        size = path.stat().st_size
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = map(int, asked.groups()) if asked else (0, size - 1)
+        last = min(last, size - 1)
+        with path.open("rb") as file:
+            file.seek(first)
+            body = file.read(last - first + 1)
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{size}"')
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the table is the output."""
