@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # How far up in the house each file of vir/ and each room stands; imports go from higher to lower.
-BASE = {"arithmetic": 0, "errors": 0, "files": 0, "streams": 0, "addresses": 1, "config": 1, "launcher": 1, "log": 1,
-        "cli": 2, "distributed": 2, "flags": 2, "run_folder": 3}
+BASE = {"arithmetic": 0, "errors": 0, "files": 0, "streams": 0, "addresses": 1, "launcher": 1, "log": 1,
+        "cli": 2, "config": 2, "distributed": 2, "flags": 3, "run_folder": 3}
 ROOMS = {"cluster": 4, "models": 4, "data": 5, "checkpoints": 5, "engine": 6, "reports": 6, "evaluation": 7,
          "training": 8, "benchmarks": 9}
 ENTRY = 10  # vir/train.py and its like
@@ -57,6 +57,7 @@ TESTED_ELSEWHERE = {
     "vir.data.repeats": "test_listing.py: keys made unique, and in those of tars, vir-index and vir-verify",
     "vir.data.sources.reading": "test_convert.py: of files and disks that fail",
     "vir.data.damage": "test_verify.py: by what is found in a split",
+    "vir.data.access": "test_reader.py: what is open, and what is read again",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",
     "vir.engine.engine": "test_engine.py: in processes of its own",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",

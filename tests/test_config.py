@@ -50,6 +50,7 @@ OUT_OF_RANGE = [
     (ModelConfig, "model", "chunk_size", 0), (TrainConfig, "train", "rank_timeout", 1.0),
     (DataConfig, "data", "workers", 0), (DataConfig, "data", "prefetch", 0), (DataConfig, "data", "lanes", 0),
     (DataConfig, "data", "window", 0), (DataConfig, "data", "max_bad_fraction", 1.1),
+    (DataConfig, "data", "timeout", 0.0),
     (AugmentConfig, "augment", "scale", (0.0, 1.0)), (AugmentConfig, "augment", "scale", (0.9, 0.8)),
     (AugmentConfig, "augment", "scale", (0.5, 1.5)), (AugmentConfig, "augment", "ratio", (2.0, 1.0)),
     (AugmentConfig, "augment", "interpolation", "nearest"), (AugmentConfig, "augment", "hflip", 1.5),
@@ -173,7 +174,7 @@ def test_differences_name_what_changes_results_and_nothing_else():
     other = run_config(model=ModelConfig(args={"depth": 6, "num_heads": 3}), optim=OptimConfig(lr=0.5),
                        data=DataConfig(train="t", val="v", lanes=2))
     assert differences(before, to_dict(other)) == [
-        "data.lanes: 64 -> 2", "model.args.depth: 4 -> 6", "model.args.num_heads: None -> 3", "optim.lr: None -> 0.5"]
+        "data.lanes: None -> 2", "model.args.depth: 4 -> 6", "model.args.num_heads: None -> 3", "optim.lr: None -> 0.5"]
 
 
 @pytest.mark.parametrize("optim, batch, lr", [

@@ -87,7 +87,7 @@ def test_samples_are_those_of_the_shards(source, shards, split):
     assert folder.labels.dtype == np.int32 and not folder.labels.flags.writeable
     for i in range(len(converted)):
         assert (folder.key(i), folder.read(i)) == (converted.key(i), converted.read(i))
-        path = folder.where(i)
+        path = Path(folder.name, folder.where(i))
         assert Path(path).read_bytes() == folder.read(i)
         assert Path(path).parent.name == folder.classes[folder.labels[i]]
 

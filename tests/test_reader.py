@@ -259,7 +259,7 @@ def test_a_flipped_byte_is_a_bad_sample(folder):
         file.seek(index["offset"][5] + 100)
         file.write(bytes([IMAGES[5][100] ^ 1]))
     reader = ShardReader(folder)
-    with pytest.raises(BadSampleError, match="wrong checksum, the shard .*s-1.tar is damaged"):
+    with pytest.raises(BadSampleError, match="wrong checksum, .*s-1.tar is damaged"):
         reader.read(5)
     assert reader.read(6) == IMAGES[6]
 

@@ -2,7 +2,7 @@
 
 import re
 from itertools import islice
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from braceexpand import braceexpand
 
@@ -16,6 +16,10 @@ _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 
 _JOINT = re.compile(r"::(?=\s*(?:[A-Za-z][A-Za-z0-9+.-]{0,31}://|file:|pipe:|exec:|shell:|cmd:|command:|\|))")
 _PORT = re.compile(r"[0-9{},.]*(?:::.*)?", re.DOTALL)
+# What is in the query of a signed address besides the object: another one comes with each signing.
+_SIGNATURE = re.compile(r"x-(amz|goog|oss|cos|obs)-.*|awsaccesskeyid|googleaccessid|ossaccesskeyid|signature|expires|"
+                        r"policy|key-pair-id|token|sig|s[veprst]|srt|spr|sk(oid|tid|[tesv])", re.IGNORECASE)
+
 _RUNS = re.compile(r"\s*(?:(?:pipe|exec|shell|cmd|command):|\|)")
 _COUNTED = re.compile(r".*\|\s*[0-9]+\s*$", re.DOTALL)
 _WEIGHTED = re.compile(r".*(?:\.tar|\.tgz|\.gz|[}*])@[0-9]*\.?[0-9]+\s*$|\s*[0-9]*\.[0-9]+\s*\*|"
@@ -61,6 +65,17 @@ def _without_login(rest: str) -> str:
     if end < 0 and ":" in host and not _PORT.fullmatch(host.partition(":")[2]):
         end = rest.rfind("@")
     return rest if end < 0 else HIDDEN + rest[end:]
+
+
+def place(url: str) -> str:
+    """Which object a URL names, whoever asks and whenever the URL was signed: without user, signature and fragment.
+
+    Not to be shown: what else is in the query may be a secret.
+    """
+    parts = urlsplit(url)
+    kept = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)
+            if not _SIGNATURE.fullmatch(name)]
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(kept), fragment="").geturl()
 
 
 def expand(spec: str, limit: int) -> list[str]:

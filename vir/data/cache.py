@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from vir.addresses import place
 from vir.data.stores.store import Identity
 from vir.errors import DataError, SettingsError
 from vir.files import TEMPORARY, lock, open_regular, replacing, unlock
@@ -33,10 +33,6 @@ RECENT_S = 3600.0
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _ROOM = ".room.lock"
 _ROOM_WAIT_S, _ROOM_POLL_S = 30.0, 0.01
-
-# What is in the query of a signed address besides the object: another one comes with each signing.
-_SIGNATURE = re.compile(r"x-(amz|goog|oss|cos|obs)-.*|awsaccesskeyid|googleaccessid|ossaccesskeyid|signature|expires|"
-                        r"policy|key-pair-id|token|sig|s[veprst]|srt|spr|sk(oid|tid|[tesv])", re.IGNORECASE)
 
 
 class ChecksumError(DataError):
@@ -64,11 +60,7 @@ def parse_bytes(text: str) -> int:
 
 def cache_name(url: str, identity: Identity) -> str:
     """The name of these bytes in a cache: the same for all who may read them, another one for other bytes."""
-    parts = urlsplit(url)
-    kept = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)
-            if not _SIGNATURE.fullmatch(name)]
-    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}?{urlencode(kept)}"
-    text = f"{place}\0{identity.size}\0{identity.tag}"
+    text = f"{place(url)}\0{identity.size}\0{identity.tag}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32] + SHARD
 
 

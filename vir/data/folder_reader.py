@@ -68,8 +68,8 @@ class FolderReader(Reader):
         return self._sample(i).key
 
     def where(self, i: int) -> str:
-        """The path of the file."""
-        return str(self._root / self._sample(i).path)
+        """CLASS/IMAGE."""
+        return self._sample(i).path
 
     def read(self, i: int) -> bytes:
         """The image file of sample i.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
-from vir.addresses import expand, is_remote, shown
+from vir.addresses import expand, is_remote, place, shown
 from vir.data.executors import Stopped, run_threads
 from vir.data.foreign import (
     IndexSummary,
@@ -104,8 +104,8 @@ def default_index_dir() -> Path:
 
 
 def folder_of(urls: Sequence[str], index_dir: Path) -> Path:
-    """Where the index of these shards lies, whoever asks for them: names of users, passwords, signatures and other
-    queries do not count."""
+    """Where the index of these shards lies, whoever asks for them: names of users, passwords and signatures do
+    not count."""
     return Path(index_dir).absolute() / hashlib.sha256("\n".join(map(_bare, urls)).encode()).hexdigest()[:32]
 
 
@@ -287,11 +287,8 @@ def _told(url: str) -> str:
 
 
 def _bare(url: str) -> str:
-    if not is_remote(url):
-        return url
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/"), query="",
-                          fragment="").geturl()
+    """Which file a URL or a path means."""
+    return place(url).rstrip("/") if is_remote(url) else url
 
 
 def _shard_urls(url: str, manifest: SplitManifest) -> tuple[str, ...]:

@@ -104,8 +104,8 @@ def read_image(reader: Reader, sample: int, read: Callable[[], bytes]) -> tuple[
         if sample < 0:
             break
         read = partial(reader.read, sample)
-    raise DataError(f"no readable image in {len(bad)} tries, the first was {bad[0]}; run the conversion again for "
-                    f"this split, or restore its shards from a good copy")
+    raise DataError(f"no readable image in {len(bad)} tries, the first was {bad[0]} of {reader.name}; restore the "
+                    "images from a good copy, or convert the split again")
 
 
 class _Requests(Dataset["Batch | VirError"]):
@@ -155,8 +155,8 @@ def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, 
         try:
             image = decode_image(read())
         except BadSampleError as error:
-            raise DataError(f"validation image {reader.where(sample)}: {error}; convert the validation split again, "
-                            "or restore its shards from a good copy") from error
+            raise DataError(f"validation image {reader.where(sample)} of {reader.name}: {error}; restore it from a "
+                            "good copy, or convert the split again") from error
         pixels.append(torch.as_tensor(transform(image)))
         labels.append(int(reader.labels[sample]))
     size = len(positions)

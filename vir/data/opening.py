@@ -45,10 +45,10 @@ class Places:
     """The most that it may hold."""
 
 
-def places(config: DataConfig) -> Places:
+def places(data: DataConfig) -> Places:
     """Raises SettingsError where the size of the cache is none."""
-    return Places(index_dir=Path(config.index_dir) if config.index_dir else default_index_dir(), timeout=config.timeout,
-                  cache=Path(config.cache) if config.cache else None, cache_bytes=parse_bytes(config.cache_bytes))
+    return Places(index_dir=Path(data.index_dir) if data.index_dir else default_index_dir(), timeout=data.timeout,
+                  cache=Path(data.cache) if data.cache else None, cache_bytes=parse_bytes(data.cache_bytes))
 
 
 def open_reader(spec: str, places: Places, *, first: bool) -> Reader:

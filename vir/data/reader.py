@@ -219,8 +219,7 @@ class ShardReader(Reader):
             self.access.forget()
             data = self._read_with_retries(i, row)
         if not self._is_sound(row, data):
-            raise BadSampleError(f"wrong checksum, the shard {self.access.where(row['shard'])} is damaged; copy it "
-                                 "again or convert the split again")
+            raise BadSampleError(f"wrong checksum, {self.access.where(row['shard'])} is damaged")
         return data
 
     def together(self, samples: Sequence[int]) -> list[list[int]]:

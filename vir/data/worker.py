@@ -19,7 +19,7 @@ from vir.data.reader import Reader
 from vir.errors import VirError
 
 _WHERE_BYTES = 1024
-_READERS = 16
+_READERS = 32
 """Samples that a worker reads at the same time: a read from a network disk waits for 1 to 20 ms."""
 _MOST_FILES = 1 << 16
 _PR_SET_PDEATHSIG = 1

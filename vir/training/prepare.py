@@ -81,7 +81,7 @@ def _open(flag: str, spec: str, kept: Places) -> Reader:
 def _with_order(config: RunConfig, train: Reader) -> DataConfig:
     """Lanes and window as given, else as the run began, else as they fit the cache."""
     began = _began_with(config).get("data", {})
-    lanes, window = (getattr(config.data, name) or began.get(name) for name in ("lanes", "window"))
+    lanes, window = config.data.lanes or began.get("lanes"), config.data.window or began.get("window")
     chosen = choose(train.shard_sizes, sum(train.shard_bytes) / len(train.shard_sizes), train.budget_bytes,
                     launcher.nodes(), config.train.global_batch_size)
     return replace(config.data, lanes=lanes or chosen[0], window=window or chosen[1])

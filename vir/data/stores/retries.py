@@ -12,6 +12,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
 from vir.addresses import shown
 from vir.data.stores.store import StoreError
+from vir.log import log
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ PASSING = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 
 _FIRST_WAIT = 0.25
 _LONGEST_WAIT = 15.0
+_TELLS_EVERY_S = 60.0
+_told = float("-inf")
 
 
 class PassingError(Exception):
@@ -61,13 +64,24 @@ def persist(attempt: Callable[[float], T], url: str, timeout: float) -> T:
         return max(0.0, min(max(asked, _backoff(state.attempt_number)), until - time.monotonic()))
 
     retrying = Retrying(retry=retry_if_exception_type(PassingError), wait=wait, reraise=True,
-                        stop=lambda state: time.monotonic() >= until)
+                        stop=lambda state: time.monotonic() >= until,
+                        before_sleep=lambda state: _tell(state, url, until - time.monotonic()))
     try:
         return retrying(lambda: attempt(max(0.05, until - time.monotonic())))
     except PassingError as error:
         raise StoreError(f"{shown(url)} {error}, and what else was tried for {timeout:g} s failed as well; see whether "
                          "the server can be reached and is well, or give it more time with --data.timeout "
                          "(vir-evaluate: --timeout)") from error
+
+
+def _tell(state: RetryCallState, url: str, left: float) -> None:
+    """Once a minute: all threads of a process meet the same server."""
+    global _told
+    assert state.outcome is not None and state.seconds_since_start is not None
+    now = time.monotonic()
+    if state.seconds_since_start > WINDOW and now - _told > _TELLS_EVERY_S:
+        _told = now
+        log.warning("%s %s; it is tried for %.0f s more", shown(url), state.outcome.exception(), left)
 
 
 def _backoff(number: int) -> float:
