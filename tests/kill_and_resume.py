@@ -10,8 +10,8 @@ every step's line of metrics must be the same in both, bit for bit.
 Exit codes: 0 all is equal, 1 something differs or did not end, 2 wrong arguments.
 
 SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. With --killed-shards URL the killed run streams
-the same shards from a server, e.g. s3://bucket/shards, with --cache through a cache of --cache-bytes. Works on Linux: it
-reads /proc.
+the same shards from a server, e.g. s3://bucket/shards, with --cache through a cache of --cache-bytes. Works on Linux:
+it reads /proc.
 """
 
 from __future__ import annotations

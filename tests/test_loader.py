@@ -230,7 +230,7 @@ def test_a_split_of_damaged_samples_stops_with_the_first_of_them(damaged):
 
 def test_a_damaged_validation_image_stops_and_is_named(damaged):
     broken = damaged("val", [1])
-    with pytest.raises(DataError, match=f"validation image {broken.where(1)} of {broken.folder}: wrong checksum.*restore it"):
+    with pytest.raises(DataError, match=f"{broken.where(1)} of {broken.folder}: wrong checksum.*restore it"):
         evaluate(broken)
 
 
