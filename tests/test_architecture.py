@@ -66,7 +66,6 @@ TESTED_ELSEWHERE = {
     "vir.reports.curves": "test_metrics.py",
     "vir.training.loop": "test_train.py: the loop is seen at work", "vir.training.meter": "test_train.py: as the loop",
     "vir.training.run": "test_train.py: as the loop", "vir.training.validator": "test_train.py: as the loop",
-    "vir.training.prepare": "test_train.py: what is refused at the door",
 }
 
 

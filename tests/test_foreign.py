@@ -442,16 +442,6 @@ def test_a_signal_ends_it_with_nothing_written(folder, monkeypatch, capsys):
         index(folder, is_stopping=lambda: True)
 
 
-def test_training_on_tars_without_an_index_names_this_command(folder, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "vir.train", "--config", ROOT / "vir/recipes/quickstart.yaml", "--data.train", folder,
-         "--data.val", folder, "--output", tmp_path / "run", "--dry_run"], cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 3
-    assert f"make the index of WebDataset shards: vir-index {folder}; " in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_help_needs_no_torch():
     code = "import sys, vir.index\ntry: vir.index.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)

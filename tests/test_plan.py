@@ -48,7 +48,8 @@ def network():
 
 def config(**train):
     return RunConfig(
-        deepspeed_config="x", output="y", data=DataConfig(train="t", val="v"), ema=EmaConfig(decay=0.9),
+        deepspeed_config="x", output="y", data=DataConfig(train="t", val="v", lanes=2, window=5),
+        ema=EmaConfig(decay=0.9),
         train=TrainConfig(**{"epochs": 2, "global_batch_size": 8, "micro_batch_size": 2} | train),
         optim=OptimConfig(lr_base=0.32, weight_decay=0.1, weight_decay_end=0.3),
         schedule=ScheduleConfig(name="constant", warmup_epochs=0.8, warmup_lr=0.0), eval=EvalConfig(every_epochs=1),
@@ -76,7 +77,7 @@ def test_intervals_in_steps_take_the_place_of_those_in_epochs(reader, network):
 
 
 def test_without_validation_data_nothing_is_evaluated(reader, network):
-    given = replace(config(), data=DataConfig(train="t"))
+    given = replace(config(), data=DataConfig(train="t", lanes=2, window=5))
     assert make_plan(given, reader, network[1], WORLD, "bf16").eval_steps == frozenset()
 
 
@@ -118,13 +119,15 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
                              bucket_bytes=3_000_000, groups=groups)
     plan = plan_of(reader, network)
     given = replace(config(), output=str(tmp_path / "not yet" / "there"))
-    what, optim, data, steps, course, memory, disk = describe(given, plan, engine, spec, reader, reader, WORLD)
+    what, optim, data, order, steps, course, memory, disk = describe(given, plan, engine, spec, reader, reader, WORLD)
     count = sum(p.numel() for p in model.parameters())
     assert what.startswith(f"vir_tiny_patch16_224, {count / 1e6:.2f} M parameters, ")
     assert f"{plan.forward_flops / 1e9:.3g} GFLOP" in what and what.endswith(
         "forward per image of 3x28x28; ZeRO 2, bf16, 2 ranks on cpu")
     assert optim == "adamw, peak lr 0.01, tensors per group: decay 2, no_decay 1 lr x0.5"
     assert data == "50 training images in 2 shards, 50 validation images, 3 classes"
+    size = sum(reader.shard_bytes) / 1e9
+    assert order == f"order: 2 lanes, window 5; about 2 shards of {size:.3g} GB in use at a time on each machine"
     assert steps == "13 steps of 8 = 2 x 2 x 2 ranks; 2 evaluations, 4 checkpoints"
     assert course == "learning rate: from 0 to 0.01 over 5 steps of warm-up, constant from 0.01 to 0.01 over 8"
     size = (2 + 4 + 4 * 3) * count                                  # bf16, masters, two moments and the average

@@ -10,6 +10,7 @@ from PIL import Image
 from support.http_server import HttpServer
 from vir.config import DataConfig, ModelConfig, RunConfig, TrainConfig, dump_yaml
 from vir.data.convert import Settings, convert
+from vir.data.executors import Stopped
 from vir.errors import DataError, SettingsError
 from vir.run_folder import CONFIG
 from vir.training.prepare import prepare
@@ -77,6 +78,14 @@ def test_secrets_of_urls_are_neither_kept_nor_told(config, server, tmp_path):
     with pytest.raises(DataError, match="--data.train: ") as caught:
         prepare(config(url.replace("/train", "/trains")))
     assert "geheim" not in str(caught.value)
+
+
+def test_a_stop_ends_the_making_of_an_index(config, server, tmp_path):
+    tars = server.url("/train/imagenet1k-train-{000000..000007}.tar")
+    with pytest.raises(Stopped):
+        prepare(config(tars), lambda: True)
+    assert not list((tmp_path / "indexes").rglob("manifest.json"))
+    assert len(prepare(config(tars)).train) == 40
 
 
 @pytest.mark.parametrize("size", ["", "much", "-1GB", "0"])

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from vir import cli, launcher
 from vir.cluster.signals import StopRequest
 from vir.config import TrainConfig
+from vir.data.executors import Stopped
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
 from vir.flags import PROGRAM, parse
 from vir.launcher import Place
@@ -50,7 +51,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         heartbeat = _start_heartbeat(place, config.train.rank_timeout)
         from vir.training.prepare import prepare
 
-        prepared = prepare(config)
+        prepared = prepare(config, lambda: stop.asked)
         at_the_door = False
         from vir.training.run import run
 
@@ -66,6 +67,14 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         if heartbeat is not None:
             heartbeat.failed(f"exit code {code}, {error}")
         return code
+    except Stopped:
+        stop.agree()
+        said = f"stopped by {stop.cause} before the data was opened; the same command goes on"
+        print(f"{PROGRAM}: {said}", file=sys.stderr)
+        cli.report(said)
+        if heartbeat is not None:
+            heartbeat.failed(f"exit code {EXIT_STOPPED_BY_SIGNAL}, {said}")
+        return EXIT_STOPPED_BY_SIGNAL
     except Exception as error:
         if heartbeat is None:
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -43,12 +43,15 @@ class Places:
     """A folder for whole shards from servers."""
     cache_bytes: int = 0
     """The most that it may hold."""
+    is_stopping: Callable[[], bool] = lambda: False
+    """Asked several times a second while an index is made."""
 
 
-def places(data: DataConfig) -> Places:
+def places(data: DataConfig, is_stopping: Callable[[], bool] = lambda: False) -> Places:
     """Raises SettingsError where the size of the cache is none."""
     return Places(index_dir=Path(data.index_dir) if data.index_dir else default_index_dir(), timeout=data.timeout,
-                  cache=Path(data.cache) if data.cache else None, cache_bytes=parse_bytes(data.cache_bytes))
+                  cache=Path(data.cache) if data.cache else None, cache_bytes=parse_bytes(data.cache_bytes),
+                  is_stopping=is_stopping)
 
 
 def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
@@ -61,6 +64,7 @@ def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
 
     Raises:
         DataError, SettingsError: nothing there that is known, or what is there is damaged or cannot be reached.
+        Stopped: as `places` was asked to.
     """
     parts = expand(spec, MAX_SHARDS)
     if not any(map(is_remote, parts)):
@@ -69,7 +73,7 @@ def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
     if len(parts) == 1 and not urlsplit(parts[0]).path.endswith(".tar"):
         index = fetch_split(parts[0], places.index_dir, places.timeout, first)
     if index is None:
-        index = open_index(find_urls(spec, places.timeout), places.index_dir, places.timeout, first)
+        index = _index(find_urls(spec, places.timeout), places, first)
     return _open_remote(index, shown(spec), places, first)
 
 
@@ -78,7 +82,8 @@ def _open_local(parts: Sequence[str], places: Places, first: bool) -> Reader:
     if len(parts) == 1 and folder.is_dir() and not (folder / MANIFEST).exists():
         if not (tars := tars_in(folder)) and class_folders(folder):
             return FolderReader(folder)
-        if tars and not set(tars) & set(ARCHIVES.values()) and not index_beside(folder, tars):
+        if tars and not set(tars) & set(ARCHIVES.values()) and not index_beside(
+                folder, tars, is_stopping=places.is_stopping):
             return _open_tars([folder / name for name in tars], places, first)
     if len(parts) == 1 and not _names_tars(parts[0]):
         return ShardReader(folder, check=first)  # which tells what is there instead, where it is no split
@@ -89,8 +94,12 @@ def _open_tars(paths: Sequence[Path], places: Places, first: bool) -> Reader:
     folder = paths[0].parent
     if (folder / MANIFEST).is_file() and [folder / shard.name for shard in read_manifest(folder).shards] == paths:
         return ShardReader(folder, check=first)
-    index = open_index([str(path) for path in paths], places.index_dir, places.timeout, first)
+    index = _index([str(path) for path in paths], places, first)
     return ShardReader(index.folder, LocalShards(paths), str(folder), check=first)
+
+
+def _index(tars: Sequence[str], places: Places, first: bool) -> IndexFolder:
+    return open_index(tars, places.index_dir, places.timeout, first, is_stopping=places.is_stopping)
 
 
 def _names_tars(part: str) -> bool:

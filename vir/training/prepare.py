@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import timm
 import yaml
@@ -38,11 +38,12 @@ class Prepared:
     """None: nothing is evaluated."""
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, is_stopping: Callable[[], bool] = lambda: False) -> Prepared:
     """Fill in what was left open, read the DeepSpeed JSON, open the shards, check batch sizes, model and run folder.
 
     Raises:
         SettingsError, DataError: with the value and the way out.
+        Stopped: `is_stopping`, asked while the index of shards is made, said yes.
     """
     distributed.check_driver()
     config = replace(config, output=config.output or f"runs/{config.model.name}",
@@ -50,7 +51,7 @@ def prepare(config: RunConfig) -> Prepared:
     deepspeed_json = ds_config.read(config.deepspeed_config)
     plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,
                       launcher.adopt().size)
-    kept = places(config.data)
+    kept = places(config.data, is_stopping)
     train = _open("--data.train", config.data.train, kept)
     val = _open("--data.val", config.data.val, kept) if config.data.val else None
     if val is not None and train.classes != val.classes:
