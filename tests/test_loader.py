@@ -307,6 +307,17 @@ def test_the_samples_of_a_request_are_read_at_the_same_time(slow):
     assert len(train(slow, micro_batch_size=4)) == 7
 
 
+def test_threads_that_draw_random_numbers_change_no_pixel(slow, uninterrupted):
+    """As those do that wait before a retry, in our code and in libraries."""
+    def draw():
+        while True:
+            random.random()
+            time.sleep(1e-5)
+
+    slow.before = lambda sample: threading.Thread(target=draw, daemon=True).start()
+    assert_same(train(slow), uninterrupted)
+
+
 def test_while_no_batch_comes_it_is_told_who_is_waited_for_and_none_is_lost(slow, uninterrupted, tmp_path):
     held = tmp_path / "held"
     held.touch()

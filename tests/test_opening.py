@@ -190,7 +190,7 @@ def test_other_processes_of_a_machine_take_the_index_as_the_first_has_left_it(ht
 
 @pytest.mark.parametrize("spec, error, said", [
     ("{root}/nothing", DataError, "no such folder: .*nothing; convert first"),
-    ("{root}/tars/x-{{000000..000011}}.tar", DataError, "no such file: .*x-000009.tar; complete the shards"),
+    ("{root}/tars/x-{{000000..000011}}.tar", DataError, "3 of the 12 shards that .* names are missing: .*x-000009.tar"),
     ("{root}/cut/train::http://127.0.0.1:9/x.tar", SettingsError, "all remote, or all local"),
     ("{root}/cut/train::{root}/tars", SettingsError, "where several are named each is a .tar"),
     ("pipe:cat {root}/tars/x-000000.tar", SettingsError, "asks to run a command, which is refused"),

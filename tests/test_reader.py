@@ -15,6 +15,8 @@ from PIL import Image
 from support.manifests import name_index
 from vir import files
 from vir.data import access
+from vir.data import reader as reader_module
+from vir.data.access import LocalShards
 from vir.data.decode import BadSampleError, decode_image, inspect_image
 from vir.data.reader import ShardReader
 from vir.data.shards import ShardSample, read_index, read_manifest, write_shard, write_split
@@ -393,3 +395,69 @@ def test_palettes_become_their_colours():
     image.putpalette([9, 9, 9, 200, 100, 50])
     for options in ({}, {"transparency": 1}, {"transparency": b"\x00\x80"}):
         assert decode_image(encode(image, "PNG", **options)).getpixel((0, 0)) == (200, 100, 50)
+
+
+# ---- parts that are read together
+
+
+class Counted(LocalShards):
+    """Reads that are joined, and counted."""
+
+    joins = 1 << 20
+
+    def __init__(self, paths):
+        super().__init__(paths)
+        self.reads = []
+
+    def read(self, shard, offset, size):
+        self.reads.append((shard, offset, size))
+        return super().read(shard, offset, size)
+
+
+@pytest.fixture
+def joined(folder):
+    return ShardReader(folder, Counted([folder / f"s-{number}.tar" for number in range(3)]))
+
+
+def test_neighbours_are_one_read_and_each_gets_its_bytes(joined):
+    groups = joined.together([6, 3, 1, 0, 7, 5, 1])
+    assert groups == [[0, 1, 3], [5, 6], [7]]
+    assert [joined.read_group(group) for group in groups] == [[IMAGES[i] for i in group] for group in groups]
+    assert [shard for shard, _, _ in joined.access.reads] == [0, 1, 2]
+
+
+def test_a_read_takes_no_more_at_once_than_it_may(joined, monkeypatch):
+    monkeypatch.setattr(reader_module, "_MOST_AT_ONCE", len(IMAGES[0]) + len(IMAGES[1]) + 3000)
+    assert joined.together([0, 1, 2, 3]) == [[0, 1], [2, 3]]
+    joined.access.joins = 1
+    assert joined.together([0, 1, 2, 3]) == [[0], [1], [2], [3]]
+
+
+def test_one_damaged_sample_of_several_is_bad_alone(joined, folder):
+    with open(folder / "s-0.tar", "r+b") as file:
+        file.seek(read_index(folder)["offset"][1] + 100)
+        file.write(bytes([IMAGES[1][100] ^ 1]))
+    first, damaged, last = joined.read_group([0, 1, 2])
+    assert (first, last) == (IMAGES[0], IMAGES[2]) and isinstance(damaged, BadSampleError)
+
+
+def test_what_a_server_has_refused_for_several_is_not_asked_for_each(joined):
+    def refuse(shard, offset, size):
+        joined.access.reads.append(shard)
+        raise DataError("refused")
+
+    joined.access.read = refuse
+    assert [str(error) for error in joined.read_group([0, 1, 2])] == ["refused"] * 3 and joined.access.reads == [0]
+
+
+def test_samples_of_a_disk_that_fails_once_are_read_again_one_by_one(joined, no_waiting):
+    reads = iter([OSError(5, "failed")])
+    read = joined.access.read
+
+    def failing(shard, offset, size):
+        for error in reads:
+            raise error
+        return read(shard, offset, size)
+
+    joined.access.read = failing
+    assert joined.read_group([0, 1, 2]) == IMAGES[:3]

@@ -9,7 +9,6 @@ import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
-import random
 import signal
 import sys
 import threading
@@ -33,7 +32,6 @@ from vir.data.prefetch import Prefetcher, prefetcher_of
 from vir.data.reader import Reader
 from vir.errors import DataError, VirError
 from vir.models.spec import InputSpec
-from vir.streams import SAMPLE, generator
 
 Transform = Callable[[Image.Image], np.ndarray]
 Request = tuple[np.ndarray, np.ndarray]
@@ -79,14 +77,6 @@ class Batch:
         return self._map(lambda tensor: tensor if tensor is self.positions else tensor.to(device, non_blocking=True))
 
 
-def seed_worker_globals(seed: int, position: int) -> None:
-    """Set `random`, `numpy` and torch for one sample; only ever called in a loader process."""
-    numbers = generator(seed, position, SAMPLE).integers(2**63, size=2)
-    random.seed(int(numbers[0]))
-    np.random.seed(int(numbers[1]) & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(int(numbers[1]))
-
-
 def read_image(reader: Reader, sample: int, read: Callable[[], bytes]) -> tuple[Image.Image, int, list[str]]:
     """The image at `sample`, or of its first good substitute; its label; what was wrong with those passed over.
 
@@ -128,7 +118,7 @@ def _train_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform,
     reads = worker.here().read(reader, samples.tolist())
     for position, sample, read in zip(positions.tolist(), samples.tolist(), reads):
         image, label, passed_over = read_image(reader, sample, read)
-        seed_worker_globals(seed, position)
+        transforms.seed_draws(seed, position)
         pixels.append(torch.as_tensor(transform(image)))
         labels.append(label)
         bad += passed_over

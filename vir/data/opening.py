@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +12,7 @@ from vir.config import DataConfig
 from vir.data.access import Access, LocalShards
 from vir.data.cache import parse_bytes
 from vir.data.folder_reader import FolderReader
+from vir.data.foreign import find_paths
 from vir.data.index_folder import (
     IndexFolder,
     default_index_dir,
@@ -28,7 +27,7 @@ from vir.data.shards import MANIFEST, MAX_SHARDS, read_manifest
 from vir.data.sources.archives import ARCHIVES
 from vir.data.sources.folder import class_folders, some
 from vir.data.sources.tars import tars_in
-from vir.errors import DataError, SettingsError
+from vir.errors import SettingsError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
     """
     parts = expand(spec, MAX_SHARDS)
     if not any(map(is_remote, parts)):
-        return _open_local(parts, places, first)
+        return _open_local(spec, parts, places, first)
     index = None
     if len(parts) == 1 and not urlsplit(parts[0]).path.endswith(".tar"):
         index = fetch_split(parts[0], places.index_dir, places.timeout, first)
@@ -77,7 +76,7 @@ def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
     return _open_remote(index, shown(spec), places, first)
 
 
-def _open_local(parts: Sequence[str], places: Places, first: bool) -> Reader:
+def _open_local(spec: str, parts: Sequence[str], places: Places, first: bool) -> Reader:
     folder = Path(parts[0])
     if len(parts) == 1 and folder.is_dir() and not (folder / MANIFEST).exists():
         if not (tars := tars_in(folder)) and class_folders(folder):
@@ -87,7 +86,7 @@ def _open_local(parts: Sequence[str], places: Places, first: bool) -> Reader:
             return _open_tars([folder / name for name in tars], places, first)
     if len(parts) == 1 and not _names_tars(parts[0]):
         return ShardReader(folder, check=first)  # which tells what is there instead, where it is no split
-    return _open_tars(_tars(parts), places, first)
+    return _open_tars(_tars(spec), places, first)
 
 
 def _open_tars(paths: Sequence[Path], places: Places, first: bool) -> Reader:
@@ -106,18 +105,13 @@ def _names_tars(part: str) -> bool:
     return part.endswith(".tar") or any(character in part for character in "*?[")
 
 
-def _tars(parts: Sequence[str]) -> list[Path]:
+def _tars(spec: str) -> list[Path]:
     """The local tars that are named, in order."""
-    found: list[Path] = []
-    for part in parts:
-        paths = [part] if os.path.lexists(part) else sorted(glob(part))
-        if not paths:
-            raise DataError(f"no such file: {part}; complete the shards, or name those that are there")
-        if other := [path for path in paths if not path.endswith(".tar")]:
-            raise SettingsError(f"{part} names {some(other)}, but where several are named each is a .tar; give one "
-                                "folder, or name the tars")
-        found += [Path(path).absolute() for path in paths]
-    return found
+    paths = find_paths(spec)
+    if other := [path for path in paths if not path.endswith(".tar")]:
+        raise SettingsError(f"{spec} names {some(other)}, but where several are named each is a .tar; give one folder, "
+                            "or name the tars")
+    return [Path(path).absolute() for path in paths]
 
 
 def _open_remote(index: IndexFolder, name: str, places: Places, first: bool) -> Reader:

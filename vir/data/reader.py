@@ -239,7 +239,9 @@ class ShardReader(Reader):
         begin, end = int(rows["offset"][0]), int(rows["offset"][-1] + rows["size"][-1])
         try:
             data = self.access.read(int(rows["shard"][0]), begin, end - begin)
-        except (OSError, DataError):  # perhaps of one of them alone
+        except DataError as error:  # what can be tried was tried
+            return [error] * len(group)
+        except OSError:  # perhaps of one of them alone
             return super().read_group(group)
         parts = [data[int(row["offset"]) - begin:int(row["offset"]) - begin + int(row["size"])] for row in rows]
         return [part if self._is_sound(row, part) else self._read_or_error(i)

@@ -8,19 +8,41 @@ vir.data.device.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import random
 from typing import Any, Callable
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vir.config import AugmentConfig
 from vir.errors import SettingsError
 from vir.models.spec import InputSpec
-from vir.streams import ERASE, MIX, NOISE, generator
+from vir.streams import ERASE, MIX, NOISE, SAMPLE, generator
+
+
+@functools.cache
+def _generator() -> random.Random:
+    """What timm's transforms draw from in this process: the global one is drawn from by threads that read, too, for the
+    pause before a retry."""
+    own = random.Random()
+    for name in ("timm.data.auto_augment", "timm.data.transforms"):
+        setattr(importlib.import_module(name), "random", own)
+    return own
+
+
+def seed_draws(seed: int, position: int) -> None:
+    """Let the transforms draw what belongs to one sample; only ever called in a loader process."""
+    numbers = generator(seed, position, SAMPLE).integers(2**63, size=2)
+    _generator().seed(int(numbers[0]))
+    np.random.seed(int(numbers[1]) & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(int(numbers[1]))
 
 
 def train_transform(augment: AugmentConfig, model_input: InputSpec) -> Callable[[Image.Image], np.ndarray]:
-    """timm's training transform up to uint8 [C, H, W]; it draws from the global random generators.
+    """timm's training transform up to uint8 [C, H, W]; it draws what seed_draws has decided.
 
     Raises:
         SettingsError: a policy string that timm does not know.
