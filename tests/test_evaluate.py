@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 
+from support.http_server import HttpServer
 from support.launchers import HANGS, call, torchrun
 from vir import evaluate
 from vir.data.shards import read_manifest
@@ -43,6 +44,24 @@ def test_the_result_is_in_the_file_and_on_the_last_line(given, tmp_path, capsys)
     assert json.loads(said.out.splitlines()[-1]) == json.loads((tmp_path / "r.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
     assert "130/130" in said.err
+
+
+def test_images_of_a_server_and_of_a_folder_give_the_same_result(given, digits, shards, tmp_path, capsys):
+    """And secrets of its URL are in none of it."""
+    def results(data, *more):
+        assert evaluate.main([*given, "--data", str(data), *more]) == 0
+        said = capsys.readouterr()
+        assert "geheim" not in said.out + said.err
+        found = json.loads(said.out.splitlines()[-1])
+        return {key: found[key] for key in ("images", "top1", "top5", "loss")}
+
+    expected = results(shards / "val")
+    with HttpServer({f"/val/{path.name}": path.read_bytes() for path in (shards / "val").iterdir()}) as server:
+        url = server.url("/val", user="me:geheim")
+        assert results(url, "--cache", str(tmp_path / "c"), "--index-dir", str(tmp_path / "i")) == expected
+    found = results(digits / "val")
+    assert found.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)  # summed in another order
+    assert found == expected
 
 
 def test_it_computes_on_cpu_where_told_to(given, monkeypatch, capsys):
