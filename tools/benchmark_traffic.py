@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=6_000, help="default 6,000")
     parser.add_argument("--image_bytes", type=int, default=110_000, help="of each file (default 110,000)")
     parser.add_argument("--samples_per_shard", type=int, default=50, help="default 50")
-    parser.add_argument("--step_ms", type=float, default=100.0, help="of a batch of 48, at least (default 100)")
+    parser.add_argument("--step_ms", type=float, default=300.0, help="of a batch of 48, at least (default 300)")
     parser.add_argument("--nodes", type=counts, default=[1, 2, 3, 4, 8, 16, 24, 32, 64, 128], metavar="N,...",
                         help="simulated (default 1,2,3,4,8,16,24,32,64,128)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")

@@ -16,10 +16,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Answer:
-    """A file, or a part of it, that was sent."""
+    """A file, or a part of it, that was asked for."""
 
     name: str
     sent_bytes: int
+    """Fewer than were asked for where the client broke off."""
     file_bytes: int
 
 
@@ -28,7 +29,7 @@ def serving(folder: Path, log: Path = Path(os.devnull)) -> Iterator[str]:
     """The URL under which the server has the files: URL/MS/NAME is `folder`/NAME, MS milliseconds later.
 
     Args:
-        log: gets a line for each answer; see answers.
+        log: gets a line after each answer; see answers.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, folder, log))
     process = multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True)
@@ -69,15 +70,25 @@ class _Handler(BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(first)
             body = file.read(last - first + 1)
-        with self._log.open("a", encoding="utf-8") as log:  # one write, so lines of threads do not mix
-            log.write(f"{name} {len(body)} {size}\n")
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{size}"')
         if asked:
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.end_headers()
-        self.wfile.write(body)
+        sent = self._send(memoryview(body))
+        with self._log.open("a", encoding="utf-8") as log:  # one write, so lines of threads do not mix
+            log.write(f"{name} {sent} {size}\n")
+
+    def _send(self, body: memoryview) -> int:
+        """How much of it went out before the client broke off."""
+        sent = 0
+        try:
+            while sent < len(body):
+                sent += self.connection.send(body[sent:])
+        except ConnectionError:
+            self.close_connection = True
+        return sent
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the table is the output."""

@@ -51,7 +51,7 @@ class Settings:
     image_bytes: int = _IMAGE_BYTES
     """Of each file; its picture is tiny, for pixels do not matter here."""
     samples_per_shard: int = 50
-    step_ms: float = 100.0
+    step_ms: float = 300.0
     """From one global batch of 48 to the next, at least: a trainer is slower than a loader of tiny pictures."""
     nodes: Sequence[int] = (1, 2, 3, 4, 8, 16, 24, 32, 64, 128)
     """Simulated."""
