@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ def serving(folder: Path, log: Path = Path(os.devnull)) -> Iterator[str]:
         log: gets a line after each answer; see answers.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, folder, log))
+    # What the system holds ready for a client that breaks off would count as sent.
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
     process = multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True)
     process.start()
     server.server_close()  # this process's copy
