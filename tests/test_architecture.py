@@ -41,6 +41,7 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.stopwatch": "test_benchmark.py",
     "vir.benchmarks.peer": "test_benchmark_training.py", "vir.benchmarks.results": "test_benchmark.py",
     "vir.benchmarks.tables": "test_results.py",
+    "vir.benchmarks.traffic": "test_benchmark.py",
     "vir.benchmarks.training": "test_benchmark_training.py",
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",

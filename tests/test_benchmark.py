@@ -4,7 +4,10 @@ import importlib
 import json
 import os
 import re
+import socket
 import sys
+import time
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from PIL import Image
 
 import vir.models  # noqa: F401, registers the models
 from support.launchers import ROOT, call
-from vir.benchmarks import loader
+from vir.benchmarks import loader, traffic
+from vir.benchmarks.file_server import Answer, answers, serving
 from vir.benchmarks.model import free_mixer
 from vir.benchmarks.stopwatch import Limits, Stopwatch
 
@@ -207,4 +211,66 @@ def test_the_loader_by_source_and_latency_beside_others(tmp_path, benchmark_load
     (["--folder", "nowhere"], "no such folder: nowhere")])
 def test_a_loader_that_cannot_be_measured_is_told(words, message, benchmark_loader, capsys):
     assert benchmark_loader(words) in (2, 3)
+    assert message in capsys.readouterr().err
+
+
+# ---- tools/benchmark_traffic.py
+
+
+@pytest.fixture
+def benchmark_traffic(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("benchmark_traffic").main
+
+
+def test_the_server_counts_what_it_sends(tmp_path):
+    (tmp_path / "a.tar").write_bytes(bytes(64 << 20))
+    log = tmp_path / "log"
+    with serving(tmp_path, log) as url:
+        assert len(urlopen(f"{url}/0/a.tar", timeout=10).read()) == 64 << 20
+        assert len(urlopen(Request(f"{url}/0/a.tar", headers={"Range": "bytes=5-14"}), timeout=10).read()) == 10
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as client:
+            client.sendall(b"GET /0/a.tar HTTP/1.1\r\n\r\n")
+            client.recv(1 << 16, socket.MSG_WAITALL)
+        end = time.monotonic() + 10
+        while not log.is_file() or len(answers(log)) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    part, broken_off, whole = sorted(answers(log), key=lambda answer: answer.sent_bytes)
+    assert part == Answer("a.tar", 10, 64 << 20) and whole == Answer("a.tar", 64 << 20, 64 << 20)
+    assert 60_000 < broken_off.sent_bytes < 64 << 20
+
+
+def test_downloads_per_shard_measured_beside_simulated(tmp_path, benchmark_traffic, monkeypatch, capsys):
+    monkeypatch.setattr(traffic, "_BATCH", 20)
+    monkeypatch.setattr(traffic, "IMAGENET", 125_200)
+    assert benchmark_traffic(["--folder", str(tmp_path), "--images", "250", "--image_bytes", "9000",
+                              "--samples_per_shard", "10", "--step_ms", "60", "--nodes", "1,24",
+                              "--json", str(tmp_path / "traffic.json")]) == 0
+    content = json.loads((tmp_path / "traffic.json").read_text())
+    rows = [dict(zip(traffic.COLUMNS, row, strict=True)) for row in content["rows"]]
+    fetched = {(row[""], row["cache of a node"]): [float(cell) for cell in list(row.values())[-3:]] for row in rows[:8]}
+    # The 13th step ends in the next epoch: 260 samples of 250.
+    assert fetched["simulated", "none"] == [0, 104, 1.04] and fetched["simulated, epoch 2", "all"] == [0, 0, 0]
+    assert fetched["simulated", "a third"][0] >= 1 and fetched["simulated, epoch 1", "all"] == [1, 0, 1]
+    downloads, in_parts, all_bytes = fetched["measured", "none"]
+    assert downloads == 0 and in_parts > 70 and all_bytes >= in_parts / 100  # the bytes of the images, and gaps
+    downloads, in_parts, all_bytes = fetched["measured, epoch 1", "all"]
+    assert downloads == 1 and 0 < in_parts < 100 and all_bytes == pytest.approx(1 + in_parts / 100, abs=0.05)
+    assert fetched["measured, epoch 2", "all"] == [0, 0, 0]
+    assert 0.5 < fetched["measured", "a third"][0] < 2 and fetched["measured", "a third"][2] > 0.9
+    assert content["rows"][8] == ["simulated", "101 × 1,251", "200 GB", "1", "1,024", "64", "2,500", "101.0", "1.000",
+                                  "0.00", "1.000"]
+    assert [(row["nodes"], row["global batch"]) for row in rows[8:]] == [
+        ("1", "1,024"), ("1", "1,024"), ("24", "8,184"), ("24", "8,184")] * 2
+    assert all(1 <= float(row["downloads per shard"]) < 1.5 for row in rows[8:])
+    assert "| measured | 25 × 10 | none | 1 | 20 | 64 | 2,500 | 25.0 | 0.000 |" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["traffic.json"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--step_ms=-1"], "--step_ms must be at least 0 and finite, got -1"), (["--nodes", "0"], "must be at least 1"),
+    (["--folder", "nowhere"], "no such folder: nowhere")])
+def test_traffic_that_cannot_be_measured_is_told(words, message, benchmark_traffic, capsys):
+    assert benchmark_traffic(words) in (2, 3)
     assert message in capsys.readouterr().err

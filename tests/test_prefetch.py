@@ -65,8 +65,10 @@ def quick(monkeypatch):
 
 
 def test_an_epoch_from_a_small_cache(tmp_path):
-    """After each step all that the next ones need is there; in two epochs hardly more than two downloads a shard."""
-    cached = cached_of(tmp_path, 9 * BYTES)
+    """After each step all that the next ones need is there; in two epochs hardly more than two downloads a shard, of
+    which hardly one is begun for which there is no room."""
+    store = FileStore(tmp_path / "notes")
+    cached = cached_of(tmp_path, 9 * BYTES, store=store)
     prefetcher = prefetcher_of(cached)
     for step in range(2 * STEPS):
         prefetcher.advance(step * BATCH)
@@ -79,6 +81,8 @@ def test_an_epoch_from_a_small_cache(tmp_path):
     prefetcher.close(5)
     traffic = cached.traffic
     assert 2 * SHARDS - 9 <= traffic.downloads <= 2.2 * SHARDS
+    begun = sum(line.startswith("blocks") for line in store.noted())
+    assert traffic.downloads <= begun <= traffic.downloads + 2
     assert traffic.evictions == traffic.downloads - len(present(cached))
     assert traffic.downloaded_bytes == traffic.downloads * BYTES
     assert traffic.ranged_reads < 0.02 * 2 * STEPS * 3

@@ -61,14 +61,18 @@ def benchmark(settings: Settings, command: str) -> str:
     return markdown(columns, rows)
 
 
-def make_images(folder: Path, images: int, image_bytes: int) -> int:
-    """Writes FOLDER/train/CLASS/IMAGE, JPEGs of about `image_bytes` each, and gives the bytes of all."""
+def make_images(folder: Path, images: int, image_bytes: int, size: tuple[int, int] = (500, 375)) -> int:
+    """Writes FOLDER/train/CLASS/IMAGE, JPEGs of about `image_bytes` each, and gives the bytes of all.
+
+    Args:
+        size: width and height in pixels.
+    """
     rng = np.random.default_rng(0)
     pictures = []
     for _ in range(min(_PICTURES, images)):
         file = BytesIO()
         coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
-        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        coarse.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         pictures.append(file.getvalue())
     total = 0
     for number in range(images):

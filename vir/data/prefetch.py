@@ -108,11 +108,12 @@ class Prefetcher:
         worth = next_use.worth_a_download(step, self._sizes)
         uses = Uses(self._numbers.keys(), [self._cached.entries[shard].name for shard in needed])
         budget = self._cached.cache.budget_bytes
-        wanted = fitting(needed[worth[needed]], self._bytes, budget)
-        if worth.any() and not len(wanted):
+        # What is cached and no longer worth a download is still needed, and does not make room.
+        fit = fitting(needed, self._bytes, budget)
+        if worth.any() and not len(fit):
             self._tell("room", f"the cache {self._cached.cache.folder} has {budget} bytes, too few for one shard; all "
                                "is read in parts from the server; raise --data.cache_bytes")
-        for shard in wanted.tolist():
+        for shard in fit[worth[fit]].tolist():
             if len(self._under_way) >= AT_ONCE or self._closed.is_set():
                 return
             if shard not in self._under_way and self._is_due(shard):
