@@ -104,7 +104,7 @@ def test_a_result_that_cannot_be_written_any_more_is_printed_all_the_same(given,
 
 @pytest.mark.parametrize("data, said", [
     ("none", "--data: no such folder: {}/none; convert first: vir-convert --source SRC --split none --output SHARDS"),
-    ("", "--data: {} has no manifest.json, {}/val has: give the folder of one split"),
+    ("", "--data: {} holds 'val', in which the images or shards lie; give one of them, as {}/val"),
     ("val/manifest.json", "--data: {}/val/manifest.json is a file; give the folder of a converted split; convert "
                           "first: vir-convert --source SRC --split SPLIT --output SHARDS")])
 def test_a_folder_without_shards_is_told_with_its_flag(given, tmp_path, capsys, data, said):

@@ -180,7 +180,7 @@ def test_each_json_that_the_table_names_is_shipped():
     (["--train.loss", "hinge"], "--train.loss is 'hinge'; it must be cross_entropy or bce"),
     (["--model.args", "3"], "--model.args is '3'; it must be a mapping, '{patch_size: 4, depth: 6}'"),
     (["--train.seed", "1", "2"],
-     "'2' after --train.seed 1 belongs to no flag; quote a value that has spaces"),
+     "'2' after --train.seed 1 belongs to no flag; quote a value that has spaces or braces"),
     (["--model", "resnet18"], "--model is 'resnet18', but model is a section: use --model.name resnet18; "
                               "vir-train --help model lists all of it"),
     (["--data", "d"], "--data is 'd', but data is a section: use --data.train and --data.val; "
@@ -228,7 +228,7 @@ def test_a_range_is_checked_through_the_whole_parser():
 
 def test_training_data_is_all_that_must_be_given():
     assert parse(["--data.train", "t"]) == RunConfig(data=DataConfig(train="t"))
-    with pytest.raises(SettingsError, match="--data.train is not given: the folder of training shards, which vir-conv"):
+    with pytest.raises(SettingsError, match="--data.train is not given: a folder of shards, which vir-convert makes"):
         parse(["--output", "o", "--data.val", "v"])
 
 
@@ -386,3 +386,13 @@ def test_the_script_for_completion_completes_flags_and_choices_in_bash(tmp_path)
     assert completed("--optim.lr") == ["--optim.lr", "--optim.lr_base", "--optim.lr_base_size", "--optim.lr_base_scale"]
     assert completed("--model.compile", "true", "--train.loss", "b") == ["bce"]
     assert completed("--config", "vir/recipes/quick") == [str(Path("vir/recipes/quickstart.yaml"))]
+
+
+@pytest.mark.parametrize("words", [
+    ["--data.train", "https://u:geheim@h/x-0.tar?sig=geheim", "https://u:geheim@h/x-1.tar?sig=geheim"],
+    ["--data.workers", "https://u:geheim@h/x"], ["--dry_run", "true", "s3://u:geheim@h/x"]])
+def test_no_message_repeats_the_secrets_of_a_url(words):
+    with pytest.raises(SettingsError) as caught:
+        parse([*REQUIRED, *words])
+    assert "geheim" not in str(caught.value) and "belongs to no flag" in str(caught.value) or "whole number" in str(
+        caught.value)

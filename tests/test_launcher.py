@@ -184,3 +184,10 @@ def test_hidden_gpus_are_hidden_from_torch_and_deepspeed():
                 "from deepspeed.accelerator import get_accelerator\nprint(launcher.gpus_are_hidden(), "
                 "torch.cuda.is_available(), torch.accelerator.is_available(), get_accelerator().device_name())")
     assert done.stdout.splitlines()[-1] == "True False False cpu", done.stdout
+
+
+@pytest.mark.parametrize("tasks, node, said", [
+    ("4(x2)", "0", "4"), ("4(x2)", "1", "4"), ("8(x2),7", "1", "8"), ("8(x2),7", "2", "7"), ("8,7", "0", "8"),
+    ("8,7", "1", "7"), ("3", "0", "3"), ("3", "4", ""), ("", "0", ""), ("3", "x", "")])
+def test_how_many_tasks_slurm_has_put_on_a_node(tasks, node, said):
+    assert launcher.tasks_of_node(tasks, node) == said

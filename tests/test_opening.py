@@ -15,6 +15,7 @@ from support.http_server import HttpServer
 from support.s3_server import S3Server
 from vir.config import AugmentConfig, DataConfig
 from vir.data.convert import Settings, convert
+from vir.data.decode import BadSampleError
 from vir.data.loader import eval_batches, train_batches
 from vir.data.opening import open_reader, places
 from vir.data.order import SampleOrder
@@ -189,6 +190,8 @@ def test_other_processes_of_a_machine_take_the_index_as_the_first_has_left_it(ht
 
 
 @pytest.mark.parametrize("spec, error, said", [
+    ("{root}/images", DataError, "images holds 'train', in which the images or shards lie; give one .*, as .*/"),
+    ("{root}/cut", DataError, "cut holds 'train', in which"),
     ("{root}/nothing", DataError, "no such folder: .*nothing; convert first"),
     ("{root}/tars/x-{{000000..000011}}.tar", DataError, "3 of the 12 shards that .* names are missing: .*x-000009.tar"),
     ("{root}/cut/train::http://127.0.0.1:9/x.tar", SettingsError, "all remote, or all local"),
@@ -199,3 +202,38 @@ def test_other_processes_of_a_machine_take_the_index_as_the_first_has_left_it(ht
 def test_what_cannot_be_opened_is_refused(root, tmp_path, spec, error, said):
     with pytest.raises(error, match=said):
         opened(spec.format(root=root), tmp_path)
+
+
+def test_a_download_that_is_not_what_the_manifest_says_is_never_read(root, expected, tmp_path):
+    """Of the same size, with the headers of the others: its samples are bad, one by one, and nothing is kept."""
+    content = files_of(root / "cut" / "train", "/train")
+    name = "/train/x-train-000003.tar"
+    spoilt = bytearray(content[name])
+    spoilt[1000] ^= 1  # within the first image
+    with HttpServer({**content, name: bytes(spoilt)}) as server:
+        reader = opened(server.url("/train"), tmp_path, 10**9)
+        first = int(np.flatnonzero(reader.shard_bytes)[0]) + sum(reader.shard_sizes[:3])
+        reader.access.download(0)
+        with pytest.raises(DataError, match="x-train-000003.tar has the SHA-256 .*, the manifest says"):
+            reader.access.download(3)
+        with pytest.raises(BadSampleError, match="wrong checksum, .*x-train-000003.tar is damaged"):
+            reader.read(first)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+
+
+def test_tars_from_elsewhere_that_have_changed_name_the_command_that_takes_them_in(root, tmp_path, caplog):
+    folder = shutil.copytree(root / "tars", tmp_path / "tars")
+    opened(str(folder), tmp_path)
+    shutil.copy(folder / "x-000000.tar", folder / "y.tar")
+    assert len(opened(str(folder), tmp_path)) == COUNT
+    assert f"holds tars that are not in its index, and are not read: 'y.tar'; vir-index {folder} takes" in caplog.text
+    with open(folder / "x-000001.tar", "ab") as file:
+        file.write(bytes(10240))
+    with pytest.raises(DataError, match=f"x-000001.tar has .* bytes, .*make the index anew: vir-index {folder}"):
+        opened(str(folder), tmp_path)
+
+
+def test_a_url_is_no_folder_of_this_machine(tmp_path):
+    for name in ("cache", "index_dir"):
+        with pytest.raises(SettingsError, match=rf"--data.{name} s3://\*\*\*@b/x is a URL; give a folder"):
+            places(DataConfig(train="x", **{name: "s3://me:geheim@b/x"}))

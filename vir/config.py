@@ -408,10 +408,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.data.train:
-            raise SettingsError("--data.train is not given: the folder of training shards, which vir-convert makes; "
-                                "see --help, or begin with bash launch/quickstart.sh")
+            raise SettingsError("--data.train is not given: a folder of shards, which vir-convert makes, or of "
+                                "one folder per class, or the URL of shards; see --help data, or begin with bash "
+                                "launch/quickstart.sh")
         if self.validate_only and not self.data.val:
-            raise SettingsError("--validate_only has nothing to evaluate on: give --data.val, a folder of shards")
+            raise SettingsError("--validate_only has nothing to evaluate on: give --data.val")
         if self.train.fast_dev_run and (self.dry_run or self.validate_only) or self.dry_run and self.validate_only:
             raise SettingsError("--dry_run, --validate_only and --train.fast_dev_run exclude each other; keep one")
         if self.which != "latest" and self.resume == "none":
@@ -446,16 +447,14 @@ def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as plain YAML and JSON types, without the secrets that URLs may hold."""
-    settings = dict(_plain(dataclasses.asdict(config)))
-    for name in ("train", "val"):
-        if isinstance(section := settings.get("data"), dict):
-            section[name] = shown(section[name])
-    return settings
+    return dict(_plain(dataclasses.asdict(config)))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, str) and "://" in value:
+        return shown(value)
     return list(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 

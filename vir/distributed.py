@@ -8,11 +8,12 @@ import re
 import socket
 import struct
 import threading
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,8 @@ _SIOCGIFADDR = 0x8915
 _server: Store | None = None
 """Keeps serving while it is referred to."""
 _starting_server = threading.Lock()
+_turns = 0
+_POLL_S = 0.05
 
 
 def serve(place: Place) -> None:
@@ -83,6 +86,32 @@ def connect(place: Place, timeout: timedelta) -> Store:
     store = TCPStore(place.address, place.port, is_master=False, wait_for_workers=False, timeout=timeout)
     # The store of torchrun's agent outlives a restart of the ranks.
     return PrefixStore(f"{place.run}-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextmanager
+def first_of_machine_first(place: Place, is_stopping: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """The first process of each machine goes through the block, however it ends, before the others of it begin.
+
+    Before the process group is there; all processes of a run come here equally often.
+
+    Args:
+        is_stopping: asked while this process waits; True lets it begin.
+
+    Yields:
+        Whether this is the first one.
+    """
+    global _turns
+    _turns += 1
+    is_first = place.local_rank == 0
+    store = connect(place, TIMEOUT) if place.size > 1 else None
+    key = f"turn-{_turns}-{socket.gethostname()}"
+    while store is not None and not is_first and not store.check([key]) and not is_stopping():
+        time.sleep(_POLL_S)
+    try:
+        yield is_first
+    finally:
+        if store is not None and is_first:
+            store.set(key, "done")
 
 
 def is_of_a_collective(error: Exception) -> bool:

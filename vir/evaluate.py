@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is import
     from torch import nn
 
     from vir.data.loader import Batch
+    from vir.data.opening import Places
     from vir.data.reader import Reader
     from vir.models.spec import InputSpec
     from vir.models.weights import WeightsMetadata
@@ -84,15 +86,15 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from vir import arithmetic, distributed
     from vir.data.loader import eval_batches
-    from vir.data.opening import open_reader, places
+    from vir.data.opening import check_agreement, open_reader
     from vir.evaluation.classify import classify
     from vir.models import load
     from vir.models.spec import input_of
 
     distributed.check_driver()
-    kept = DataConfig(cache=args.cache, cache_bytes=args.cache_bytes, index_dir=args.index_dir, timeout=args.timeout)
+    kept, is_first = _places(args), launcher.local_rank() == 0
     try:
-        reader = open_reader(args.data, places(kept), first=launcher.local_rank() == 0)
+        reader = open_reader(args.data, kept, first=is_first)
     except DataError as error:
         raise DataError(f"--data: {error}") from error
     arithmetic.set_up()
@@ -104,6 +106,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     distributed.share_cores()
+    distributed.barrier()
+    if not is_first:  # the first process of the machine may have made another index since
+        reader = open_reader(args.data, kept, first=False)
+    check_agreement("--data", reader)
     _check_json(args.json, state)
     model.to(state.device)
     model_input = input_of(model)
@@ -131,6 +137,18 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise DataError(f"--json {args.json} could not be written: {error.strerror}; the last line on stdout is "
                             "the result") from error
     return 0
+
+
+def _places(args: argparse.Namespace) -> Places:
+    """Raises SettingsError with the names of this program's flags."""
+    from vir.data.opening import places
+
+    try:
+        return places(DataConfig(cache=args.cache, cache_bytes=args.cache_bytes, index_dir=args.index_dir,
+                                 timeout=args.timeout))
+    except SettingsError as error:
+        raise SettingsError(re.sub(r"--data\.\w+", lambda flag: flag[0].replace("data.", "").replace("_", "-"),
+                                   str(error))) from error
 
 
 def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata, reader: Reader) -> None:

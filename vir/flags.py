@@ -16,6 +16,7 @@ from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type
 import yaml
 
 from vir import launcher
+from vir.addresses import shown
 from vir.config import RunConfig
 from vir.errors import SettingsError
 
@@ -239,24 +240,25 @@ def _is_known(flag: str) -> bool:
 
 
 def _complaint_of_flag(flag: str, values: list[str]) -> str | None:
+    told = list(map(shown, values))
     if flag == "--print_completion":
         return None if values and values[0] in _COMPLETIONS else f"{flag} takes {', '.join(_COMPLETIONS)}"
     if flag == "--print_config" and values:
         return None if values[0].startswith("skip_") else f"{flag} takes no value, or as {flag}=skip_default"
     if not flag or flag in _PRINTING:
-        return f"{values[0]!r} belongs to no flag; settings are given as --NAME VALUE" if values else None
+        return f"{told[0]!r} belongs to no flag; settings are given as --NAME VALUE" if values else None
     name = flag[2:]
     kind = KINDS.get(name)  # None: --config, or an entry of a mapping
     if not values:
         return f"{flag} is given no value; it must be {_in_words(kind)}"
     if len(values) > 1:
         if _of_optional(kind) is not tuple:
-            return f"{values[1]!r} after {flag} {values[0]} belongs to no flag; quote a value that has spaces"
-        return f"{flag} {' '.join(values)}: write it as one word, {flag} '[{', '.join(values)}]'"
+            return f"{told[1]!r} after {flag} {told[0]} belongs to no flag; quote a value that has spaces or braces"
+        return f"{flag} {' '.join(told)}: write it as one word, {flag} '[{', '.join(told)}]'"
     if flag == "--config" or name in SECTIONS:
         return _complaint_of_mapping(flag, values[0])
     if kind is not None and not _fits(kind, yaml.ScalarNode("tag:yaml.org,2002:str", values[0])):
-        return f"{flag} is {values[0]!r}; it must be {_in_words(kind)}"
+        return f"{flag} is {told[0]!r}; it must be {_in_words(kind)}"
     return None
 
 

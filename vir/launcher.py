@@ -77,7 +77,7 @@ def local_size() -> int:
 
 def nodes() -> int:
     """On how many machines the run is, as many processes on each; 1 where the launcher says nothing."""
-    return max(1, adopt().size // local_size())
+    return -(-adopt().size // local_size())
 
 
 def cores() -> int:
@@ -168,11 +168,18 @@ def _from_slurm() -> dict[str, str]:
     # Jobs and steps share nodes: to each its port, below those that outgoing connections are given.
     step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     port = 10000 + zlib.crc32(step.encode()) % 20000
-    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
+    per_node = tasks_of_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""), os.environ.get("SLURM_NODEID", "0"))
     return {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": os.environ["SLURM_LOCALID"], "MASTER_PORT": str(port),
             "MASTER_ADDR": "127.0.0.1" if one_node else first_host(os.environ["SLURM_STEP_NODELIST"]),
-            **({"LOCAL_WORLD_SIZE": per_node} if per_node.isdigit() else {})}
+            **({"LOCAL_WORLD_SIZE": per_node} if per_node else {})}
+
+
+def tasks_of_node(tasks: str, node: str) -> str:
+    """How many of SLURM's tasks are on a node: 7 of `8(x2),7` on the third, number 2; "" where it does not tell."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
+    of_each = [count for count, times in found for _ in range(min(int(times or 1), 1 << 20))]
+    return of_each[int(node)] if node.isdigit() and int(node) < len(of_each) else ""
 
 
 def first_host(nodes: str) -> str:

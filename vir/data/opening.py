@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from vir import distributed
 from vir.addresses import expand, is_remote, shown
 from vir.config import DataConfig
 from vir.data.access import Access, LocalShards
@@ -27,7 +29,8 @@ from vir.data.shards import MANIFEST, MAX_SHARDS, read_manifest
 from vir.data.sources.archives import ARCHIVES
 from vir.data.sources.folder import class_folders, some
 from vir.data.sources.tars import tars_in
-from vir.errors import SettingsError
+from vir.errors import DataError, SettingsError
+from vir.log import log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,10 @@ class Places:
 
 
 def places(data: DataConfig, is_stopping: Callable[[], bool] = lambda: False) -> Places:
-    """Raises SettingsError where the size of the cache is none."""
+    """Raises SettingsError where the size of the cache is none, or one of the folders is a URL."""
+    for name in ("cache", "index_dir"):
+        if is_remote(getattr(data, name)):
+            raise SettingsError(f"--data.{name} {shown(getattr(data, name))} is a URL; give a folder of this machine")
     return Places(index_dir=Path(data.index_dir) if data.index_dir else default_index_dir(), timeout=data.timeout,
                   cache=Path(data.cache) if data.cache else None, cache_bytes=parse_bytes(data.cache_bytes),
                   is_stopping=is_stopping)
@@ -76,17 +82,54 @@ def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
     return _open_remote(index, shown(spec), places, first)
 
 
+def check_agreement(flag: str, reader: Reader) -> None:
+    """Each process has listed the images, or found their index, by itself. Collective.
+
+    Raises:
+        DataError: a folder that is being changed, machines that see other images at the same path.
+    """
+    said = distributed.gather(reader.fingerprint)
+    if other := [rank for rank, fingerprint in enumerate(said) if fingerprint != said[0]]:
+        raise DataError(f"{flag} {reader.name} has other images for rank {other[0]} than for rank 0; see that it is "
+                        "the same on all machines and that nothing changes it, and start again")
+
+
 def _open_local(spec: str, parts: Sequence[str], places: Places, first: bool) -> Reader:
     folder = Path(parts[0])
-    if len(parts) == 1 and folder.is_dir() and not (folder / MANIFEST).exists():
-        if not (tars := tars_in(folder)) and class_folders(folder):
-            return FolderReader(folder)
-        if tars and not set(tars) & set(ARCHIVES.values()) and not index_beside(
-                folder, tars, is_stopping=places.is_stopping):
-            return _open_tars([folder / name for name in tars], places, first)
+    if len(parts) == 1 and folder.is_dir():
+        return _open_folder(folder, places, first)
     if len(parts) == 1 and not _names_tars(parts[0]):
-        return ShardReader(folder, check=first)  # which tells what is there instead, where it is no split
+        return ShardReader(folder, check=first)  # which tells what is there instead
     return _open_tars(_tars(spec), places, first)
+
+
+def _open_folder(folder: Path, places: Places, first: bool) -> Reader:
+    tars = tars_in(folder)
+    if (folder / MANIFEST).exists():
+        if first:
+            _tell_of_more(folder, tars)
+    elif tars and not set(tars) & set(ARCHIVES.values()):
+        if not index_beside(folder, tars, is_stopping=places.is_stopping):
+            return _open_tars([folder / name for name in tars], places, first)
+    elif not tars and (found := class_folders(folder)):
+        if inner := [name for name in found[:3] if _is_split(folder / name)]:
+            raise DataError(f"{folder} holds {some(found)}, in which the images or shards lie; give one of them, as "
+                            f"{folder / inner[0]}")
+        return FolderReader(folder)
+    return ShardReader(folder, check=first)  # where it is no split, it tells what is there instead
+
+
+def _tell_of_more(folder: Path, tars: Sequence[str]) -> None:
+    """Of tars from elsewhere that have come after their index."""
+    manifest = read_manifest(folder)
+    more = sorted(set(tars) - {shard.name for shard in manifest.shards})
+    if more and not manifest.is_converted:
+        log.warning("%s holds tars that are not in its index, and are not read: %s; vir-index %s takes them in", folder,
+                    some(more), shlex.quote(str(folder)))
+
+
+def _is_split(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() or bool(tars_in(folder)) or bool(class_folders(folder))
 
 
 def _open_tars(paths: Sequence[Path], places: Places, first: bool) -> Reader:
@@ -94,7 +137,7 @@ def _open_tars(paths: Sequence[Path], places: Places, first: bool) -> Reader:
     if (folder / MANIFEST).is_file() and [folder / shard.name for shard in read_manifest(folder).shards] == paths:
         return ShardReader(folder, check=first)
     index = _index([str(path) for path in paths], places, first)
-    return ShardReader(index.folder, LocalShards(paths), str(folder), check=first)
+    return ShardReader(index.folder, LocalShards(paths), str(folder), check=first, is_hashed=True)
 
 
 def _index(tars: Sequence[str], places: Places, first: bool) -> IndexFolder:
@@ -124,7 +167,7 @@ def _open_remote(index: IndexFolder, name: str, places: Places, first: bool) -> 
         raise SettingsError(f"the server of {shown(whole[0])} sends whole files alone, not parts of them: give "
                             "--data.cache (vir-evaluate: --cache) a folder on a disk of this machine, or copy the "
                             "shards to it")
-    return ShardReader(index.folder, access, name, check=first)
+    return ShardReader(index.folder, access, name, check=first, is_hashed=True)
 
 
 if __name__ == "__main__":

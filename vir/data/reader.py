@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 import zlib
 from abc import ABC, abstractmethod
@@ -22,6 +23,8 @@ from vir.files import sha256
 
 _MOST_AT_ONCE = 1 << 23
 """The most bytes of a read that takes several samples together."""
+_ROWS_AT_ONCE = 1 << 18
+"""Of the index, while it is checked."""
 
 
 class Reader(ABC):
@@ -135,6 +138,7 @@ class ShardReader(Reader):
         name: as Reader.name; the folder if None.
         check: False trusts the index, and leaves shards alone until they are read. For all ranks of a node but one: a
             network disk is not asked for thousands of sizes by each, and the index is hashed once.
+        is_hashed: the index was compared with its hash just now.
 
     Raises:
         DataError: as read_manifest; also if a shard in the folder is missing or has another size, or the index is
@@ -142,7 +146,7 @@ class ShardReader(Reader):
     """
 
     def __init__(self, folder: Path | str, access: Access | None = None, name: str | None = None, *,
-                 check: bool = True) -> None:
+                 check: bool = True, is_hashed: bool = False) -> None:
         self.folder = Path(folder).absolute()
         self.name = str(self.folder) if name is None else name
         self._manifest = read_manifest(self.folder)
@@ -152,7 +156,7 @@ class ShardReader(Reader):
             self._check_shards()
         self._check_count()
         if check:
-            self._check_index()
+            self._check_index(is_hashed)
 
     def __getstate__(self) -> _ReaderState:
         return {"folder": self.folder, "access": self.access, "name": self.name, "_manifest": self._manifest}
@@ -276,6 +280,8 @@ class ShardReader(Reader):
         except OSError as error:
             raise DataError(f"cannot list {self.folder}: {error.strerror}; make the folder readable or copy the split "
                             f"again") from error
+        again = ("copy it again or convert the split again" if self._manifest.is_converted else
+                 f"copy it again, or make the index anew: vir-index {shlex.quote(str(self.folder))}")
         for shard in self._manifest.shards:
             path = self.folder / shard.name
             try:
@@ -285,11 +291,9 @@ class ShardReader(Reader):
                 if not stat.S_ISREG(found.st_mode):
                     raise OSError(errno.EINVAL, "it is no regular file")
             except OSError as error:
-                raise DataError(f"cannot open shard {path}: {error.strerror}; copy it again or convert the split "
-                                f"again") from error
+                raise DataError(f"cannot open shard {path}: {error.strerror}; {again}") from error
             if found.st_size != shard.bytes:
-                raise DataError(f"shard {path} has {found.st_size} bytes, the manifest says {shard.bytes}; copy it "
-                                f"again or convert the split again")
+                raise DataError(f"shard {path} has {found.st_size} bytes, the manifest says {shard.bytes}; {again}")
 
     def _check_count(self) -> None:
         path, again = self.folder / INDEX, "copy the split again or convert it again"
@@ -299,22 +303,27 @@ class ShardReader(Reader):
         if not len(self._index):
             raise DataError(f"{self.folder} holds no samples; {again}")
 
-    def _check_index(self) -> None:
+    def _check_index(self, is_hashed: bool) -> None:
         path = self.folder / INDEX
         index, shards = self._index, self._manifest.shards
         again = "copy the split again or convert it again"
-        if sha256(path) != self._manifest.index_sha256:
+        if not is_hashed and sha256(path) != self._manifest.index_sha256:
             raise DataError(f"{path} is not the index that the manifest names (its sha256 differs); {again}")
-        if not np.array_equal(index["shard"], np.repeat(np.arange(len(shards)), self.shard_sizes)):
-            raise DataError(f"{path} and the manifest disagree on the shards' sample counts; {again}")
+        starts = np.cumsum([0, *self.shard_sizes])
+        sizes = np.array([shard.bytes for shard in shards])
+        for first in range(0, len(index), _ROWS_AT_ONCE):
+            part = index[first:first + _ROWS_AT_ONCE]
+            places = np.searchsorted(starts, np.arange(first, first + len(part)), side="right") - 1
+            if not np.array_equal(part["shard"], places):
+                raise DataError(f"{path} and the manifest disagree on the shards' sample counts; {again}")
+            # Not offset + size: hostile ones overflow.
+            left = sizes[places] - np.maximum(part["size"], 0)
+            if part["offset"].min() < 0 or part["size"].min() < 0 or (part["offset"] > left).any():
+                raise DataError(f"{path} has samples beyond the end of their shard; {again}")
         lowest, highest = int(index["label"].min()), int(index["label"].max())
         if lowest < 0 or highest >= len(self.classes):
             raise DataError(f"{path} has labels {lowest}..{highest}, the manifest lists {len(self.classes)} classes; "
                             f"{again}")
-        # Not offset + size: hostile ones overflow.
-        left = np.array([shard.bytes for shard in shards])[index["shard"]] - np.maximum(index["size"], 0)
-        if index["offset"].min() < 0 or index["size"].min() < 0 or (index["offset"] > left).any():
-            raise DataError(f"{path} has samples beyond the end of their shard; {again}")
 
 
 if __name__ == "__main__":

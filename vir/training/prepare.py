@@ -12,6 +12,7 @@ import timm
 import yaml
 
 from vir import distributed, launcher
+from vir.addresses import shown
 from vir.checkpoints.info import BEST, DESCRIPTION, LATEST, candidates, read_info
 from vir.config import DataConfig, RunConfig, differences, plan_accumulation, to_dict
 from vir.data.opening import Places, open_reader, places
@@ -52,8 +53,9 @@ def prepare(config: RunConfig, is_stopping: Callable[[], bool] = lambda: False) 
     plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,
                       launcher.adopt().size)
     kept = places(config.data, is_stopping)
-    train = _open("--data.train", config.data.train, kept)
-    val = _open("--data.val", config.data.val, kept) if config.data.val else None
+    with distributed.first_of_machine_first(launcher.adopt(), is_stopping) as first:  # it makes what the others take
+        train = _open("--data.train", config.data.train, kept, first)
+        val = _open("--data.val", config.data.val, kept, first) if config.data.val else None
     if val is not None and train.classes != val.classes:
         only = sorted(set(train.classes) ^ set(val.classes))
         raise SettingsError(f"--data.train {train.name} has {len(train.classes)} classes and --data.val "
@@ -72,16 +74,16 @@ def prepare(config: RunConfig, is_stopping: Callable[[], bool] = lambda: False) 
     return Prepared(config, deepspeed_json, train, val)
 
 
-def _open(flag: str, spec: str, kept: Places) -> Reader:
+def _open(flag: str, spec: str, kept: Places, first: bool) -> Reader:
     try:
-        return open_reader(spec, kept, first=launcher.local_rank() == 0)
+        return open_reader(spec, kept, first=first)
     except VirError as error:
         raise type(error)(f"{flag}: {error}") from error
 
 
 def _with_order(config: RunConfig, train: Reader) -> DataConfig:
     """Lanes and window as given, else as the run began, else as they fit the cache."""
-    began = _began_with(config).get("data", {})
+    began = _began_with(config).get("data") or {}
     lanes, window = config.data.lanes or began.get("lanes"), config.data.window or began.get("window")
     chosen = choose(train.shard_sizes, sum(train.shard_bytes) / len(train.shard_sizes), train.budget_bytes,
                     launcher.nodes(), config.train.global_batch_size)
@@ -90,7 +92,8 @@ def _with_order(config: RunConfig, train: Reader) -> DataConfig:
 
 def _began_with(config: RunConfig) -> dict[str, Any]:
     """The settings of the run or checkpoint that this one continues; none where it begins."""
-    for folder in (Path(config.output), Path(config.resume)):
+    named = [] if config.resume in ("auto", "none") else [config.resume]
+    for folder in map(Path, [config.output, *named]):
         if (folder / CONFIG).is_file():
             return _read_settings(folder / CONFIG)
         if (folder / DESCRIPTION).is_file():
@@ -103,8 +106,8 @@ def _check_model(config: RunConfig) -> None:
         raise SettingsError(f"--model.args sets {', '.join(forbidden)}; a run begins with random weights, or with "
                             "those of --model.init_from or --model.pretrained: leave them out")
     if config.model.init_from and not Path(config.model.init_from).is_file() and not continues(config):
-        raise SettingsError(f"--model.init_from {config.model.init_from}: no such file; give a .safetensors file of "
-                            "vir-consolidate or a timm checkpoint")
+        raise SettingsError(f"--model.init_from {shown(config.model.init_from)}: no such file; give a .safetensors "
+                            "file of vir-consolidate or a timm checkpoint")
     if not timm.is_model(config.model.name):
         near = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
         raise SettingsError(f"--model.name {config.model.name}: no such model" + (

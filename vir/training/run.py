@@ -17,11 +17,12 @@ from vir.cluster.signals import StopRequest
 from vir.config import RunConfig, dump_yaml, to_dict
 from vir.data.device import Preparation
 from vir.data.loader import Patience, train_batches
+from vir.data.opening import check_agreement
 from vir.data.order import SampleOrder
 from vir.distributed import World
 from vir.engine import ds_config
 from vir.engine.engine import Engine
-from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, SettingsError, VirError
+from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError, VirError
 from vir.files import replace_text
 from vir.log import log
 from vir.models.build import build
@@ -95,22 +96,14 @@ def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbe
 
 
 def _check_agreement(prepared: Prepared) -> None:
-    """Each rank has listed the images, or found their index, by itself: the order must be the same. Collective.
-
-    Raises:
-        DataError: a folder that is being changed, nodes that see other shards at the same path.
-    """
-    readers = {"--data.train": prepared.train, "--data.val": prepared.val}
-    said = distributed.gather(([reader and reader.fingerprint for reader in readers.values()],
-                               prepared.config.data.order))
-    for rank, (fingerprints, order) in enumerate(said):
-        for (flag, reader), mine, first in zip(readers.items(), fingerprints, said[0][0]):
-            if mine != first and reader is not None:
-                raise DataError(f"{flag} {reader.name} has other images for rank {rank} than for rank 0; is it the "
-                                "same on all machines, and has it changed just now? Start again when it is still")
-        if order != said[0][1]:
-            raise SettingsError(f"lanes and window are {order} for rank {rank} and {said[0][1]} for rank 0: as many "
-                                "ranks on each machine choose the same; give --data.lanes and --data.window")
+    """Each rank has listed the images, or found their index, by itself: the order must be the same. Collective."""
+    check_agreement("--data.train", prepared.train)
+    if prepared.val is not None:
+        check_agreement("--data.val", prepared.val)
+    orders = distributed.gather(prepared.config.data.order)
+    if len(set(orders)) > 1:
+        raise SettingsError(f"lanes and window are {orders[0]} for rank 0 and {max(orders)} for another: as many ranks "
+                            "on each machine choose the same; give --data.lanes and --data.window")
 
 
 def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
