@@ -34,7 +34,7 @@ def quick(monkeypatch, tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     """Towards servers that are silent or slow."""
-    for module in (http, connections):
+    for module in (http, connections, retries):
         monkeypatch.setattr(module, "WINDOW", 0.2)
 
 
@@ -217,7 +217,7 @@ def test_waits_grow_and_differ(monkeypatch):
 def test_what_is_not_passing_is_tried_once():
     attempts = []
 
-    def attempt(left):
+    def attempt(left, patience):
         attempts.append(left)
         raise StoreError("no")
     with pytest.raises(StoreError, match="no"):
@@ -228,7 +228,7 @@ def test_what_is_not_passing_is_tried_once():
 def test_the_time_that_is_left_shrinks(monkeypatch):
     left = []
 
-    def attempt(seconds):
+    def attempt(seconds, patience):
         left.append(seconds)
         time.sleep(0.1)
         raise PassingError("broke")

@@ -208,7 +208,7 @@ def test_stat_is_tried_again(lying, misled):
 
 @pytest.mark.parametrize("lie", [Lie(sends=50_000, ends="stall"), Lie(waits=60.0), Lie(bytes_per_second=20_000)])
 def test_whoever_is_silent_or_slow_is_asked_anew(lying, misled, lie, monkeypatch):
-    monkeypatch.setattr(objects, "WINDOW", 0.3)
+    monkeypatch.setattr(retries, "WINDOW", 0.3)
     monkeypatch.setattr(objects, "FLOOR", 10 ** 6)
     store, url, identity = opened(misled)
     lying.lie(lie)

@@ -13,7 +13,7 @@ import fsspec.config
 from fsspec.asyn import sync
 
 from vir.addresses import shown
-from vir.data.stores.retries import FLOOR, PASSING, WINDOW, PassingError, persist, retry_after
+from vir.data.stores.retries import FLOOR, PASSING, PassingError, persist, retry_after
 from vir.data.stores.store import MAX_BLOCK, MAX_CONNECTIONS, Identity, MissingError, StoreError, changed, check_part
 from vir.errors import SettingsError
 
@@ -76,13 +76,14 @@ class ObjectStore:
         self._locks: dict[int, threading.Lock] = {}
 
     def stat(self, url: str) -> Identity:
-        return persist(lambda left: self._stat(url, left), url, self._timeout)
+        return persist(lambda left, _: self._stat(url, left), url, self._timeout)
 
     def read(self, url: str, offset: int, size: int, identity: Identity) -> bytes:
         check_part(url, offset, size, identity)
         if not size:
             return b""
-        return persist(lambda left: self._read(url, offset, offset + size, identity, left), url, self._timeout)
+        return persist(lambda left, patience: self._read(
+            url, offset, offset + size, identity, min(left, patience + size / FLOOR)), url, self._timeout)
 
     def blocks(self, url: str, identity: Identity) -> Iterator[bytes]:
         for start in range(0, identity.size, MAX_BLOCK):
@@ -91,7 +92,7 @@ class ObjectStore:
             raise changed(url)
 
     def names(self, url: str) -> list[str] | None:
-        return persist(lambda left: self._names(url, left), url, self._timeout)
+        return persist(lambda left, _: self._names(url, left), url, self._timeout)
 
     def _stat(self, url: str, left: float) -> Identity:
         info = self._call(url, left, "info")
@@ -100,8 +101,7 @@ class ObjectStore:
         tag = next((str(info[name]) for name in _TAGS if info.get(name)), "")
         return Identity(int(info["size"]), tag)
 
-    def _read(self, url: str, start: int, end: int, identity: Identity, left: float) -> bytes:
-        limit = min(left, WINDOW + (end - start) / FLOOR)
+    def _read(self, url: str, start: int, end: int, identity: Identity, limit: float) -> bytes:
         if self._scheme in _S3 and identity.tag.startswith('"'):
             data = self._call(url, limit, _read_s3, start=start, end=end, tag=identity.tag)
         else:
