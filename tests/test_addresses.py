@@ -82,7 +82,7 @@ def test_long_texts_take_no_time():
     ("/data/train", ["/data/train"]),
     ("s3://b/a-{08..11}.tar", ["s3://b/a-08.tar", "s3://b/a-09.tar", "s3://b/a-10.tar", "s3://b/a-11.tar"]),
     ("http://{a,b}/x{0..1}.tar", ["http://a/x0.tar", "http://a/x1.tar", "http://b/x0.tar", "http://b/x1.tar"]),
-    ("http://[::1]:80/x-{0..1}.tar::./a::/b::c", ["http://[::1]:80/x-0.tar", "http://[::1]:80/x-1.tar", "./a", "/b", "c"]),
+    ("http://[::1]:80/{0..1}.tar::./a::/b::c", ["http://[::1]:80/0.tar", "http://[::1]:80/1.tar", "./a", "/b", "c"]),
     ("S3://Bucket/{a,b}::HTTPS://Host/x", ["s3://Bucket/a", "s3://Bucket/b", "https://Host/x"]),
     ("https://u:p::q@h/x?y=1::2", ["https://u:p::q@h/x?y=1::2"]), ("//a/b", ["//a/b"]), ("./a:/b", ["./a:/b"]),
     ("s3://b/x.tar::/y{1..2}.tar::gs://c/z", ["s3://b/x.tar", "/y1.tar", "/y2.tar", "gs://c/z"]),
@@ -129,7 +129,7 @@ def test_what_is_refused(spec, message):
 def test_no_refusal_shows_a_secret():
     for spec in ("https://u:secret@h/a?secret|100", "https://u:secret@h/a?secret::", "0.5*https://u:secret@h/?secret",
                  "https://u:secret@h/{0..999}?secret", "https://u:secret@h/{0?secret", "pipe:secret", "exec:x secret |",
-                 "file://u:secret@h/?secret", 
+                 "file://u:secret@h/?secret",
                  "https:/u:secret@h/x", "https://u:secret@[a/x"):
         with pytest.raises(SettingsError) as caught:
             expand(spec, 100)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import socket
 import time
+from contextlib import suppress
 from http.client import HTTPResponse
 from typing import Any
 
@@ -28,10 +29,9 @@ class Wire(io.RawIOBase):
 
     def __init__(self, raw: io.RawIOBase, wire: socket.socket) -> None:
         self._raw, self._socket = raw, wire
-        timeout = wire.gettimeout()
-        self.until = float("inf") if timeout is None else time.monotonic() + timeout
+        self._timeout = wire.gettimeout()
+        self.until = float("inf") if self._timeout is None else time.monotonic() + self._timeout
         """The time until which bytes are waited for, of time.monotonic."""
-        wire.settimeout(_SLICE)
 
     def readinto(self, buffer: Any) -> int:
         """Raises TimeoutError where `until` is over, Stopped where the task is to end."""
@@ -41,8 +41,7 @@ class Wire(io.RawIOBase):
             left = self.until - time.monotonic()
             if left <= 0:
                 raise TimeoutError
-            if left < _SLICE:
-                self._socket.settimeout(left)
+            self._socket.settimeout(min(left, _SLICE))
             try:
                 return self._socket.recv_into(buffer)
             except TimeoutError:
@@ -52,6 +51,8 @@ class Wire(io.RawIOBase):
         return True
 
     def close(self) -> None:
+        with suppress(OSError):  # of a socket that is closed by now
+            self._socket.settimeout(self._timeout)  # a proxy's answer is followed by a handshake
         self._raw.close()
         super().close()
 
@@ -63,16 +64,16 @@ class _Wired:
 
     def response_class(self, wire: socket.socket, *arguments: Any, **named: Any) -> HTTPResponse:
         answer = HTTPResponse(wire, *arguments, **named)
-        self.wire = Wire(answer.fp.detach(), wire)  # type: ignore[attr-defined]
+        self.wire = Wire(answer.fp.detach(), wire)
         answer.fp = io.BufferedReader(self.wire)
         return answer
 
 
-class _Http(_Wired, HTTPConnection):
+class _Http(_Wired, HTTPConnection):  # type: ignore[misc]  # a method stands for a class
     pass
 
 
-class _Https(_Wired, HTTPSConnection):
+class _Https(_Wired, HTTPSConnection):  # type: ignore[misc]
     pass
 
 
