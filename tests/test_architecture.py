@@ -50,6 +50,7 @@ TESTED_ELSEWHERE = {
     "vir.data.stores.connections": "test_http.py: redirects, logins, proxies, forks",
     "vir.data.stores.retries": "test_http.py: by the servers that make it wait",
     "vir.data.stores.store": "test_http.py: what all stores promise",
+    "vir.data.stores.wire": "test_http.py: of the stores that read by it",
     "vir.data.tasks": "test_convert.py: in processes of its own, and by hand",
     "vir.data.work_folder": "test_convert.py: killed between any two changes",
     "vir.data.worker": "test_loader.py: in processes that are its workers",

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from support.http_server import HttpServer, Lie
+from vir.data.executors import Stopped, run_threads
 from vir.data.stores import connections, http, retries
 from vir.data.stores.http import HttpStore
 from vir.data.stores.retries import PassingError, persist, retry_after
@@ -34,7 +35,7 @@ def quick(monkeypatch, tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     """Towards servers that are silent or slow."""
-    for module in (http, connections):
+    for module in (http, connections, retries):
         monkeypatch.setattr(module, "WINDOW", 0.2)
 
 
@@ -192,6 +193,51 @@ def test_never_a_hang_beyond_the_timeout(server, lie, impatient):
         assert 0.15 < time.monotonic() - began < 1.5
 
 
+DRIPPED = {"head": Lie(drips=0.05),
+           "503": Lie(status=503, body=b"x" * 1000, headers={"Content-Length": "1000"}, bytes_per_second=20)}
+
+
+@pytest.mark.parametrize("name", DRIPPED)
+def test_no_answer_byte_by_byte_lasts_beyond_the_timeout(server, name, impatient):
+    store, url, identity = opened(server, timeout=0.4)
+    server.always(DRIPPED[name])
+    for attempt in (lambda: store.stat(url), lambda: store.read(url, 0, 9, identity)):
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="for 0.4 s failed as well.*--timeout of vir-evaluate and vir-index"):
+            attempt()
+        assert time.monotonic() - began < 1.5
+
+
+def test_a_body_that_is_not_needed_is_not_waited_for(server):
+    server.content["/small"] = bytes(1000)
+    server.always(Lie(ranged=False, bytes_per_second=20))
+    began = time.monotonic()
+    assert HttpStore(TIMEOUT).stat(server.url("/small")).size == 1000
+    assert time.monotonic() - began < 1
+
+
+def test_a_slow_server_is_waited_for_longer_each_time(server, impatient):
+    store, url, identity = opened(server)
+    server.always(Lie(waits=0.3))
+    assert store.read(url, 5, 6, identity) == CONTENT[5:11]
+    assert store.stat(url) == identity
+
+
+STALLING = {"silent": Lie(waits=60.0), "asks to wait": Lie(status=503, headers={"Retry-After": "60"}),
+            "in the body": Lie(sends=1000, ends="stall"), "drips": Lie(drips=0.3)}
+
+
+@pytest.mark.parametrize("name", STALLING)
+def test_a_request_to_stop_ends_it(server, name):
+    store, url, identity = opened(server, timeout=60.0)
+    server.always(STALLING[name])
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        list(run_threads(lambda size: store.read(url, 0, size, identity), [100_000], 1,
+                         lambda: time.monotonic() - began > 0.3))
+    assert time.monotonic() - began < 1.5
+
+
 def test_retry_after_is_kept_to(server):
     store, url, identity = opened(server)
     server.lie(Lie(status=429, headers={"Retry-After": "1"}))
@@ -217,7 +263,7 @@ def test_waits_grow_and_differ(monkeypatch):
 def test_what_is_not_passing_is_tried_once():
     attempts = []
 
-    def attempt(left):
+    def attempt(left, patience):
         attempts.append(left)
         raise StoreError("no")
     with pytest.raises(StoreError, match="no"):
@@ -228,13 +274,25 @@ def test_what_is_not_passing_is_tried_once():
 def test_the_time_that_is_left_shrinks(monkeypatch):
     left = []
 
-    def attempt(seconds):
+    def attempt(seconds, patience):
         left.append(seconds)
         time.sleep(0.1)
         raise PassingError("broke")
     with pytest.raises(StoreError, match=r"https://\*\*\*@h/x broke, and what else was tried for 0.5 s"):
         persist(attempt, "https://user:pw@h/x", 0.5)
     assert left == sorted(left, reverse=True) and 3 <= len(left) <= 6
+
+
+def test_the_patience_grows(monkeypatch):
+    monkeypatch.setattr(retries, "WINDOW", 0.7)
+    found = []
+
+    def attempt(left, patience):
+        found.append(patience)
+        if len(found) < 4:
+            raise PassingError("broke")
+    persist(attempt, "https://h/x", 5.0)
+    assert found[:3] == [0.7, 1.4, 2.8] and 4 < found[3] < 5  # no more than is left
 
 
 FINAL = {
@@ -325,6 +383,34 @@ def test_a_size_that_is_not_told(server, lie):
     server.always(lie)
     with pytest.raises(StoreError, match="does not tell how long it is.*Content-Length"):
         HttpStore(TIMEOUT).stat(server.url(PATH))
+
+
+@pytest.mark.parametrize("ranged", [True, False])
+def test_a_length_of_5000_digits(server, ranged):
+    store, url, identity = opened(server, timeout=0.2)
+    server.always(Lie(ranged=ranged, headers={"Content-Length": "1" * 5000}))
+    if ranged:
+        assert store.stat(url) == identity
+    else:
+        with pytest.raises(StoreError, match="does not tell how long it is"):
+            store.stat(url)
+    server.always(Lie(status=302, headers={"Location": f"http://127.0.0.1:{'1' * 5000}/"}))
+    with pytest.raises(StoreError, match="is redirected to something that is no URL"):
+        store.read(url, 0, 9, identity)
+
+
+@pytest.mark.parametrize("encoding", ["", "Identity", " identity "])
+def test_an_encoding_that_is_none(server, encoding):
+    server.always(Lie(headers={"Content-Encoding": encoding}))
+    store, url, identity = opened(server)
+    assert store.read(url, 5, 6, identity) == CONTENT[5:11]
+
+
+def test_no_log_has_a_secret(server, caplog):
+    server.always(Lie(headers={"X-Odd: 1\r\nno header at all\r\nX-Odd": "2"}))
+    store, url = HttpStore(TIMEOUT), server.url(PATH) + "?X-Amz-Signature=secret"
+    assert store.read(url, 5, 6, store.stat(url)) == CONTENT[5:11]
+    assert "secret" not in caplog.text
 
 
 def test_a_server_that_was_restarted(server):
@@ -443,6 +529,16 @@ def test_netrc(server, tmp_path):
     assert "secret" not in str(caught.value)
 
 
+def test_netrc_and_environment_are_looked_at_once(server, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password p:wä\n")
+    server.login, looks = "user:p:wä", []
+    for module, name in ((connections.netrc, "netrc"), (connections, "getproxies"), (connections, "proxy_bypass")):
+        monkeypatch.setattr(module, name, lambda *given, do=getattr(module, name): [looks.append(given), do(*given)][1])
+    store, url, identity = opened(server)
+    assert [store.read(url, place, 1, identity) for place in range(9)] == [CONTENT[i:i + 1] for i in range(9)]
+    assert len(looks) == 3
+
+
 def test_another_host_gets_no_password(server, tmp_path):
     with HttpServer({PATH: CONTENT}) as other:  # another port is another server
         (tmp_path / "netrc").write_text("default login user password secret\n")
@@ -469,6 +565,18 @@ def test_a_proxy_of_the_environment(server, monkeypatch):
     with pytest.raises(StoreError) as caught:
         HttpStore(0.2).stat(url)
     assert "secret" not in str(caught.value)
+
+
+def test_https_through_a_proxy(server, certificate, monkeypatch):
+    """Whose first bytes come late: what bounds its own answer does not bound the handshake that follows."""
+    server.latency = 0.3
+    with HttpServer({PATH: CONTENT}, certificate=certificate, host="localhost") as safe:
+        for name, value in {"https_proxy": server.url(""), "no_proxy": "", "SSL_CERT_FILE": certificate}.items():
+            monkeypatch.setenv(name, value)
+        store, url = HttpStore(TIMEOUT), safe.url(PATH)
+        assert store.read(url, 5, 6, store.stat(url)) == CONTENT[5:11]
+        assert [(request.method, request.path) for request in server.requests] == [
+            ("CONNECT", f"localhost:{safe.port}")]
 
 
 SECRETS = "user:pass-secret@", "?X-Signature=query-secret", "#fragment-secret"

@@ -2,7 +2,7 @@
 
 import re
 from itertools import islice
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from braceexpand import braceexpand
 
@@ -14,13 +14,18 @@ HIDDEN = "***"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31})://")
 _RANGE = re.compile(r"\{(-?[0-9]{1,18})\.\.(-?[0-9]{1,18})")
 
-_JOINT = re.compile(r"::(?=\s*(?:[A-Za-z][A-Za-z0-9+.-]{0,31}://|file:|pipe:|exec:|shell:|cmd:|command:|\|))")
-_PORT = re.compile(r"[0-9{},.]*(?:::.*)?", re.DOTALL)
+_START = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}):/+|^\s*//")  # also of a URL that is misspelt
+_CONTAINERS = ("az", "abfs", "abfss", "oci", "hf")
+"""Schemes in which what stands before @ is a part of the place, and not who asks."""
+_WEB = ("http", "https")
+"""Schemes with query and fragment; elsewhere ? and # are a part of the name."""
 # What is in the query of a signed address besides the object: another one comes with each signing.
 _SIGNATURE = re.compile(r"x-(amz|goog|oss|cos|obs)-.*|awsaccesskeyid|googleaccessid|ossaccesskeyid|signature|expires|"
                         r"policy|key-pair-id|token|sig|s[veprst]|srt|spr|sk(oid|tid|[tesv])", re.IGNORECASE)
 
 _RUNS = re.compile(r"\s*(?:(?:pipe|exec|shell|cmd|command):|\|)")
+_ANEW = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]{0,31}://|\.{0,2}/|file:|(?:pipe|exec|shell|cmd|command):|\||$|"
+                   r"(?s:.*)\|\s*$)")
 _COUNTED = re.compile(r".*\|\s*[0-9]+\s*$", re.DOTALL)
 _WEIGHTED = re.compile(r".*(?:\.tar|\.tgz|\.gz|[}*])@[0-9]*\.?[0-9]+\s*$|\s*[0-9]*\.[0-9]+\s*\*|"
                        r"\s*[0-9]+\s*\*\s*[a-z0-9]+:/", re.DOTALL)
@@ -33,38 +38,44 @@ def is_remote(text: str) -> bool:
     return found is not None and found[1].lower() != "file"
 
 
+def parts(spec: str) -> list[str]:
+    """The texts that `::` joins. After a URL or a command it joins only what begins anew: a URL, a command, or a path
+    with / or ./ at its start; else it is a part of the text, as in http://[::1]/, a query or a password."""
+    found: list[str] = []
+    for piece in spec.split("::"):
+        if found and (_START.search(found[-1]) or _RUNS.match(found[-1])) and not _ANEW.match(piece):
+            found[-1] += f"::{piece}"
+        else:
+            found.append(piece)
+    return found
+
+
 def shown(url: str) -> str:
     """The same text without what may be a secret: user and password, query and fragment of each URL, commands.
 
-    For messages, logs and config files. Takes whatever a user may give, also several URLs in one text.
+    For messages, logs and config files. Takes whatever a user may give, also several URLs in one text. Rather too much
+    is hidden than too little: all up to the last @ where a : comes before it.
     """
-    return "::".join(map(_shown, _JOINT.split(url)))
+    return "::".join(map(_shown, parts(url)))
 
 
 def _shown(part: str) -> str:
     if command := _RUNS.match(part):
         return command[0] + HIDDEN
     if part.rstrip().endswith("|"):
-        return f"|{HIDDEN}"
-    done = ""
-    while True:
-        scheme = _SCHEME.search(part)
-        before = part if scheme is None else part[:scheme.start()]
-        if done and (query := re.search("[?#]", before)):
-            return done + before[:query.end()] + HIDDEN
-        if scheme is None:
-            return done + part
-        done += part[:scheme.end()]
-        part = _without_login(part[scheme.end():])
-
-
-def _without_login(rest: str) -> str:
-    """What follows :// with user and password hidden, also where a password has characters that should be %XX."""
-    host = re.split("[/?#]", rest, maxsplit=1)[0]
-    end = host.rfind("@")
-    if end < 0 and ":" in host and not _PORT.fullmatch(host.partition(":")[2]):
-        end = rest.rfind("@")
-    return rest if end < 0 else HIDDEN + rest[end:]
+        return f"{HIDDEN}|"
+    start = _START.search(part)
+    if start is None:
+        return part
+    before, rest = part[:start.end()], part[start.end():]
+    head = re.split("[?#]", rest, maxsplit=1)[0]
+    query = rest[len(head):]
+    if ":" in head and "@" in query:  # the ? or # may be in a password
+        return before + HIDDEN
+    is_login = "@" in head.partition("/")[0] and (start[1] or "").lower() not in _CONTAINERS
+    if is_login or ":" in head.rpartition("@")[0]:
+        head = HIDDEN + head[head.rindex("@"):]
+    return before + head + (query[0] + HIDDEN if query else "")
 
 
 def place(url: str) -> str:
@@ -72,26 +83,30 @@ def place(url: str) -> str:
 
     Not to be shown: what else is in the query may be a secret.
     """
-    parts = urlsplit(url)
-    kept = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True)
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    if scheme not in _WEB:
+        return f"{scheme}://{host if scheme in _CONTAINERS else host.rpartition('@')[2]}{slash}{path}"
+    split = urlsplit(url)
+    kept = [(name, value) for name, value in parse_qsl(split.query, keep_blank_values=True)
             if not _SIGNATURE.fullmatch(name)]
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(kept), fragment="").geturl()
+    return split._replace(netloc=split.netloc.rpartition("@")[2], query=urlencode(kept), fragment="").geturl()
 
 
 def expand(spec: str, limit: int) -> list[str]:
-    """The paths and URLs that a text names, in its order: parts are split at `::`, braces are expanded, file: URLs
-    become paths. Globs stay as they are.
+    """The paths and URLs that a text names, in its order: `parts` of it, braces expanded, schemes in small letters,
+    file: URLs as paths. Globs stay as they are.
 
     Args:
         limit: the most that may be named.
 
     Raises:
-        SettingsError: commands, weights, counts, braces that do not match, more than `limit`.
+        SettingsError: commands, weights, counts, braces that do not match, what is no URL, more than `limit`.
     """
     addresses: list[str] = []
-    for part in spec.split("::"):
+    for part in parts(spec):
         _refuse(part, spec)
-        addresses += [_local(address) for address in _expanded(part, limit)]
+        addresses += [_checked(address) for address in _expanded(part, limit)]
         if len(addresses) > limit:
             raise SettingsError(f"{shown(spec)!r} names more than {limit} files; name fewer")
     return addresses
@@ -126,13 +141,31 @@ def _expanded(part: str, limit: int) -> list[str]:
         raise SettingsError(f"{shown(part)!r} has braces that do not match; close each '{{' by '}}'") from error
 
 
-def _local(address: str) -> str:
-    """The path that a file: URL means; anything else as it is."""
-    if not address.lower().startswith("file:"):
+def _checked(address: str) -> str:
+    """The path that a file: URL means; a URL with its scheme in small letters; any other path as it is."""
+    start, is_file = _START.match(address), address.lower().startswith("file:")
+    if not is_file and (start is None or start[1] is None):
         return address
-    parts = urlsplit(address)
-    path = unquote(parts.path)
-    if parts.netloc not in ("", "localhost") or not path or "\0" in path:
+    try:
+        split = urlsplit(address)
+    except ValueError:
+        raise SettingsError(f"{shown(address)!r} is no URL; write https://HOST/PATH, and [ and ] as %5B and %5D where "
+                            "they are part of a name") from None
+    if is_file:
+        return _local(address, split)
+    if not is_remote(address):
+        raise SettingsError(f"{shown(address)!r} has one / after its scheme; write {split.scheme}:// for a server, or "
+                            "./ before the path of a file")
+    if not split.netloc + split.path.strip("/"):
+        raise SettingsError(f"{shown(address)!r} names no host and no bucket; write {split.scheme}://, the host or "
+                            "bucket, and the path")
+    return split.scheme + address[len(split.scheme):]
+
+
+def _local(address: str, split: SplitResult) -> str:
+    """The path that a file: URL means."""
+    path = unquote(split.path)
+    if split.netloc not in ("", "localhost") or not path or "\0" in path:
         raise SettingsError(f"{shown(address)!r} is no file of this computer; write file:///path, or the path alone")
     return path
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vir import cli
-from vir.addresses import is_remote
+from vir.addresses import is_remote, parts
 from vir.data.executors import Stopped
 from vir.data.foreign import IndexSummary, find_paths, find_shards, index_shards, is_indexed
 from vir.data.index_folder import Settings, default_index_dir, find_urls, make_index
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _elsewhere(args: argparse.Namespace) -> Sequence[str] | None:
     """The tars whose index does not lie beside them; None where it does."""
-    if any(map(is_remote, args.pattern.split("::"))):
+    if any(map(is_remote, parts(args.pattern))):
         return find_urls(args.pattern, args.timeout)
     if os.path.isdir(args.pattern):
         folder, names = find_shards(args.pattern)

@@ -11,6 +11,7 @@ import functools
 import gzip
 import hashlib
 import re
+import select
 import socket
 import ssl
 import struct
@@ -53,6 +54,8 @@ class Lie:
     """Another ETag."""
     bytes_per_second: float | None = None
     """Of the body."""
+    drips: float | None = None
+    """Seconds between two bytes of the head."""
     waits: float = 0.0
     """Seconds before anything is answered."""
 
@@ -219,6 +222,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_CONNECT(self):
+        """As a proxy to a port of this host, whatever the host's name; its bytes are late by `latency`."""
+        lying = self.server.lying
+        with lying.lock:
+            lying.requests.append(Request(self.command, self.path, {}, 200, self.client_address[1]))
+        with socket.create_connection(("127.0.0.1", int(self.path.rpartition(":")[2])), timeout=10) as other:
+            self.send_response(200)
+            self.end_headers()
+            lying.is_ending.wait(lying.latency)
+            ways = {self.connection: other, other: self.connection}
+            while not lying.is_ending.is_set():
+                for end in select.select(list(ways), [], [], 0.05)[0]:
+                    if not (data := end.recv(_PIECE)):
+                        self.close_connection = True
+                        return
+                    ways[end].sendall(data)
+
     def _honest(self, lying, lie, content):
         if lying.login is not None and self.headers.get("Authorization") != _basic(lying.login):
             return 401, {"Content-Length": "0", "WWW-Authenticate": "Basic"}, b""
@@ -251,12 +271,23 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             if value is not None:
                 self.send_header(name, value)
+        if lie.drips is not None and not self._drip(lying, lie.drips):
+            return
         self.end_headers()
         if self.command == "HEAD":
             return
         self._send(lying, lie, body if lie.sends is None else body[:lie.sends])
         if lie.sends is not None or not (lie.counted or lie.chunked):
             self._end(lying, lie.ends)
+
+    def _drip(self, lying, seconds):
+        """Whether it came to its end."""
+        head, self._headers_buffer = b"".join(self._headers_buffer), []
+        for place in range(len(head)):
+            if lying.is_ending.wait(seconds):
+                return False
+            self.wfile.write(head[place:place + 1])
+        return True
 
     def _send(self, lying, lie, body):
         piece = _PIECE if lie.bytes_per_second is None else max(1, int(lie.bytes_per_second / 20))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import netrc
 import os
 import ssl
@@ -25,10 +27,15 @@ from urllib3.exceptions import (
 from vir.addresses import shown
 from vir.data.stores.retries import WINDOW, PassingError
 from vir.data.stores.store import MAX_CONNECTIONS, StoreError
+from vir.data.stores.wire import POOLS, expect
 
 MAX_REDIRECTS = 5
 
 _DRAINED = 1024  # bytes that are read sooner than a connection is opened
+_DRAINS_S = 0.05  # seconds for that
+# Its warnings of odd headers show whole URLs, with their signatures.
+logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
+
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -39,9 +46,15 @@ class Connections:
         # By process and proxy. Those of a parent are kept and not used: to close them could wait for a lock that
         # another of its threads held at the fork.
         self._managers: dict[tuple[int, str | None], urllib3.PoolManager] = {}
+        self._proxies: dict[tuple[str, str], str | None] = {}  # by scheme and host
 
-    def get(self, url: str, headers: dict[str, str], left: float) -> BaseHTTPResponse:
-        """The answer to a GET after all redirects, its body still to be read."""
+    def get(self, url: str, headers: dict[str, str], left: float, patience: float) -> BaseHTTPResponse:
+        """The answer to a GET after all redirects, its body still to be read.
+
+        Args:
+            left: seconds for all of it.
+            patience: seconds for the head of each answer.
+        """
         until = time.monotonic() + left
         try:
             place, origin = url, _origin(url)
@@ -49,7 +62,7 @@ class Connections:
             raise _no_url(url) from None
         for _ in range(MAX_REDIRECTS + 1):
             own = _login(url) if _origin(place) == origin else {}
-            response = self._request(url, place, headers | own, max(0.05, until - time.monotonic()))
+            response = self._request(url, place, headers | own, min(patience, max(0.05, until - time.monotonic())))
             target = response.headers.get("Location")
             if response.status not in _REDIRECTS or target is None:
                 return response
@@ -57,13 +70,12 @@ class Connections:
             place = _redirected(url, place, target)
         raise StoreError(f"{shown(url)} is redirected more than {MAX_REDIRECTS} times; give the URL at the end")
 
-    def _request(self, url: str, place: str, headers: dict[str, str], left: float) -> BaseHTTPResponse:
+    def _request(self, url: str, place: str, headers: dict[str, str], patience: float) -> BaseHTTPResponse:
         manager = self._manager(place)
-        wait = min(WINDOW, left)
         try:
             return manager.request("GET", _bare(place), headers={"Accept-Encoding": "identity", **headers},
                                    preload_content=False, decode_content=False, redirect=False, retries=False,
-                                   timeout=urllib3.Timeout(connect=wait, read=wait))
+                                   timeout=urllib3.Timeout(connect=min(WINDOW, patience), read=patience))
         except SSLError as error:
             if isinstance(error.args[0] if error.args else None, ssl.SSLCertVerificationError):
                 raise StoreError(f"{shown(url)}: the certificate of its server is not trusted; name the file of your "
@@ -71,23 +83,27 @@ class Connections:
             raise passing(error) from error
         except LocationValueError as error:
             raise _no_url(url) from error
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, ValueError) as error:  # ValueError: of a number of thousands of digits
             raise passing(error) from error
 
     def _manager(self, place: str) -> urllib3.PoolManager:
         parts = urlsplit(place)
-        proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme.lower())
-        key = os.getpid(), proxy
+        of = parts.scheme.lower(), parts.hostname or ""
+        if of not in self._proxies:
+            self._proxies[of] = None if proxy_bypass(of[1]) else getproxies().get(of[0])
+        key = os.getpid(), self._proxies[of]
         if key not in self._managers:
-            self._managers.setdefault(key, _new_manager(proxy))
+            self._managers.setdefault(key, _new_manager(key[1]))
         return self._managers[key]
 
 
 def leave(response: BaseHTTPResponse) -> None:
-    """Gives the connection back for the next request where little or nothing is left of the answer, else closes it."""
+    """Gives the connection back for the next request where little or nothing is left of the answer and is there by now,
+    else closes it."""
     remaining = response.length_remaining
     try:
         if remaining is not None and remaining <= _DRAINED:
+            expect(response, _DRAINS_S)
             response.read()
             response.release_conn()
         else:
@@ -147,7 +163,7 @@ def _login(url: str) -> dict[str, str]:
         return _basic(unquote(parts.username), unquote(parts.password or ""))
     path = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")
     try:
-        found = netrc.netrc(path).authenticators(parts.hostname or "")
+        found = _netrc(path, os.stat(path).st_mtime_ns).authenticators(parts.hostname or "")
     except FileNotFoundError:
         return {}
     except (OSError, netrc.NetrcParseError) as error:
@@ -162,11 +178,22 @@ def _basic(user: str, password: str) -> dict[str, str]:
 
 def _new_manager(proxy: str | None) -> urllib3.PoolManager:
     if proxy is None:
-        return urllib3.PoolManager(num_pools=32, maxsize=MAX_CONNECTIONS)
+        return _with_wires(urllib3.PoolManager(num_pools=32, maxsize=MAX_CONNECTIONS))
     parts = urlsplit(proxy)
     headers = _basic(unquote(parts.username), unquote(parts.password or "")) if parts.username else {}
-    return urllib3.ProxyManager(_bare(proxy), num_pools=32, maxsize=MAX_CONNECTIONS, proxy_headers={
-        f"Proxy-{name}": value for name, value in headers.items()})
+    return _with_wires(urllib3.ProxyManager(_bare(proxy), num_pools=32, maxsize=MAX_CONNECTIONS, proxy_headers={
+        f"Proxy-{name}": value for name, value in headers.items()}))
+
+
+def _with_wires(manager: urllib3.PoolManager) -> urllib3.PoolManager:
+    manager.pool_classes_by_scheme = POOLS
+    return manager
+
+
+@functools.lru_cache(4)
+def _netrc(path: str, changed_ns: int) -> netrc.netrc:
+    """As it was at that time: it is looked at for each request."""
+    return netrc.netrc(path)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from vir.addresses import shown
 from vir.data.stores.connections import Connections, leave, passing
 from vir.data.stores.retries import FLOOR, PASSING, PROGRESS, WINDOW, PassingError, persist, retry_after
 from vir.data.stores.store import MAX_BLOCK, Identity, MissingError, StoreError, changed, check_part
+from vir.data.stores.wire import expect
 
 _PIECE = 1 << 20
+_SIZE = re.compile(r"[0-9]{1,18}")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _STRONG = re.compile(r'"[!#-~]*"')
 
@@ -32,7 +34,7 @@ class HttpStore:
         self.connections = Connections()
 
     def stat(self, url: str) -> Identity:
-        return persist(lambda left: self._stat(url, left), url, self.timeout)
+        return persist(lambda left, patience: self._stat(url, left, patience), url, self.timeout)
 
     def read(self, url: str, offset: int, size: int, identity: Identity) -> bytes:
         if not identity.ranged:
@@ -56,8 +58,8 @@ class HttpStore:
     def names(self, url: str) -> list[str] | None:
         return None
 
-    def _stat(self, url: str, left: float) -> Identity:
-        response = self.connections.get(url, {"Range": "bytes=0-0"}, left)
+    def _stat(self, url: str, left: float, patience: float) -> Identity:
+        response = self.connections.get(url, {"Range": "bytes=0-0"}, left, patience)
         try:
             tag = _tag(response)
             if response.status == 416 and re.fullmatch(r"bytes \*/0", response.headers.get("Content-Range", "")):
@@ -87,12 +89,13 @@ class _Answers:
         self._position, self._end = start, end
         self._response: BaseHTTPResponse | None = None
         self._since, self._came = 0.0, 0  # the time from which the speed is measured, and bytes since then
+        self._window = WINDOW  # seconds over which it is
 
     def take(self, size: int) -> bytes:
         """The next `size` bytes."""
         buffer = bytearray()
         while len(buffer) < size:
-            persist(lambda left: self._fill(buffer, size, left), self._url, self._store.timeout)
+            persist(lambda left, patience: self._fill(buffer, size, left, patience), self._url, self._store.timeout)
         return bytes(buffer)
 
     def close(self) -> None:
@@ -100,19 +103,20 @@ class _Answers:
             leave(self._response)
             self._response = None
 
-    def _fill(self, buffer: bytearray, size: int, left: float) -> None:
+    def _fill(self, buffer: bytearray, size: int, left: float, patience: float) -> None:
         """Adds bytes until there are `size`, or until the answer breaks after some progress. PassingError: it broke
         before; what came is in the buffer, and the next attempt goes on from there."""
         before = len(buffer)
+        self._window = min(WINDOW, left)
         self._since, self._came = time.monotonic(), 0
         try:
             if self._response is None:
-                self._response = self._open(left)
+                self._response = self._open(left, patience)
             while len(buffer) < size:
                 data = self._piece(self._response, size - len(buffer))
                 buffer += data
                 self._position += len(data)
-            if self._position == self._end and _has_more(self._response):
+            if self._position == self._end and self._has_more(self._response):
                 self._position -= len(buffer) - before
                 del buffer[before:]
                 raise PassingError("sent more than it was asked for")
@@ -122,24 +126,36 @@ class _Answers:
                 raise passing(error) from error
 
     def _piece(self, response: BaseHTTPResponse, most: int) -> bytes:
+        expect(response, self._window)
         data = response.read1(min(_PIECE, most))
         if not data:
             raise PassingError(f"ended its answer after {self._position} of {self._identity.size} bytes")
         self._came += len(data)
-        if (seconds := time.monotonic() - self._since) >= WINDOW:
+        if (seconds := time.monotonic() - self._since) >= self._window:
             if self._came < FLOOR * seconds:
                 raise _SlowError(f"sent {self._came} bytes in {seconds:.0f} s, which is too slow")
             self._since, self._came = time.monotonic(), 0
         return data
 
-    def _open(self, left: float) -> BaseHTTPResponse:
+    def _has_more(self, response: BaseHTTPResponse) -> bool:
+        """Whether bytes follow those that were announced or, where nothing was announced, asked for."""
+        if response.length_remaining is not None:
+            return response.length_remaining > 0
+        try:
+            expect(response, self._window)
+            return bool(response.read1(1))
+        except (HTTPError, OSError):
+            return False
+
+    def _open(self, left: float, patience: float) -> BaseHTTPResponse:
         """An answer whose next byte is the one at the position."""
         headers = {}
         if self._identity.ranged:
             headers["Range"] = f"bytes={self._position}-{self._end - 1}"
             if _STRONG.fullmatch(self._identity.tag):
                 headers["If-Range"] = self._identity.tag
-        response = self._store.connections.get(self._url, headers, left)
+        response = self._store.connections.get(self._url, headers, left, patience)
+        self._since = time.monotonic()
         try:
             self._check(response)
             skipped = 0 if self._identity.ranged else self._position
@@ -163,16 +179,6 @@ class _Answers:
             raise PassingError(f"sent bytes {first} to {last} when asked for {start} to {self._end - 1}")
 
 
-def _has_more(response: BaseHTTPResponse) -> bool:
-    """Whether bytes follow those that were announced or, where nothing was announced, asked for."""
-    if response.length_remaining is not None:
-        return response.length_remaining > 0
-    try:
-        return bool(response.read1(1))
-    except (HTTPError, OSError):
-        return False
-
-
 def _refuse_status(url: str, response: BaseHTTPResponse) -> None:
     """Raises what an answer without the bytes means. No other one may be encoded: sizes would not be those of the
     object."""
@@ -186,7 +192,7 @@ def _refuse_status(url: str, response: BaseHTTPResponse) -> None:
         raise PassingError(f"answered {status}", retry_after(response.headers.get("Retry-After")))
     if status not in (200, 206):
         raise StoreError(f"{shown(url)} cannot be read: its server answered {status}; see whether the URL is right")
-    if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+    if (encoding := response.headers.get("Content-Encoding", "").strip()).lower() not in ("", "identity"):
         raise StoreError(f"{shown(url)} is sent with Content-Encoding {encoding[:20]!r}, though asked for as it is; "
                          "have its server send the bytes themselves, or download it and give the path")
 
@@ -194,8 +200,8 @@ def _refuse_status(url: str, response: BaseHTTPResponse) -> None:
 def _claims(response: BaseHTTPResponse) -> tuple[int, int | None, int | None]:
     """First and last byte of an answer and the size of the whole object; None where it does not tell."""
     if response.status == 200:
-        length = response.headers.get("Content-Length", "")
-        return (0, int(length) - 1, int(length)) if length.isdecimal() else (0, None, None)
+        length = response.headers.get("Content-Length", "").strip()
+        return (0, int(length) - 1, int(length)) if _SIZE.fullmatch(length) else (0, None, None)
     found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
     if found is None:
         raise PassingError("sent a part without telling which")

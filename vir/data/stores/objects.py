@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
 import fsspec
 import fsspec.config
-from fsspec.asyn import sync
 
 from vir.addresses import shown
-from vir.data.stores.retries import FLOOR, PASSING, WINDOW, PassingError, persist, retry_after
+from vir.data.executors import Stopped, stopping
+from vir.data.stores.retries import FLOOR, PASSING, PassingError, persist, retry_after
 from vir.data.stores.store import MAX_BLOCK, MAX_CONNECTIONS, Identity, MissingError, StoreError, changed, check_part
 from vir.errors import SettingsError
 
@@ -25,6 +28,8 @@ PACKAGES = {
 }
 """What pip installs for each scheme. Those of fsspec's that are missing here are local, keep copies, are made of other
 ones, run something, or have no large files."""
+
+_SLICE = 0.1  # seconds between two looks whether to stop
 
 _S3 = ("s3", "s3a")
 _ONE_AT_A_TIME = ("sftp", "ssh", "smb")  # their connection is not for threads
@@ -76,13 +81,14 @@ class ObjectStore:
         self._locks: dict[int, threading.Lock] = {}
 
     def stat(self, url: str) -> Identity:
-        return persist(lambda left: self._stat(url, left), url, self._timeout)
+        return persist(lambda left, _: self._stat(url, left), url, self._timeout)
 
     def read(self, url: str, offset: int, size: int, identity: Identity) -> bytes:
         check_part(url, offset, size, identity)
         if not size:
             return b""
-        return persist(lambda left: self._read(url, offset, offset + size, identity, left), url, self._timeout)
+        return persist(lambda left, patience: self._read(
+            url, offset, offset + size, identity, min(left, patience + size / FLOOR)), url, self._timeout)
 
     def blocks(self, url: str, identity: Identity) -> Iterator[bytes]:
         for start in range(0, identity.size, MAX_BLOCK):
@@ -91,7 +97,7 @@ class ObjectStore:
             raise changed(url)
 
     def names(self, url: str) -> list[str] | None:
-        return persist(lambda left: self._names(url, left), url, self._timeout)
+        return persist(lambda left, _: self._names(url, left), url, self._timeout)
 
     def _stat(self, url: str, left: float) -> Identity:
         info = self._call(url, left, "info")
@@ -100,8 +106,7 @@ class ObjectStore:
         tag = next((str(info[name]) for name in _TAGS if info.get(name)), "")
         return Identity(int(info["size"]), tag)
 
-    def _read(self, url: str, start: int, end: int, identity: Identity, left: float) -> bytes:
-        limit = min(left, WINDOW + (end - start) / FLOOR)
+    def _read(self, url: str, start: int, end: int, identity: Identity, limit: float) -> bytes:
         if self._scheme in _S3 and identity.tag.startswith('"'):
             data = self._call(url, limit, _read_s3, start=start, end=end, tag=identity.tag)
         else:
@@ -123,19 +128,25 @@ class ObjectStore:
 
         Raises:
             PassingError, StoreError: instead of all that a library raises.
+            Stopped: the task that this is a part of is to end.
         """
+        until = time.monotonic() + limit
+        system = self._system(url, limit)
+        limit = max(0.0, until - time.monotonic())
         try:
-            system = self._system(url)
             path = system._strip_protocol(url)
             if method in ("info", "ls"):
                 system.invalidate_cache()  # what was listed before may have changed
             if callable(method):
-                return sync(system.loop, method, system, path, timeout=limit, **arguments)
+                return _outcome(asyncio.run_coroutine_threadsafe(method(system, path, **arguments), system.loop), limit)
             if system.async_impl:
-                return sync(system.loop, getattr(system, f"_{method}"), path, timeout=limit, **arguments)
+                work = getattr(system, f"_{method}")(path, **arguments)
+                return _outcome(asyncio.run_coroutine_threadsafe(work, system.loop), limit)
             if method == "cat_file":
                 arguments["cache_type"] = "none"  # else up to 5 MB more are read ahead each time
             return _in_time(lambda: self._alone(limit, getattr(system, method), path, **arguments), limit)
+        except Stopped:
+            raise
         except Exception as error:
             raise _translated(error, url, self._scheme) from error
 
@@ -150,13 +161,23 @@ class ObjectStore:
         finally:
             lock.release()
 
-    def _system(self, url: str) -> Any:
-        kind = fsspec.get_filesystem_class(self._scheme)
-        options = kind._get_kwargs_from_urls(url)
-        key = os.getpid(), repr(sorted(options.items()))
-        if key not in self._systems:
-            self._systems.setdefault(key, _new_system(self._scheme, kind, options))
-        return self._systems[key]
+    def _system(self, url: str, limit: float) -> Any:
+        """The file system of `url`. To make it may take long: many a library looks for credentials then."""
+        try:
+            kind = fsspec.get_filesystem_class(self._scheme)
+            options = kind._get_kwargs_from_urls(url)
+            key = os.getpid(), repr(sorted(options.items()))
+            if key in self._systems:
+                return self._systems[key]
+            made = _in_time(lambda: _new_system(self._scheme, kind, options), limit)
+        except Stopped:
+            raise
+        except Exception as error:
+            told = _translated(error, url, self._scheme)
+            if isinstance(told, PassingError):
+                told = PassingError(f"{told} while credentials were looked for: {_login_of(self._scheme)}", told.after)
+            raise told from error
+        return self._systems.setdefault(key, made)
 
 
 def _new_system(scheme: str, kind: Any, options: dict[str, Any]) -> Any:
@@ -180,23 +201,31 @@ async def _read_s3(system: Any, path: str, start: int, end: int, tag: str) -> by
 
 def _in_time(work: Callable[[], Any], limit: float) -> Any:
     """The result of a function that does not end by itself in time: then it is left to its thread."""
-    results: list[Any] = []
-    errors: list[Exception] = []
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            results.append(work())
+            future.set_result(work())
         except Exception as error:
-            errors.append(error)
+            future.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError
-    return results[0]
+    threading.Thread(target=run, daemon=True).start()
+    return _outcome(future, limit)
+
+
+def _outcome(future: Future[Any], limit: float) -> Any:
+    """Raises TimeoutError after `limit` seconds, Stopped where the task is to end; what can be cancelled is then."""
+    until = time.monotonic() + limit
+    while not stopping():
+        left = until - time.monotonic()
+        if wait([future], max(0.0, min(left, _SLICE))).done:
+            return future.result()
+        if left <= _SLICE:
+            future.cancel()
+            raise TimeoutError
+    future.cancel()
+    raise Stopped
 
 
 def _translated(error: Exception, url: str, scheme: str) -> Exception:
@@ -209,8 +238,7 @@ def _translated(error: Exception, url: str, scheme: str) -> Exception:
     status, answer = next(((found, one) for one in chain if (found := _status(one))), (0, error))
     has_no_login = any(_NO_LOGIN.search(_names(one)) for one in chain) or str(error).startswith("Forbidden")
     if has_no_login or isinstance(error, PermissionError) or status in (401, 403):
-        way = _LOGINS.get(scheme, "see how its library is given user and password")
-        return StoreError(f"{shown(url)} is refused ({status or type(error).__name__}): {way}")
+        return StoreError(f"{shown(url)} is refused ({status or type(error).__name__}): {_login_of(scheme)}")
     if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)) or status in (404, 410):
         return MissingError(f"{shown(url)} does not exist; see whether bucket and path are right")
     if status in (412, 416):
@@ -220,6 +248,10 @@ def _translated(error: Exception, url: str, scheme: str) -> Exception:
     if not status and isinstance(error, OSError):
         return PassingError(f"cannot be read now ({type(error).__name__})")
     return StoreError(f"{shown(url)} cannot be read: {status or type(error).__name__}; see whether the URL is right")
+
+
+def _login_of(scheme: str) -> str:
+    return _LOGINS.get(scheme, "see how its library is given user and password")
 
 
 def _chain(error: BaseException) -> list[BaseException]:

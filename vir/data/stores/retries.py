@@ -11,6 +11,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
 from vir.addresses import shown
+from vir.data.executors import Stopped, stopping
 from vir.data.stores.store import StoreError
 from vir.log import log
 
@@ -26,6 +27,7 @@ PROGRESS = 64 << 10
 PASSING = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 """HTTP's status of answers that may be another one next time."""
 
+_SLICE = 0.1  # seconds between two looks whether to stop
 _FIRST_WAIT = 0.25
 _LONGEST_WAIT = 15.0
 _TELLS_EVERY_S = 60.0
@@ -45,17 +47,26 @@ class PassingError(Exception):
         self.after = after
 
 
-def persist(attempt: Callable[[float], T], url: str, timeout: float) -> T:
+def persist(attempt: Callable[[float, float], T], url: str, timeout: float) -> T:
     """The result of the first attempt that has one.
 
     Args:
-        attempt: gets the seconds that are left for it; raises PassingError for what is worth another attempt.
+        attempt: gets the seconds that are left for it, and those of them that it may wait for the first byte, which
+            are twice as many at each attempt; raises PassingError for what is worth another one.
         timeout: seconds after which no attempt begins.
 
     Raises:
         StoreError: the last attempt failed as well; and whatever else the attempt raises.
+        Stopped: the task that this is a part of is to end.
     """
     until = time.monotonic() + timeout
+    patience = WINDOW / 2
+
+    def attempted() -> T:
+        nonlocal patience
+        patience *= 2
+        left = max(0.05, until - time.monotonic())
+        return attempt(left, min(patience, left))
 
     def wait(state: RetryCallState) -> float:
         assert state.outcome is not None
@@ -64,14 +75,23 @@ def persist(attempt: Callable[[float], T], url: str, timeout: float) -> T:
         return max(0.0, min(max(asked, _backoff(state.attempt_number)), until - time.monotonic()))
 
     retrying = Retrying(retry=retry_if_exception_type(PassingError), wait=wait, reraise=True,
-                        stop=lambda state: time.monotonic() >= until,
+                        sleep=_sleep, stop=lambda state: time.monotonic() >= until,
                         before_sleep=lambda state: _tell(state, url, until - time.monotonic()))
     try:
-        return retrying(lambda: attempt(max(0.05, until - time.monotonic())))
+        return retrying(attempted)
     except PassingError as error:
         raise StoreError(f"{shown(url)} {error}, and what else was tried for {timeout:g} s failed as well; see whether "
                          "the server can be reached and is well, or give it more time with --data.timeout "
-                         "(vir-evaluate: --timeout)") from error
+                         "(--timeout of vir-evaluate and vir-index)") from error
+
+
+def _sleep(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not stopping():
+        if (left := until - time.monotonic()) <= 0:
+            return
+        time.sleep(min(left, _SLICE))
+    raise Stopped
 
 
 def _tell(state: RetryCallState, url: str, left: float) -> None:
