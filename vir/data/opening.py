@@ -29,6 +29,9 @@ from vir.data.sources.archives import ARCHIVES
 from vir.data.sources.folder import class_folders, some
 from vir.data.sources.tars import tars_in
 from vir.errors import DataError, SettingsError
+from vir.log import log
+
+_CHECKSUMS = "make the index by vir-index --checksums, or have the server send them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +126,25 @@ def _tars(parts: Sequence[str]) -> list[Path]:
 def _open_remote(index: IndexFolder, name: str, places: Places, first: bool) -> Reader:
     remote = RemoteShards(index.urls, index.identities, places.timeout)
     access: Access = remote
-    if places.cache is not None:
-        hashes = [shard.sha256 for shard in read_manifest(index.folder).shards]
+    hashes = [shard.sha256 for shard in read_manifest(index.folder).shards]
+    nameless = [url for url, found, sha256 in zip(index.urls, index.identities, hashes) if not found.tag and not sha256]
+    if places.cache is not None and not nameless:
         access = CachedShards(remote, places.cache, places.cache_bytes, hashes)
     elif whole := [url for url, found in zip(index.urls, index.identities) if not found.ranged]:
+        if places.cache is not None:
+            raise SettingsError(f"{_untold(nameless[0])}, and sends whole files alone; {_CHECKSUMS}, or copy the shards "
+                                "to this machine")
         raise SettingsError(f"the server of {shown(whole[0])} sends whole files alone, not parts of them: give "
                             "--data.cache (vir-evaluate: --cache) a folder on a disk of this machine, or copy the "
                             "shards to it")
+    elif places.cache is not None and first:
+        log.warning("%s: all is read in parts from the server; %s", _untold(nameless[0]), _CHECKSUMS)
     return ShardReader(index.folder, access, name, check=first)
+
+
+def _untold(url: str) -> str:
+    return (f"the server of {shown(url)} sends neither ETag nor Last-Modified, so a cache could not tell the shards from "
+            "later ones of the same names")
 
 
 if __name__ == "__main__":
