@@ -16,6 +16,7 @@ from support.http_server import HttpServer
 from support.s3_server import S3Server
 from vir.config import AugmentConfig, DataConfig
 from vir.data.convert import Settings, convert
+from vir.data.executors import Stopped
 from vir.data.loader import eval_batches, train_batches
 from vir.data.opening import open_reader, places
 from vir.data.order import SampleOrder
@@ -190,10 +191,10 @@ def test_shards_that_a_server_gives_no_name_are_cached_by_their_checksums_alone(
         if ranged:
             assert opened(pattern, tmp_path, 10**9).budget_bytes is None
             assert re.search("x-000000.tar sends neither ETag nor Last-Modified, .*: all is read in parts from the "
-                             "server; make the index by vir-index --checksums", caplog.text)
+                             "server; to use --data.cache, make the index by vir-index --checksums", caplog.text)
         else:
             with pytest.raises(SettingsError, match="neither ETag nor Last-Modified, .*, and sends whole files alone; "
-                                                    "make the index by vir-index --checksums, .*, or copy the shards"):
+                                                    "make the index by vir-index --checksums, .* or copy the shards"):
                 opened(pattern, tmp_path, 10**9)
         assert index_main([pattern, "--index-dir", str(tmp_path / "indexes"), "--checksums", "--jobs", "1"]) == 0
         before = opened(pattern, tmp_path, 10**9).access
@@ -211,6 +212,13 @@ def test_other_processes_of_a_machine_take_the_index_as_the_first_has_left_it(ht
     http.forget()
     second = open_reader(http.url("/train"), kept, first=False)
     assert http.requests == [] and second.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["http", "s3, a folder of tars"])
+def test_a_stop_request_ends_the_questions_about_a_folder(root, http, s3, tmp_path, kind):
+    kept = places(DataConfig(index_dir=str(tmp_path), timeout=20), lambda: True)
+    with pytest.raises(Stopped):
+        open_reader(SPECS[kind](root, http, s3), kept, first=True)
 
 
 @pytest.mark.parametrize("spec, error, said", [

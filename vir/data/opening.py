@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from vir.addresses import expand, is_remote, shown
 from vir.config import DataConfig
@@ -21,6 +20,7 @@ from vir.data.index_folder import (
     find_urls,
     index_beside,
     open_index,
+    path_of,
 )
 from vir.data.reader import Reader, ShardReader
 from vir.data.remote_shards import CachedShards, RemoteShards
@@ -30,8 +30,6 @@ from vir.data.sources.folder import class_folders, some
 from vir.data.sources.tars import tars_in
 from vir.errors import DataError, SettingsError
 from vir.log import log
-
-_CHECKSUMS = "make the index by vir-index --checksums, or have the server send them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +71,10 @@ def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
     if not any(map(is_remote, parts)):
         return _open_local(parts, places, first)
     index = None
-    if len(parts) == 1 and not urlsplit(parts[0]).path.endswith(".tar"):
-        index = fetch_split(parts[0], places.index_dir, places.timeout, first)
+    if len(parts) == 1 and not path_of(parts[0]).endswith(".tar"):
+        index = fetch_split(parts[0], places.index_dir, places.timeout, first, places.is_stopping)
     if index is None:
-        index = _index(find_urls(spec, places.timeout), places, first)
+        index = _index(find_urls(spec, places.timeout, places.is_stopping), places, first)
     return _open_remote(index, shown(spec), places, first)
 
 
@@ -124,27 +122,33 @@ def _tars(parts: Sequence[str]) -> list[Path]:
 
 
 def _open_remote(index: IndexFolder, name: str, places: Places, first: bool) -> Reader:
-    remote = RemoteShards(index.urls, index.identities, places.timeout)
-    access: Access = remote
     hashes = [shard.sha256 for shard in read_manifest(index.folder).shards]
-    nameless = [url for url, found, sha256 in zip(index.urls, index.identities, hashes) if not found.tag and not sha256]
-    if places.cache is not None and not nameless:
-        access = CachedShards(remote, places.cache, places.cache_bytes, hashes)
-    elif whole := [url for url, found in zip(index.urls, index.identities) if not found.ranged]:
-        if places.cache is not None:
-            raise SettingsError(f"{_untold(nameless[0])}, and sends whole files alone; {_CHECKSUMS}, or copy the shards "
-                                "to this machine")
+    cache = places.cache if places.cache is not None and _can_keep(index, hashes, first) else None
+    if cache is None and (whole := [url for url, found in zip(index.urls, index.identities) if not found.ranged]):
         raise SettingsError(f"the server of {shown(whole[0])} sends whole files alone, not parts of them: give "
                             "--data.cache (vir-evaluate: --cache) a folder on a disk of this machine, or copy the "
                             "shards to it")
-    elif places.cache is not None and first:
-        log.warning("%s: all is read in parts from the server; %s", _untold(nameless[0]), _CHECKSUMS)
+    remote = RemoteShards(index.urls, index.identities, places.timeout)
+    access: Access = remote if cache is None else CachedShards(remote, cache, places.cache_bytes, hashes)
     return ShardReader(index.folder, access, name, check=first)
 
 
-def _untold(url: str) -> str:
-    return (f"the server of {shown(url)} sends neither ETag nor Last-Modified, so a cache could not tell the shards from "
-            "later ones of the same names")
+def _can_keep(index: IndexFolder, sha256s: Sequence[str | None], first: bool) -> bool:
+    """Whether a cache can tell the shards from later ones of the same names and sizes; where not, the first process
+    tells. SettingsError: they cannot be read in another way."""
+    shards = zip(index.urls, index.identities, sha256s)
+    unknown = [(url, found.ranged) for url, found, sha256 in shards if not found.tag and sha256 is None]
+    if not unknown:
+        return True
+    reason = (f"the server of {shown(unknown[0][0])} sends neither ETag nor Last-Modified, so a cache could not see "
+              "that a shard was replaced")
+    if not all(is_ranged for _, is_ranged in unknown):
+        raise SettingsError(f"{reason}, and sends whole files alone; make the index by vir-index --checksums, have the "
+                            "server send an ETag, or copy the shards to this machine")
+    if first:
+        log.warning("%s: all is read in parts from the server; to use --data.cache, make the index by vir-index "
+                    "--checksums, or have the server send an ETag", reason)
+    return False
 
 
 if __name__ == "__main__":
