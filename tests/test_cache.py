@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,8 +33,13 @@ fork = multiprocessing.get_context("fork")
 KB = 1 << 10
 
 
+def named(name):
+    """As a cache names its files; one that begins with `name`."""
+    return f"{name.encode().hex():0<32}.tar"
+
+
 def entry_of(content, name="a", **fields):
-    return Entry(**{"name": f"{name}.tar", "where": f"http://host/{name}.tar", "size": len(content),
+    return Entry(**{"name": named(name), "where": f"http://host/{name}.tar", "size": len(content),
                     "sha256": hashlib.sha256(content).hexdigest(), **fields})
 
 
@@ -41,8 +48,12 @@ def fill(cache, content, name, uses=Uses(), gone=None, **fields):
     return cache.fill(entry_of(content, name, **fields), lambda: [content[:10], content[10:]], uses, evicted.append)
 
 
+def short(name):
+    return bytes.fromhex(name.removesuffix(".tar").rstrip("0")).decode()
+
+
 def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != ".room.lock")
+    return sorted(short(path.name) for path in folder.iterdir() if path.name != ".room.lock")
 
 
 @pytest.fixture
@@ -94,7 +105,7 @@ def test_a_shard_is_whole_or_not_there(cache):
     assert fill(cache, content, "a") is Outcome.DOWNLOADED
     assert fill(cache, content, "a") is Outcome.PRESENT
     assert cache.find(entry_of(content)).read_bytes() == content
-    assert names(cache.folder) == ["a.tar"]
+    assert names(cache.folder) == ["a"]
     with open(cache.open(entry_of(content)), "rb") as file:
         assert file.read() == content
 
@@ -124,16 +135,16 @@ def test_a_failing_download_leaves_nothing(cache):
 
 def test_the_budget_holds_and_the_farthest_use_goes(cache):
     content = bytes(30 * KB)
-    uses = Uses({f"{name}.tar" for name in "abcde"}, [f"{name}.tar" for name in "adbc"])
+    uses = Uses(set(map(named, "abcde")), list(map(named, "adbc")))
     for name in "abc":
         assert fill(cache, content, name, uses) is Outcome.DOWNLOADED
     gone = []
-    assert fill(cache, content, "d", uses, gone) is Outcome.DOWNLOADED and gone == ["c.tar"]
-    assert names(cache.folder) == ["a.tar", "b.tar", "d.tar"]
+    assert fill(cache, content, "d", uses, gone) is Outcome.DOWNLOADED and gone == [named("c")]
+    assert names(cache.folder) == ["a", "b", "d"]
     with pytest.raises(NoRoomError, match=rf"http://host/c\.tar has {30 * KB} bytes, for which the cache .*cache has "
                                           rf"no room among its {100 * KB}; raise --data\.cache_bytes"):
         fill(cache, content, "c", uses)
-    assert names(cache.folder) == ["a.tar", "b.tar", "d.tar"]
+    assert names(cache.folder) == ["a", "b", "d"]
 
 
 def test_nothing_goes_for_a_shard_that_does_not_come(cache):
@@ -145,7 +156,7 @@ def test_nothing_goes_for_a_shard_that_does_not_come(cache):
 
     with pytest.raises(DataError, match="no answer"):
         cache.fill(entry_of(bytes(90 * KB), "b"), breaks)
-    assert names(cache.folder) == ["a.tar"]
+    assert names(cache.folder) == ["a"]
 
 
 def test_what_is_being_written_counts(cache):
@@ -160,16 +171,89 @@ def test_what_is_being_written_counts(cache):
 
     assert cache.fill(entry_of(bytes(60 * KB)), during) is Outcome.DOWNLOADED
     assert gone == [Outcome.DOWNLOADED]
-    assert names(cache.folder) == ["a.tar", "b.tar"]
+    assert names(cache.folder) == ["a", "b"]
+
+
+def test_what_others_keep_in_the_folder_neither_counts_nor_goes(cache):
+    cache.folder.mkdir(parents=True)
+    kept = ["my-only-copy.tar", ".out.tar.123-ab.tmp", named("a")[:-5] + ".tar", f".{named('a')}x.7-ab.tmp"]
+    for name in kept:
+        (cache.folder / name).write_bytes(bytes(90 * KB))
+    for name in ("val.tar", named("b")):
+        (cache.folder / name).mkdir()
+    (cache.folder / named("c")).symlink_to(cache.folder / kept[0])
+    for name in "de":
+        assert fill(cache, bytes(80 * KB), name) is Outcome.DOWNLOADED
+    assert sorted(path.name for path in cache.folder.iterdir()) == sorted(
+        [*kept, "val.tar", named("b"), named("c"), named("e"), ".room.lock"])
+
+
+def test_what_is_used_next_is_not_known_to_all(cache):
+    """Who has not opened its own ones for longest loses them, after those that other runs have left behind."""
+    old, lately = 1e6 - RECENT_S - 1, 1e6 - RECENT_S + 1
+    files = [File("own", 1, old - 1), File("used", 1, lately + 1), File("left", 1, old), File("other", 1, lately)]
+    assert [file.name for file in victims(files, "x", Uses({"own", "used", "x"}), 1e6)] == [
+        "left", "own", "used", "other"]
+
+
+def test_no_download_begins_for_which_there_will_be_no_room(cache):
+    begun = []
+    with pytest.raises(NoRoomError):
+        cache.fill(entry_of(bytes(101 * KB)), lambda: begun.append(1) or [])
+    assert not begun
+
+
+class TestTwoUsers:
+    """Root, and one who may write into the same folder."""
+
+    @pytest.fixture
+    def cache(self):
+        if os.geteuid() != 0:
+            pytest.skip("only root can be another user")
+        with tempfile.TemporaryDirectory() as folder:
+            os.chmod(folder, 0o777)
+            yield Cache(Path(folder), 100 * KB)
+
+    def as_other(self, act):
+        def main():
+            os.setgid(12345)
+            os.setuid(12345)
+            os._exit(act())
+
+        process = fork.Process(target=main, daemon=True)
+        process.start()
+        process.join(10)
+        return process.exitcode
+
+    def test_both_fill_it(self, cache):
+        fill(cache, bytes(60 * KB), "a")
+        assert self.as_other(lambda: fill(cache, bytes(60 * KB), "b") is not Outcome.DOWNLOADED) == 0
+        assert names(cache.folder) == ["b"]
+
+    def test_what_may_not_be_removed_stays_and_others_go_instead(self, cache):
+        os.chmod(cache.folder, 0o1777)
+        fill(cache, bytes(40 * KB), "a")
+        fill(cache, bytes(40 * KB), "b")
+        os.chown(cache.folder / named("b"), 12345, 12345)
+        os.utime(cache.folder / named("a"), (1, 1))  # it would be the first to go
+        assert self.as_other(lambda: fill(cache, bytes(40 * KB), "c") is not Outcome.DOWNLOADED) == 0
+        assert names(cache.folder) == ["a", "c"]
+
+        def refused():
+            with pytest.raises(PermissionError):
+                fill(cache, bytes(90 * KB), "d")
+            return 0
+
+        assert self.as_other(refused) == 0
 
 
 def test_opening_and_touching_note_the_use(cache):
     entry = entry_of(b"x" * 100)
     fill(cache, b"x" * 100, "a")
     for use in (lambda: os.close(cache.open(entry)), lambda: cache.touch(entry)):
-        os.utime(cache.folder / "a.tar", (1, 1))
+        os.utime(cache.folder / named("a"), (1, 1))
         use()
-        assert time.time() - (cache.folder / "a.tar").stat().st_mtime < 60
+        assert time.time() - (cache.folder / named("a")).stat().st_mtime < 60
     assert cache.touch(entry) and not cache.touch(entry_of(b"", "b"))
 
 
@@ -177,7 +261,7 @@ def test_opening_and_touching_note_the_use(cache):
 def test_what_was_changed_behind_our_back_is_not_there_and_comes_again(cache, spoil):
     entry = entry_of(b"x" * 100)
     fill(cache, b"x" * 100, "a")
-    spoil(cache.folder / "a.tar")
+    spoil(cache.folder / named("a"))
     assert cache.find(entry) is None and cache.open(entry) is None and not cache.touch(entry)
     assert fill(cache, b"x" * 100, "a") is Outcome.DOWNLOADED
     assert cache.find(entry).read_bytes() == b"x" * 100
@@ -208,7 +292,7 @@ def test_eight_processes_that_want_a_shard_make_one_download(cache, tmp_path):
         process.join(20)
     assert [process.exitcode for process in processes] == [0] * 8
     assert (tmp_path / "count").read_text() == "x"
-    assert names(cache.folder) == ["a.tar"]
+    assert names(cache.folder) == ["a"]
 
 
 def test_a_killed_download_is_never_whole_and_goes_when_its_writer_has(cache, tmp_path):
@@ -233,23 +317,29 @@ def test_a_killed_download_is_never_whole_and_goes_when_its_writer_has(cache, tm
     writer.join(10)
     assert cache.find(entry_of(content)) is None
     fill(cache, b"x" * 10, "c")  # another shard, by another process
-    assert names(cache.folder) == ["b.tar", "c.tar"]
+    assert names(cache.folder) == ["b", "c"]
     assert fill(cache, content, "a") is Outcome.DOWNLOADED
     assert cache.find(entry_of(content)).read_bytes() == content
 
 
-def test_a_full_disk_lowers_the_budget(small_disk):  # noqa: F811
+def test_a_full_disk_bounds_the_room_as_long_as_it_is_full(small_disk):  # noqa: F811
     cache = Cache(small_disk / "cache", 10**9)
     content = os.urandom(300 * KB)
+    assert cache.room() == 10**9  # before there is a folder
     for name in "abc":
         fill(cache, content, name)
-    with pytest.raises(OSError, match="No space left"):
-        fill(cache, content, "d")
-    assert names(cache.folder) == ["a.tar", "b.tar", "c.tar"] and cache.budget_bytes == 900 * KB
-    uses = Uses({"a.tar", "b.tar", "c.tar", "d.tar"}, ["d.tar", "b.tar", "c.tar"])
+    uses = Uses(set(map(named, "abcd")), list(map(named, "dbc")))
     gone = []
-    assert fill(cache, content, "d", uses, gone) is Outcome.DOWNLOADED and gone == ["a.tar"]
-    assert names(cache.folder) == ["b.tar", "c.tar", "d.tar"]
+    assert fill(cache, content, "d", uses, gone) is Outcome.DOWNLOADED and gone == [named("a")]
+    assert names(cache.folder) == ["b", "c", "d"] and 900 * KB < cache.room() <= 1024 * KB
+    for name in "bcd":
+        cache.remove(entry_of(content, name))
+    (small_disk / "other").write_bytes(bytes(1000 * KB))
+    with pytest.raises(NoRoomError, match=r"has 307200 bytes, for which the cache .*cache has no room on its disk, "
+                                          r"where \d+ are for it; make room there, or give another folder"):
+        fill(cache, content, "a")
+    (small_disk / "other").unlink()
+    assert fill(cache, content, "a") is Outcome.DOWNLOADED and cache.budget_bytes == 10**9
 
 
 def test_a_read_only_cache_gives_what_it_has(small_disk):  # noqa: F811

@@ -10,14 +10,18 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from support.file_store import within
 from support.http_server import HttpServer, Lie
-from support.s3_server import S3Server
+from support.s3_server import ENVIRONMENT, S3Server
+from support.small_disk import small_disk  # noqa: F401
 from vir import index as index_module
 from vir.data import index_folder
 from vir.data.executors import Stopped
@@ -126,12 +130,13 @@ def test_checksums_and_servers_without_ranges_take_the_whole_shards_and_leave_no
 
 
 def test_no_secret_is_kept_and_another_signature_finds_it_again(server, tmp_path):
-    signed = [server.url(path, "anna:hush") + "?sig=hush" for path in sorted(server.content)]
+    signed = [server.url(path, "anna:hush") + "?sig=a/hush/z" for path in sorted(server.content)]
     found = opened(signed, tmp_path)
+    assert read_manifest(found.folder).split == "in"
     assert found.urls == tuple(signed)
     assert not any(b"hush" in content or b"anna" in content for content in files_of(found.folder).values())
     server.forget()
-    again = opened([url.replace("?sig=hush", "?sig=other") for url in signed], tmp_path, first=False)
+    again = opened([url.replace("?sig=a/hush/z", "?sig=other") for url in signed], tmp_path, first=False)
     assert again.folder == found.folder and again.identities == found.identities and server.requests == []
 
 
@@ -243,6 +248,9 @@ def test_vir_index_refuses_what_it_cannot_do(server, tmp_path, capsys):
     assert code == 3 and "does not tell what a folder holds; name the tars by braces" in error and "hush" not in error
     code, error = told(server.url("/in/set-train-00.tar"), "--classes", str(tmp_path / "none.txt"))
     assert code == 3 and "none.txt" in error
+    for value in ("-5", "0", "nan", "inf"):
+        code, error = told(server.url("/in/set-train-00.tar"), "--timeout", value)
+        assert code == 2 and f"--timeout must be more than 0 seconds, got {float(value)}" in error
 
 
 def test_vir_index_of_local_tars_in_two_folders(tmp_path, capsys):
@@ -315,6 +323,91 @@ def test_of_several_processes_one_makes_it(server, tmp_path):
     parts = [request for request in server.requests if request.range not in ("bytes=0-0", None)]
     assert len(parts) == len({(request.path, request.range) for request in parts}) > 3
     assert read_manifest(Path(folder)).num_samples == 12
+
+
+class TestTheLock:
+    """Of an index folder that all nodes of a cluster share."""
+
+    def test_who_writes_nothing_does_not_wait_for_it(self, server, split, tmp_path):
+        server.content |= split
+        found, own = opened(urls_of(server)[:3], tmp_path), fetched(server, tmp_path)
+        until = time.monotonic() + 10
+
+        def late():
+            return time.monotonic() > until
+
+        with index_folder._locked(found.folder / ".vir-index.lock", late), \
+                index_folder._locked(own.folder / ".vir-index.lock", late):
+            assert opened(list(found.urls), tmp_path, is_stopping=late) == found
+            assert fetch_split(server.url("/own/"), tmp_path / "indexes", 20.0, True, late) == own
+
+    @pytest.mark.parametrize("kind", ["tars", "split"])
+    def test_who_waits_for_it_has_asked_before_and_looks_again(self, server, split, tmp_path, kind):
+        def first():
+            if kind == "tars":
+                return opened(urls_of(server)[:3], tmp_path)
+            return fetched(server, tmp_path)
+
+        server.content |= split if kind == "split" else {}
+        folder = first().folder
+        for path in folder.iterdir():
+            path.unlink()
+        server.forget()
+        with ThreadPoolExecutor(3) as pool:
+            with index_folder._locked(folder / ".vir-index.lock", lambda: False):
+                found = [pool.submit(first) for _ in range(3)]
+                within(10, lambda: sum(request.range == "bytes=0-0" for request in list(server.requests)) >= 9)
+                # Each for three shards, or for a manifest and two shards.
+                time.sleep(0.2)
+            assert len({answer.result(20) for answer in found}) == 1
+        parts = [request for request in server.requests if request.range not in ("bytes=0-0", None)]
+        made = [request for request in parts if "manifest" not in request.path]
+        assert len(made) == len({(request.path, request.range) for request in made}) >= 1
+
+    def test_a_prepared_folder_that_can_only_be_read_is_enough(self, server, split, small_disk):  # noqa: F811
+        server.content |= split
+        urls = urls_of(server)[:3]
+
+        def both():
+            return opened(urls, small_disk), fetched(server, small_disk)
+
+        found = both()
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True, timeout=10)
+        assert both() == found
+        with pytest.raises(DataError, match="cannot keep an index in .*: Read-only file system"):
+            opened(urls[:1], small_disk)
+
+
+def test_a_stop_request_ends_the_fetching_of_an_index(split, tmp_path):
+    with HttpServer(split, latency=0.3) as server, pytest.raises(Stopped):
+        fetch_split(server.url("/own/"), tmp_path / "indexes", 20.0, True,
+                    lambda: any(request.path == "/own/index.npy" for request in list(server.requests)))
+    assert not list((tmp_path / "indexes").glob("*/manifest.json"))
+
+
+def test_ctrl_c_ends_vir_index_at_a_server_that_stalls(tmp_path):
+    with HttpServer({}) as server:
+        server.always(Lie(waits=30))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vir.index", "s3://bucket/in/", "--timeout", "4", "--index-dir", str(tmp_path)],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {
+                **{name: value for name, value in ENVIRONMENT.items() if value is not None},
+                "AWS_ENDPOINT_URL": server.url("")})
+        within(20, lambda: server.requests)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and "stopped by SIGINT; nothing was written" in error
+
+
+@pytest.mark.parametrize("name", ["dir#1", "dir?1"])
+def test_keys_of_object_stores_have_any_characters(name):
+    fsspec.filesystem("memory").pipe(f"/{name}/a-train-0.tar", b"x")
+    assert index_folder.inside(f"memory://{name}/", "x.tar") == f"memory://{name}/x.tar"
+    urls = index_folder.find_urls(f"memory://{name}", 5.0)
+    assert urls == [f"memory://{name}/a-train-0.tar"] and index_folder.find_urls(urls[0], 5.0) == urls
+    assert index_folder._identity(urls[0], 5.0).size == 1
+    assert shard_names([f"s3://b/{name}/x.tar", f"s3://b/{name}/y.tar?versionId=a/b"]) == ["x.tar", "y.tar"]
+    assert index_folder.inside("https://h/d/?sig=1", "a b#.tar") == "https://h/d/a%20b%23.tar?sig=1"
 
 
 def test_a_killed_maker_leaves_nothing_that_is_taken_for_whole(server, tmp_path):

@@ -1,6 +1,7 @@
 """The same images from wherever they lie: the same keys and pixels, in the same order, in every way of reading."""
 
 import random
+import re
 import shutil
 import threading
 import time
@@ -16,11 +17,13 @@ from support.s3_server import S3Server
 from vir.config import AugmentConfig, DataConfig
 from vir.data.convert import Settings, convert
 from vir.data.decode import BadSampleError
+from vir.data.executors import Stopped
 from vir.data.loader import eval_batches, train_batches
 from vir.data.opening import open_reader, places
 from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.errors import DataError, SettingsError
+from vir.index import main as index_main
 from vir.models.spec import InputSpec
 
 torch.set_num_threads(1)
@@ -181,12 +184,42 @@ def test_a_server_without_ranges_needs_a_cache(root, expected, tmp_path):
     assert found == {position: expected[position] for position in found}
 
 
+@pytest.mark.parametrize("ranged", [True, False])
+def test_shards_that_a_server_gives_no_name_are_cached_by_their_checksums_alone(root, tmp_path, caplog, ranged):
+    """Other bytes of the same size would be taken from the cache."""
+    with HttpServer(files_of(root / "tars", "/tars"), ranged=ranged, tagged=False) as server:
+        pattern = server.url(f"/tars/{NAMES}")
+        if ranged:
+            assert opened(pattern, tmp_path, 10**9).budget_bytes is None
+            assert re.search("x-000000.tar sends neither ETag nor Last-Modified, .*: all is read in parts from the "
+                             "server; to use --data.cache, make the index by vir-index --checksums", caplog.text)
+        else:
+            with pytest.raises(SettingsError, match="neither ETag nor Last-Modified, .*, and sends whole files alone; "
+                                                    "make the index by vir-index --checksums, .* or copy the shards"):
+                opened(pattern, tmp_path, 10**9)
+        assert index_main([pattern, "--index-dir", str(tmp_path / "indexes"), "--checksums", "--jobs", "1"]) == 0
+        before = opened(pattern, tmp_path, 10**9).access
+        assert before.budget_bytes == 10**9
+        for path, data in server.content.items():
+            server.content[path] = data[:-1] + b"x"  # of the padding at the end
+        assert index_main([pattern, "--index-dir", str(tmp_path / "indexes"), "--jobs", "1"]) == 0
+        after = opened(pattern, tmp_path, 10**9).access
+        assert not {entry.name for entry in before.entries} & {entry.name for entry in after.entries}
+
+
 def test_other_processes_of_a_machine_take_the_index_as_the_first_has_left_it(http, tmp_path):
     kept = places(DataConfig(index_dir=str(tmp_path), timeout=20))
     first = open_reader(http.url("/train"), kept, first=True)
     http.forget()
     second = open_reader(http.url("/train"), kept, first=False)
     assert http.requests == [] and second.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["http", "s3, a folder of tars"])
+def test_a_stop_request_ends_the_questions_about_a_folder(root, http, s3, tmp_path, kind):
+    kept = places(DataConfig(index_dir=str(tmp_path), timeout=20), lambda: True)
+    with pytest.raises(Stopped):
+        open_reader(SPECS[kind](root, http, s3), kept, first=True)
 
 
 @pytest.mark.parametrize("spec, error, said", [

@@ -173,6 +173,47 @@ class TestWithoutRanges:
                                             "directory; make room there or give another folder"):
             cached.read(0, 0, 1)
 
+    def test_threads_that_read_more_shards_than_there_is_room_for_take_turns(self, store, tmp_path):
+        urls = make_shards(tmp_path / "server", [100_000] * 8)
+        remote = RemoteShards(urls, [store.stat(url) for url in urls], 10.0, store)
+        cached = CachedShards(remote, tmp_path / "cache", 300_000)
+        threading.Timer(0.5, store.gate.touch).start()
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda shard: cached.read(shard, 99_000, 1000), range(8)))
+        assert found == [content(remote, shard, 99_000, 1000) for shard in range(8)]
+        assert len(store.noted()) < 20  # who waits for room asks for nothing
+
+    def test_a_run_lets_go_of_its_own_shards_before_those_that_another_run_reads(self, remote, store, tmp_path):
+        store.gate.touch()
+        cached = CachedShards(remote, tmp_path / "cache", 599_999)
+        cached.read(2, 0, 1)
+        other = cached.cache.folder / f"{'0' * 32}.tar"
+        other.write_bytes(bytes(200_000))
+        os.utime(other, (time.time() - 60,) * 2)
+        cached.read(0, 0, 1)
+        assert other.exists() and cached.cache.find(cached.entries[2]) is None
+
+    def test_a_shard_whose_bytes_are_in_doubt_comes_again_once(self, cached, remote, store):
+        store.gate.touch()
+        cached.read(0, 0, 1)
+        path = cached.cache.folder / cached.entries[0].name
+        for expected in (content(remote, 0, 5, 10), bytes(10)):
+            path.write_bytes(bytes(SIZES[0]))
+            cached.forget()
+            assert cached.read(0, 5, 10) == expected
+        assert store.noted() == ["blocks 000.tar"] * 2
+
+    def test_a_cached_shard_that_cannot_be_opened_is_told_at_once(self, store, tmp_path):
+        (tmp_path / "cache").mkdir()
+        urls = make_shards(tmp_path / "server", [(tmp_path / "cache").stat().st_size])
+        cached = CachedShards(RemoteShards(urls, [store.stat(urls[0])], 10.0, store), tmp_path / "cache", 10**6)
+        (tmp_path / "cache" / cached.entries[0].name).mkdir()  # it has the size of the shard
+        began = time.monotonic()
+        with pytest.raises(DataError, match=r"000\.tar cannot be read in parts, and not be kept in the cache .*: it is "
+                                            "no regular file; make room"):
+            cached.read(0, 0, 1)
+        assert time.monotonic() - began < 5
+
     def test_a_budget_below_a_shard_is_told(self, remote, tmp_path):
         with pytest.raises(DataError, match="has 300000 bytes, for which the cache .* no room among its 299999; raise"):
             CachedShards(remote, tmp_path / "cache", 299_999).read(0, 0, 1)

@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     with cli.stop_requests() as received:
         try:
             kinds = parse_kinds(args.also)
-            urls = _elsewhere(args)
+            if not 0 < args.timeout < float("inf"):
+                raise SettingsError(f"--timeout must be more than 0 seconds, got {args.timeout}")
+            urls = _elsewhere(args, lambda: bool(received))
             if urls is not None and kinds:
                 raise SettingsError("--also writes files beside shards in one local folder; leave it out, or download "
                                     "the shards")
@@ -56,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _elsewhere(args: argparse.Namespace) -> Sequence[str] | None:
+def _elsewhere(args: argparse.Namespace, is_stopping: Callable[[], bool]) -> Sequence[str] | None:
     """The tars whose index does not lie beside them; None where it does."""
     if any(map(is_remote, parts(args.pattern))):
-        return find_urls(args.pattern, args.timeout)
+        return find_urls(args.pattern, args.timeout, is_stopping)
     if os.path.isdir(args.pattern):
         folder, names = find_shards(args.pattern)
         return [str(folder / name) for name in names] if args.index_dir else None

@@ -6,6 +6,7 @@ import functools
 import os
 import resource
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -51,11 +52,11 @@ class LocalShards:
         self.paths = tuple(paths)
 
     @functools.cached_property
-    def _descriptor(self) -> Callable[[int], _Descriptor]:
+    def _descriptor(self) -> Callable[[int], Descriptor]:
         # A descriptor that leaves the cache is closed when the last thread has read from it. The cached function does
         # not refer to `self`: such a cycle would keep all files open until the garbage collector runs.
         paths = self.paths
-        return functools.lru_cache(maxsize=most_open())(lambda shard: _Descriptor(paths[shard]))
+        return functools.lru_cache(maxsize=most_open())(lambda shard: Descriptor(open_regular(paths[shard])))
 
     def __getstate__(self) -> dict[str, tuple[Path, ...]]:
         return {"paths": self.paths}
@@ -67,8 +68,7 @@ class LocalShards:
 
     def expect(self, shard: int, offset: int, size: int) -> None:
         try:
-            descriptor = self._descriptor(shard)
-            os.posix_fadvise(descriptor.number, offset, size, os.POSIX_FADV_WILLNEED)
+            self._descriptor(shard).expect(offset, size)
         except OSError:  # the read itself will tell
             pass
 
@@ -84,17 +84,23 @@ def most_open() -> int:
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
-class _Descriptor:
-    """An open file; it is closed when there is no reference to this object any more."""
+class Descriptor:
+    """Of an open file; it is closed when there is no reference to this object any more."""
 
-    number: int
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-    def __init__(self, path: Path) -> None:
-        self.number = open_regular(path)
+    def expect(self, offset: int, size: int) -> None:
+        """A hint that these bytes will be read soon. Never raises."""
+        with suppress(OSError):
+            os.posix_fadvise(self.number, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def is_gone(self) -> bool:
+        """Whether the file has no name any more: it takes room on the disk until it is closed."""
+        return os.fstat(self.number).st_nlink == 0
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if hasattr(self, "number"):  # not if it could not be opened
-            close(self.number)
+        close(self.number)
 
 
 if __name__ == "__main__":

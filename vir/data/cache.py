@@ -31,6 +31,9 @@ RECENT_S = 3600.0
 """A file that was opened within this time may be in use by another run."""
 
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+# Its own files, as cache_name names them: a user may keep others in the folder.
+_WHOLE = re.compile(rf"[0-9a-f]{{32}}{re.escape(SHARD)}")
+_PART = re.compile(rf"\.({_WHOLE.pattern})\..*{re.escape(TEMPORARY)}", re.DOTALL)
 _ROOM = ".room.lock"
 _ROOM_WAIT_S, _ROOM_POLL_S = 30.0, 0.01
 
@@ -40,7 +43,7 @@ class ChecksumError(DataError):
 
 
 class NoRoomError(DataError):
-    """The budget is used up by what is needed sooner."""
+    """What is needed sooner, or being written, leaves no room for this shard now."""
 
 
 def parse_bytes(text: str) -> int:
@@ -58,9 +61,13 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def cache_name(url: str, identity: Identity) -> str:
-    """The name of these bytes in a cache: the same for all who may read them, another one for other bytes."""
-    text = f"{place(url)}\0{identity.size}\0{identity.tag}"
+def cache_name(url: str, identity: Identity, sha256: str | None = None) -> str:
+    """The name of these bytes in a cache: the same for all who may read them, another one for other bytes.
+
+    Args:
+        sha256: tells them apart where the server has no tag for them.
+    """
+    text = f"{place(url)}\0{identity.size}\0{identity.tag or sha256 or ''}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32] + SHARD
 
 
@@ -97,27 +104,28 @@ class Uses(NamedTuple):
 
     own: Collection[str] = ()
     """The names of all its shards."""
-    needed: Sequence[str] = ()
-    """The names of those that it will need, in order of next use."""
+    needed: Sequence[str] | None = None
+    """The names of those that it will need, in order of next use; None: not known."""
 
 
 def victims(files: Sequence[File], name: str, uses: Uses, now: float) -> list[File]:
     """The files that may go for the shard `name`, first those that are missed least.
 
     They are: own ones that are not needed; those of other runs that nobody has opened lately; own ones that are needed
-    later than that shard, the farthest next use first; last, what other runs have opened lately.
+    later than that shard, the farthest next use first, or those opened longest ago where that is not known; last, what
+    other runs have opened lately.
 
     Args:
         now: in seconds since 1970.
     """
-    places = {needed: place for place, needed in enumerate(uses.needed)}
+    places = {needed: place for place, needed in enumerate(uses.needed or ())}
     own, place = set(uses.own), places.get(name, -1)
 
     def missed(file: File) -> tuple[int, float]:
         if file.name in places:
             return 2, -places[file.name]
         if file.name in own:
-            return 0, file.touched
+            return 2 if uses.needed is None else 0, file.touched
         return (1 if file.touched < now - RECENT_S else 3), file.touched
 
     return sorted((file for file in files if places.get(file.name, place) >= place), key=missed)
@@ -165,13 +173,24 @@ class Cache:
             os.utime(descriptor)
         return descriptor
 
-    def progress(self, entry: Entry) -> float:
-        """When something of it was last written, in seconds since 1970; 0 where nobody downloads it."""
-        times = [0.0]
+    def progress(self, entry: Entry | None = None) -> float:
+        """When something of it, or of any shard, was last written, in seconds since 1970; 0 where nobody downloads."""
         with suppress(OSError):
-            for path in self.folder.glob(f".{entry.name}.*{TEMPORARY}"):
-                times.append(path.stat().st_mtime)
-        return max(times)
+            return max((file.touched for file in self._files(_PART)
+                        if entry is None or file.name.startswith(f".{entry.name}.")), default=0.0)
+        return 0.0
+
+    def remove(self, entry: Entry) -> None:
+        """It will not be found any more. Raises OSError."""
+        (self.folder / entry.name).unlink(missing_ok=True)
+
+    def room(self) -> int:
+        """The bytes that all its files may have: the budget, or less where the disk is full of something else."""
+        try:
+            disk = os.statvfs(self.folder)
+            return min(self.budget_bytes, self._held() + disk.f_bavail * disk.f_frsize)
+        except OSError:  # the folder is not there yet
+            return self.budget_bytes
 
     def fill(self, entry: Entry, blocks: Callable[[], Iterable[bytes]], uses: Uses = Uses(),
              evicted: Callable[[str], None] = lambda name: None) -> Outcome:
@@ -184,14 +203,14 @@ class Cache:
 
         Raises:
             ChecksumError: other bytes came than the manifest says.
-            NoRoomError: there is no room for it.
+            NoRoomError: there is no room for it now.
             DataError: as `blocks`; too many or too few bytes came.
-            OSError: they cannot be written. After a full disk the budget is what was there.
+            OSError: they cannot be written, or what should go for it cannot be removed.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         locked = self.folder / f".{entry.name}.lock"
         try:
-            held = lock(locked)
+            held = _lock(locked)
         except BlockingIOError:
             return Outcome.LOCKED
         try:
@@ -199,10 +218,6 @@ class Cache:
                 return Outcome.PRESENT
             self._download(entry, blocks, uses, evicted)
             return Outcome.DOWNLOADED
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                self.budget_bytes = min(self.budget_bytes, sum(file.size for file in self._files(SHARD, TEMPORARY)))
-            raise
         finally:
             with suppress(OSError):
                 locked.unlink()
@@ -210,12 +225,14 @@ class Cache:
 
     def _download(self, entry: Entry, blocks: Callable[[], Iterable[bytes]], uses: Uses,
                   evicted: Callable[[str], None]) -> None:
+        with self._room_locked():
+            self._remove_leftovers(entry.name)
+            self._surplus(entry, uses)
         coming = iter(blocks())
         first = next(coming, b"")  # nothing goes for a shard whose server does not answer
         path = self.folder / entry.name
         with replacing(path) as temporary:
             with self._room_locked():
-                self._remove_leftovers(entry.name)
                 self._make_room(entry, uses, evicted)
                 _reserve(temporary, entry.size)
             with temporary.open("r+b") as file:
@@ -227,7 +244,7 @@ class Cache:
         end = time.monotonic() + _ROOM_WAIT_S
         while True:
             try:
-                held = lock(self.folder / _ROOM)
+                held = _lock(self.folder / _ROOM)
                 break
             except BlockingIOError as error:
                 if time.monotonic() > end:
@@ -239,29 +256,46 @@ class Cache:
         finally:
             unlock(held)
 
-    def _make_room(self, entry: Entry, uses: Uses, evicted: Callable[[str], None]) -> None:
-        """Let files go until this shard fits."""
-        over = entry.size + sum(file.size for file in self._files(SHARD, TEMPORARY)) - self.budget_bytes
-        gone = []
-        for file in victims(self._files(SHARD), entry.name, uses, time.time()):
-            if over <= 0:
-                break
-            over -= file.size
-            gone.append(file)
-        if over > 0:
+    def _surplus(self, entry: Entry, uses: Uses) -> tuple[int, list[File]]:
+        """The bytes that have to go for this shard, and the files that may, in this order. NoRoomError: too few."""
+        room = self.room()
+        surplus = entry.size + self._held() - room
+        files = victims(self._files(_WHOLE), entry.name, uses, time.time())
+        if surplus > sum(file.size for file in files):
+            limit = (f"among its {room}; raise --data.cache_bytes" if room == self.budget_bytes else
+                     f"on its disk, where {room} are for it; make room there, or give another folder to --data.cache")
             raise NoRoomError(f"{entry.where} has {entry.size} bytes, for which the cache {self.folder} has no room "
-                              f"among its {self.budget_bytes}; raise --data.cache_bytes")
-        for file in gone:
-            (self.folder / file.name).unlink(missing_ok=True)
-            evicted(file.name)
+                              f"{limit}")
+        return surplus, files
 
-    def _files(self, *ends: str) -> list[File]:
-        """Those whose names end so: whole shards, or what is being written."""
+    def _make_room(self, entry: Entry, uses: Uses, evicted: Callable[[str], None]) -> None:
+        """Let files go until this shard fits. Raises PermissionError where too many are those of other users."""
+        surplus, files = self._surplus(entry, uses)
+        refused: PermissionError | None = None
+        for file in files:
+            if surplus <= 0:
+                return
+            try:
+                (self.folder / file.name).unlink(missing_ok=True)
+            except PermissionError as error:
+                refused = error
+                continue
+            surplus -= file.size
+            evicted(file.name)
+        if surplus > 0 and refused is not None:
+            raise refused
+
+    def _held(self) -> int:
+        """The bytes of its files. Raises OSError."""
+        return sum(file.size for file in self._files(_WHOLE, _PART))
+
+    def _files(self, *kinds: re.Pattern[str]) -> list[File]:
+        """Of its own, the whole shards, or what is being written."""
         files = []
         with os.scandir(self.folder) as listing:
             for item in listing:
                 with suppress(FileNotFoundError):  # it has just gone
-                    if item.name.endswith(ends):
+                    if any(kind.fullmatch(item.name) for kind in kinds) and item.is_file(follow_symlinks=False):
                         found = item.stat()
                         files.append(File(item.name, found.st_size, found.st_mtime))
         return files
@@ -269,17 +303,25 @@ class Cache:
     def _remove_leftovers(self, name: str) -> None:
         """What killed downloads have left, of this shard, whose lock the caller holds, and of others that nobody
         holds."""
-        for path in self.folder.glob(f".*{SHARD}.*{TEMPORARY}"):
-            other = path.name[1:path.name.index(SHARD)] + SHARD
-            if other == name:
-                path.unlink(missing_ok=True)
-                continue
-            locked = self.folder / f".{other}.lock"
+        for file in self._files(_PART):
+            path, other = self.folder / file.name, file.name[1:len(name) + 1]  # all names are equally long
             with suppress(OSError):  # its writer lives, or it is that of another user
-                held = lock(locked)
+                if other == name:
+                    path.unlink(missing_ok=True)
+                    continue
+                locked = self.folder / f".{other}.lock"
+                held = _lock(locked)
                 path.unlink(missing_ok=True)
                 locked.unlink(missing_ok=True)
                 unlock(held)
+
+
+def _lock(path: Path) -> int:
+    """As vir.files.lock, of a file that other users of the folder can lock too."""
+    held = lock(path)
+    with suppress(OSError):  # it is that of another user, who has done so
+        os.fchmod(held, 0o666)
+    return held
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -123,8 +123,8 @@ def index_tars(folder: Path, names: Sequence[str], *, classes: Sequence[str] | N
     if unsayable := [name for name in names if not name.isprintable()]:
         raise DataError(f"the name of the shard {unsayable[0]!r} in {folder} is not UTF-8 or cannot be printed; rename "
                         "it")
-    split = _checked_name("--split", folder.name if split is None else split)
-    name = _checked_name("--name", common_name(names, split) if name is None else name)
+    split = checked_name("--split", folder.name if split is None else split)
+    name = checked_name("--name", common_name(names, split) if name is None else name)
     before = _replaceable(folder, names, checksums)
     tars = [LocalTar(folder / name, name) for name in names]
     given, (classes, shards) = classes, index_local(tars, checksums, classes, jobs, is_stopping)
@@ -223,7 +223,8 @@ def common_name(names: Sequence[str], split: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", prefix) or split
 
 
-def _checked_name(flag: str, value: str) -> str:
+def checked_name(flag: str, value: str) -> str:
+    """A name that a manifest can hold. Raises SettingsError for another."""
     if not NAME.fullmatch(value):
         raise SettingsError(f"{flag} {value!r} cannot be a name; give one of letters, digits, '_', '-', '.' with "
                             f"{flag}")
@@ -263,8 +264,8 @@ def _refuse_to_drop(before: Sequence[str], classes: Sequence[str], folder: Path)
 
 
 def _not_writable(folder: Path, error: OSError) -> str:
-    return (f"cannot write {MANIFEST} in {folder}: {error.strerror}; free space or ask for the right to write, or make "
-            f"a folder of links and index that: mkdir {folder.name}; ln -s {folder}/*.tar {folder.name}/")
+    return (f"cannot write {MANIFEST} in {folder}: {error.strerror}; free space or ask for the right to write, or keep "
+            "the index elsewhere with --index-dir")
 
 
 def labelled(indexed: Sequence[IndexedShard], given: Sequence[str] | None

@@ -21,15 +21,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
 from vir.addresses import expand, is_remote, place, shown
-from vir.data.executors import Stopped, run_threads
+from vir.data.executors import Stopped, run_threads, stopping
 from vir.data.foreign import (
     IndexSummary,
     LocalTar,
     RemoteTar,
+    checked_name,
     common_name,
     index_local,
     index_remote,
@@ -52,15 +53,15 @@ from vir.data.shards import (
 )
 from vir.data.sources.folder import some
 from vir.data.stores.choose import open_store
-from vir.data.stores.store import Identity, MissingError, Store
+from vir.data.stores.store import MAX_CONNECTIONS, Identity, MissingError, Store
 from vir.errors import DataError, SettingsError
 from vir.files import TEMPORARY, flush, lock, read_regular, replace_text, replacing, sha256, unlock
 from vir.log import log
 
+T = TypeVar("T")
+
 SHARDS = "shards.json"
 _VERSION = 1
-_MOST_REQUESTS = 64
-"""At a time, for the state of shards."""
 _LOCK = ".vir-index.lock"
 _TELLS_EVERY_S = 60.0
 _MAX_SHARDS_BYTES = 1 << 28
@@ -128,20 +129,23 @@ def open_index(urls: Sequence[str], index_dir: Path, timeout: float, first: bool
     """
     urls = _places(urls)
     folder = folder_of(urls, index_dir)
-    if not first and (known := _whole(folder)):
-        return IndexFolder(folder, urls, known.identities)
-    with _writing(folder, is_stopping):
+    # All that takes time but the making itself is done without the lock, for all nodes may share the folder.
+    identities = _identities(urls, timeout, is_stopping) if first else None
+    while True:
+        seen = _state(folder)
         known = _whole(folder, thorough=first)
-        if known is None or first:
-            identities = _identities(urls, timeout, is_stopping)
-            if known is not None and (changed := _changed(urls, known.identities, identities)):
-                log.info("%s has changed since its index was made, %s in all: it is made anew", _told(changed[0]),
+        changed = [] if known is None or identities is None else _changed(urls, known.identities, identities)
+        if known is not None and not changed and _state(folder) == seen:
+            return IndexFolder(folder, urls, known.identities)
+        with _writing(folder, is_stopping):
+            if _state(folder) != seen:  # another process has made it
+                continue
+            if changed:
+                log.info("%s has changed since its index was made, %s in all: it is made anew", shown(changed[0]),
                          count_of(len(changed)))
-            if known is None or changed:
-                _build(folder, urls, identities, Settings(), timeout, jobs, is_stopping)
-                known = _whole(folder)
-                assert known is not None  # it was written a moment ago
-        return IndexFolder(folder, urls, known.identities)
+            identities = identities or _identities(urls, timeout, is_stopping)
+            _build(folder, urls, identities, Settings(), timeout, jobs, is_stopping)
+            return IndexFolder(folder, urls, identities)
 
 
 def make_index(urls: Sequence[str], index_dir: Path, timeout: float, settings: Settings, jobs: int = 8,
@@ -156,41 +160,51 @@ def make_index(urls: Sequence[str], index_dir: Path, timeout: float, settings: S
         return summary_of(folder, _build(folder, urls, identities, settings, timeout, jobs, is_stopping), began)
 
 
-def fetch_split(url: str, index_dir: Path, timeout: float, first: bool) -> IndexFolder | None:
+def fetch_split(url: str, index_dir: Path, timeout: float, first: bool,
+                is_stopping: Callable[[], bool] = lambda: False) -> IndexFolder | None:
     """The index of a folder on a server that has manifest and index beside its shards; None where it has no manifest.
     May be called by many processes at once: one fetches it, the others wait for it.
 
     Args:
         first: asks the server for its manifest and for all shards, and fetches the index anew where the manifest has
             changed; one process of a node does it before the others come.
+        is_stopping: asked several times a second.
 
     Raises:
         DataError: manifest or index are damaged, a shard is missing or has another size than the manifest says.
+        Stopped: `is_stopping` returned True.
     """
     folder = folder_of([url], index_dir)
     if not first and (known := _whole(folder)):
         return IndexFolder(folder, _shard_urls(url, read_manifest(folder)), known.identities)
     store = open_store(url, timeout)
     try:
-        data = _read_small(store, inside(url, MANIFEST), MAX_MANIFEST_BYTES)
+        data = _asked(lambda: _read_small(store, inside(url, MANIFEST), MAX_MANIFEST_BYTES), is_stopping)
     except MissingError:
         return None
     manifest = parse_manifest(data, shown(inside(url, MANIFEST)))
     urls = _shard_urls(url, manifest)
-    with _writing(folder, lambda: False):
+    identities = _identities(urls, timeout, is_stopping)
+    _refuse_other_sizes(urls, manifest, identities)
+    found = IndexFolder(folder, urls, identities)
+    while True:  # as in open_index
+        seen = _state(folder)
         known = _whole(folder, thorough=first)
-        if known is not None and (folder / MANIFEST).read_bytes() != data:
-            log.info("%s has changed: its index is fetched anew", shown(inside(url, MANIFEST)))
-            known = None
-        identities = _identities(urls, timeout, lambda: False)
-        _refuse_other_sizes(urls, manifest, identities)
-        if known is None:
-            _fetch_index(store, inside(url, INDEX), folder, manifest)
-        _write_shards(folder, urls, identities, Settings())
-        if known is None:
-            with replacing(folder / MANIFEST) as path:
-                path.write_bytes(data)
-    return IndexFolder(folder, urls, identities)
+        is_same = known is not None and _holds(folder / MANIFEST, data)
+        if known is not None and is_same and known.identities == identities and _state(folder) == seen:
+            return found
+        with _writing(folder, is_stopping):
+            if _state(folder) != seen:
+                continue
+            if known is not None and not is_same:
+                log.info("%s has changed: its index is fetched anew", shown(inside(url, MANIFEST)))
+            if not is_same:
+                _asked(lambda: _fetch_index(store, inside(url, INDEX), folder, manifest), is_stopping)
+            _write_shards(folder, urls, identities, Settings())
+            if not is_same:
+                with replacing(folder / MANIFEST) as path:
+                    path.write_bytes(data)
+            return found
 
 
 def index_beside(folder: Path, names: Sequence[str], jobs: int = 8,
@@ -223,25 +237,42 @@ def index_beside(folder: Path, names: Sequence[str], jobs: int = 8,
 
 def inside(url: str, name: str) -> str:
     """The URL of a file in a folder."""
+    if not _is_http(url):  # '?' and '#' are a part of the key
+        return f"{url.rstrip('/')}/{name}"
     parts = urlsplit(url)
-    name = quote(name) if parts.scheme in ("http", "https") else name
-    return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
 
 
-def find_urls(spec: str, timeout: float) -> list[str]:
+def path_of(url: str) -> str:
+    """What of a URL names the object on its server; a path as it is."""
+    if not is_remote(url):
+        return url
+    if _is_http(url):
+        return urlsplit(url).path
+    path = url.partition("://")[2].partition("/")[2]
+    tar, is_versioned, _ = path.partition(".tar?")
+    return f"/{tar}.tar" if is_versioned else f"/{path}"
+
+
+def _is_http(url: str) -> bool:
+    return url.partition("://")[0].lower() in ("http", "https")
+
+
+def find_urls(spec: str, timeout: float, is_stopping: Callable[[], bool] = lambda: False) -> list[str]:
     """The URLs of the tars that a text names: a folder, a tar, a pattern with braces, or several joined by `::`.
 
     Raises:
         DataError: a folder that holds none, that has a manifest, or whose server does not tell what it holds.
         SettingsError: as vir.addresses.expand; a glob.
+        Stopped: `is_stopping` returned True.
     """
     urls = expand(spec, MAX_SHARDS)
-    if globs := [url for url in urls if is_remote(url) and set("*[") & set(urlsplit(url).path)]:
+    if globs := [url for url in urls if is_remote(url) and set("*[") & set(path_of(url))]:
         raise SettingsError(f"{shown(globs[0])!r} has '*' or '[', which servers do not know; name the shards by "
                             "braces, as in {0000..1023}, or give their folder")
-    if len(urls) > 1 or urlsplit(urls[0]).path.endswith(".tar"):
+    if len(urls) > 1 or path_of(urls[0]).endswith(".tar"):
         return urls
-    names = open_store(urls[0], timeout).names(urls[0])
+    names = _asked(lambda: open_store(urls[0], timeout).names(urls[0]), is_stopping)
     if names is None:
         raise DataError(f"the server of {shown(urls[0])} does not tell what a folder holds; name the tars by braces, "
                         "as in x-{0000..1023}.tar")
@@ -260,7 +291,7 @@ def shard_names(urls: Sequence[str]) -> list[str]:
     Raises:
         DataError: one cannot be printed.
     """
-    names = [(urlsplit(url).path if is_remote(url) else url).rstrip("/").rpartition("/")[2] for url in urls]
+    names = [path_of(url).rstrip("/").rpartition("/")[2] for url in urls]
     if len(set(names)) < len(names) or not all(names):
         names = [f"{number:05d}-{name}" for number, name in enumerate(names)]
     if unsayable := [name for name in names if not name.isprintable()]:
@@ -278,12 +309,8 @@ def _places(urls: Sequence[str]) -> tuple[str, ...]:
         raise SettingsError(f"{shown(urls[remote.index(True)])} is on a server and {urls[remote.index(False)]} is not: "
                             "the shards of a split are all remote, or all local; copy or name them so")
     if twice := [url for url, count in Counter(urls).items() if count > 1]:
-        raise SettingsError(f"the shard {_told(twice[0])} is named {urls.count(twice[0])} times; name each once")
+        raise SettingsError(f"the shard {shown(twice[0])} is named {urls.count(twice[0])} times; name each once")
     return tuple(urls) if remote[0] else tuple(os.path.abspath(url) for url in urls)
-
-
-def _told(url: str) -> str:
-    return shown(url) if is_remote(url) else url  # a path has no secrets, whatever characters
 
 
 def _bare(url: str) -> str:
@@ -296,7 +323,7 @@ def _shard_urls(url: str, manifest: SplitManifest) -> tuple[str, ...]:
 
 
 def _identities(urls: Sequence[str], timeout: float, is_stopping: Callable[[], bool]) -> tuple[Identity, ...]:
-    ended = run_threads(partial(_identity, timeout=timeout), urls, min(_MOST_REQUESTS, len(urls)), is_stopping)
+    ended = run_threads(partial(_identity, timeout=timeout), urls, min(MAX_CONNECTIONS, len(urls)), is_stopping)
     found = dict(ended)
     return tuple(found[number] for number in range(len(urls)))
 
@@ -318,6 +345,24 @@ def _changed(urls: Sequence[str], before: Sequence[Identity], now: Sequence[Iden
 
 
 # ---- the folder
+
+
+def _state(folder: Path) -> list[tuple[int, int, int] | None]:
+    """Another one whenever somebody has written in the folder."""
+    states: list[tuple[int, int, int] | None] = []
+    for name in (MANIFEST, SHARDS):
+        try:
+            found = os.stat(folder / name)
+            states.append((found.st_ino, found.st_size, found.st_mtime_ns))
+        except OSError:
+            states.append(None)
+    return states
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    with suppress(OSError):  # it has just gone
+        return path.read_bytes() == data
+    return False
 
 
 def _whole(folder: Path, thorough: bool = False) -> _Known | None:
@@ -355,7 +400,7 @@ def _read_shards(folder: Path) -> _Known | None:
 
 
 def _write_shards(folder: Path, urls: Sequence[str], identities: Sequence[Identity], settings: Settings) -> None:
-    shards = [[_told(url), *identity] for url, identity in zip(urls, identities)]
+    shards = [[shown(url), *identity] for url, identity in zip(urls, identities)]
     content = {"version": _VERSION, "settings": asdict(settings), "shards": shards}
     replace_text(folder / SHARDS, json.dumps(content, indent=1) + "\n")
 
@@ -427,7 +472,7 @@ def _build(folder: Path, urls: Sequence[str], identities: Sequence[Identity], gi
     settings = given if known is None else _merged(given, known.settings)
     names = shard_names(urls)
     split, name = _names_for(urls, names, settings)
-    log.info("making the index of %s, beginning with %s, in %s", count_of(len(urls)), _told(urls[0]), folder)
+    log.info("making the index of %s, beginning with %s, in %s", count_of(len(urls)), shown(urls[0]), folder)
     checksums = bool(settings.checksums)
     if is_remote(urls[0]):
         tars = [RemoteTar(url, timeout, identity, file) for url, identity, file in zip(urls, identities, names)]
@@ -451,17 +496,18 @@ def _names_for(urls: Sequence[str], names: Sequence[str], settings: Settings) ->
     Raises:
         SettingsError: the given ones cannot be names.
     """
-    above = urls[0].rpartition("/")[0].rpartition("/")[2]
-    split = settings.split or (above if NAME.fullmatch(above) else "train")
-    name = settings.name or common_name(names, split)
-    for flag, value in (("--split", split), ("--name", name)):
-        if not NAME.fullmatch(value):
-            raise SettingsError(f"{flag} {value!r} cannot be a name; give one of letters, digits, '_', '-', '.' with "
-                                f"{flag}")
-    return split, name
+    above = (urlsplit(urls[0]).path if is_remote(urls[0]) else urls[0]).rpartition("/")[0].rpartition("/")[2]
+    split = checked_name("--split", settings.split or (above if NAME.fullmatch(above) else "train"))
+    return split, checked_name("--name", settings.name or common_name(names, split))
 
 
 # ---- how it is fetched
+
+
+def _asked(ask: Callable[[], T], is_stopping: Callable[[], bool]) -> T:
+    """What `ask` returns. It runs in a thread, where stopping() tells it to end. Raises Stopped."""
+    (_, answer), = run_threads(lambda ask: ask(), [ask], 1, is_stopping)
+    return answer
 
 
 def _read_small(store: Store, url: str, limit: int) -> bytes:
@@ -492,6 +538,8 @@ def _fetch_index(store: Store, url: str, folder: Path, manifest: SplitManifest) 
     with replacing(folder / INDEX) as path:
         with path.open("wb") as file:
             for block in store.blocks(url, identity):
+                if stopping():
+                    raise Stopped
                 digest.update(block)
                 size += len(block)
                 if size > limit:

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from vir import distributed
 from vir.addresses import expand, is_remote, shown
@@ -22,6 +21,7 @@ from vir.data.index_folder import (
     find_urls,
     index_beside,
     open_index,
+    path_of,
 )
 from vir.data.reader import Reader, ShardReader
 from vir.data.remote_shards import CachedShards, RemoteShards
@@ -75,10 +75,10 @@ def open_reader(spec: str, places: Places, *, first: bool) -> Reader:
     if not any(map(is_remote, parts)):
         return _open_local(spec, parts, places, first)
     index = None
-    if len(parts) == 1 and not urlsplit(parts[0]).path.endswith(".tar"):
-        index = fetch_split(parts[0], places.index_dir, places.timeout, first)
+    if len(parts) == 1 and not path_of(parts[0]).endswith(".tar"):
+        index = fetch_split(parts[0], places.index_dir, places.timeout, first, places.is_stopping)
     if index is None:
-        index = _index(find_urls(spec, places.timeout), places, first)
+        index = _index(find_urls(spec, places.timeout, places.is_stopping), places, first)
     return _open_remote(index, shown(spec), places, first)
 
 
@@ -158,16 +158,33 @@ def _tars(spec: str) -> list[Path]:
 
 
 def _open_remote(index: IndexFolder, name: str, places: Places, first: bool) -> Reader:
-    remote = RemoteShards(index.urls, index.identities, places.timeout)
-    access: Access = remote
-    if places.cache is not None:
-        hashes = [shard.sha256 for shard in read_manifest(index.folder).shards]
-        access = CachedShards(remote, places.cache, places.cache_bytes, hashes)
-    elif whole := [url for url, found in zip(index.urls, index.identities) if not found.ranged]:
+    hashes = [shard.sha256 for shard in read_manifest(index.folder).shards]
+    cache = places.cache if places.cache is not None and _can_keep(index, hashes, first) else None
+    if cache is None and (whole := [url for url, found in zip(index.urls, index.identities) if not found.ranged]):
         raise SettingsError(f"the server of {shown(whole[0])} sends whole files alone, not parts of them: give "
                             "--data.cache (vir-evaluate: --cache) a folder on a disk of this machine, or copy the "
                             "shards to it")
+    remote = RemoteShards(index.urls, index.identities, places.timeout)
+    access: Access = remote if cache is None else CachedShards(remote, cache, places.cache_bytes, hashes)
     return ShardReader(index.folder, access, name, check=first, is_hashed=True)
+
+
+def _can_keep(index: IndexFolder, sha256s: Sequence[str | None], first: bool) -> bool:
+    """Whether a cache can tell the shards from later ones of the same names and sizes; where not, the first process
+    tells. SettingsError: they cannot be read in another way."""
+    shards = zip(index.urls, index.identities, sha256s)
+    unknown = [(url, found.ranged) for url, found, sha256 in shards if not found.tag and sha256 is None]
+    if not unknown:
+        return True
+    reason = (f"the server of {shown(unknown[0][0])} sends neither ETag nor Last-Modified, so a cache could not see "
+              "that a shard was replaced")
+    if not all(is_ranged for _, is_ranged in unknown):
+        raise SettingsError(f"{reason}, and sends whole files alone; make the index by vir-index --checksums, have the "
+                            "server send an ETag, or copy the shards to this machine")
+    if first:
+        log.warning("%s: all is read in parts from the server; to use --data.cache, make the index by vir-index "
+                    "--checksums, or have the server send an ETag", reason)
+    return False
 
 
 if __name__ == "__main__":

@@ -107,12 +107,17 @@ class Prefetcher:
         needed = next_use.in_order(step)
         worth = next_use.worth_a_download(step, self._sizes)
         uses = Uses(self._numbers.keys(), [self._cached.entries[shard].name for shard in needed])
-        budget = self._cached.cache.budget_bytes
+        cache = self._cached.cache
+        room = cache.room()
         # What is cached and no longer worth a download is still needed, and does not make room.
-        fit = fitting(needed, self._bytes, budget)
-        if worth.any() and not len(fit):
-            self._tell("room", f"the cache {self._cached.cache.folder} has {budget} bytes, too few for one shard; all "
-                               "is read in parts from the server; raise --data.cache_bytes")
+        fit = fitting(needed, self._bytes, room)
+        if room < min(cache.budget_bytes, self._bytes.sum()):
+            self._tell("small", f"the disk of the cache {cache.folder} has room for only {room} of the "
+                                f"{cache.budget_bytes} bytes that the cache may have; make room there, or give another "
+                                "--data.cache")
+        elif worth.any() and not len(fit):
+            self._tell("room", f"the cache {cache.folder} has {room} bytes, too few for one shard; all is read in "
+                               "parts from the server; raise --data.cache_bytes")
         for shard in fit[worth[fit]].tolist():
             if len(self._under_way) >= AT_ONCE or self._closed.is_set():
                 return

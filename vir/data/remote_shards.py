@@ -8,18 +8,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from vir.addresses import shown
-from vir.data.cache import Cache, Entry, Outcome, Uses, cache_name
+from vir.data.access import Descriptor, most_open
+from vir.data.cache import Cache, Entry, NoRoomError, Outcome, Uses, cache_name
 from vir.data.stores.choose import open_store
 from vir.data.stores.store import Identity, Store, StoreError
 from vir.errors import DataError
 from vir.files import pread
 
 _JOINS = 1 << 17
-_MAX_OPEN = 256
 _POLL_S = 0.05
 
 _counters: weakref.WeakSet[Traffic] = weakref.WeakSet()
@@ -116,9 +117,10 @@ class CachedShards:
         self.remote, self.cache = remote, Cache(folder, budget_bytes)
         self.traffic = remote.traffic
         self.entries = tuple(
-            Entry(cache_name(url, identity), remote.where(shard), identity.size, sha256)
+            Entry(cache_name(url, identity, sha256), remote.where(shard), identity.size, sha256)
             for shard, (url, identity, sha256) in enumerate(zip(remote.urls, remote.identities,
                                                                 sha256s or [None] * len(remote.urls))))
+        self._names = frozenset(entry.name for entry in self.entries)
         self._open()
 
     @property
@@ -126,11 +128,12 @@ class CachedShards:
         return self.cache.budget_bytes
 
     def _open(self) -> None:
-        self._descriptors: dict[int, _Descriptor] = {}
+        self._descriptors: dict[int, Descriptor] = {}
         self._doubt = threading.local()
+        self._renewed: set[int] = set()
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name not in ("_descriptors", "_doubt")}
+        return {name: value for name, value in vars(self).items() if name not in ("_descriptors", "_doubt", "_renewed")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
@@ -139,8 +142,7 @@ class CachedShards:
     def read(self, shard: int, offset: int, size: int) -> bytes:
         if not self.remote.identities[shard].ranged:
             return self._read_whole(shard, offset, size)
-        doubts, self._doubt.here = getattr(self._doubt, "here", False), False
-        data = None if doubts else self._cached(shard, offset, size)
+        data = None if self._take_doubt() else self._cached(shard, offset, size)
         return self.remote.read(shard, offset, size) if data is None else data
 
     def expect(self, shard: int, offset: int, size: int) -> None:
@@ -151,6 +153,11 @@ class CachedShards:
         """Close what is open. The next read of this thread goes to the server, for a disk may have changed bytes."""
         self._descriptors.clear()
         self._doubt.here = True
+
+    def _take_doubt(self) -> bool:
+        """Whether this thread has forgotten since its last read."""
+        doubts, self._doubt.here = getattr(self._doubt, "here", False), False
+        return doubts
 
     def where(self, shard: int) -> str:
         return self.entries[shard].where
@@ -168,60 +175,77 @@ class CachedShards:
 
     def _cached(self, shard: int, offset: int, size: int) -> bytes | None:
         """These bytes from the cache; None where it has them not, or its disk fails."""
+        with suppress(OSError):
+            return self._from_cache(shard, offset, size)
+        return None
+
+    def _from_cache(self, shard: int, offset: int, size: int) -> bytes | None:
+        """These bytes; None where the shard is not there. Raises OSError."""
         try:
             # Kept in a variable while reading: another thread may forget it, which would close it.
             descriptor = self._descriptors.get(shard) or self._opened(shard)
             return None if descriptor is None else pread(descriptor.number, size, offset)
         except OSError:
             self._descriptors.pop(shard, None)
-            return None
+            raise
 
-    def _opened(self, shard: int) -> _Descriptor | None:
+    def _opened(self, shard: int) -> Descriptor | None:
         number = self.cache.open(self.entries[shard])
         if number is None:
             return None
-        # A file that was evicted takes room on the disk until it is closed.
         for other, descriptor in list(self._descriptors.items()):
-            if len(self._descriptors) >= _MAX_OPEN or descriptor.is_gone():
+            if len(self._descriptors) >= most_open() or descriptor.is_gone():
                 self._descriptors.pop(other, None)
-        return self._descriptors.setdefault(shard, _Descriptor(number))
+        return self._descriptors.setdefault(shard, Descriptor(number))
 
     def _read_whole(self, shard: int, offset: int, size: int) -> bytes:
         """From a shard that comes whole or not at all."""
         entry, progress = self.entries[shard], time.time()
-        while (data := self._cached(shard, offset, size)) is None:
+        if self._take_doubt():
+            self._renew(shard)
+        while True:
+            try:
+                if (data := self._from_cache(shard, offset, size)) is not None:
+                    return data
+            except OSError as error:
+                if not self._renew(shard):
+                    raise self._unkept(shard, error) from error
             if time.time() > progress + self.remote.timeout:
                 raise StoreError(f"{entry.where} cannot be read in parts, and was not in the cache {self.cache.folder} "
                                  f"after {self.remote.timeout:g} s; raise --data.timeout or --data.cache_bytes")
-            try:
-                outcome = self.download(shard)
-            except OSError as error:
-                raise DataError(f"{entry.where} cannot be read in parts, and not be kept in the cache "
-                                f"{self.cache.folder} either: {error.strerror or error}; make room there or give "
-                                "another folder to --data.cache") from error
-            if outcome is Outcome.LOCKED:
-                time.sleep(_POLL_S)
-                progress = max(progress, self.cache.progress(entry))
-        return data
+            progress = max(progress, self._brought(shard))
 
-
-class _Descriptor:
-    """An open file; it is closed when there is no reference to this object any more."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def expect(self, offset: int, size: int) -> None:
+    def _brought(self, shard: int) -> float:
+        """Bring a shard into the cache, or wait a moment where others download; when bytes came, in seconds since 1970.
+        """
+        entry, awaited = self.entries[shard], None
         try:
-            os.posix_fadvise(self.number, offset, size, os.POSIX_FADV_WILLNEED)
-        except OSError:  # a hint
-            pass
+            outcome = self.download(shard, Uses(self._names))
+            if outcome is not Outcome.LOCKED:
+                return time.time() if outcome is Outcome.DOWNLOADED else 0.0
+            awaited = entry
+        except NoRoomError:
+            if entry.size > self.cache.room():  # whoever ends
+                raise
+        except OSError as error:
+            raise self._unkept(shard, error) from error
+        time.sleep(_POLL_S)
+        return self.cache.progress(awaited)
 
-    def is_gone(self) -> bool:
-        return os.fstat(self.number).st_nlink == 0
+    def _renew(self, shard: int) -> bool:
+        """Whether a shard whose bytes are in doubt, or cannot be had, will come again: once in a process."""
+        if shard in self._renewed:
+            return False
+        self._renewed.add(shard)
+        self._descriptors.pop(shard, None)
+        with suppress(OSError):  # the next read will tell
+            self.cache.remove(self.entries[shard])
+        return True
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        close(self.number)
+    def _unkept(self, shard: int, error: OSError) -> DataError:
+        return DataError(f"{self.entries[shard].where} cannot be read in parts, and not be kept in the cache "
+                         f"{self.cache.folder} either: {error.strerror or error}; make room there or give another "
+                         "folder to --data.cache")
 
 
 if __name__ == "__main__":
