@@ -96,6 +96,8 @@ def test_what_goes_first():
     assert [file.name for file in victims(files, "x", uses, 1e6)] == [
         "done before", "done", "older", "old", "latest", "late", "other's", "other"]
     assert [file.name for file in victims(files[:4], "now", uses, 1e6)] == ["latest", "late", "soon", "now"]
+    assert [file.name for file in victims(files, "x", uses._replace(spares_others=True), 1e6)] == [
+        "done before", "done", "older", "old", "latest", "late"]
     assert [file.name for file in victims(files[:2], "unknown", Uses(), 1e6)] == ["soon", "now"]
 
 

@@ -138,6 +138,20 @@ def test_an_evaluation_counts_the_same_images_from_a_cache(root, http, tmp_path)
     assert list((tmp_path / "cache").glob("*.tar"))
 
 
+def test_an_evaluation_leaves_the_cache_to_the_training(root, http, tmp_path):
+    budget = sum(path.stat().st_size for path in (root / "tars").iterdir()) + 1
+    reader = opened(http.url("/train"), tmp_path, budget)
+    for shard in range(len(reader.shard_sizes)):
+        reader.access.download(shard)
+    cached = sorted((tmp_path / "cache").glob("*.tar"))
+    assert len(cached) == 9
+    other = opened(http.url(f"/tars/{NAMES}"), tmp_path, budget)
+    options = dict(batch_size=2, rank=0, world_size=1, workers=1, device=CPU)
+    with closing(eval_batches(other, INPUT, **options)) as batches:
+        assert sum(int(batch.valid.sum()) for batch in batches) == COUNT
+    assert sorted((tmp_path / "cache").glob("*.tar")) == cached
+
+
 def test_a_server_that_is_restarted_within_an_epoch_changes_nothing(root, expected, tmp_path):
     with HttpServer(files_of(root / "cut" / "train", "/train")) as server:
         reader = opened(server.url("/train"), tmp_path, 200_000)

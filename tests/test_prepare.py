@@ -73,6 +73,8 @@ def test_secrets_of_urls_are_neither_kept_nor_told(config, server, tmp_path):
     ready = prepare(config(url))
     assert "geheim" not in ready.train.name and ready.config.data.train == url
     kept = dump_yaml(ready.config)
+    with pytest.raises(SettingsError, match="was written without its secrets, as in config.yaml; give the whole URL"):
+        prepare(config(yaml.safe_load(kept)["data"]["train"]))
     assert "geheim" not in kept and f"127.0.0.1:{server.port}/train" in yaml.safe_load(kept)["data"]["train"]
     assert not [path for path in (tmp_path / "indexes").rglob("*") if path.is_file() and b"geheim" in path.read_bytes()]
     with pytest.raises(DataError, match="--data.train: ") as caught:

@@ -114,6 +114,9 @@ def expand(spec: str, limit: int) -> list[str]:
 
 def _refuse(part: str, spec: str) -> None:
     """Raises SettingsError for a part that means something which other programs do and this one does not."""
+    if is_remote(part) and HIDDEN in part:
+        raise SettingsError(f"{shown(part)!r} was written without its secrets, as in config.yaml; give the whole URL "
+                            "again")
     if not part.strip():
         raise SettingsError(f"{shown(spec)!r} has an empty part; give paths or URLs, joined by '::' if they are many")
     if _COUNTED.match(part):

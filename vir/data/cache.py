@@ -106,6 +106,8 @@ class Uses(NamedTuple):
     """The names of all its shards."""
     needed: Sequence[str] | None = None
     """The names of those that it will need, in order of next use; None: not known."""
+    spares_others: bool = False
+    """What others have opened lately stays."""
 
 
 def victims(files: Sequence[File], name: str, uses: Uses, now: float) -> list[File]:
@@ -128,7 +130,8 @@ def victims(files: Sequence[File], name: str, uses: Uses, now: float) -> list[Fi
             return 2 if uses.needed is None else 0, file.touched
         return (1 if file.touched < now - RECENT_S else 3), file.touched
 
-    return sorted((file for file in files if places.get(file.name, place) >= place), key=missed)
+    may_go = [file for file in files if places.get(file.name, place) >= place]
+    return sorted((file for file in may_go if missed(file)[0] < 3 or not uses.spares_others), key=missed)
 
 
 @dataclass

@@ -46,11 +46,12 @@ class Prefetcher:
         shard_sizes: samples of each shard.
         steps_per_epoch: rounded up.
         last_step: the run ends before it.
+        spares_others: nothing goes that others have opened lately.
     """
 
     def __init__(self, cached: CachedShards, uses: Callable[[int, int], Needs], shard_sizes: tuple[int, ...], *,
-                 global_batch_size: int, steps_per_epoch: int, last_step: int) -> None:
-        self._cached = cached
+                 global_batch_size: int, steps_per_epoch: int, last_step: int, spares_others: bool = False) -> None:
+        self._cached, self._spares_others = cached, spares_others
         self._ahead = _Ahead(uses, len(shard_sizes), steps_per_epoch, last_step)
         self._sizes = np.asarray(shard_sizes)
         self._bytes = np.array([entry.size for entry in cached.entries], np.int64)
@@ -106,7 +107,7 @@ class Prefetcher:
         next_use = self._ahead.seen_from(step)
         needed = next_use.in_order(step)
         worth = next_use.worth_a_download(step, self._sizes)
-        uses = Uses(self._numbers.keys(), [self._cached.entries[shard].name for shard in needed])
+        uses = Uses(self._numbers.keys(), [self._cached.entries[shard].name for shard in needed], self._spares_others)
         cache = self._cached.cache
         room = cache.room()
         # What is cached and no longer worth a download is still needed, and does not make room.
@@ -196,7 +197,9 @@ def prefetcher_of(reader: Reader, order: SampleOrder | InOrder, *, last_step: in
                            global_batch_size=global_batch_size, ranks=ranks, world_size=world_size)
 
     return Prefetcher(cached, uses, reader.shard_sizes, global_batch_size=global_batch_size,
-                      steps_per_epoch=-(-order.num_samples // global_batch_size), last_step=last_step)
+                      steps_per_epoch=-(-order.num_samples // global_batch_size), last_step=last_step,
+                      # An evaluation is short, and the training that it interrupts goes on with what is cached.
+                      spares_others=isinstance(order, InOrder))
 
 
 class _Ahead:
