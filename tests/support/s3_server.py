@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from support.launchers import free_port
+from vir.data.stores import choose
 
 _STARTS_WITHIN = 60
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing-secret", "AWS_SESSION_TOKEN": None,
@@ -85,6 +86,7 @@ class S3Server:
                 env=os.environ | {"NO_COLOR": "1"})
         self._before = {name: os.environ.get(name) for name in self.environment}
         _set(self.environment)
+        choose._stores.clear()  # stores of this process know the endpoint from before
         try:
             self._wait_until_it_answers()
         except BaseException:
