@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.launchers import call, free_port
+from support.launchers import HANGS, ROOT, call, free_port
 from vir import distributed, evaluate, run_folder
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
@@ -328,3 +329,38 @@ def test_a_port_that_another_process_has_is_named_with_the_flag_that_gives_anoth
 
 if __name__ == "__main__":
     as_rank(Path(sys.argv[-1]))
+
+
+TURNS = """
+import os, socket, time
+from vir import distributed, launcher
+
+socket.gethostname = lambda: os.environ["HOST"]
+place, stops = launcher.adopt(), time.monotonic() + 20
+for turn in range(2):
+    try:
+        with distributed.first_of_machine_first(place, lambda: time.monotonic() > stops) as first:
+            assert first == (place.local_rank == 0)
+            print(turn, place.rank, "begins", time.monotonic(), flush=True)
+            time.sleep(0.5 if first else 0)
+            print(turn, place.rank, "ends", time.monotonic(), flush=True)
+            if turn == 0:
+                raise ValueError
+    except ValueError:
+        pass
+time.sleep(1 if place.rank == 0 else 0)  # it serves the store
+"""
+
+
+def test_the_first_process_of_each_machine_goes_first_however_it_ends():
+    """Ranks 0 and 1 on one machine; 2 and 3 in containers of another, which have names of their own."""
+    environment = {**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+                   "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, "-c", TURNS], stdout=subprocess.PIPE, text=True,
+                              env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank % 2), "HOST": host})
+             for rank, host in enumerate(["a", "a", "b", "c"])]
+    said = [rank.communicate(timeout=HANGS)[0].splitlines() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 4
+    at = {tuple(words[:3]): float(words[3]) for lines in said for words in map(str.split, lines)}
+    for turn in "01":
+        assert at[turn, "1", "begins"] >= at[turn, "0", "ends"] and at[turn, "3", "begins"] >= at[turn, "2", "ends"]

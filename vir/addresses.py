@@ -114,6 +114,8 @@ def expand(spec: str, limit: int) -> list[str]:
 
 def _refuse(part: str, spec: str) -> None:
     """Raises SettingsError for a part that means something which other programs do and this one does not."""
+    if is_remote(part) and "::" in part.split("?")[0].partition("://")[2].partition("/")[2]:
+        raise SettingsError(f"{shown(part)!r} has '::' in its path; a path that is to be joined begins with / or ./")
     if is_remote(part) and HIDDEN in part:
         raise SettingsError(f"{shown(part)!r} was written without its secrets, as in config.yaml; give the whole URL "
                             "again")

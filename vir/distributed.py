@@ -22,6 +22,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 from vir import launcher
 from vir.errors import SettingsError
 from vir.launcher import Place
+from vir.log import log
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ _server: Store | None = None
 """Keeps serving while it is referred to."""
 _starting_server = threading.Lock()
 _turns = 0
-_POLL_S = 0.05
+_POLL_S = 0.25
+_TELLS_EVERY_S = 60.0
 
 
 def serve(place: Place) -> None:
@@ -92,7 +94,8 @@ def connect(place: Place, timeout: timedelta) -> Store:
 def first_of_machine_first(place: Place, is_stopping: Callable[[], bool] = lambda: False) -> Iterator[bool]:
     """The first process of each machine goes through the block, however it ends, before the others of it begin.
 
-    Before the process group is there; all processes of a run come here equally often.
+    Before the process group is there; all processes of a run come here equally often. The first one is known by the
+    name of its host, or by its rank, where ranks of a machine follow one another: containers have names of their own.
 
     Args:
         is_stopping: asked while this process waits; True lets it begin.
@@ -103,14 +106,21 @@ def first_of_machine_first(place: Place, is_stopping: Callable[[], bool] = lambd
     global _turns
     _turns += 1
     is_first = place.local_rank == 0
-    store = connect(place, TIMEOUT) if place.size > 1 else None
-    key = f"turn-{_turns}-{socket.gethostname()}"
-    while store is not None and not is_first and not store.check([key]) and not is_stopping():
+    if place.size == 1:
+        yield is_first
+        return
+    store = connect(place, TIMEOUT)
+    keys = [f"turn-{_turns}-{of}" for of in (socket.gethostname(), place.rank - place.local_rank)]
+    tells = time.monotonic() + _TELLS_EVERY_S
+    while not is_first and not any(store.check([key]) for key in keys) and not is_stopping():
+        if time.monotonic() > tells:
+            tells += _TELLS_EVERY_S
+            log.warning("rank %d waits for the first rank of its machine, which opens the data", place.rank)
         time.sleep(_POLL_S)
     try:
         yield is_first
     finally:
-        if store is not None and is_first:
+        for key in keys if is_first else ():
             store.set(key, "done")
 
 

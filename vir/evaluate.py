@@ -86,29 +86,28 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from vir import arithmetic, distributed
     from vir.data.loader import eval_batches
-    from vir.data.opening import check_agreement, open_reader
+    from vir.data.opening import check_agreement
     from vir.evaluation.classify import classify
     from vir.models import load
     from vir.models.spec import input_of
 
     distributed.check_driver()
     kept, is_first = _places(args), launcher.local_rank() == 0
-    try:
-        reader = open_reader(args.data, kept, first=is_first)
-    except DataError as error:
-        raise DataError(f"--data: {error}") from error
+    reader = _open(args.data, kept, first=True) if is_first else None
     arithmetic.set_up()
     model = load(args.weights)
     metadata: WeightsMetadata = getattr(model, "weights_metadata")
-    _check(args, model, metadata, reader)
+    if reader is not None:
+        _check(args, model, metadata, reader)
     if hasattr(model, "set_retention_mode"):
         getattr(model, "set_retention_mode")(args.mode)
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
     distributed.share_cores()
     distributed.barrier()
-    if not is_first:  # the first process of the machine may have made another index since
-        reader = open_reader(args.data, kept, first=False)
+    if reader is None:  # the first process of the machine has made what this one takes
+        reader = _open(args.data, kept, first=False)
+        _check(args, model, metadata, reader)
     check_agreement("--data", reader)
     _check_json(args.json, state)
     model.to(state.device)
@@ -149,6 +148,15 @@ def _places(args: argparse.Namespace) -> Places:
     except SettingsError as error:
         raise SettingsError(re.sub(r"--data\.\w+", lambda flag: flag[0].replace("data.", "").replace("_", "-"),
                                    str(error))) from error
+
+
+def _open(data: str, kept: Places, *, first: bool) -> Reader:
+    from vir.data.opening import open_reader
+
+    try:
+        return open_reader(data, kept, first=first)
+    except DataError as error:
+        raise DataError(f"--data: {error}") from error
 
 
 def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata, reader: Reader) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vir import cli
 from vir.addresses import is_remote, parts
+from vir.config import DataConfig
 from vir.data.executors import Stopped
 from vir.data.foreign import IndexSummary, find_paths, find_shards, index_shards, is_indexed
 from vir.data.index_folder import Settings, default_index_dir, find_urls, make_index
@@ -88,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=8, help="processes (default 8)")
     add("--index-dir", type=Path, help="where the index lies that is not beside the tars (default: "
         "~/.cache/vir-at-scale/indexes for tars on servers or in several folders); --data.index_dir of training")
-    add("--timeout", type=float, default=300.0, help="seconds that a server may take without an answer (default 300)")
+    add("--timeout", type=float, default=DataConfig.timeout,
+        help=f"seconds that a server may take without an answer (default {DataConfig.timeout:g})")
     add("--checksums", action="store_true", help="read every image: keeps the checksums of shards and images, and the "
                                                  "images' sizes; damage is then seen at once (default: headers only)")
     add("--also", default="", help=f"write files for other readers too, separated by commas: {', '.join(KINDS)}; "

@@ -147,8 +147,9 @@ class Cache:
     def touch(self, entry: Entry) -> bool:
         """Whether it is there, whole; notes that it is in use."""
         path = self.find(entry)
-        with suppress(OSError):  # a folder that can only be read
-            os.utime(path or "")
+        if path is not None:
+            with suppress(OSError):  # a folder that can only be read
+                os.utime(path)
         return path is not None
 
     def find(self, entry: Entry) -> Path | None:
@@ -314,9 +315,11 @@ class Cache:
                     continue
                 locked = self.folder / f".{other}.lock"
                 held = _lock(locked)
-                path.unlink(missing_ok=True)
-                locked.unlink(missing_ok=True)
-                unlock(held)
+                try:
+                    path.unlink(missing_ok=True)
+                    locked.unlink(missing_ok=True)
+                finally:
+                    unlock(held)
 
 
 def _lock(path: Path) -> int:

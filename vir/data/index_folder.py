@@ -9,6 +9,7 @@ HASH is of the shards' addresses, without what is secret in them or changes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -226,11 +227,16 @@ def index_beside(folder: Path, names: Sequence[str], jobs: int = 8,
         return True
     try:
         with _locked(folder / _LOCK, is_stopping):
-            if not (folder / MANIFEST).exists():
-                log.info("making the index of %s in %s", count_of(len(names)), folder)
-                index_tars(folder, names, jobs=jobs, is_stopping=is_stopping)
-            (folder / _LOCK).unlink(missing_ok=True)
-    except OSError:
+            try:
+                if not (folder / MANIFEST).exists():
+                    log.info("making the index of %s in %s", count_of(len(names)), folder)
+                    index_tars(folder, names, jobs=jobs, is_stopping=is_stopping)
+            finally:
+                (folder / _LOCK).unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DataError(f"cannot make the index of {folder}: {error.strerror or error}; free space or mend the "
+                            "disk, or name the tars by a pattern with --data.index_dir elsewhere") from error
         return False
     return True
 
@@ -496,7 +502,7 @@ def _names_for(urls: Sequence[str], names: Sequence[str], settings: Settings) ->
     Raises:
         SettingsError: the given ones cannot be names.
     """
-    above = (urlsplit(urls[0]).path if is_remote(urls[0]) else urls[0]).rpartition("/")[0].rpartition("/")[2]
+    above = path_of(urls[0]).rpartition("/")[0].rpartition("/")[2]
     split = checked_name("--split", settings.split or (above if NAME.fullmatch(above) else "train"))
     return split, checked_name("--name", settings.name or common_name(names, split))
 

@@ -38,8 +38,8 @@ _AGAIN_S = 3600.0
 class Prefetcher:
     """A thread that downloads what is needed soonest, as long as all that is needed before fits in the budget too.
 
-    One process of a node has one. It begins with the first `advance`, so in the process that calls it, and never raises
-    there: what fails is told once, and the readers read parts from the server.
+    One process of a node has one. It begins with the first `advance`, in the process that calls it, ends with that
+    process or by `close`, and never raises there: what fails is told once, and the readers read parts from the server.
 
     Args:
         uses: from two steps to what this node needs in [first, last); see traffic.node_shards.

@@ -179,10 +179,15 @@ def _basic(user: str, password: str) -> dict[str, str]:
 def _new_manager(proxy: str | None) -> urllib3.PoolManager:
     if proxy is None:
         return _with_wires(urllib3.PoolManager(num_pools=32, maxsize=MAX_CONNECTIONS))
-    parts = urlsplit(proxy)
-    headers = _basic(unquote(parts.username), unquote(parts.password or "")) if parts.username else {}
-    return _with_wires(urllib3.ProxyManager(_bare(proxy), num_pools=32, maxsize=MAX_CONNECTIONS, proxy_headers={
-        f"Proxy-{name}": value for name, value in headers.items()}))
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        parts = urlsplit(proxy)
+        headers = _basic(unquote(parts.username), unquote(parts.password or "")) if parts.username else {}
+        return _with_wires(urllib3.ProxyManager(_bare(proxy), num_pools=32, maxsize=MAX_CONNECTIONS, proxy_headers={
+            f"Proxy-{name}": value for name, value in headers.items()}))
+    except (HTTPError, ValueError):
+        raise StoreError("the proxy that http_proxy or https_proxy names is no http:// or https:// URL; mend it, or "
+                         "name the host in no_proxy") from None
 
 
 def _with_wires(manager: urllib3.PoolManager) -> urllib3.PoolManager:

@@ -24,12 +24,12 @@ class Wire(io.RawIOBase):
 
     Args:
         raw: the file that http.client has made of the socket; closed with this one.
-        wire: the socket; its timeout is that of the whole head of the answer, in seconds.
+        connected: the socket; its timeout is that of the whole head of the answer, in seconds.
     """
 
-    def __init__(self, raw: io.RawIOBase, wire: socket.socket) -> None:
-        self._raw, self._socket = raw, wire
-        self._timeout = wire.gettimeout()
+    def __init__(self, raw: io.RawIOBase, connected: socket.socket) -> None:
+        self._raw, self._socket = raw, connected
+        self._timeout = connected.gettimeout()
         self.until = float("inf") if self._timeout is None else time.monotonic() + self._timeout
         """The time until which bytes are waited for, of time.monotonic."""
 
@@ -62,9 +62,9 @@ class _Wired:
 
     wire: Wire
 
-    def response_class(self, wire: socket.socket, *arguments: Any, **named: Any) -> HTTPResponse:
-        answer = HTTPResponse(wire, *arguments, **named)
-        self.wire = Wire(answer.fp.detach(), wire)
+    def response_class(self, connected: socket.socket, *arguments: Any, **named: Any) -> HTTPResponse:
+        answer = HTTPResponse(connected, *arguments, **named)
+        self.wire = Wire(answer.fp.detach(), connected)
         answer.fp = io.BufferedReader(self.wire)
         return answer
 
