@@ -108,7 +108,9 @@ class _Requests(Dataset["Batch | VirError"]):
         try:
             return self.make(*request)
         except VirError as error:
-            return error
+            # Some picklers (tblib, which comes with dask) take along what led to an error, and get lost in it.
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
 
 
 def _train_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, augment: AugmentConfig, seed: int,
