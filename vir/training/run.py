@@ -101,8 +101,8 @@ def _check_agreement(prepared: Prepared) -> None:
     if prepared.val is not None:
         check_agreement("--data.val", prepared.val)
     orders = distributed.gather(prepared.config.data.order)
-    if len(set(orders)) > 1:
-        raise SettingsError(f"lanes and window are {orders[0]} for rank 0 and {max(orders)} for another: as many ranks "
+    if other := set(orders) - {orders[0]}:
+        raise SettingsError(f"lanes and window are {orders[0]} for rank 0 and {min(other)} for another: as many ranks "
                             "on each machine choose the same; give --data.lanes and --data.window")
 
 
