@@ -19,6 +19,7 @@ from vir.data.convert import convert
 from vir.data.loader import train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
+from vir.data.traffic import LANES, WINDOW
 from vir.flags import parse
 from vir.models.spec import InputSpec
 
@@ -41,7 +42,7 @@ def measure(shards: Path, workers: int, count: int, options: list[str]) -> dict[
     spec = InputSpec(size=(3, side, side), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
     warm, timed = 2 * workers, max(1, count // batch)
     batches = train_batches(
-        reader, SampleOrder(0, reader.shard_sizes, config.data.lanes, config.data.window), config.augment, spec, seed=0,
+        reader, SampleOrder(0, reader.shard_sizes, LANES, WINDOW), config.augment, spec, seed=0,
         first_step=0, last_step=warm + timed, global_batch_size=batch, micro_batch_size=batch, rank=0, world_size=1,
         workers=workers, prefetch=config.data.prefetch,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
