@@ -67,10 +67,8 @@ class LocalShards:
         return pread(descriptor.number, size, offset)
 
     def expect(self, shard: int, offset: int, size: int) -> None:
-        try:
+        with suppress(OSError):  # the read itself will tell
             self._descriptor(shard).expect(offset, size)
-        except OSError:  # the read itself will tell
-            pass
 
     def forget(self) -> None:
         self.__dict__.pop("_descriptor", None)

@@ -201,7 +201,7 @@ def find_paths(pattern: str) -> list[str]:
     paths: list[str] = []
     missing: list[str] = []
     for part in parts:
-        if any(character in part for character in "*?["):
+        if is_glob(part):
             paths += sorted(path for path in glob(part) if path.endswith(".tar"))
         else:
             (paths if os.path.lexists(part) else missing).append(part)
@@ -214,6 +214,10 @@ def find_paths(pattern: str) -> list[str]:
         raise DataError(f"no .tar is named by {pattern!r}; give a folder, or quote the pattern so that the shell "
                         "leaves it as it is")
     return paths
+
+
+def is_glob(part: str) -> bool:
+    return any(character in part for character in "*?[")
 
 
 def common_name(names: Sequence[str], split: str) -> str:

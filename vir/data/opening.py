@@ -13,7 +13,7 @@ from vir.config import DataConfig
 from vir.data.access import Access, LocalShards
 from vir.data.cache import parse_bytes
 from vir.data.folder_reader import FolderReader
-from vir.data.foreign import find_paths
+from vir.data.foreign import find_paths, is_glob
 from vir.data.index_folder import (
     IndexFolder,
     default_index_dir,
@@ -98,7 +98,7 @@ def _open_local(spec: str, parts: Sequence[str], places: Places, first: bool) ->
     folder = Path(parts[0])
     if len(parts) == 1 and folder.is_dir():
         return _open_folder(folder, places, first)
-    if len(parts) == 1 and not _names_tars(parts[0]):
+    if len(parts) == 1 and not parts[0].endswith(".tar") and not is_glob(parts[0]):
         return ShardReader(folder, check=first)  # which tells what is there instead
     return _open_tars(_tars(spec), places, first)
 
@@ -142,10 +142,6 @@ def _open_tars(paths: Sequence[Path], places: Places, first: bool) -> Reader:
 
 def _index(tars: Sequence[str], places: Places, first: bool) -> IndexFolder:
     return open_index(tars, places.index_dir, places.timeout, first, is_stopping=places.is_stopping)
-
-
-def _names_tars(part: str) -> bool:
-    return part.endswith(".tar") or any(character in part for character in "*?[")
 
 
 def _tars(spec: str) -> list[Path]:

@@ -228,6 +228,8 @@ class ShardReader(Reader):
 
     def together(self, samples: Sequence[int]) -> list[list[int]]:
         """In order of shards and offsets, which is that of the numbers; neighbours that are worth one read together."""
+        if not self.access.joins:
+            return super().together(samples)
         groups: list[list[int]] = []
         for i in sorted(set(samples)):
             if groups and self._joins(groups[-1], i):

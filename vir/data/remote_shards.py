@@ -193,8 +193,9 @@ class CachedShards:
         number = self.cache.open(self.entries[shard])
         if number is None:
             return None
+        most = most_open()
         for other, descriptor in list(self._descriptors.items()):
-            if len(self._descriptors) >= most_open() or descriptor.is_gone():
+            if len(self._descriptors) >= most or descriptor.is_gone():
                 self._descriptors.pop(other, None)
         return self._descriptors.setdefault(shard, Descriptor(number))
 
