@@ -1,0 +1,81 @@
+"""The machines of a hostfile, and which of them answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Iterable
+
+from vir import files
+from vir.errors import SettingsError
+
+_ANSWERS_WITHIN_S = 10
+"""Of an ssh that has to do nothing."""
+_AT_A_TIME = 64
+"""Connections that are being opened."""
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Hosts and how many ranks each gets, in the order of the file, whose lines are `node1 slots=8`.
+
+    Raises:
+        SettingsError: it cannot be read, has another line, a host twice, or none.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise SettingsError(f"--hostfile {path} cannot be read: {reason}; give a file with a line "
+                            "`host slots=GPUS` for each machine") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        found = _LINE.fullmatch(line)
+        if found is None or not int(found[2]):
+            raise SettingsError(f"{path}:{number}: {line!r} is no line `host slots=GPUS` with at least one")
+        if found[1] in hosts:
+            raise SettingsError(f"{path}:{number}: {found[1]} is named twice; give each host one line with all its "
+                                "slots")
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise SettingsError(f"--hostfile {path} names no host; give it a line `host slots=GPUS` for each machine")
+    return hosts
+
+
+def write_hostfile(path: Path, hosts: dict[str, int]) -> None:
+    """Raises OSError."""
+    files.replace_text(path, "".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+
+
+def ssh(host: str, command: str, port: int | None = None) -> list[str]:
+    """The words that run a command of a shell on a host, as pdsh would, never asking for a password.
+
+    PDSH_SSH_ARGS_APPEND, which pdsh gives to its ssh (`-F config`, `-i key`), is heeded here, too.
+    """
+    more = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    to_port = [] if port is None else ["-p", str(port)]
+    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWERS_WITHIN_S}", *more, *to_port, host, command]
+
+
+def unreachable(hosts: Iterable[str], port: int | None = None) -> dict[str, str]:
+    """Which hosts run no command by ssh, and why, in a few words. All are asked at the same time."""
+    def ask(host: str) -> str:
+        try:
+            done = subprocess.run(ssh(host, "true", port), capture_output=True, text=True, errors="replace",
+                                  stdin=subprocess.DEVNULL, timeout=2 * _ANSWERS_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            return f"no answer within {2 * _ANSWERS_WITHIN_S} s"
+        except OSError as error:
+            return f"ssh cannot be run: {error.strerror}"
+        said = done.stderr.strip().splitlines()
+        return "" if done.returncode == 0 else said[-1] if said else f"ssh ended with {done.returncode}"
+
+    names = list(hosts)
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        return {host: reason for host, reason in zip(names, pool.map(ask, names)) if reason}
