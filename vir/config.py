@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Optional
 
 import yaml
@@ -427,6 +428,16 @@ class RunConfig:
                                 "--augment.cutmix 0)")
         if self.checkpoint.best == "ema_top1" and not self.ema.decay:
             raise SettingsError("--checkpoint.best is ema_top1, but --ema.decay 0 keeps no average; use top1 or null")
+
+
+def folder_of(config: RunConfig) -> Path:
+    """The run folder."""
+    return Path(config.output or f"runs/{config.model.name}")
+
+
+def trains(config: RunConfig) -> bool:
+    """Whether this is a run, and not a look at one."""
+    return not (config.dry_run or config.validate_only)
 
 
 def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import socket
-import struct
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
-from vir import launcher
+from vir import interfaces, launcher
 from vir.errors import SettingsError
 from vir.launcher import Place
 from vir.log import log
@@ -43,9 +41,6 @@ TIMEOUT = timedelta(hours=1)
 
 DRIVER = Path("/proc/driver/nvidia/version")
 """Where an NVIDIA driver tells its version."""
-
-_SIOCGIFADDR = 0x8915
-"""The request for an interface's address (netdevice(7))."""
 
 _server: Store | None = None
 """Keeps serving while it is referred to."""
@@ -147,7 +142,7 @@ def start() -> World:
     if cuda:
         torch.cuda.set_device(device)
     share_cores()
-    follow_nccl()
+    interfaces.set_gloos(place, launcher.nodes())
     if not dist.is_initialized():
         store = HashStore() if place.size == 1 else PrefixStore("group", connect(place, TIMEOUT))
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=place.rank, world_size=place.size,
@@ -215,43 +210,6 @@ def share_cores() -> None:
     """
     if not launcher.threads_are_said():
         torch.set_num_threads(launcher.cores())
-
-
-def follow_nccl() -> None:
-    """Let gloo, which carries the stop flag, take the network interface that NCCL was told to take.
-
-    By itself it takes that of the host's name, which may lead nowhere from another node. GLOO_SOCKET_IFNAME, where it
-    is set, is left as it is.
-    """
-    said = os.environ.get("NCCL_SOCKET_IFNAME")
-    if said and "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(said, _interfaces())):
-        os.environ["GLOO_SOCKET_IFNAME"] = name
-
-
-def interface_of(said: str, interfaces: Sequence[str]) -> str | None:
-    """The first of a machine's interfaces that a value of NCCL_SOCKET_IFNAME means; None where it means none of them.
-
-    Args:
-        said: beginnings of names, `eth,ib`; whole names, `=eth0`; or all but these, `^docker` and `^=docker0`.
-    """
-    names = [name for name in said.lstrip("^=").split(",") if name]
-    all_but, whole = said.startswith("^"), said.lstrip("^").startswith("=")
-    for interface in interfaces:
-        is_named = interface in names if whole else interface.startswith(tuple(names))
-        if is_named != all_but and not (all_but and interface == "lo"):  # it leads to no other node
-            return interface
-    return None
-
-
-def _interfaces() -> list[str]:
-    """The network interfaces of this machine that have an address (IPv4): without one gloo cannot begin."""
-    found = []
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found.append(name)
-    return found
 
 
 def stop() -> None:

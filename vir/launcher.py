@@ -6,14 +6,26 @@ import os
 import re
 import sys
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from vir.errors import SettingsError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_RUN = "VIR_RUN_ID"
-"""The name of a run that srun has started: of all ranks, and of no other run."""
+RUN_ID = "VIR_RUN_ID"
+"""The name of a run that a launch script or srun has started: of all ranks, and of no other run."""
+_BY_SRUN = "slurm-"
+"""It begins with this where each task of srun is a rank."""
+FOLDER = "VIR_FOLDER"
+"""Where the command was given, for ranks that were started elsewhere."""
+_LAUNCHER = re.compile(r"(?:.*/)?(?:deepspeed|torchrun|accelerate)|deepspeed\.launcher\.(?:runner|launch)|"
+                       r"torch\.distributed\.run|accelerate\.commands\.launch|vir\.launch")
+"""A word among the first of a launcher's command line."""
+GRACE_S = 30.0
+"""That deepspeed's and torchrun's launchers leave a rank between SIGTERM and SIGKILL."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +51,20 @@ class Place:
 def adopt() -> Place:
     """The place that the environment describes; rank 0 of 1 where it describes none.
 
-    Under a plain `srun` it is what SLURM says of the task, which is then also said in torch's variables, where
-    DeepSpeed and accelerate look for it.
+    Under a plain `srun` it is what SLURM says of the task, under Open MPI's mpirun what that says; it is then also said
+    in torch's variables, where DeepSpeed and accelerate look for it.
 
     Raises:
         SettingsError: only a part of it is there, or a value that is no number.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        if "OMPI_COMM_WORLD_SIZE" in os.environ:
+            os.environ.update(_from_mpi())
+            return adopt()
         if (os.environ.get("SLURM_STEP_NUM_TASKS") or "1") == "1":
             return Place(0, 1, local_rank(), "127.0.0.1", 0)
         os.environ.update({**_from_slurm(), **{name: os.environ[name] for name in _NAMES if name in os.environ}})
-        os.environ[_RUN] = f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+        os.environ[RUN_ID] = f"{_BY_SRUN}{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
     if missing := [name for name in ("RANK", "WORLD_SIZE") if not os.environ.get(name)]:
         raise SettingsError(_half_said(missing))
     rank, size = _number("RANK"), _number("WORLD_SIZE")
@@ -59,8 +74,39 @@ def adopt() -> Place:
         raise SettingsError(_half_said(missing))
     if not 0 <= rank < size:
         raise SettingsError(f"RANK is {rank} and WORLD_SIZE {size}; a rank is from 0 to {size - 1}")
-    run = os.environ.get(_RUN) or os.environ.get("TORCHELASTIC_RUN_ID", "")
+    run = os.environ.get(RUN_ID) or os.environ.get("TORCHELASTIC_RUN_ID", "")
     return Place(rank, size, _number("LOCAL_RANK"), os.environ["MASTER_ADDR"], _number("MASTER_PORT"), run)
+
+
+def enter_folder() -> None:
+    """Go where the command was given: pdsh starts ranks elsewhere.
+
+    Raises:
+        SettingsError: there is no such folder on this machine.
+    """
+    if folder := os.environ.get(FOLDER):
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise SettingsError(f"the command was given in {folder}, which cannot be entered on {os.uname().nodename} "
+                                f"({error.strerror}); give it in a folder that all nodes have at the same path"
+                                ) from error
+
+
+def launchers() -> list[psutil.Process]:
+    """The launchers above this process, nearest first: deepspeed's for a node and for all, torchrun's agent, ours."""
+    found = []
+    with suppress(psutil.Error, OSError):
+        for process in psutil.Process().parents():
+            if not any(_LAUNCHER.fullmatch(word) for word in process.cmdline()[:5]):
+                break
+            found.append(process)
+    return found
+
+
+def agent_restarts() -> bool:
+    """Whether torchrun's agent would start this rank again when it fails."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def local_rank() -> int:
@@ -86,7 +132,8 @@ def cores() -> int:
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if given.isdigit() and int(given):
         allowed = min(allowed, int(given))
-        if _RUN in os.environ:  # this process is the task; under a launcher that srun has started it shares them
+        # This process is the task; under a launcher that srun has started it shares them.
+        if os.environ.get(RUN_ID, "").startswith(_BY_SRUN):
             return allowed
     return max(1, allowed // local_size())
 
@@ -173,6 +220,13 @@ def _from_slurm() -> dict[str, str]:
             "LOCAL_RANK": os.environ["SLURM_LOCALID"], "MASTER_PORT": str(port),
             "MASTER_ADDR": "127.0.0.1" if one_node else first_host(os.environ["SLURM_STEP_NODELIST"]),
             **({"LOCAL_WORLD_SIZE": per_node} if per_node else {})}
+
+
+def _from_mpi() -> dict[str, str]:
+    """Torch's variables from those that Open MPI's mpirun gives to each process; MASTER_ADDR is not among these."""
+    world = {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+             "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE"}
+    return {name: os.environ[theirs] for name, theirs in world.items() if theirs in os.environ}
 
 
 def tasks_of_node(tasks: str, node: str) -> str:

@@ -2,7 +2,7 @@
 
 Launchers report an exit code as they like: torchrun 1 for any, pdsh the greatest of those of the nodes, deepspeed 0
 after a launcher of its own that was killed. So the script names a file in the run folder, in VIR_STATUS, and the first
-rank that ends writes why.
+rank that ends writes why. Beside it the script leaves another one when it is asked to stop.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vir.errors import EXIT_STOPPED_BY_SIGNAL
+
 FILE = "VIR_STATUS"
 """The variable that names the file; unset where no launch script waits for it."""
+_RESTARTS = "TORCHELASTIC_MAX_RESTARTS"
+_RESTART = "TORCHELASTIC_RESTART_COUNT"
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,27 @@ class Status:
     """The line that the rank has ended with."""
     rank: int = 0
     host: str = ""
+    restart: int = 0
+    """How often torchrun's agent had started the ranks again."""
+    of: int = 0
+    """How often it would."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether torchrun's agent will start the ranks again."""
+        return self.code not in (0, EXIT_STOPPED_BY_SIGNAL) and self.restart < self.of
 
 
 def write(code: int, said: str) -> None:
     """Leave it for the launch script, unless another rank has done so. Never raises: the rank ends anyway."""
-    if (path := _path()) is None:
+    if not (named := os.environ.get(FILE)):
         return
-    status = Status(code, said, int(os.environ.get("RANK") or 0), socket.gethostname())
-    draft = path.with_name(f"{path.name}-{status.rank}")
+    restart, of = (int(os.environ.get(name) or 0) for name in (_RESTART, _RESTARTS))
+    found = Status(code, said, int(os.environ.get("RANK") or 0), socket.gethostname(), restart, of)
+    path = _of(Path(named), restart)
+    draft = path.with_name(f"{path.name}.rank-{found.rank}")
     with suppress(OSError):
-        draft.write_text(json.dumps(asdict(status)))
+        draft.write_text(json.dumps(asdict(found)))
         try:
             os.link(draft, path)  # whole, and of one rank alone
         except FileExistsError:
@@ -48,28 +63,29 @@ def write(code: int, said: str) -> None:
 
 def is_awaited() -> bool:
     """Whether a launch script reads it, and not the exit code of this process."""
-    return FILE in os.environ
+    return bool(os.environ.get(FILE))
 
 
-def _path() -> Path | None:
-    """torchrun's agent starts its ranks again in the same environment: each time another file."""
-    if not (named := os.environ.get(FILE)):
-        return None
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Path(named if again == "0" else f"{named}.{again}")
-
-
-def take(path: Path) -> Status | None:
-    """Read and remove it, the last one where ranks were started again in place; None where no rank has written."""
-    found = None
-    for attempt in sorted(path.parent.glob(f"{path.name}*"), key=_attempt):
+def read(path: Path) -> Status | None:
+    """The last one, where torchrun has started ranks again; None where no rank has written."""
+    found, restart = None, 0
+    while _of(path, restart).exists():
         with suppress(OSError, ValueError, TypeError):
-            if attempt.suffix[1:].isdigit() or attempt == path:
-                found = Status(**json.loads(attempt.read_text()))
-        with suppress(OSError):
-            attempt.unlink()
+            found = Status(**json.loads(_of(path, restart).read_text()))
+        restart += 1
     return found
 
 
-def _attempt(path: Path) -> int:
-    return int(path.suffix[1:]) if path.suffix[1:].isdigit() else 0
+def stop_file(path: Path) -> Path:
+    """Which the script leaves beside the status to ask this run, and no other in the folder, to stop."""
+    return path.with_suffix(".stop")
+
+
+def remove(path: Path) -> None:
+    for left in path.parent.glob(f"{path.stem}.*"):
+        with suppress(OSError):
+            left.unlink()
+
+
+def _of(path: Path, restart: int) -> Path:
+    return path.with_name(f"{path.name}.{restart}") if restart else path

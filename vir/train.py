@@ -16,9 +16,10 @@ import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from vir import cli, launcher
+from vir import cli, launcher, status
 from vir.cluster.signals import StopRequest
-from vir.config import TrainConfig
+from vir.cluster.switches import Switches
+from vir.config import TrainConfig, folder_of, trains
 from vir.data.executors import Stopped
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
 from vir.flags import PROGRAM, parse
@@ -38,14 +39,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str], stop: StopRequest) -> int:
     try:
+        launcher.enter_folder()
         place = launcher.adopt()
     except VirError as error:
+        status.write(error.exit_code, str(error))
         return cli.tell(error, PROGRAM)
     launcher.tell_of_missing_processes("vir.train")
     argv = [word for word in argv if not word.startswith("--local_rank=")]  # the deepspeed launcher adds it
-    heartbeat, at_the_door = None, True
+    heartbeat, switches, at_the_door, code = None, None, True, 1
     try:
         config = parse(argv)  # before torch is imported: a wrong flag is told at once
+        switches = Switches(place, folder_of(config) if trains(config) else None, stop)
         if launcher.wants_cpu(config.device):
             launcher.hide_gpus()
         heartbeat = _start_heartbeat(place, config.train.rank_timeout)
@@ -57,10 +61,12 @@ def _main(argv: list[str], stop: StopRequest) -> int:
 
         code = run(prepared, stop, heartbeat)
         heartbeat.close()
+        status.write(code, "done" if code == 0 else f"stopped by {stop.cause} after saving")
         return code
     except VirError as error:
         # At the door every rank meets it, later damaged data may have been met by one rank alone.
         code = cli.tell(error, PROGRAM, every_rank=not at_the_door and isinstance(error, DataError))
+        status.write(code, str(error))
         if heartbeat is None and place.size > 1:  # the others may have other files, and wait for this rank
             with suppress(VirError):
                 heartbeat = _start_heartbeat(place, TrainConfig().rank_timeout)
@@ -72,13 +78,18 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         said = f"stopped by {stop.cause} before the data was opened; the same command goes on"
         print(f"{PROGRAM}: {said}", file=sys.stderr)
         cli.report(said)
+        code = EXIT_STOPPED_BY_SIGNAL
+        status.write(code, said)
         if heartbeat is not None:
-            heartbeat.failed(f"exit code {EXIT_STOPPED_BY_SIGNAL}, {said}")
-        return EXIT_STOPPED_BY_SIGNAL
+            heartbeat.failed(f"exit code {code}, {said}")
+        return code
     except Exception as error:
         if heartbeat is None:
             raise
         return _unforeseen(error, place, heartbeat)
+    finally:
+        if switches is not None:
+            switches.close(heeded_stop=code == EXIT_STOPPED_BY_SIGNAL)
 
 
 def _start_heartbeat(place: Place, timeout: float) -> Heartbeat:
@@ -100,6 +111,7 @@ def _unforeseen(error: Exception, place: Place, heartbeat: Heartbeat) -> int:
     said = f"rank {place.rank} {where}: {type(error).__name__}: {' '.join(str(error).split())}"
     print(f"{PROGRAM}: {said}", file=sys.stderr)
     cli.report(f"{PROGRAM}: {said}")
+    status.write(1, said)
     heartbeat.failed(f"exit code 1, {said}")
     return 1
 
@@ -112,6 +124,8 @@ def command() -> int:
     from vir import distributed
 
     distributed.stop()
+    if code and launcher.agent_restarts() and status.is_awaited():
+        return 0  # or torchrun's agent would start it again; the launch script ends with what the status says
     return code
 
 

@@ -26,7 +26,7 @@ from typing import Callable
 
 from torch.distributed import PrefixStore, Store
 
-from vir import cli, distributed
+from vir import cli, distributed, status
 from vir.errors import EXIT_RANK_LOST
 from vir.launcher import Place
 
@@ -308,6 +308,7 @@ class Heartbeat:
                 self._end_the_lost(_parse(word.encode()))
             line = (f"{said}. Rank {self._place.rank} {self.where()} ends with it, exit code {EXIT_RANK_LOST}; the "
                     "same command continues from the last checkpoint")
+            status.write(EXIT_RANK_LOST, line)
             _say(line)
             cli.report(line)
         finally:

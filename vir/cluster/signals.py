@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, Collection
 
 from vir import cli, launcher
 
@@ -15,9 +15,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """From a person or a batch system, SLURM's warning before preemption, Ctrl-C, and a terminal that was closed."""
 _SECOND_AFTER_S = 3.0
 """Seconds from which on a Ctrl-C is a second one: torchrun passes on what the terminal has sent to its ranks too."""
+STOP_FILE, LAUNCHER_GONE = 100, 101
+"""Beside the numbers of signals: other causes to stop."""
 _NONE = 128
-"""Above all numbers of signals."""
-_NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (a closed terminal)"}
+"""Above all numbers of signals and causes."""
+_NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGHUP: "SIGHUP (a closed terminal)",
+          STOP_FILE: "the file STOP in the run folder", LAUNCHER_GONE: "its launcher, which has gone"}
+SAVE, EVALUATE = "SAVE", "EVALUATE"
+"""What else a run may be asked for: to save, to evaluate, and to go on."""
 
 
 class StopRequest:
@@ -31,6 +36,9 @@ class StopRequest:
     def __init__(self) -> None:
         self._number = 0
         self._agreed = 0
+        self._wishes: set[str] = set()
+        self.agreed_wishes: frozenset[str] = frozenset()
+        """Of SAVE and EVALUATE, what the last `agree` was also asked for, by a file in the run folder."""
         self._group: Any = None
         heard = [number for number in SIGNALS if number in (signal.SIGTERM, signal.SIGUSR1)
                  or signal.getsignal(number) is not signal.SIG_IGN]
@@ -44,16 +52,24 @@ class StopRequest:
     def _ask(self, number: int, frame: Any) -> None:
         self._number = self._number or number  # launchers answer a Ctrl-C by a SIGTERM
 
+    def ask(self, cause: int) -> None:
+        """Stop for another cause than a signal to this process: the number of one that came elsewhere, or STOP_FILE or
+        LAUNCHER_GONE."""
+        self._number = self._number or cause
+
+    def wish(self, names: Collection[str]) -> None:
+        """Save or evaluate after the step in hand, and go on."""
+        self._wishes |= set(names)
+
     @property
     def asked(self) -> bool:
-        """Whether this rank has got a signal."""
+        """Whether this rank has got a signal, or another cause to stop."""
         return bool(self._number)
 
     @property
     def cause(self) -> str:
-        """The name of the signal for which `agree` said that a rank has got it."""
-        number = signal.Signals(self._agreed)
-        return _NAMES.get(number, number.name)
+        """The name of the signal, or of what else, for which `agree` said that a rank has got it."""
+        return _NAMES.get(self._agreed) or signal.Signals(self._agreed).name
 
     def join(self, world_size: int) -> None:
         """Ask the other ranks from now on. Collective, after the process group is there."""
@@ -65,15 +81,18 @@ class StopRequest:
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
 
     def agree(self) -> bool:
-        """Whether to stop: the same answer on every rank. Collective, once a step."""
-        self._agreed = self._number
+        """Whether to stop: the same answer on every rank, as are `agreed_wishes`. Collective, once a step."""
+        wishes, self._wishes = self._wishes, set()
+        said = [self._number or _NONE, *(name not in wishes for name in (SAVE, EVALUATE))]
         if self._group is not None:
             import torch
             import torch.distributed as dist
 
-            number = torch.tensor([self._number or _NONE])
-            dist.all_reduce(number, op=dist.ReduceOp.MIN, group=self._group)
-            self._agreed = int(number.item()) % _NONE  # Ctrl-C before the SIGTERM of a launcher that was met elsewhere
+            of_all = torch.tensor(said)
+            dist.all_reduce(of_all, op=dist.ReduceOp.MIN, group=self._group)
+            said = of_all.tolist()
+        self._agreed = said[0] % _NONE  # Ctrl-C before the SIGTERM of a launcher that was met elsewhere
+        self.agreed_wishes = frozenset(name for name, left_out in zip((SAVE, EVALUATE), said[1:]) if not left_out)
         return bool(self._agreed)
 
     def close(self) -> None:

@@ -9,12 +9,13 @@ from typing import Sequence
 import torch
 
 from vir.cluster.heartbeat import Heartbeat
-from vir.cluster.signals import StopRequest
+from vir.cluster.signals import EVALUATE, SAVE, StopRequest
 from vir.config import TrainConfig
 from vir.data.device import Preparation
 from vir.data.loader import Batch, Batches
 from vir.engine.engine import Engine, Update
 from vir.errors import LossScaleError, NotFiniteError
+from vir.log import log
 from vir.reports.throughput import Stopwatch
 from vir.streams import DROPOUT, generator
 from vir.training.guard import FiniteGuard
@@ -141,13 +142,19 @@ class Trainer:
                     if step != self._saver.last_step:
                         self._saver.save(step)
                     return Ending.STOPPED
+                if wishes := self._stop.agreed_wishes:
+                    with self._meter.pause():
+                        if self._between_steps(step, EVALUATE in wishes, SAVE in wishes) is Ending.STOPPED:
+                            return Ending.STOPPED
                 self._say_step(step, first)
                 self._profiler.before(step)
                 record = self._global_step(fetched, waited, step)
                 self._profiler.after(step)
                 self._meter.stepped(step + 1, record)
+                done = step + 1
                 with self._meter.pause():
-                    if self._between_steps(step + 1) is Ending.STOPPED:
+                    if self._between_steps(done, done in self._plan.eval_steps,
+                                           done in self._plan.checkpoint_steps) is Ending.STOPPED:
                         return Ending.STOPPED
         except (NotFiniteError, LossScaleError) as error:
             saved = self._saver.last_step
@@ -174,10 +181,14 @@ class Trainer:
         begins = step == first  # then kernels are compiled, and memory is reserved
         self._heartbeat.at(f"at step {step + 1}, {positions}{', compiling' if begins else ''}", counts=not begins)
 
-    def _between_steps(self, done: int) -> Ending | None:
-        """Evaluate and save as the plan says; STOPPED where a signal came meanwhile. Collective."""
-        verdict = self._evaluate(done) if done in self._plan.eval_steps else Verdict.NOT_BEST
-        if verdict is not Verdict.NOT_BEST or done in self._plan.checkpoint_steps:
+    def _between_steps(self, done: int, evaluates: bool, saves: bool) -> Ending | None:
+        """Evaluate and save, as the plan or somebody says; STOPPED where a signal came meanwhile. Collective."""
+        if evaluates and self._validator is None:
+            log.warning("there is nothing to evaluate on: --data.val was not given")
+            evaluates = False
+        verdict = self._evaluate(done) if evaluates else Verdict.NOT_BEST
+        due = saves or verdict is Verdict.CUT_SHORT
+        if verdict is Verdict.BEST or due and done != self._saver.last_step:
             self._saver.save(done)
         return Ending.STOPPED if verdict is Verdict.CUT_SHORT else None
 

@@ -14,7 +14,7 @@ import yaml
 from vir import distributed, launcher
 from vir.addresses import shown
 from vir.checkpoints.info import BEST, DESCRIPTION, LATEST, candidates, read_info
-from vir.config import DataConfig, RunConfig, differences, plan_accumulation, to_dict
+from vir.config import DataConfig, RunConfig, differences, folder_of, plan_accumulation, to_dict
 from vir.data.opening import Places, open_reader, places
 from vir.data.reader import Reader
 from vir.data.traffic import choose
@@ -47,7 +47,7 @@ def prepare(config: RunConfig, is_stopping: Callable[[], bool] = lambda: False) 
         Stopped: `is_stopping`, asked while the index of shards is made, said yes.
     """
     distributed.check_driver()
-    config = replace(config, output=config.output or f"runs/{config.model.name}",
+    config = replace(config, output=str(folder_of(config)),
                      deepspeed_config=config.deepspeed_config or ds_config.name_for_this_machine())
     deepspeed_json = ds_config.read(config.deepspeed_config)
     plan_accumulation(config.train.global_batch_size, config.train.micro_batch_size,

@@ -14,7 +14,7 @@ from vir import log as logs
 from vir import run_folder
 from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
-from vir.config import RunConfig, dump_yaml, to_dict
+from vir.config import RunConfig, dump_yaml, to_dict, trains
 from vir.data.device import Preparation
 from vir.data.loader import Patience, train_batches
 from vir.data.opening import check_agreement
@@ -70,9 +70,9 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
 def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
     config, folder = prepared.config, Path(prepared.config.output)
     heartbeat.at("building model and engine, compiling", counts=False)
-    trains = not (config.dry_run or config.validate_only)
-    with nullcontext() if config.validate_only else run_folder.claim(folder, world, stays=trains):
-        logs.start(world.rank, folder / run_folder.LOG if trains else None)
+    is_run = trains(config)
+    with nullcontext() if config.validate_only else run_folder.claim(folder, world, stays=is_run):
+        logs.start(world.rank, folder / run_folder.LOG if is_run else None)
         for line in describe_environment(world):
             log.info(line)
         _check_agreement(prepared)
@@ -88,7 +88,7 @@ def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbe
                 ending = _validate(prepared, engine, spec, world, stop, heartbeat)
             else:
                 ending = _train(prepared, plan, engine, spec, world, stop, heartbeat)
-    if trains and world.is_main:
+    if is_run and world.is_main:
         _draw_curves(folder)
         if ending is Ending.DONE:
             log.info("done: %s", folder)

@@ -1,0 +1,83 @@
+"""Start a run by a launcher, hand signals on to its ranks on all nodes, and end with the exit code of the run.
+
+    bash launch/deepspeed.sh [--hostfile H] [--interface NAME] [--max-restarts N] [--print] OPTIONS OF vir-train
+
+launch/torchrun.sh and launch/slurm.sbatch do the same by other launchers. The exit codes are those of vir-train,
+whatever the launcher says. A first signal lets all ranks finish their step and save, exit code 75; a second one ends
+them at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from vir import cli
+from vir.addresses import shown
+from vir.checkpoints.info import newest, step_of
+from vir.cluster.deepspeed import DeepSpeedLaunch, add_options
+from vir.cluster.supervisor import PROGRAM, Launch, supervise
+from vir.config import folder_of
+from vir.errors import SettingsError, VirError
+from vir.flags import parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, words = _parser().parse_known_args(argv)
+    try:
+        config = parse(words)  # a wrong flag is told before any process starts
+        launch = _launch(args, words)
+        if args.print:
+            _print(launch)
+            return 0
+        if silent := launch.unreachable():
+            raise SettingsError("; ".join(f"{host} does not answer ssh ({reason})" for host, reason in silent.items()) +
+                                f"; mend it, or leave it out of {args.hostfile} (tools/check_cluster.py --hostfile "
+                                f"{args.hostfile} --write-good FILE writes one of the good nodes)")
+        run = folder_of(config)
+        return supervise(launch, run, args.max_restarts, lambda: _newest_step(run))
+    except VirError as error:
+        return cli.tell(error, PROGRAM)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    deepspeed = kinds.add_parser("deepspeed", allow_abbrev=False, help="by deepspeed, on this machine or a hostfile's",
+                                 usage="launch/deepspeed.sh [options below] [options of vir-train]",
+                                 description="All other options are those of vir-train (vir-train --help).")
+    add_options(deepspeed)
+    deepspeed.add_argument("--max-restarts", "--max_restarts", type=_count, default=0, metavar="N",
+                           help="start again up to N times after a lost rank or node (default: %(default)s)")
+    deepspeed.add_argument("--print", action="store_true", help="print the final command, and do no more")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return int(text)
+
+
+def _launch(args: argparse.Namespace, words: list[str]) -> Launch:
+    return DeepSpeedLaunch(args, words)
+
+
+def _print(launch: Launch) -> None:
+    with launch.start("print") as start:
+        print(shlex.join(map(shown, start.command)))
+
+
+def _newest_step(run: Path) -> int:
+    try:
+        found = newest(run)
+    except VirError:  # the run tells it better
+        return 0
+    return step_of(found) if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
