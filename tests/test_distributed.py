@@ -216,31 +216,6 @@ def test_the_threads_that_somebody_has_asked_for_are_left_as_they_are(threads, m
     assert torch.get_num_threads() == 3
 
 
-INTERFACES = ["lo", "docker0", "eth0", "eth1", "ib0"]
-
-
-@pytest.mark.parametrize("said, name", [
-    ("eth0", "eth0"), ("eth", "eth0"), ("ib,eth1", "eth1"), ("=eth1", "eth1"), ("=eth", None), ("=ib0,eth1", "eth1"),
-    ("^docker", "eth0"), ("^docker,lo", "eth0"), ("^=docker0,eth0", "eth1"), ("^docker,eth,ib", None), ("lo", "lo"),
-    ("wlan", None)])
-def test_the_interface_is_the_first_that_nccl_would_take(said, name):
-    assert distributed.interface_of(said, INTERFACES) == name
-
-
-def test_gloo_is_left_alone_without_a_word_to_nccl_or_with_one_of_its_own(monkeypatch):
-    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine0")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")  # so that it is taken back
-    distributed.follow_nccl()
-    assert "GLOO_SOCKET_IFNAME" not in os.environ
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "l")
-    distributed.follow_nccl()
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")
-    distributed.follow_nccl()
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-
-
 DRIVERS = {
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\nGCC version: 9\n":
     "470.57.02",

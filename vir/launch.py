@@ -67,7 +67,7 @@ def _launch(args: argparse.Namespace, words: list[str]) -> Launch:
 
 
 def _print(launch: Launch) -> None:
-    with launch.start("print") as start:
+    with launch.start("print", Path("print")) as start:
         print(shlex.join(map(shown, start.command)))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Iterator, Mapping
 
 import vir
-from vir import interfaces, launcher
+from vir import interfaces, launcher, status
 from vir.cluster import hosts
 from vir.cluster.supervisor import Start
 from vir.errors import SettingsError
@@ -31,7 +31,7 @@ _WITH_VALUE = ("--include", "--exclude", "--num_nodes", "--num_gpus", "--node_ra
                "--ssh_port", "--venv_script", "--bind_core_list", "--enable_each_rank_log", "--log_level")
 _SWITCHES = ("--no_ssh", "--force_multi", "--bind_cores_to_rank", "--quiet")
 _FORWARDED = re.compile(r"(?:NCCL|GLOO|TORCH|CUDA|OMP|MKL|MALLOC|HF|WANDB|AWS|GOOGLE|AZURE|FSSPEC|TRITON|DS|VIR)_\w+|"
-                        r"LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|(?:https?|no|all)_proxy", re.IGNORECASE)
+                        r"LD_LIBRARY_PATH|LD_PRELOAD|(?:https?|no|all)_proxy", re.IGNORECASE)
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE"}
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
@@ -81,19 +81,20 @@ class DeepSpeedLaunch:
         return hosts.unreachable(self._hosts, self._port) if self._by_ssh else {}
 
     @contextmanager
-    def start(self, run_id: str) -> Iterator[Start]:
+    def start(self, name: str, file: Path) -> Iterator[Start]:
         """How to start the ranks; what is forwarded to other nodes lies in a file while the block runs."""
         port = self._args.master_port or self._free_port()
-        command, environment = self._command(port), self._environment(run_id, port)
+        command, environment = self._command(port), {status.FILE: str(file)} | self._environment(name, port)
         if not self._by_ssh:
             yield Start(command, environment, Path.cwd())
             return
         forwarded = self._forwarded(environment)
-        with tempfile.NamedTemporaryFile("w", prefix=".deepspeed_env-") as file:  # for this user's eyes alone
-            file.writelines(f"{name}={value}\n" for name, value in forwarded.items())
-            file.flush()
+        with tempfile.NamedTemporaryFile("w", prefix=".deepspeed_env-") as exports:  # for this user's eyes alone
+            exports.writelines(f"{name}={value}\n" for name, value in forwarded.items())
+            exports.flush()
             # `cd` to a folder with spaces fails over there; ranks go where VIR_FOLDER says.
-            yield Start(command, environment | {"DS_ENV_FILE": file.name}, Path("/") if self._by_pdsh else Path.cwd())
+            yield Start(command, environment | {"DS_ENV_FILE": exports.name},
+                        Path("/") if self._by_pdsh else Path.cwd())
 
     def _command(self, port: int) -> list[str]:
         args = self._args
@@ -108,12 +109,12 @@ class DeepSpeedLaunch:
         own = [for_remote_shell(word) for word in self._words] if self._by_pdsh else self._words
         return [*words, "--module", "vir.train", *own]
 
-    def _environment(self, run_id: str, port: int) -> dict[str, str]:
+    def _environment(self, name: str, port: int) -> dict[str, str]:
         root = str(Path(vir.__file__).resolve().parents[1])
         found = {launcher.FOLDER: os.getcwd(),
                  "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
         if not self._args.no_ssh:  # then other nodes are started by other hands
-            found[launcher.RUN_ID] = run_id
+            found[launcher.RUN_ID] = name
         if self._args.interface:
             found |= {interfaces.NCCL: self._args.interface, interfaces.GLOO: self._args.interface}
         if self._by_ssh and not self._by_pdsh:  # mpirun says where a rank is, but not where rank 0 is
@@ -122,11 +123,10 @@ class DeepSpeedLaunch:
 
     def _forwarded(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Variables for the other nodes: those of the user's own files win over those of this process."""
-        of_process = {name: value for name, value in {**os.environ, **environment}.items()
+        of_process = {name: value for name, value in os.environ.items()
                       if _FORWARDED.fullmatch(name) and name not in _OF_ONE_MACHINE and not _SECRET.search(name)}
-        of_process.pop("PYTHONPATH", None)  # the runner forwards it itself
-        found = {**of_process, **_of_users_files(), **{name: value for name, value in environment.items()
-                                                       if name in of_process}}
+        found = {**of_process, **_of_users_files(), **environment}
+        del found["PYTHONPATH"]  # the runner forwards it itself
         if self._by_pdsh:
             return {name: in_double_quotes(value) for name, value in found.items() if "\n" not in value}
         return {name: value for name, value in found.items() if _PLAIN.fullmatch(value)}  # the others come with quotes

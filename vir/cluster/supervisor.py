@@ -58,8 +58,13 @@ class Start:
 class Launch(Protocol):
     """A launcher with its options."""
 
-    def start(self, name: str) -> AbstractContextManager[Start]:
-        """How to start, under a name of its own each time; what it needs is there while the block runs."""
+    def start(self, name: str, file: Path) -> AbstractContextManager[Start]:
+        """How to start; what it needs is there while the block runs.
+
+        Args:
+            name: of this start.
+            file: where its ranks leave their status.
+        """
 
     def unreachable(self) -> dict[str, str]:
         """Machines that do not answer, and why."""
@@ -103,9 +108,9 @@ class Attempt:
         self._status: Status | None = None
         self._ended_at = 0.0
         self._has_asked = False
-        environment = {**os.environ, **start.environment, status.FILE: str(file)}
         # In a session of its own: a Ctrl-C in the terminal comes to this process alone.
-        self._process = subprocess.Popen(start.command, cwd=start.folder, env=environment, start_new_session=True,
+        self._process = subprocess.Popen(start.command, cwd=start.folder, start_new_session=True,
+                                         env={**os.environ, **start.environment, status.FILE: str(file)},
                                          stdin=subprocess.DEVNULL)
 
     def wait(self) -> Status | None:
@@ -254,7 +259,7 @@ def _wait_for_hosts(launch: Launch, requests: Requests) -> bool:
 
 def _attempt(launch: Launch, run: Path, name: str, requests: Requests) -> int:
     file = run.absolute() / f".status-{name}.json"
-    with launch.start(name) as start:
+    with launch.start(name, file) as start:
         try:
             attempt = Attempt(start, file, run / LOCK, requests)
         except OSError as error:

@@ -1,0 +1,51 @@
+"""Hostfiles, and hosts that answer or do not."""
+
+import pytest
+
+from vir.cluster import hosts
+from vir.errors import SettingsError
+
+
+def test_a_hostfile_is_read_in_its_order_and_written_back(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("# ours\nnode-b slots=8\n\n  node-a   slots=4  # the old one\n10.0.0.7 slots=1\n")
+    found = hosts.read_hostfile(file)
+    assert list(found.items()) == [("node-b", 8), ("node-a", 4), ("10.0.0.7", 1)]
+    hosts.write_hostfile(tmp_path / "again", found)
+    assert (tmp_path / "again").read_text() == "node-b slots=8\nnode-a slots=4\n10.0.0.7 slots=1\n"
+
+
+@pytest.mark.parametrize("text, error", [
+    ("node-a slots=8\nnode-b\n", r":2: 'node-b' is no line `host slots=GPUS` with at least one"),
+    ("node-a slots=0\n", r":1: 'node-a slots=0' is no line"),
+    ("node-a slots=8 gpus\n", r":1: .* is no line"),
+    ("node-a slots=8\nnode-a slots=8\n", r":2: node-a is named twice"),
+    ("\n# none\n", r"names no host; give it a line `host slots=GPUS`"),
+])
+def test_a_line_that_is_none_is_named(tmp_path, text, error):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(SettingsError, match=error):
+        hosts.read_hostfile(tmp_path / "hosts")
+
+
+def test_a_hostfile_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"--hostfile .*/hosts cannot be read: No such file or directory; give a"):
+        hosts.read_hostfile(tmp_path / "hosts")
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="it is no text"):
+        hosts.read_hostfile(tmp_path / "hosts")
+
+
+def test_the_ssh_of_pdsh_and_ours_have_the_same_options(monkeypatch):
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", "-F '/a b/config'")
+    words = hosts.ssh("node-a", "true", 2222)
+    assert words[0] == "ssh" and words[-2:] == ["node-a", "true"] and words[-4:-2] == ["-p", "2222"]
+    assert words[words.index("-F") + 1] == "/a b/config" and "BatchMode=yes" in words
+
+
+def test_hosts_that_do_not_answer_are_told_with_the_reason():
+    """Nobody listens on port 9 of this machine, and the other name is nobody's."""
+    silent = hosts.unreachable(["127.0.0.1", "no-such-host.invalid"], port=9)
+    assert silent.keys() == {"127.0.0.1", "no-such-host.invalid"}
+    if "cannot be run" not in silent["127.0.0.1"]:
+        assert "refused" in silent["127.0.0.1"] and "resolve" in silent["no-such-host.invalid"]
