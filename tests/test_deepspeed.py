@@ -100,7 +100,8 @@ def test_the_file_is_for_this_user_alone_and_takes_the_users_own_in(hostfile, tm
     (tmp_path / "home" / ".deepspeed_env").write_text("# mine\n\nWANDB_API_KEY=mine\nNCCL_DEBUG=WARN\n")
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG = INFO\nEMPTY\n")
     monkeypatch.setenv("NCCL_DEBUG", "TRACE")
-    with DeepSpeedLaunch(options("--hostfile", hostfile, "--master_addr", "10.0.0.1"), []).start("x", tmp_path / "x") as start:
+    launch = DeepSpeedLaunch(options("--hostfile", hostfile, "--master_addr", "10.0.0.1"), [])
+    with launch.start("x", tmp_path / "x") as start:
         file = Path(start.environment["DS_ENV_FILE"])
         assert file.stat().st_mode & 0o777 == 0o600
         lines = file.read_text().splitlines()

@@ -201,6 +201,7 @@ class Attempt:
         with suppress(OSError):
             self._process.kill()
         self._process.wait()
+        psutil.wait_procs(members, _ENDS_AFTER_FAILURE_S)
 
 
 def supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callable[[], int]) -> int:

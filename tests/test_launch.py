@@ -1,0 +1,177 @@
+"""launch/deepspeed.sh on one machine, with real ranks: one run that is asked to save and to evaluate, loses a rank,
+starts again, is stopped in each way that a user has, and ends as one that met nothing, bit for bit."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from support.launchers import HANGS, ROOT
+from support.tiny_runs import command, train_events, weights
+from vir import status
+from vir.checkpoints.info import newest, step_of
+from vir.launch import main
+from vir.reports.metrics import read_metrics
+
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
+
+STEPS, EVERY = 60, 20
+
+
+class Script:
+    """A launch script at work in a folder whose name has a space; all of it is gone when the block ends."""
+
+    def __init__(self, tmp: Path, arguments: list[str], *options: str):
+        self.run, self.began = Path(arguments[arguments.index("--output") + 1]), time.time()
+        self._log = (tmp / f"{time.monotonic_ns()}.log").open("w+")
+        self.process = subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "deepspeed.sh"), "--num_accelerators", "2", *options, *arguments], cwd=tmp,
+            stdout=self._log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        for process in self.of_this_start():
+            process.kill()
+
+    def said(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+    def of_this_start(self) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter(["environ", "status"])
+                if str(self.run) in (process.info["environ"] or {}).get(status.FILE, "")
+                and process.info["status"] != psutil.STATUS_ZOMBIE]
+
+    def named(self, words: str) -> psutil.Process:
+        found = [process for process in self.of_this_start() if words in " ".join(process.cmdline())]
+        return min(found, key=lambda process: process.pid)
+
+    def wait_until(self, holds, what: str):
+        until = time.monotonic() + HANGS
+        while not holds():
+            assert self.process.poll() is None and time.monotonic() < until, f"{what}?\n{self.said()[-6000:]}"
+            time.sleep(0.02)
+
+    def steps(self) -> list[int]:
+        if not (self.run / "metrics.jsonl").is_file():
+            return []
+        return [event["step"] for event in read_metrics(self.run)
+                if event["kind"] == "train" and event["time"] > self.began]
+
+    def wait_for_steps(self, count: int = 2):
+        self.wait_until(lambda: len(self.steps()) >= count, f"{count} steps")
+
+    def ends(self) -> int:
+        code = self.process.wait(timeout=HANGS)
+        assert self.of_this_start() == [], "processes are left"
+        assert not list(self.run.glob(".status*"))
+        return code
+
+
+def saved_step(run: Path) -> int:
+    return step_of(newest(run)) if newest(run) else 0
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("launch") / "a folder"
+    tmp.mkdir()
+
+    def arguments(name):
+        return [*command(shards, tmp / name, "zero2_fp32", steps=STEPS, every=EVERY), "--train.rank_timeout", "10"]
+
+    met = {}
+    with Script(tmp, arguments("undisturbed")) as script:
+        met["done"] = script.ends(), script.said()
+    asked = arguments("asked")
+    with Script(tmp, asked, "--max-restarts", "2") as script:
+        script.wait_for_steps()
+        (script.run / "SAVE").touch()
+        script.wait_until(lambda: saved_step(script.run), "a checkpoint")
+        met["saved"] = saved_step(script.run), ""
+        (script.run / "EVALUATE").touch()
+        script.wait_until(lambda: [event for event in read_metrics(script.run) if event["kind"] == "eval"],
+                          "an evaluation")
+        script.named("--local_rank=1").kill()
+        script.wait_until(lambda: "starting again" in script.said(), "a start again")
+        script.began = time.time()
+        script.wait_for_steps()
+        script.process.send_signal(signal.SIGUSR1)
+        met["a rank killed, then SIGUSR1 to the script"] = script.ends(), script.said()
+    for name, ask in {
+            "the file STOP": lambda script: (script.run / "STOP").touch(),
+            "SIGTERM to the runner": lambda script: script.named("launcher.runner").send_signal(signal.SIGTERM),
+            "SIGUSR1 to the node's launcher": lambda script: script.named("launcher.launch").send_signal(
+                signal.SIGUSR1)}.items():
+        with Script(tmp, asked) as script:
+            script.wait_for_steps()
+            ask(script)
+            met[name] = script.ends(), script.said()
+            met[name] += (saved_step(script.run), script.steps()[-1])
+    with Script(tmp, asked) as script:
+        met["done again"] = script.ends(), script.said()
+    return tmp, met
+
+
+def test_a_run_that_is_done_ends_with_0(runs):
+    for name in ("done", "done again"):
+        assert runs[1][name][0] == 0, runs[1][name][1][-4000:]
+
+
+def test_a_run_that_is_asked_to_saves_and_evaluates_and_goes_on(runs):
+    assert 0 < runs[1]["saved"][0] < EVERY
+    evaluated = [event["step"] for event in read_metrics(runs[0] / "asked") if event["kind"] == "eval"]
+    assert len(evaluated) == 2 and evaluated[-1] == STEPS
+    assert not {"SAVE", "EVALUATE", "STOP"} & {path.name for path in (runs[0] / "asked").iterdir()}
+
+
+def test_a_lost_rank_is_named_and_the_run_started_again(runs):
+    code, said = runs[1]["a rank killed, then SIGUSR1 to the script"]
+    assert code == 75, said[-4000:]
+    assert re.search(r"vir-launch: exit code 5, told by rank 0 \(\S+\): rank 1 \(\S+\) at step \d+.* is lost", said)
+    assert re.search(r"vir-launch: starting again from step \d+, restart 1 of 2", said)
+    assert "stopped by SIGUSR1" in said
+
+
+@pytest.mark.parametrize("name, cause", [
+    ("the file STOP", "the file STOP in the run folder"), ("SIGTERM to the runner", "gone|SIGTERM"),
+    ("SIGUSR1 to the node's launcher", "its launcher, which has gone")])
+def test_each_way_to_stop_saves_the_last_step(runs, name, cause):
+    code, said, saved, last = runs[1][name]
+    assert code == 75, said[-4000:]
+    assert saved == last, said[-4000:]
+    assert re.search(f"stopped by ({cause})", said), said[-4000:]
+
+
+def test_after_all_this_the_run_is_the_undisturbed_one_bit_for_bit(runs, tmp_path):
+    kept = ("step", "samples_seen", "loss", "lr", "grad_norm", "updates")
+    expected, found = ([{key: event[key] for key in kept} for event in train_events(runs[0] / name)]
+                       for name in ("undisturbed", "asked"))
+    assert [event["step"] for event in expected] == list(range(1, STEPS + 1)) and found == expected
+    expected, found = (weights(runs[0] / name, STEPS, tmp_path, ema=True) for name in ("undisturbed", "asked"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ---- before anything starts
+
+
+@pytest.mark.parametrize("words, error", [
+    (["--data.train", "x", "--lr", "1"], r"--lr: .*--optim\.lr"),
+    (["--data.train", "x", "--hostfile", "/no/file"], r"--hostfile /no/file cannot be read"),
+    (["--data.train", "x", "--max-restarts", "few"], r"--max-restarts: 'few' is no number from 0 on"),
+])
+def test_a_wrong_option_is_told_before_anything_starts(words, error, capfd):
+    try:
+        code = main(["deepspeed", *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2 and re.search(error, capfd.readouterr().err)
