@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from vir import launcher, status
-from vir.cluster.signals import EVALUATE, SAVE, StopRequest
+from vir.cluster.signals import EVALUATE, SAVE, LauncherGrace, StopRequest
 from vir.cluster.switches import STOP, Switches
 from vir.launcher import Place
 
@@ -122,3 +122,16 @@ def test_a_launcher_that_has_gone_lets_its_ranks_stop(tmp_path, name, is_known):
 
 def test_without_a_launcher_there_is_none_to_go():
     assert not any(process.pid == os.getpid() for process in launcher.launchers())
+
+
+def test_a_checkpoint_that_takes_longer_than_a_launcher_waits_is_told_once(monkeypatch):
+    monkeypatch.setattr(launcher, "launchers", lambda: [psutil.Process()])
+    grace = LauncherGrace()
+    grace.stepped(8)
+    grace.stepped(5)
+    assert grace.saved(20) == ""
+    said = grace.saved(23)
+    assert f"take 31 s, and the launcher (process {os.getpid()}) kills a rank 30 s after a SIGTERM" in said
+    assert "launch/deepspeed.sh" in said and "STOP" in said and grace.saved(60) == ""
+    monkeypatch.setattr(launcher, "launchers", list)
+    assert LauncherGrace().saved(600) == ""

@@ -103,6 +103,30 @@ class StopRequest:
         os.close(self._numbers)
 
 
+class LauncherGrace:
+    """Whether a launcher that has got a SIGTERM would wait for a step and a checkpoint."""
+
+    def __init__(self) -> None:
+        self._has_said, self._step = False, 0.0
+        self._launcher = next(iter(launcher.launchers()), None)
+
+    def stepped(self, seconds: float) -> None:
+        """Take up a step that has taken so long."""
+        self._step = max(self._step, seconds)
+
+    def saved(self, seconds: float) -> str:
+        """Take up a checkpoint that has taken so long; what a user must know of it, once."""
+        takes = self._step + seconds
+        if self._has_said or self._launcher is None or takes < launcher.GRACE_S:
+            return ""
+        self._has_said = True
+        return (f"a step and a checkpoint take {takes:.0f} s, and the launcher (process {self._launcher.pid}) kills a "
+                f"rank {launcher.GRACE_S:.0f} s after a SIGTERM to the launcher: what was done since the last "
+                "checkpoint would be lost. To stop this run send the signal to launch/deepspeed.sh or "
+                "launch/torchrun.sh, which wait, or make a file STOP in its folder; or save more often by "
+                "--checkpoint.every_steps")
+
+
 def _heed_interrupts(numbers: int) -> None:
     """Answer the first Ctrl-C by a line on each machine, and end this process with the second one."""
     first = None

@@ -9,7 +9,7 @@ from typing import Sequence
 import torch
 
 from vir.cluster.heartbeat import Heartbeat
-from vir.cluster.signals import EVALUATE, SAVE, StopRequest
+from vir.cluster.signals import EVALUATE, SAVE, LauncherGrace, StopRequest
 from vir.config import TrainConfig
 from vir.data.device import Preparation
 from vir.data.loader import Batch, Batches
@@ -109,6 +109,7 @@ class Trainer:
         self._plan, self._global_step, self._meter = plan, global_step, meter
         self._validator, self._saver, self._profiler, self._stop = validator, saver, profiler, stop
         self._heartbeat = heartbeat
+        self._grace = LauncherGrace()
 
     def fit(self, batches: Batches, first: int, evaluate_first: bool) -> Ending:
         """Train from step `first` to the end of the plan.
@@ -151,6 +152,8 @@ class Trainer:
                 record = self._global_step(fetched, waited, step)
                 self._profiler.after(step)
                 self._meter.stepped(step + 1, record)
+                if step > first:  # the first one compiles
+                    self._grace.stepped(time.monotonic() - began)
                 done = step + 1
                 with self._meter.pause():
                     if self._between_steps(done, done in self._plan.eval_steps,
@@ -190,6 +193,8 @@ class Trainer:
         due = saves or verdict is Verdict.CUT_SHORT
         if verdict is Verdict.BEST or due and done != self._saver.last_step:
             self._saver.save(done)
+            if said := self._grace.saved(self._saver.seconds[-1]):
+                log.warning(said)
         return Ending.STOPPED if verdict is Verdict.CUT_SHORT else None
 
     def _evaluate(self, done: int) -> Verdict:
