@@ -77,8 +77,8 @@ class DeepSpeedLaunch:
                                 "shells of other nodes; install into a folder without one")
 
     def unreachable(self) -> dict[str, str]:
-        """Hosts that do not answer, and why."""
-        return hosts.unreachable(self._hosts, self._port) if self._by_ssh else {}
+        """Hosts that do not answer, and why. mpirun finds that out by itself, and may not need ssh."""
+        return hosts.unreachable(self._hosts, self._port) if self._by_pdsh else {}
 
     @contextmanager
     def start(self, name: str, file: Path) -> Iterator[Start]:
