@@ -1,4 +1,4 @@
-"""A real Slurm on this one machine: munged, a controller and nodes, each with its own host name, processes and /dev/shm.
+"""A real Slurm on this machine: munged, a controller and nodes, each with its own host name, processes and /dev/shm.
 
 Everything is in one temporary folder, on free ports, and ends with the block, whatever its jobs have started: a node is
 a process namespace. Nothing in /etc changes: the nodes see a hosts file of their own.
@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from support.launchers import ROOT, free_port
+from support.launchers import HANGS, ROOT, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 needs_slurm = pytest.mark.skipif(
     os.getuid() != 0 or not all(map(shutil.which, PROGRAMS)),
     reason="needs root and slurm (apt-get install slurmctld slurmd slurm-client munge)")
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+_OF_A_RUN = re.compile("(?:SLURM_|SBATCH_).*|RANK|WORLD_SIZE|LOCAL_RANK|MASTER_ADDR|MASTER_PORT|PYTHONPATH")
+"""Variables that jobs must not inherit."""
 _SETTINGS = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -79,9 +81,8 @@ class Slurm:
     def __enter__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: names of sockets have at most 107 characters
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not re.match("SLURM_|SBATCH_|RANK$|WORLD_SIZE$",
-                                                                                 name)},
-            "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            **{name: value for name, value in os.environ.items() if not _OF_A_RUN.fullmatch(name)},
+            "SLURM_CONF": str(self.folder / "slurm.conf"), "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         try:
             self._write()
@@ -154,11 +155,14 @@ class Slurm:
         """What the controller knows of a job: JobState, ExitCode, Restarts, Reason, …"""
         return dict(re.findall(r"(?<!\S)([\w:/]+)=(\S*)", self._ask("scontrol", "show", "--oneliner", "job", job)))
 
-    def wait_state(self, job: str, *states: str, seconds: float = 120, restarts: int = 0) -> dict[str, str]:
+    def wait_state(self, job: str, *states: str, seconds: float = HANGS, restarts: int = 0) -> dict[str, str]:
         """Wait until the job is in one of the states, having been started again so often; what is known of it then."""
         def is_there() -> bool:
             known = self.job(job)
-            return known.get("JobState") in states and int(known.get("Restarts", 0)) >= restarts
+            state = known.get("JobState")
+            if state in _ENDED - {*states}:
+                pytest.fail(f"job {job} is {state} ({known['ExitCode']}):\n{self.output(job)[-6000:]}")
+            return state in states and int(known["Restarts"]) >= restarts
 
         self._wait(is_there, f"{'/'.join(states)} of job {job}", seconds)
         return self.job(job)
