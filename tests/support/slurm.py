@@ -116,20 +116,21 @@ class Slurm:
         munge = self.folder / "munge"
         self._start("munged", "--foreground", "--force", f"--socket={munge}.socket", f"--key-file={munge}.key",
                     f"--pid-file={munge}.pid", f"--log-file={munge}.log", f"--seed-file={munge}.seed")
-        self._wait(lambda: Path(f"{munge}.socket").exists(), "munged")
+        self.wait(lambda: Path(f"{munge}.socket").exists(), "munged")
         self._start("slurmctld", "-D", "-c")
         for name in self.names:
             self._start("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c",
                         _NODE.format(folder=self.folder, name=name))
-        self._wait(lambda: self._ask("sinfo", "--noheader", "--Node", "--partition=low", "--format=%t").split()
-                   == ["idle"] * len(self.names), "idle nodes")
+        idle = ["idle"] * len(self.names)
+        states = "sinfo", "--noheader", "--Node", "--partition=low", "--format=%t"
+        self.wait(lambda: self._ask(*states).split() == idle, "idle nodes")
 
     def _start(self, *command: str):
         with (self.folder / "daemons.txt").open("a") as log:
             self._processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log,
                                                     stdin=subprocess.DEVNULL, start_new_session=True))
 
-    def _wait(self, holds, what: str, seconds: float = 60):
+    def wait(self, holds, what: str, seconds: float = 60):
         until = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > until:
@@ -164,7 +165,7 @@ class Slurm:
                 pytest.fail(f"job {job} is {state} ({known['ExitCode']}):\n{self.output(job)[-6000:]}")
             return state in states and int(known["Restarts"]) >= restarts
 
-        self._wait(is_there, f"{'/'.join(states)} of job {job}", seconds)
+        self.wait(is_there, f"{'/'.join(states)} of job {job}", seconds)
         return self.job(job)
 
     def start_now(self, job: str):

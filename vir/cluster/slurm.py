@@ -121,10 +121,14 @@ def _shape(environment: Mapping[str, str]) -> tuple[int, int]:
     return nodes, int(found[1])
 
 
+def was_stopped_by_slurm(found: Status) -> bool:
+    return found.code == EXIT_STOPPED_BY_SIGNAL and _BY_SLURM.search(found.said) is not None
+
+
 def requeue(found: Status) -> None:
     """Put this job back into the queue where Slurm has stopped its run, unless Slurm itself is ending the job."""
     job = os.environ["SLURM_JOB_ID"]
-    if found.code != EXIT_STOPPED_BY_SIGNAL or not _BY_SLURM.search(found.said):
+    if not was_stopped_by_slurm(found):
         return
     state = _run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).stdout.strip()
     if state != "RUNNING":  # cancelled or put back by somebody, or over its time limit
