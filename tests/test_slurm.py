@@ -43,8 +43,10 @@ def losses(run):
 
 
 def wait_for_steps(slurm, job, run, more_than):
+    slurm.wait_state(job, "RUNNING")
+
     def is_there():
-        assert slurm.job(job)["JobState"] in ("RUNNING", "CONFIGURING"), slurm.output(job)[-6000:]
+        assert slurm.job(job)["JobState"] == "RUNNING", slurm.output(job)[-6000:]
         return (run / "metrics.jsonl").exists() and len(losses(run)) > more_than
 
     slurm.wait(is_there, f"more than {more_than} steps of job {job}", HANGS)

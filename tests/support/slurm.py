@@ -18,7 +18,7 @@ import pytest
 
 from support.launchers import HANGS, ROOT, free_port
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
 needs_slurm = pytest.mark.skipif(
     os.getuid() != 0 or not all(map(shutil.which, PROGRAMS)),
     reason="needs root and slurm (apt-get install slurmctld slurmd slurm-client munge)")
@@ -126,8 +126,10 @@ class Slurm:
         self.wait(lambda: self._ask(*states).split() == idle, "idle nodes")
 
     def _start(self, *command: str):
+        # Also where the tests themselves are killed: a node ends with its first process, and that with the tests.
+        bound = ["setpriv", "--pdeathsig", "KILL", "--", *command]
         with (self.folder / "daemons.txt").open("a") as log:
-            self._processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log,
+            self._processes.append(subprocess.Popen(bound, env=self.environment, stdout=log, stderr=log,
                                                     stdin=subprocess.DEVNULL, start_new_session=True))
 
     def wait(self, holds, what: str, seconds: float = 60):
