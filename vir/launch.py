@@ -10,6 +10,7 @@ them at once.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from pathlib import Path
 from vir import cli
 from vir.addresses import shown
 from vir.checkpoints.info import newest, step_of
-from vir.cluster.deepspeed import DeepSpeedLaunch, add_options
+from vir.cluster import deepspeed, slurm
+from vir.cluster.deepspeed import DeepSpeedLaunch
+from vir.cluster.slurm import SlurmLaunch
 from vir.cluster.supervisor import PROGRAM, Launch, supervise
 from vir.config import folder_of
 from vir.errors import SettingsError, VirError
@@ -27,6 +30,8 @@ from vir.flags import parse
 def main(argv: list[str] | None = None) -> int:
     args, words = _parser().parse_known_args(argv)
     try:
+        if args.kind == "srun":
+            words = slurm.words_of_task(words, os.environ)
         config = parse(words)  # a wrong flag is told before any process starts
         launch = _launch(args, words)
         if args.print:
@@ -37,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
                                 f"; mend it, or leave it out of {args.hostfile} (tools/check_cluster.py --hostfile "
                                 f"{args.hostfile} --write-good FILE writes one of the good nodes)")
         run = folder_of(config)
-        return supervise(launch, run, args.max_restarts, lambda: _newest_step(run))
+        if not isinstance(launch, SlurmLaunch):
+            return supervise(launch, run, args.max_restarts, lambda: _newest_step(run))
+        slurm.tell_restart()
+        return supervise(launch, run, args.max_restarts, lambda: _newest_step(run), slurm.requeue)
     except VirError as error:
         return cli.tell(error, PROGRAM)
 
@@ -46,13 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    deepspeed = kinds.add_parser("deepspeed", allow_abbrev=False, help="by deepspeed, on this machine or a hostfile's",
-                                 usage="launch/deepspeed.sh [options below] [options of vir-train]",
-                                 description="All other options are those of vir-train (vir-train --help).")
-    add_options(deepspeed)
-    deepspeed.add_argument("--max-restarts", "--max_restarts", type=_count, default=0, metavar="N",
-                           help="start again up to N times after a lost rank or node (default: %(default)s)")
-    deepspeed.add_argument("--print", action="store_true", help="print the final command, and do no more")
+    for kind, script, add_options, max_restarts, where in (
+            ("deepspeed", "launch/deepspeed.sh", deepspeed.add_options, 0,
+             "by deepspeed, on this machine or a hostfile's"),
+            ("srun", "sbatch [options of sbatch] launch/slurm.sbatch", slurm.add_options, 3, "within a job of Slurm")):
+        of_kind = kinds.add_parser(kind, allow_abbrev=False, help=where,
+                                   usage=f"{script} [options below] [options of vir-train]",
+                                   description="All other options are those of vir-train (vir-train --help).")
+        add_options(of_kind)
+        of_kind.add_argument("--max-restarts", "--max_restarts", type=_count, default=max_restarts, metavar="N",
+                             help="start again up to N times after a lost rank or node (default: %(default)s)")
+        of_kind.add_argument("--print", action="store_true", help="print the final command, and do no more")
     return parser
 
 
@@ -63,7 +75,7 @@ def _count(text: str) -> int:
 
 
 def _launch(args: argparse.Namespace, words: list[str]) -> Launch:
-    return DeepSpeedLaunch(args, words)
+    return SlurmLaunch(args, words) if args.kind == "srun" else DeepSpeedLaunch(args, words)
 
 
 def _print(launch: Launch) -> None:

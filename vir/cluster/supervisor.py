@@ -204,12 +204,14 @@ class Attempt:
         psutil.wait_procs(members, _ENDS_AFTER_FAILURE_S)
 
 
-def supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callable[[], int]) -> int:
+def supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callable[[], int],
+              heard: Callable[[Status], None] = lambda found: None) -> int:
     """Start the ranks, and start them again where one was lost; returns the exit code of the run.
 
     Args:
         run: its folder.
         newest_step: of the newest checkpoint; 0 where there is none.
+        heard: called with what each start has come to, where a rank has told it.
 
     Raises:
         SettingsError: the run folder cannot be made, or the launcher cannot be started.
@@ -217,21 +219,22 @@ def supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callabl
     made = _make(run)
     try:
         with Requests() as requests:
-            return _supervise(launch, run, max_restarts, newest_step, requests)
+            return _supervise(launch, run, max_restarts, newest_step, heard, requests)
     finally:
         for folder in made:
             with suppress(OSError):  # there is a run in it
                 folder.rmdir()
 
 
-def _supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callable[[], int], requests: Requests) -> int:
+def _supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callable[[], int],
+               heard: Callable[[Status], None], requests: Requests) -> int:
     name, began_at, barren = secrets.token_hex(4), newest_step(), 0
     for restart in range(max_restarts + 1):
         if restart:
             _say(f"starting again from step {began_at}, restart {restart} of {max_restarts}")
             if not _wait_for_hosts(launch, requests):
                 break
-        code = _attempt(launch, run, f"{name}-{restart}", requests)
+        code = _attempt(launch, run, f"{name}-{restart}", heard, requests)
         if code != EXIT_RANK_LOST or requests.first:
             return code
         reached = newest_step()
@@ -258,7 +261,7 @@ def _wait_for_hosts(launch: Launch, requests: Requests) -> bool:
     return not requests.first
 
 
-def _attempt(launch: Launch, run: Path, name: str, requests: Requests) -> int:
+def _attempt(launch: Launch, run: Path, name: str, heard: Callable[[Status], None], requests: Requests) -> int:
     file = run.absolute() / f".status-{name}.json"
     with launch.start(name, file) as start:
         try:
@@ -276,6 +279,7 @@ def _attempt(launch: Launch, run: Path, name: str, requests: Requests) -> int:
              f"see the lines above. Exit code {EXIT_RANK_LOST}")
         return EXIT_RANK_LOST
     _say(f"exit code {found.code}, told by rank {found.rank} ({found.host}): {found.said}")
+    heard(found)
     return found.code
 
 
