@@ -19,16 +19,19 @@ from vir.addresses import shown
 from vir.checkpoints.info import newest, step_of
 from vir.cluster.deepspeed import DeepSpeedLaunch, add_options
 from vir.cluster.supervisor import PROGRAM, Launch, supervise
-from vir.config import folder_of
+from vir.cluster.torchrun import TorchrunLaunch
+from vir.cluster.torchrun import add_options as add_torchruns_options
+from vir.config import RunConfig, folder_of
 from vir.errors import SettingsError, VirError
 from vir.flags import parse
+from vir.launcher import wants_cpu
 
 
 def main(argv: list[str] | None = None) -> int:
     args, words = _parser().parse_known_args(argv)
     try:
         config = parse(words)  # a wrong flag is told before any process starts
-        launch = _launch(args, words)
+        launch = _launch(args, words, config)
         if args.print:
             _print(launch)
             return 0
@@ -37,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
                                 f"; mend it, or leave it out of {args.hostfile} (tools/check_cluster.py --hostfile "
                                 f"{args.hostfile} --write-good FILE writes one of the good nodes)")
         run = folder_of(config)
-        return supervise(launch, run, args.max_restarts, lambda: _newest_step(run))
+        own = 0 if args.kind == "torchrun" else args.max_restarts  # its agents start the ranks again
+        return supervise(launch, run, own, lambda: _newest_step(run))
     except VirError as error:
         return cli.tell(error, PROGRAM)
 
@@ -50,9 +54,14 @@ def _parser() -> argparse.ArgumentParser:
                                  usage="launch/deepspeed.sh [options below] [options of vir-train]",
                                  description="All other options are those of vir-train (vir-train --help).")
     add_options(deepspeed)
-    deepspeed.add_argument("--max-restarts", "--max_restarts", type=_count, default=0, metavar="N",
-                           help="start again up to N times after a lost rank or node (default: %(default)s)")
-    deepspeed.add_argument("--print", action="store_true", help="print the final command, and do no more")
+    torchrun = kinds.add_parser("torchrun", allow_abbrev=False, help="by torchrun, on this machine or started on each",
+                                usage="launch/torchrun.sh [options below] [options of vir-train]",
+                                description="All other options are those of vir-train (vir-train --help).")
+    add_torchruns_options(torchrun)
+    for kind in (deepspeed, torchrun):
+        kind.add_argument("--max-restarts", "--max_restarts", type=_count, default=0, metavar="N",
+                          help="start again up to N times after a lost rank or node (default: %(default)s)")
+        kind.add_argument("--print", action="store_true", help="print the final command, and do no more")
     return parser
 
 
@@ -62,7 +71,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _launch(args: argparse.Namespace, words: list[str]) -> Launch:
+def _launch(args: argparse.Namespace, words: list[str], config: RunConfig) -> Launch:
+    if args.kind == "torchrun":
+        return TorchrunLaunch(args, words, config.train, wants_cpu(config.device))
     return DeepSpeedLaunch(args, words)
 
 

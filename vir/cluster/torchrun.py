@@ -9,73 +9,92 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import NoReturn, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Sequence
 
+import vir
+from vir.cluster.supervisor import Start
 from vir.config import TrainConfig, plan_accumulation
 from vir.errors import SettingsError
 
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """For the agents. Rank 0 then serves a store of its own after each start. That of the agents outlives the starts, and
 ranks cannot tell one start from another there: each agent counts those that it has caused itself."""
 _PORT = 29400
 """Where agents meet, if only a host is given: torchrun's own default."""
-_ANSWERS_WITHIN = timedelta(seconds=5)
+_ANSWERS_WITHIN_S = 10
+_IMPORTS_S = 20
+"""For torch, on a busy machine."""
+_IS_STORE = ("import sys; from torch.distributed import TCPStore; "
+             "TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False)")
 _MAX_NODES = 4096
 """Machines up to which numbers that divide the batch are looked for."""
+_PASSED_ON = ("local_addr", "node_rank", "rdzv_conf", "log_dir", "redirects", "tee", "monitor_interval")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What launch/torchrun.sh was told of the processes; named as torchrun does."""
+def add_options(parser: ArgumentParser) -> None:
+    def add(name: str, metavar: str, default: str, says: str) -> None:
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), metavar=metavar,
+                            default=default, help=says)
 
-    min_nodes: int = 1
-    max_nodes: int = 1
-    nproc_per_node: str = ""
-    """A number, or gpu, cpu, auto; empty: as many as this machine has GPUs, or one."""
-    rdzv_endpoint: str = ""
-    rdzv_id: str = ""
-    max_restarts: int = 0
-    passed_on: tuple[str, ...] = ()
-    """Other options of torchrun, with their values."""
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(message)
+    add("nnodes", "N|MIN:MAX", "1", "machines of the run (default: %(default)s)")
+    add("nproc_per_node", "N|gpu|cpu|auto", "", "ranks on each; one for each GPU, or one, when not given")
+    add("rdzv_endpoint", "HOST[:PORT]", "",
+        f"of one of the machines, where they meet, the same on all; PORT {_PORT} when not given")
+    add("rdzv_id", "NAME", "vir", "of this run, the same on all machines (default: %(default)s)")
+    of_torchrun = parser.add_argument_group("options of torchrun itself, see torchrun --help")
+    for name in _PASSED_ON:
+        of_torchrun.add_argument(f"--{name}", metavar="VALUE")
 
 
-def split(words: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options of torchrun among the words of a command line, and the other words, which are those of vir.train.
+class TorchrunLaunch:
+    """A launch by torchrun of the ranks of this machine; the script is started on each.
+
+    Args:
+        args: what `add_options` has read, and `max_restarts`, which are left to the agents.
+        words: options of vir.train.
 
     Raises:
-        SettingsError: an option without a value, or one that is no number.
+        SettingsError: an option of torchrun is none, or a number of machines does not divide the batch.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for name in ("nnodes", "nproc_per_node", "rdzv_endpoint", "rdzv_id", "max_restarts", "local_addr", "node_rank",
-                 "rdzv_conf", "log_dir", "redirects", "tee", "monitor_interval"):
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    said, rest = parser.parse_known_args(list(words))
-    least, most = _node_range(said.nnodes or "1")
-    return Options(least, most, said.nproc_per_node or "", said.rdzv_endpoint or "", said.rdzv_id or "",
-                   _count("--max-restarts", said.max_restarts or "0", 0), tuple(_passed_on(said))), rest
+
+    def __init__(self, args: Namespace, words: list[str], train: TrainConfig, on_cpu: bool) -> None:
+        self._nodes = node_range(args.nnodes)
+        self._endpoint = args.rdzv_endpoint
+        per_node = ranks_per_node(args.nproc_per_node, 0 if on_cpu else _gpus())
+        check_worlds(self._nodes, per_node, train)
+        self._command = command(args, self._nodes, per_node, words)
+
+    def unreachable(self) -> dict[str, str]:
+        """None: the other machines come by themselves.
+
+        Raises:
+            SettingsError: something else answers where they are to meet.
+        """
+        if self._endpoint:
+            check_endpoint(self._endpoint)
+        return {}
+
+    @contextmanager
+    def start(self, name: str, file: Path) -> Iterator[Start]:
+        """How to start this machine's agent. Other machines have a script of their own, so `name` is not told."""
+        root = str(Path(vir.__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        yield Start(self._command, {**_ENVIRONMENT, "PYTHONPATH": path}, Path.cwd())
 
 
-def _passed_on(said: Namespace) -> list[str]:
-    names = ("local_addr", "node_rank", "rdzv_conf", "log_dir", "redirects", "tee", "monitor_interval")
-    return [word for name in names if (value := getattr(said, name)) is not None for word in (f"--{name}", value)]
-
-
-def _node_range(said: str) -> tuple[int, int]:
+def node_range(said: str) -> range:
+    """Numbers of machines: 2, 3, 4 for 2:4."""
     least, colon, most = said.partition(":")
     lowest = _count("--nnodes", least, 1)
     highest = _count("--nnodes", most, 1) if colon else lowest
     if highest < lowest:
         raise SettingsError(f"--nnodes is {said}; a range begins with its smaller number: {highest}:{lowest}")
-    return lowest, highest
+    return range(lowest, highest + 1)
 
 
 def _count(flag: str, said: str, least: int) -> int:
@@ -83,6 +102,12 @@ def _count(flag: str, said: str, least: int) -> int:
         limit = f"a number from {least} on" + (", or a range as 2:4" if flag == "--nnodes" else "")
         raise SettingsError(f"{flag} is {said!r}; it must be {limit}")
     return int(said)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def ranks_per_node(said: str, gpus: int) -> int:
@@ -105,24 +130,23 @@ def ranks_per_node(said: str, gpus: int) -> int:
     return _count("--nproc_per_node", said or "1", 1)
 
 
-def check_worlds(options: Options, per_node: int, train: TrainConfig) -> None:
+def check_worlds(nodes: range, per_node: int, train: TrainConfig) -> None:
     """Every number of machines with which torchrun may start must divide the batch.
 
     Raises:
         SettingsError: one does not; it names those of the range that do not, and ranges that do.
     """
-    asked = range(options.min_nodes, options.max_nodes + 1)
-    refused = [nodes for nodes in asked if not _divides(nodes * per_node, train)]
+    refused = [count for count in nodes if not _divides(count * per_node, train)]
     if not refused:
         return
-    said = str(asked[0]) if len(asked) == 1 else f"{asked[0]}:{asked[-1]}"
-    worlds = ", ".join(str(nodes * per_node) for nodes in refused[:8]) + (", …" if len(refused) > 8 else "")
     most = min(_MAX_NODES, train.global_batch_size // (train.micro_batch_size * per_node))
-    fit = ", ".join(_ranges([nodes for nodes in range(1, most + 1) if _divides(nodes * per_node, train)]))
+    fit = ", ".join(_ranges([count for count in range(1, most + 1) if _divides(count * per_node, train)]))
+    worlds = ", ".join(str(count * per_node) for count in refused[:8]) + (", …" if len(refused) > 8 else "")
     raise SettingsError(
-        f"--nnodes {said} with {per_node} ranks on each may start {worlds} ranks, and --train.global_batch_size "
-        f"{train.global_batch_size} is not a multiple of --train.micro_batch_size {train.micro_batch_size} x as many; "
-        + (f"--nnodes that fit: {fit}" if fit else "lower --train.micro_batch_size or --nproc_per_node"))
+        f"--nnodes {_ranges(nodes)[0]} with --nproc_per_node {per_node} allows for worlds of {worlds} ranks, which "
+        f"times --train.micro_batch_size {train.micro_batch_size} do not divide --train.global_batch_size "
+        f"{train.global_batch_size}; " + (f"--nnodes may be {fit}" if fit else
+                                          "lower --train.micro_batch_size or --nproc_per_node"))
 
 
 def _divides(world: int, train: TrainConfig) -> bool:
@@ -144,25 +168,22 @@ def _ranges(numbers: Sequence[int]) -> list[str]:
     return [str(run[0]) if len(run) == 1 else f"{run[0]}:{run[-1]}" for run in found]
 
 
-def command(options: Options, per_node: int, words: Sequence[str]) -> list[str]:
-    """The command that starts this machine's agent, for an environment with ENVIRONMENT.
-
-    Args:
-        words: of vir.train.
+def command(args: Namespace, nodes: range, per_node: int, words: Sequence[str]) -> list[str]:
+    """The command that starts this machine's agent.
 
     Raises:
         SettingsError: several machines, and nothing said of where they meet.
     """
-    if options.max_nodes > 1 and not options.rdzv_endpoint:
-        raise SettingsError(f"--nnodes {options.min_nodes}:{options.max_nodes} needs --rdzv_endpoint HOST[:PORT], the "
-                            "same on all machines: a name or address of one of them that the others reach, and a free "
-                            f"port of it ({_PORT} when not given)")
-    meeting = ["--standalone"] if not options.rdzv_endpoint else [
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", _endpoint(options.rdzv_endpoint),
-        "--rdzv_id", options.rdzv_id or "vir"]
-    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", f"{options.min_nodes}:{options.max_nodes}",
-            "--nproc_per_node", str(per_node), "--max_restarts", str(options.max_restarts), *meeting,
-            *options.passed_on, "-m", "vir.train", *words]
+    span = f"{nodes[0]}:{nodes[-1]}"
+    if nodes[-1] > 1 and not args.rdzv_endpoint:
+        raise SettingsError(f"--nnodes {_ranges(nodes)[0]} needs --rdzv_endpoint HOST[:PORT], the same on all machines:"
+                            f" one of them, as the others reach it, and a free port of it ({_PORT} when not given)")
+    meeting = ["--standalone"] if not args.rdzv_endpoint else [
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", _endpoint(args.rdzv_endpoint), "--rdzv_id", args.rdzv_id]
+    passed_on = [word for name in _PASSED_ON if (value := getattr(args, name)) is not None
+                 for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", span, "--nproc_per_node", str(per_node),
+            "--max_restarts", str(args.max_restarts), *meeting, *passed_on, "-m", "vir.train", *words]
 
 
 def _endpoint(said: str) -> str:
@@ -179,16 +200,18 @@ def check_endpoint(said: str) -> None:
     host, _, number = _endpoint(said).rpartition(":")
     port = _count("the port of --rdzv_endpoint", number, 1)
     try:
-        socket.create_connection((host.strip("[]"), port), _ANSWERS_WITHIN.total_seconds()).close()
+        socket.create_connection((host.strip("[]"), port), _ANSWERS_WITHIN_S).close()
     except OSError:  # nobody yet: the agent there may come later, or be this one
         return
-    from torch.distributed import TCPStore
-
     try:
-        TCPStore(host.strip("[]"), port, is_master=False, wait_for_workers=False, timeout=_ANSWERS_WITHIN)
-    except RuntimeError as error:
+        done = subprocess.run([sys.executable, "-c", _IS_STORE, host.strip("[]"), str(port)], capture_output=True,
+                              timeout=_IMPORTS_S + _ANSWERS_WITHIN_S)
+        answers = done.returncode == 0
+    except subprocess.TimeoutExpired:  # in a process: a store's client waits on what says nothing as long as it likes
+        answers = False
+    if not answers:
         raise SettingsError(f"--rdzv_endpoint {said}: what answers at port {port} is no agent of torchrun; give "
-                            "another port, the same on all machines") from error
+                            "another port, the same on all machines")
 
 
 if __name__ == "__main__":
