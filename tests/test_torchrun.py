@@ -23,6 +23,9 @@ from vir.config import TrainConfig
 from vir.errors import SettingsError
 
 STEPS, EVERY = 48, 8
+THREADS = "2"
+"""Of each rank. A 1 is also what torchrun writes by itself, and then each rank takes its share of the cores: half of
+them under one agent, all under one of two, which think that each has the machine; sums round otherwise."""
 
 
 def options(*words: str) -> argparse.Namespace:
@@ -129,7 +132,8 @@ class Scripts:
         with log.open("w") as file:
             self.processes.append(subprocess.Popen(
                 ["bash", ROOT / "launch" / "torchrun.sh", *map(str, words)], cwd=self._logs, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}))
+                stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": THREADS}))
 
     def said(self):
         return "\n".join(path.read_text(errors="replace")[-4000:] for path in sorted(self._logs.glob("script-*.txt")))
