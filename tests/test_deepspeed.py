@@ -24,6 +24,7 @@ WORDS = ["--data.train", "/a b/shards", "--model.freeze", r"patch_embed|blocks\.
 def options(*words):
     parser = ArgumentParser(allow_abbrev=False)
     add_options(parser)
+    parser.set_defaults(max_restarts=0)
     return parser.parse_args([str(word) for word in words])
 
 

@@ -55,14 +55,23 @@ def test_ranks_that_torchrun_starts_again_are_heard_again(file, monkeypatch):
         status.write(code, f"attempt {count}")
         found = status.read(file)
         assert found is not None and found.said == f"attempt {count}" and found.goes_on is goes_on
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    status.remove(file)
-    for code, goes_on in ((75, False), (0, False)):
-        status.write(code, "stopped")
-        assert not Status(code, "", restart=1, of=2).goes_on
-    assert status.read(file) is None  # of restart 1, without one before
     status.remove(file)
     assert list(file.parent.iterdir()) == []
+
+
+def test_a_start_that_another_machines_agent_has_caused_is_heard_though_it_is_not_counted(file, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    for port, code, goes_on in (("40001", 75, True), ("30001", 0, False)):
+        monkeypatch.setenv("MASTER_PORT", port)
+        status.write(code, port)
+        status.write(5, "a later rank")
+        found = status.read(file)
+        assert found is not None and (found.code, found.said, found.goes_on) == (code, port, goes_on)
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS")
+    monkeypatch.setenv("MASTER_PORT", "40002")
+    status.write(75, "stopped")
+    assert not status.read(file).goes_on
 
 
 def test_a_folder_that_is_gone_or_no_script_that_waits_hinder_no_rank(file, monkeypatch):

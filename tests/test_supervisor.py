@@ -61,9 +61,12 @@ class Program:
         file = self.run.parent / "starts"
         return file.read_text().split() if file.exists() else []
 
+    def ended(self, found):
+        self.heard.append(found.code)
+
     def supervise(self, max_restarts=0, steps=(0,)):
-        left = iter([*steps, *[steps[-1]] * 9])
-        return supervise(self, self.run, max_restarts, lambda: next(left))
+        left, self.max_restarts, self.heard = iter([*steps, *[steps[-1]] * 9]), max_restarts, []
+        return supervise(self, self.run, lambda: next(left))
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from vir.reports.throughput import (
     PEAK_TFLOPS,
     Stopwatch,
     forward_flops,
+    latecomers,
     peak_flops,
     peak_memory,
     stragglers,
@@ -102,6 +103,21 @@ def test_a_rank_that_holds_the_others_up_is_named(waits, forwards, said):
 
 def test_short_intervals_accuse_nobody():
     assert stragglers([0.1, 0.1, 0.5], [0, 0, 0], 1.0) == []
+
+
+HOSTS = ["node-a", "node-a", "node-b", "node-b"]
+
+
+@pytest.mark.parametrize("meets, alone, said", [
+    ([5, 5, 0.1, 5], [1, 1, 1, 1], ["rank 2 (node-b) begins each step 0.49 s after the median rank, 49 % of the time; "
+                                    "its machine or its link is slow"]),
+    ([4, 0], [1, 1], ["rank 1 (node-a) begins each step 0.40 s after the median rank, 40 % of the time; its machine or "
+                      "its link is slow"]),
+    ([5, 5, 0.1, 5], [1, 1, 5.9, 1], []),  # it waits for data, which is told by itself
+    ([1, 1.2, 0.8, 1], [1, 1, 1, 1], []),  # a small share of the interval
+    ([0], [1], [])])
+def test_the_rank_that_comes_last_is_named_with_its_machine(meets, alone, said):
+    assert latecomers(meets, alone, HOSTS, 10, 10.0) == said
 
 
 @pytest.mark.parametrize("stage, weights, rest", [(0, 4, 16), (1, 4, 4), (2, 2.5, 4), (3, 1, 4)])

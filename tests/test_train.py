@@ -157,8 +157,8 @@ def test_weights_evaluate_to_what_training_saw_under_python_torchrun_and_acceler
     consolidate(run, tmp_path / "ema.safetensors", ema=True)
     call_python = (sys.executable, "-m", "vir.evaluate")
     call_torchrun = (*TORCHRUN, "--standalone", "--nproc_per_node", "2", "-m", "vir.evaluate")
-    call_accelerate = (*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-                       "no", "--dynamo_backend", "no", "--main_process_port", free_port(), "-m", "vir.evaluate")
+    call_accelerate = (*ACCELERATE, "--config_file", ROOT / "launch" / "accelerate.yaml", "--num_processes", "2",
+                       "--main_process_port", free_port(), "-m", "vir.evaluate")
     results = []
     for start, name in ((call_python, "w"), (call_torchrun, "w"), (call_accelerate, "ema")):
         done = call(*start, "--weights", tmp_path / f"{name}.safetensors", "--data", shards / "val", "--workers", "1",

@@ -81,8 +81,10 @@ def connect(place: Place, timeout: timedelta) -> Store:
     """
     serve(place)
     store = TCPStore(place.address, place.port, is_master=False, wait_for_workers=False, timeout=timeout)
-    # The store of torchrun's agent outlives a restart of the ranks.
-    return PrefixStore(f"{place.run}-attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # The store of torchrun's agent outlives a restart of the ranks. Only there: agents of several machines count the
+    # restarts that each has caused itself, so that ranks of one start may be told different numbers.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if place.agent_serves else "0"
+    return PrefixStore(f"{place.run}-attempt-{attempt}", store)
 
 
 @contextmanager

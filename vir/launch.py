@@ -18,13 +18,22 @@ from pathlib import Path
 from vir import cli
 from vir.addresses import shown
 from vir.checkpoints.info import newest, step_of
-from vir.cluster import deepspeed, slurm
+from vir.cluster import deepspeed, slurm, torchrun
 from vir.cluster.deepspeed import DeepSpeedLaunch
 from vir.cluster.slurm import SlurmLaunch
 from vir.cluster.supervisor import PROGRAM, Launch, supervise
-from vir.config import folder_of
+from vir.cluster.torchrun import TorchrunLaunch
+from vir.config import RunConfig, folder_of
 from vir.errors import SettingsError, VirError
 from vir.flags import parse
+from vir.launcher import wants_cpu
+
+# By kind: how it is called, its own options, how often it starts again by default, and what it is.
+_KINDS = {
+    "deepspeed": ("launch/deepspeed.sh", deepspeed.add_options, 0, "by deepspeed, on this machine or a hostfile's"),
+    "torchrun": ("launch/torchrun.sh", torchrun.add_options, 0, "by torchrun, on this machine or started on each"),
+    "srun": ("sbatch [options of sbatch] launch/slurm.sbatch", slurm.add_options, 3, "within a job of Slurm"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.kind == "srun":
             words = slurm.words_of_task(words, os.environ)
         config = parse(words)  # a wrong flag is told before any process starts
-        launch = _launch(args, words)
+        launch = _launch(args, words, config)
         if args.print:
             _print(launch)
             return 0
@@ -42,10 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                                 f"; mend it, or leave it out of {args.hostfile} (tools/check_cluster.py --hostfile "
                                 f"{args.hostfile} --write-good FILE writes one of the good nodes)")
         run = folder_of(config)
-        if not isinstance(launch, SlurmLaunch):
-            return supervise(launch, run, args.max_restarts, lambda: _newest_step(run))
-        slurm.tell_restart()
-        return supervise(launch, run, args.max_restarts, lambda: _newest_step(run), slurm.requeue)
+        return supervise(launch, run, lambda: _newest_step(run))
     except VirError as error:
         return cli.tell(error, PROGRAM)
 
@@ -54,11 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for kind, script, add_options, max_restarts, where in (
-            ("deepspeed", "launch/deepspeed.sh", deepspeed.add_options, 0,
-             "by deepspeed, on this machine or a hostfile's"),
-            ("srun", "sbatch [options of sbatch] launch/slurm.sbatch", slurm.add_options, 3, "within a job of Slurm")):
-        of_kind = kinds.add_parser(kind, allow_abbrev=False, help=where,
+    for kind, (script, add_options, max_restarts, what) in _KINDS.items():
+        of_kind = kinds.add_parser(kind, allow_abbrev=False, help=what,
                                    usage=f"{script} [options below] [options of vir-train]",
                                    description="All other options are those of vir-train (vir-train --help).")
         add_options(of_kind)
@@ -69,12 +72,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
     return int(text)
 
 
-def _launch(args: argparse.Namespace, words: list[str]) -> Launch:
+def _launch(args: argparse.Namespace, words: list[str], config: RunConfig) -> Launch:
+    if args.kind == "torchrun":
+        return TorchrunLaunch(args, words, config.train, wants_cpu(config.device))
     return SlurmLaunch(args, words) if args.kind == "srun" else DeepSpeedLaunch(args, words)
 
 

@@ -37,8 +37,10 @@ class Status:
 
     @property
     def goes_on(self) -> bool:
-        """Whether torchrun's agent will start the ranks again."""
-        return self.code not in (0, EXIT_STOPPED_BY_SIGNAL) and self.restart < self.of
+        """Whether torchrun's agent may start the ranks again: it stops them by SIGTERM when a machine joins."""
+        if self.code == EXIT_STOPPED_BY_SIGNAL:
+            return self.of > 0
+        return self.code != 0 and self.restart < self.of
 
 
 def write(code: int, said: str) -> None:
@@ -47,8 +49,8 @@ def write(code: int, said: str) -> None:
         return
     restart, of = (int(os.environ.get(name) or 0) for name in (_RESTART, _RESTARTS))
     found = Status(code, said, int(os.environ.get("RANK") or 0), socket.gethostname(), restart, of)
-    path = _of(Path(named), restart)
-    draft = path.with_name(f"{path.name}.rank-{found.rank}")
+    path = Path(f"{named}{_start()}")
+    draft = path.with_name(f"{path.name}.rank-{found.rank}.draft")
     with suppress(OSError):
         draft.write_text(json.dumps(asdict(found)))
         try:
@@ -67,12 +69,12 @@ def is_awaited() -> bool:
 
 
 def read(path: Path) -> Status | None:
-    """The last one, where torchrun has started ranks again; None where no rank has written."""
-    found, restart = None, 0
-    while _of(path, restart).exists():
+    """That of the last start, where torchrun has started ranks again; None where no rank has written."""
+    found, newest = None, -1
+    for of_start in (path, *path.parent.glob(f"{path.name}.start-*[0-9]")):
         with suppress(OSError, ValueError, TypeError):
-            found = Status(**json.loads(_of(path, restart).read_text()))
-        restart += 1
+            if (written := of_start.stat().st_mtime_ns) > newest:
+                found, newest = Status(**json.loads(of_start.read_text())), written
     return found
 
 
@@ -87,5 +89,7 @@ def remove(path: Path) -> None:
             left.unlink()
 
 
-def _of(path: Path, restart: int) -> Path:
-    return path.with_name(f"{path.name}.{restart}") if restart else path
+def _start() -> str:
+    """The end of the file's name: torchrun's agent starts its ranks again in the same environment, each time with
+    another store. Its count stays as it is when another machine's agent was the cause."""
+    return f".start-{os.environ.get('MASTER_PORT', '')}-{os.environ[_RESTART]}" if _RESTART in os.environ else ""

@@ -24,6 +24,7 @@ from vir import interfaces, launcher, status
 from vir.cluster import hosts
 from vir.cluster.supervisor import Start
 from vir.errors import SettingsError
+from vir.status import Status
 
 _DEFAULT_HOSTFILE = Path("/job/hostfile")
 """Where deepspeed looks for one by itself."""
@@ -59,11 +60,12 @@ class DeepSpeedLaunch:
     """A launch by deepspeed.
 
     Args:
-        args: what `add_options` has read.
+        args: what `add_options` has read, and `max_restarts`.
         words: options of vir.train.
     """
 
     def __init__(self, args: Namespace, words: list[str]) -> None:
+        self.max_restarts = args.max_restarts
         self._args, self._words = args, words
         hostfile = args.hostfile or (_DEFAULT_HOSTFILE if _DEFAULT_HOSTFILE.is_file() else None)
         self._hosts = active_hosts(hosts.read_hostfile(hostfile), args) if hostfile else {}
@@ -79,6 +81,9 @@ class DeepSpeedLaunch:
     def unreachable(self) -> dict[str, str]:
         """Hosts that do not answer, and why. mpirun finds that out by itself, and may not need ssh."""
         return hosts.unreachable(self._hosts, self._port) if self._by_pdsh else {}
+
+    def ended(self, found: Status) -> None:
+        """Nothing is to be done."""
 
     @contextmanager
     def start(self, name: str, file: Path) -> Iterator[Start]:

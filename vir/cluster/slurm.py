@@ -61,6 +61,7 @@ class SlurmLaunch:
         if not args.print and "SLURM_JOB_ID" not in os.environ:
             raise SettingsError("this is no job of Slurm (SLURM_JOB_ID is not set); hand it in by "
                                 "sbatch launch/slurm.sbatch, or see the command by --print")
+        self.max_restarts = args.max_restarts
         self._has_started = False
 
     def unreachable(self) -> dict[str, str]:
@@ -75,12 +76,21 @@ class SlurmLaunch:
             return {}
         return dict(_SILENT.findall(done.stderr)) or {"a node of the job": done.stderr.strip()}
 
+    def ended(self, found: Status) -> None:
+        """Put the job back into the queue where Slurm has stopped its run."""
+        if was_stopped_by_slurm(found):
+            _requeue()
+
     @contextmanager
-    def start(self, run_id: str) -> Iterator[Start]:
+    def start(self, name: str, file: Path) -> Iterator[Start]:
+        """How to start the ranks of the job."""
+        count = os.environ.get("SLURM_RESTART_COUNT", "0")
+        if count != "0" and not self._has_started:
+            _say(f"job {os.environ['SLURM_JOB_ID']} was put back into the queue {count} times")
         self._has_started = True
-        command = (_by_torchrun if self._args.torchrun else _by_srun)(os.environ, run_id)
+        command = (_by_torchrun if self._args.torchrun else _by_srun)(os.environ, name)
         # Each task of srun names its run by its step; under torchrun nobody does.
-        environment = {launcher.RUN_ID: run_id} if self._args.torchrun else {}
+        environment = {launcher.RUN_ID: name} if self._args.torchrun else {}
         yield Start([*command, "-m", "vir.train", *self._words], environment, Path.cwd())
 
 
@@ -125,11 +135,9 @@ def was_stopped_by_slurm(found: Status) -> bool:
     return found.code == EXIT_STOPPED_BY_SIGNAL and _BY_SLURM.search(found.said) is not None
 
 
-def requeue(found: Status) -> None:
-    """Put this job back into the queue where Slurm has stopped its run, unless Slurm itself is ending the job."""
+def _requeue() -> None:
+    """Put this job back into the queue, unless Slurm itself is ending it."""
     job = os.environ["SLURM_JOB_ID"]
-    if not was_stopped_by_slurm(found):
-        return
     state = _run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).stdout.strip()
     if state != "RUNNING":  # cancelled or put back by somebody, or over its time limit
         _say(f"job {job} is {state or 'gone'}: it is left to Slurm")
@@ -137,12 +145,6 @@ def requeue(found: Status) -> None:
     done = _run(["scontrol", "requeue", job])
     _say(f"job {job} goes back into the queue, to go on from what was saved" if done.returncode == 0 else
          f"job {job} cannot go back into the queue ({done.stderr.strip()}); hand the same command in again")
-
-
-def tell_restart() -> None:
-    """Say where this is not the job's first start."""
-    if (count := os.environ.get("SLURM_RESTART_COUNT", "0")) != "0":
-        _say(f"job {os.environ['SLURM_JOB_ID']} was put back into the queue {count} times")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -58,6 +58,9 @@ class Start:
 class Launch(Protocol):
     """A launcher with its options."""
 
+    max_restarts: int
+    """How often the ranks are started again from here; a launcher may do it by itself."""
+
     def start(self, name: str, file: Path) -> AbstractContextManager[Start]:
         """How to start; what it needs is there while the block runs.
 
@@ -68,6 +71,9 @@ class Launch(Protocol):
 
     def unreachable(self) -> dict[str, str]:
         """Machines that do not answer, and why."""
+
+    def ended(self, found: Status) -> None:
+        """Called with what each start has come to, where a rank has told it."""
 
 
 class Requests:
@@ -204,14 +210,12 @@ class Attempt:
         psutil.wait_procs(members, _ENDS_AFTER_FAILURE_S)
 
 
-def supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callable[[], int],
-              heard: Callable[[Status], None] = lambda found: None) -> int:
+def supervise(launch: Launch, run: Path, newest_step: Callable[[], int]) -> int:
     """Start the ranks, and start them again where one was lost; returns the exit code of the run.
 
     Args:
         run: its folder.
         newest_step: of the newest checkpoint; 0 where there is none.
-        heard: called with what each start has come to, where a rank has told it.
 
     Raises:
         SettingsError: the run folder cannot be made, or the launcher cannot be started.
@@ -219,22 +223,21 @@ def supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callabl
     made = _make(run)
     try:
         with Requests() as requests:
-            return _supervise(launch, run, max_restarts, newest_step, heard, requests)
+            return _supervise(launch, run, newest_step, requests)
     finally:
         for folder in made:
             with suppress(OSError):  # there is a run in it
                 folder.rmdir()
 
 
-def _supervise(launch: Launch, run: Path, max_restarts: int, newest_step: Callable[[], int],
-               heard: Callable[[Status], None], requests: Requests) -> int:
-    name, began_at, barren = secrets.token_hex(4), newest_step(), 0
+def _supervise(launch: Launch, run: Path, newest_step: Callable[[], int], requests: Requests) -> int:
+    name, began_at, barren, max_restarts = secrets.token_hex(4), newest_step(), 0, launch.max_restarts
     for restart in range(max_restarts + 1):
         if restart:
             _say(f"starting again from step {began_at}, restart {restart} of {max_restarts}")
             if not _wait_for_hosts(launch, requests):
                 break
-        code = _attempt(launch, run, f"{name}-{restart}", heard, requests)
+        code = _attempt(launch, run, f"{name}-{restart}", requests)
         if code != EXIT_RANK_LOST or requests.first:
             return code
         reached = newest_step()
@@ -261,7 +264,7 @@ def _wait_for_hosts(launch: Launch, requests: Requests) -> bool:
     return not requests.first
 
 
-def _attempt(launch: Launch, run: Path, name: str, heard: Callable[[Status], None], requests: Requests) -> int:
+def _attempt(launch: Launch, run: Path, name: str, requests: Requests) -> int:
     file = run.absolute() / f".status-{name}.json"
     with launch.start(name, file) as start:
         try:
@@ -279,7 +282,7 @@ def _attempt(launch: Launch, run: Path, name: str, heard: Callable[[Status], Non
              f"see the lines above. Exit code {EXIT_RANK_LOST}")
         return EXIT_RANK_LOST
     _say(f"exit code {found.code}, told by rank {found.rank} ({found.host}): {found.said}")
-    heard(found)
+    launch.ended(found)
     return found.code
 
 

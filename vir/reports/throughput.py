@@ -128,3 +128,23 @@ def stragglers(waits: Sequence[float], forwards: Sequence[float], seconds: float
                 slow.append(f"rank {rank} {what} {100 * own / seconds:.0f} % of the time, the median rank "
                             f"{100 * usual / seconds:.0f} %")
     return slow
+
+
+def latecomers(meets: Sequence[float], alone: Sequence[float], hosts: Sequence[str], steps: int,
+               seconds: float) -> list[str]:
+    """Which ranks the others wait for once a step, in an interval of `seconds`, where `stragglers` finds no cause.
+
+    All ranks meet before each step, and who comes last waits least. That may be a slow machine, or a slow link to it.
+
+    Args:
+        meets: seconds that each rank has waited there.
+        alone: seconds of each rank that `stragglers` looks at: who is late for them is told there.
+    """
+    late, shares = [], [meet + own for meet, own in zip(meets, alone)]
+    for rank, share in enumerate(shares):
+        others = [*shares[:rank], *shares[rank + 1:]]
+        by = statistics.median(others) - share if others else 0.0
+        if by > max(0.1 * seconds, 0.5):
+            late.append(f"rank {rank} ({hosts[rank]}) begins each step {by / steps:.2f} s after the median rank, "
+                        f"{100 * by / seconds:.0f} % of the time; its machine or its link is slow")
+    return late

@@ -138,7 +138,10 @@ class Trainer:
                 # Asked after the wait for data: a rank to whom none comes takes part as soon as a signal does, so the
                 # answer is needed before anything collective. It takes 0.3 ms between two ranks on one machine, in
                 # which the device is at the optimizer's kernels; asked asynchronously it took no less.
-                if self._stop.agree():
+                came = time.monotonic()
+                stops = self._stop.agree()
+                self._meter.met(time.monotonic() - came)
+                if stops:
                     self._meter.cut(step)
                     if step != self._saver.last_step:
                         self._saver.save(step)

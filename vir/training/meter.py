@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from vir.distributed import World
 from vir.engine.engine import Engine, Update
 from vir.log import log, shows_bars
 from vir.reports.metrics import MetricsWriter
-from vir.reports.throughput import Stopwatch, peak_memory, stragglers, utilisation
+from vir.reports.throughput import Stopwatch, latecomers, peak_memory, stragglers, utilisation
 from vir.training.guard import check_bad_samples
 from vir.training.plan import Plan
 from vir.training.validator import Results
@@ -45,6 +46,8 @@ class _Interval:
     began: float = field(default_factory=time.monotonic)
     paused: float = 0.0
     waited: float = 0.0
+    met: float = 0.0
+    """Seconds for the other ranks, before each step."""
     losses: list[Tensor] = field(default_factory=list)
     steps: int = 0
     skipped: int = 0
@@ -124,6 +127,10 @@ class Meter:
         if done % self._config.train.log_every == 0 or done == self._plan.total_steps:
             self.cut(done)
 
+    def met(self, seconds: float) -> None:
+        """Take up how long this rank has waited for the others before a step."""
+        self._interval.met += seconds
+
     def cut(self, done: int) -> None:
         """Report the interval so far, where it has a step, and begin another. Collective."""
         if self._interval.steps:
@@ -152,12 +159,13 @@ class Meter:
         interval = self._interval
         losses = torch.stack(interval.losses).double() if interval.losses else torch.zeros(0)
         mine = [losses.sum().item(), len(losses), len(interval.bad), interval.waited, self.forward_clock.total(),
-                peak_memory(self._world.device)]
-        sums, counts, bad, waits, forwards, memory = zip(*distributed.gather(mine))
+                interval.met, peak_memory(self._world.device), socket.gethostname()]
+        sums, counts, bad, waits, forwards, meets, memory, hosts = zip(*distributed.gather(mine))
         seconds = time.monotonic() - interval.began - interval.paused
         return _Totals(seconds=seconds, waited=sum(waits) / self._world.size, bad=sum(bad), memory=max(memory),
                        loss=sum(sums) / sum(counts) if sum(counts) else float("nan"),
-                       stragglers=stragglers(waits, forwards, seconds))
+                       stragglers=stragglers(waits, forwards, seconds) + latecomers(
+                           meets, list(map(sum, zip(waits, forwards))), hosts, interval.steps, seconds))
 
     def _report(self, done: int) -> None:
         totals, plan, summary = self._totals(), self._plan, self._summary
