@@ -32,10 +32,11 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Se
 
 from vir import cli, launcher
 from vir.cluster import links, preflight
+from vir.cluster.agreement import DEEPSPEED
 from vir.cluster.hosts import read_hostfile, ssh, write_hostfile
 from vir.cluster.preflight import Finding
 from vir.cluster.probe import PART_S, Facts, Question, home_of, look
-from vir.config import RunConfig
+from vir.config import RunConfig, to_dict
 from vir.errors import SettingsError, VirError
 from vir.files import try_to_write
 from vir.flags import parse
@@ -220,7 +221,19 @@ def _addresses(first: Facts, interface: str) -> tuple[str, ...]:
 
 
 def _more(question: Question) -> dict[str, Callable[[], Facts]]:
-    return {"data": lambda: {"data": _fingerprints(question.options)}} if question.options else {}
+    if not question.options:
+        return {}
+    return {"config": lambda: {"config": _settings(question.options)},
+            "data": lambda: {"data": _fingerprints(question.options)}}
+
+
+def _settings(options: Sequence[str]) -> dict[str, Any]:
+    """Those of the run and, where it names one, of the DeepSpeed JSON as this machine reads it. Raises SettingsError.
+    """
+    from vir.engine import ds_config
+
+    config = parse(list(options))
+    return {**to_dict(config), DEEPSPEED: ds_config.read(config.deepspeed_config) if config.deepspeed_config else {}}
 
 
 def _fingerprints(options: Sequence[str]) -> dict[str, str]:
@@ -409,7 +422,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--interface", default="", help="network interface that all machines shall use; not given: that which leads to "
                                         "the first of them")
     add("--ssh_port", type=int, help="of the machines' ssh servers")
-    add("--master_port", type=int, default=0, help="port on the first machine that the run will use, which must be free")
+    add("--master_port", type=int, default=0, help="port of the first machine that the run will use; it must be free")
     add("--json", type=Path, metavar="FILE", help="where to write all facts, links and findings")
     add("--write-good", type=Path, metavar="FILE", help="where to write the hostfile without machines with a finding")
     add("--node", help=argparse.SUPPRESS)

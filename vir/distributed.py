@@ -39,7 +39,6 @@ class World:
 TIMEOUT = timedelta(hours=1)
 """Of a collective. Longer than any save or evaluation that others wait for; a lost rank is found by the heartbeat."""
 
-
 _server: Store | None = None
 """Keeps serving while it is referred to."""
 _starting_server = threading.Lock()

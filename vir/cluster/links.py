@@ -2,8 +2,8 @@
 
 One process of each machine takes part, which needs no launcher. The first machine serves a store that the others meet
 at; whoever does not get there is left out. In each round every machine is in one pair, and all pairs measure at the
-same time, so that the time grows with the rounds, not with the pairs. Each pair is a process group of its own: where two
-do not reach each other, the rest goes on.
+same time, so that the time grows with the rounds, not with the pairs. Each pair is a process group of its own: where
+two do not reach each other, the rest goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
 
 from vir.cluster.preflight import Finding
-from vir.cluster.probe import interfaces
+from vir.interfaces import GLOO, NCCL, addresses
 
 if TYPE_CHECKING:  # whoever only judges does without torch
     from torch import Tensor
@@ -109,7 +109,7 @@ def measure(plan: Plan, listener: socket.socket) -> dict[str, Any]:
         members = _members(plan, store, own, listener)
     except (OSError, RuntimeError) as error:
         return {"pairs": [], "unreached": str(error).splitlines()[0]}
-    _take_interface(plan.interface or next((name for name, address in interfaces().items() if address == own), ""))
+    _take_interface(plan.interface or next((name for name, address in addresses().items() if address == own), ""))
     pairs = []
     for number, of_round in enumerate(rounds(len(members))):
         for one, other in of_round:
@@ -171,7 +171,7 @@ def _get(store: Store, key: str, seconds: float) -> str:
 
 def _take_interface(name: str) -> None:
     if name:
-        os.environ.update(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=f"={name}")
+        os.environ.update({GLOO: name, NCCL: f"={name}"})
 
 
 def _pair(store: Store, number: int, first: int, second: int, me: int) -> Pair:

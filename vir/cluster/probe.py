@@ -9,7 +9,6 @@ system or a driver that hangs is a fact, too.
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,6 @@ import platform
 import re
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -30,23 +28,23 @@ from typing import Any, Callable, Mapping
 
 import vir
 from vir import files
-from vir.config import RunConfig, to_dict
+from vir.config import RunConfig, folder_of, to_dict
 from vir.driver import driver_version
 from vir.flags import parse
+from vir.interfaces import addresses
 
 Facts = dict[str, Any]
-"""JSON. By name: host, versions, code, config, data, disk, shared, devices, memory_gib, ecc, xid, interfaces, reached_at,
-port, clock, and problems: why a part tells nothing. A part that was not asked for is missing."""
+"""JSON. By name: host, versions, code, config, data, disk, shared, devices, memory_gib, ecc, xid, interfaces,
+reached_at, port, clock, and problems: why a part tells nothing. A part that was not asked for is missing."""
 
 PART_S = 18.0
 """What all parts together may take."""
 _PACKAGES = ("torch", "deepspeed", "timm")
 _WRITTEN_BYTES, _BLOCK_BYTES, _WRITES_S = 64 << 20, 8 << 20, 5.0
-_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits")
+_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,ecc.errors.uncorrected.volatile.total",
+        "--format=csv,noheader,nounits")
 _XID = re.compile(r"NVRM: Xid.*")
 _XIDS_TOLD = 3
-_SIOCGIFADDR = 0x8915
-"""The request for an interface's address (netdevice(7))."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +65,20 @@ def look(question: Question, more: Mapping[str, Callable[[], Facts]] = {}) -> Fa
     """All facts of this machine; returns within little more than PART_S.
 
     Args:
-        more: parts that are looked at elsewhere, by name.
+        more: parts that are looked at elsewhere, by name; they take the place of those here.
     """
     folder = Path(question.folder)
     parts: dict[str, Callable[[], Facts]] = {
         "versions": lambda: {"versions": versions()}, "code": lambda: {"code": code_digest()},
         "torch": _torch, "disk": lambda: {"disk": disk(folder)}, "devices": devices, "driver's log": xids,
-        "network": lambda: {"interfaces": interfaces(), "reached_at": _reached_at()}, **more}
+        "network": lambda: {"interfaces": addresses(), "reached_at": _reached_at()}}
     if question.options:
         parts["config"] = lambda: {"config": to_dict(parse(list(question.options)))}
     if question.token:
         parts["shared folder"] = lambda: {"shared": sees(folder, question.token)}
     if question.port:
         parts["port"] = lambda: {"port": port_problem(question.port)}
-    return {"host": socket.gethostname(), **_within(parts, PART_S), "clock": time.time()}
+    return {"host": socket.gethostname(), **_within({**parts, **more}, PART_S), "clock": time.time()}
 
 
 def _within(parts: Mapping[str, Callable[[], Facts]], seconds: float) -> Facts:
@@ -141,7 +139,7 @@ def code_digest(folder: Path = Path(vir.__file__).parent) -> str:
 
 def home_of(config: RunConfig | None) -> Path:
     """Where checkpoints of a run will be, or the nearest folder above it that is there already."""
-    folder = Path("runs" if config is None else config.output or f"runs/{config.model.name}").absolute()
+    folder = (Path("runs") if config is None else folder_of(config)).absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
@@ -205,17 +203,6 @@ def xids() -> Facts:
 
 
 # ---- network
-
-
-def interfaces() -> dict[str, str]:
-    """The addresses (IPv4) of this machine by the names of their interfaces."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                said = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found[name] = socket.inet_ntoa(said[20:24])
-    return found
 
 
 def _reached_at() -> str:
