@@ -9,7 +9,8 @@ All other options are those of vir-train: with them settings, data and output fo
 each machine is asked by ssh, from the same folder by the same Python; without one the ranks of a launcher are asked,
 the first of each machine; without either it is this machine alone.
 
-The exit code is 0 if all is good, 2 if a machine has a finding or an option is wrong, 130 after Ctrl-C.
+The exit code is 0 if all is good, 2 if a machine has a finding or an option is wrong, 130 after Ctrl-C; a launcher may
+make another one of it (torchrun 1).
 """
 
 from __future__ import annotations
@@ -32,11 +33,10 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Se
 
 from vir import cli, launcher
 from vir.cluster import links, preflight
-from vir.cluster.agreement import DEEPSPEED
 from vir.cluster.hosts import read_hostfile, ssh, write_hostfile
-from vir.cluster.preflight import Finding
+from vir.cluster.preflight import DEEPSPEED, Finding
 from vir.cluster.probe import PART_S, Facts, Question, home_of, look
-from vir.config import RunConfig, to_dict
+from vir.config import to_dict
 from vir.errors import SettingsError, VirError
 from vir.files import try_to_write
 from vir.flags import parse
@@ -108,7 +108,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace, options: list[str]) -> int:
-    config = parse(options) if options else None
     hosts = read_hostfile(args.hostfile) if args.hostfile else {}
     if args.write_good and not hosts:
         raise SettingsError(f"--write-good {args.write_good} writes a hostfile without the bad machines of another; "
@@ -117,8 +116,13 @@ def _check(args: argparse.Namespace, options: list[str]) -> int:
         _try_to_write(path)
     place = launcher.adopt()
     if not hosts and place.size > 1:
-        return _under_launcher(place, args, options, config)
-    with _shared(config) as (folder, token):
+        try:
+            return _under_launcher(place, args, options)
+        except RuntimeError as error:  # of the store
+            raise SettingsError(f"rank {place.rank} cannot reach rank 0 at {place.address}:{place.port}, or it has "
+                                f"ended ({str(error).splitlines()[0]}); see what it says, and that all ranks run "
+                                "vir-check") from error
+    with _shared(options) as (folder, token):
         question = Question(options=tuple(options), folder=str(folder), token=token, port=args.master_port)
         if not hosts:
             name = socket.gethostname()
@@ -156,13 +160,13 @@ def _try_to_write(path: Path) -> None:
 
 
 @contextmanager
-def _shared(config: RunConfig | None) -> Iterator[tuple[Path, str]]:
+def _shared(options: list[str]) -> Iterator[tuple[Path, str]]:
     """The folder of checkpoints with a token in it that all machines must see; it is gone after the block.
 
     Raises:
-        SettingsError: this machine cannot write there.
+        SettingsError: this machine cannot write there, or a wrong option.
     """
-    folder, token = home_of(config), f".shared-{os.urandom(8).hex()}"
+    folder, token = home_of(parse(options) if options else None), f".shared-{os.urandom(8).hex()}"
     try:
         (folder / token).write_text(token)
     except OSError as error:
@@ -183,6 +187,7 @@ def ask(machines: Machines, interface: str, port: int) -> Result:
     joins = [name for name, said in facts.items() if not interface or interface in said.get("interfaces", {})]
     pairs, unreached = _measure(machines, joins, facts, interface)
     findings += links.judge(joins, pairs, unreached)
+    findings.sort(key=lambda finding: machines.names.index(finding.host))
     number = {at: machines.names.index(name) for at, name in enumerate(joins)}
     return Result(machines.names, facts, [links.Pair(**{
         **asdict(pair), "first": number[pair.first], "second": number[pair.second]}) for pair in pairs], findings)
@@ -330,32 +335,31 @@ class _Ssh:
 # ---- machines that a launcher has started
 
 
-def _under_launcher(place: Place, args: argparse.Namespace, options: list[str], config: RunConfig | None) -> int:
-    """Rank 0 asks, the first rank of each machine answers, by the store of the launcher; all of them return alike."""
+def _under_launcher(place: Place, args: argparse.Namespace, options: list[str]) -> int:
+    """Rank 0 asks, the first rank of each machine answers, by the store of the launcher; these return alike."""
     from vir.distributed import connect
 
     name = socket.gethostname() if place.local_rank == 0 else ""
     store = connect(place, timedelta(seconds=_FACTS_S + _LINKS_S))
     store.set(f"name-{place.rank}", name)
     if place.rank == 0:
-        with _shared(config) as (folder, token):
-            question = Question(options=tuple(options), folder=str(folder), token=token)
-            store.set("question", json.dumps(asdict(question)))
-            own = threading.Thread(target=_be_asked_by_store, args=[place], daemon=True)
-            own.start()
+        with _shared(options) as (folder, token):
+            store.set("question", json.dumps({"folder": str(folder), "token": token}))
+            threading.Thread(target=_be_asked_by_store, args=[place, options], daemon=True).start()
             result = ask(_Ranks(store, place.size), args.interface, 0)
         code = _tell(result, args, {})
         store.set("code", str(code))
         _until(lambda: all(store.check([f"left-{rank}"]) for rank in range(1, place.size)), 5)
         return code
     if name:
-        _be_asked_by_store(place)
+        _be_asked_by_store(place, options)
     code = int(store.get("code")) if name else 0
     store.set(f"left-{place.rank}", "")
     return code
 
 
-def _be_asked_by_store(place: Place) -> None:
+def _be_asked_by_store(place: Place, options: Sequence[str]) -> None:
+    """Each rank has its own options."""
     from vir.distributed import connect
 
     store = connect(place, timedelta(seconds=_FACTS_S + _LINKS_S))
@@ -366,8 +370,7 @@ def _be_asked_by_store(place: Place) -> None:
         said += 1
         store.set(f"answer-{place.rank}-{said}", json.dumps(message))
 
-    question = json.loads(store.get("question"))
-    _be_asked(Question(**{**question, "options": tuple(question["options"])}), tell,
+    _be_asked(Question(options=tuple(options), **json.loads(store.get("question"))), tell,
               lambda: json.loads(store.get(f"told-{place.rank}")))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from vir import distributed
-from vir.cluster.preflight import CLOCK_S, LOCAL, clocks_off
+from vir.cluster.preflight import CLOCK_S, DEEPSPEED, LOCAL, clocks_off
 from vir.cluster.probe import code_digest, versions
 from vir.config import RunConfig, differences, to_dict
 from vir.errors import SettingsError
@@ -23,8 +23,6 @@ from vir.log import log
 
 _ELSEWHERE = LOCAL | {"output"}
 """That the output folder is one of all ranks is checked by a file in it."""
-DEEPSPEED = "the DeepSpeed JSON"
-"""Its name among the settings."""
 _TOLD = 4
 """Hosts that differ, named in one message."""
 

@@ -109,6 +109,8 @@ def measure(plan: Plan, listener: socket.socket) -> dict[str, Any]:
         members = _members(plan, store, own, listener)
     except (OSError, RuntimeError) as error:
         return {"pairs": [], "unreached": str(error).splitlines()[0]}
+    if plan.me not in members:
+        return {"pairs": [], "unreached": f"it came there later than the {_JOIN_S:g} s that the others wait"}
     _take_interface(plan.interface or next((name for name, address in addresses().items() if address == own), ""))
     pairs = []
     for number, of_round in enumerate(rounds(len(members))):
@@ -291,7 +293,7 @@ def summaries(hosts: Sequence[str], pairs: Sequence[Pair]) -> dict[str, str]:
     found = {}
     for number, host in enumerate(hosts):
         if of_host := [pair for pair in pairs if number in (pair.first, pair.second) and not pair.problem]:
-            found[host] = (f"{median(pair.gb_s for pair in of_host):.2f} GB/s, "
+            found[host] = (f"{median(pair.gb_s for pair in of_host):.2g} GB/s, "
                            f"{median(pair.ms for pair in of_host):.2f} ms")
     return found
 

@@ -17,6 +17,8 @@ _SPEED, _SLOWEST, _SHARE = 100e6, 2e6, 4
 one, and never slower than the second. All write at the same time, as they do in a checkpoint."""
 CLOCK_S = 60.0
 """What a clock may be off."""
+DEEPSPEED = "the DeepSpeed JSON"
+"""The name of what it says among the settings."""
 LOCAL = frozenset(("data.train", "data.val", "data.cache", "data.cache_bytes", "data.index_dir", "data.workers",
                    "data.prefetch", "data.lanes", "data.window"))
 """Settings that may differ by machine; what they lead to, the images and their order, is compared by itself."""
@@ -123,8 +125,8 @@ def _disk(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
                                         "mend it, or give another --output")
     for host, sees in _told(nodes, "shared").items():
         if not sees:
-            yield Finding(host, "shared", "it does not see in the output folder what this machine writes there; give "
-                                          "--output a folder that all machines share")
+            yield Finding(host, "shared", "it does not see in the output folder what the asking machine writes there; "
+                                          "give --output a folder that all machines share")
 
 
 def _devices(nodes: Mapping[str, Facts]) -> Iterable[Finding]:

@@ -53,7 +53,7 @@ class Question:
 
     options: tuple[str, ...] = ()
     """Of vir.train; empty asks for no settings."""
-    folder: str = "."
+    folder: str
     """Where checkpoints will be: a folder that the asking machine has."""
     token: str = ""
     """The name of a file in it, whose text is its name; empty asks nothing."""
@@ -224,4 +224,4 @@ def port_problem(port: int) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(look(Question(options=tuple(sys.argv[1:])))))
+    print(json.dumps(look(Question(options=tuple(sys.argv[1:]), folder=os.getcwd()))))
