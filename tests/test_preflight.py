@@ -61,8 +61,8 @@ def test_good_machines_have_no_finding():
     ({"interfaces": {"lo": "127.0.0.1"}}, "interface", "it has no interface eth0 with an address, but lo 127.0.0.1; "
                                                        "give --interface a name that all machines have"),
     ({"interfaces": {}}, "interface", "it has no interface eth0 with an address, but none; give"),
-    ({"problems": {"devices": "no answer within 18 s"}}, "devices",
-     "its devices could not be looked at: no answer within 18 s; mend that, or leave it out"),
+    ({"problems": {"devices": "no answer within 24 s"}}, "devices",
+     "its devices could not be looked at: no answer within 24 s; mend that, or leave it out"),
 ])
 def test_one_fault_of_one_machine(of_b, fact, said):
     (finding,) = judge(nodes(**of_b), "eth0", 29500)

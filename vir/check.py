@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 PROGRAM = "vir-check"
-_FACTS_S = 28.0
+_FACTS_S = 33.0
 """Until all machines have told their facts: to connect, to start Python and to import torch from a cold disk, too."""
-_LINKS_S = links.SECONDS + 8
+_LINKS_S = links.SECONDS + 6
 _POLL_S = 0.05
 _MARK = "vir-check: "
 """Begins the lines that machines answer with, among all that programs print."""

@@ -37,7 +37,7 @@ Facts = dict[str, Any]
 """JSON. By name: host, versions, code, config, data, disk, shared, devices, memory_gib, ecc, xid, interfaces,
 reached_at, port, clock, and problems: why a part tells nothing. A part that was not asked for is missing."""
 
-PART_S = 18.0
+PART_S = 24.0
 """What all parts together may take."""
 _PACKAGES = ("torch", "deepspeed", "timm")
 _WRITTEN_BYTES, _BLOCK_BYTES, _WRITES_S = 64 << 20, 8 << 20, 5.0
