@@ -102,7 +102,7 @@ def test_every_planted_fault_is_named(shards, tmp_path):
         mounted(nodes, "node-b", code, other_code)
         mounted(nodes, "node-c", shards / "train", shards / "val")
         assert nodes.says("node-c", f"mount -t tmpfs -o size=90m tmpfs '{output}' && echo done") == "done"
-        nodes.clock("node-d", 2)
+        nodes.clock("node-b", 2)
         nodes.slow("node-d", 5)
         rename = "ip link set eth0 down; ip link set eth0 name ib0; ip link set ib0 up"
         nodes.launch("node-c", ["sh", "-c", rename], tmp_path / "rename.txt").wait(timeout=30)
@@ -115,14 +115,15 @@ def test_every_planted_fault_is_named(shards, tmp_path):
     for finding in found["findings"]:
         by_host.setdefault(finding["host"], set()).add(finding["fact"])
     assert exit_code == 2 and took < WITHIN_S, said
-    assert by_host == {"node-a": {"port"}, "node-b": {"environment", "code"}, "node-c": {"data", "disk", "shared", "interface"},
-                       "node-d": {"clock", "slow node"}, "node-z": {"reach"}}, said
+    assert by_host == {"node-a": {"port"}, "node-b": {"environment", "code", "clock"},
+                       "node-c": {"data", "disk", "shared", "interface"},
+                       "node-d": {"slow node"}, "node-z": {"reach"}}, said
     for sentence in (
             "node-a: the ranks cannot meet at its port 29500: Address already in use; end what has it there",
             "node-b: deepspeed is 0.14.0, but ", "node-b: its vir package has digest ",
             "node-c: --data.train has other images there: fingerprint ",
             f"node-c: {output} has 0.1 GB free, less than 5",
-            "node-d: its clock is 7,", "node-d: all its links are bad: to node-a 0.00",
+            "node-b: its clock is 7,", "node-d: all its links are bad: to node-a 0.00",
             "node-c: it has no interface eth0 with an address, but lo 127.0.0.1, ib0 10.77.0.3; give --interface",
             "node-z: ssh does not reach it (ssh: Could not resolve hostname node-z",
             f"{tmp_path / 'good'} is not written: no machine is good"):

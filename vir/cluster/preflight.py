@@ -74,9 +74,10 @@ def _problems(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
 
 def _versions(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
     told = _told(nodes, "versions")
-    told = {host: {**versions, "CUDA of torch": nodes[host].get("cuda", "none")} for host, versions in told.items()}
+    for host, cuda in _told(nodes, "cuda").items():
+        told[host] = {**told.get(host, {}), "CUDA of torch": cuda}
     for name in sorted({name for versions in told.values() for name in versions}):
-        of_each = {host: versions.get(name, "none") for host, versions in told.items()}
+        of_each = {host: versions[name] for host, versions in told.items() if name in versions}
         best, wrong = right(of_each)
         for host in wrong:
             yield Finding(host, "environment", f"{name} is {of_each[host]}, but {best} on {others(of_each, best)}; "
