@@ -116,8 +116,8 @@ def test_every_planted_fault_is_named(shards, tmp_path):
         by_host.setdefault(finding["host"], set()).add(finding["fact"])
     assert exit_code == 2 and took < WITHIN_S, said
     assert by_host == {"node-a": {"port"}, "node-b": {"environment", "code", "clock"},
-                       "node-c": {"data", "disk", "shared", "interface"},
-                       "node-d": {"slow node"}, "node-z": {"reach"}}, said
+                       "node-c": {"data", "disk", "shared", "interface"}, "node-d": {"slow node"},
+                       "node-z": {"reach"}}, said
     for sentence in (
             "node-a: the ranks cannot meet at its port 29500: Address already in use; end what has it there",
             "node-b: deepspeed is 0.14.0, but ", "node-b: its vir package has digest ",
