@@ -140,8 +140,9 @@ def test_a_folder_that_one_rank_does_not_see_is_refused_on_both(found):
     for rank, of_rank in enumerate(found):
         assert of_rank["claim"] is None
         assert of_rank["blind"].startswith("SettingsError: --output ")
-        assert f"own{rank}: ranks [1] do not see what rank 0 writes there; give a folder that all nodes share" in (
-            of_rank["blind"])
+        host = socket.gethostname()
+        assert (f"own{rank}: ranks 1 ({host}) do not see what rank 0 ({host}) writes there; give a folder that all "
+                "nodes share") in of_rank["blind"]
 
 
 def test_a_checkpoint_holds_the_files_of_both_ranks(found):

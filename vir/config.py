@@ -11,7 +11,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Container, Literal, Optional
 
 import yaml
 
@@ -489,19 +489,23 @@ FREE = frozenset(flag for flag, item in SETTINGS.items() if item.metadata.get("f
 """The settings with which a run folder may be continued although they differ from those it began with."""
 
 
-def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "",
+                skips: Container[str] = FREE) -> list[str]:
     """`flag: before -> after` for each setting that changes the results of a run.
 
     One that `before` does not have is at its default there: the run began with a version that did not know it.
+
+    Args:
+        skips: settings that are not looked at.
     """
     changed = []
     for key in sorted(before.keys() | after.keys()):
         flag, new = prefix + key, after.get(key)
         old = before.get(key, _plain(SETTINGS[flag].default) if flag in SETTINGS else None)
-        if flag in FREE or old == new:
+        if flag in skips or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += differences(old, new, flag + ".")
+            changed += differences(old, new, flag + ".", skips)
         else:
             changed.append(f"{flag}: {old} -> {new}")
     return changed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import threading
 import time
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from vir import interfaces, launcher
+from vir.driver import DRIVER, driver_version
 from vir.errors import SettingsError
 from vir.launcher import Place
 from vir.log import log
@@ -38,9 +38,6 @@ class World:
 
 TIMEOUT = timedelta(hours=1)
 """Of a collective. Longer than any save or evaluation that others wait for; a lost rank is found by the heartbeat."""
-
-DRIVER = Path("/proc/driver/nvidia/version")
-"""Where an NVIDIA driver tells its version."""
 
 _server: Store | None = None
 """Keeps serving while it is referred to."""
@@ -165,12 +162,9 @@ def check_driver(driver: Path = DRIVER, devices: Path = Path("/dev")) -> None:
     """
     if torch.cuda.is_available() or launcher.gpus_are_hidden() or not any(devices.glob("nvidia[0-9]*")):
         return
-    try:
-        said = driver.read_text(errors="replace")
-    except OSError:
+    if not (version := driver_version(driver)):
         return
-    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", said)
-    version, built = found[1] if found else "of unknown version", torch.version.cuda
+    built = torch.version.cuda
     raise SettingsError(f"this machine has NVIDIA GPUs with driver {version}, but torch {torch.__version__} cannot use "
                         "them: it was built " + (
                             f"for CUDA {built}; install a newer driver (nvidia-smi shows the newest CUDA that one "

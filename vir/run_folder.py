@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator
@@ -74,13 +75,14 @@ def _check_shared(folder: Path, world: World) -> None:
             problem = error.strerror
     if problem := distributed.broadcast(problem):
         raise SettingsError(f"--output {folder} cannot be written to: {problem}; give another folder")
-    blind = [rank for rank, sees in enumerate(distributed.gather(path.is_file())) if not sees]
+    told = distributed.gather((path.is_file(), socket.gethostname()))
+    blind = [f"{rank} ({host})" for rank, (sees, host) in enumerate(told) if not sees]
     distributed.barrier()
     if world.is_main:
         path.unlink()
     if blind:
-        raise SettingsError(f"--output {folder}: ranks {blind[:8]} do not see what rank 0 writes there; give a folder "
-                            "that all nodes share")
+        raise SettingsError(f"--output {folder}: ranks {', '.join(blind[:8])} do not see what rank 0 ({told[0][1]}) "
+                            "writes there; give a folder that all nodes share")
 
 
 def _lock(folder: Path, world: World) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,11 @@ def check_agreement(flag: str, reader: Reader) -> None:
     Raises:
         DataError: a folder that is being changed, machines that see other images at the same path.
     """
-    said = distributed.gather(reader.fingerprint)
-    if other := [rank for rank, fingerprint in enumerate(said) if fingerprint != said[0]]:
-        raise DataError(f"{flag} {reader.name} has other images for rank {other[0]} than for rank 0; see that it is "
-                        "the same on all machines and that nothing changes it, and start again")
+    said = distributed.gather((reader.fingerprint, socket.gethostname()))
+    if other := [rank for rank, (fingerprint, _) in enumerate(said) if fingerprint != said[0][0]]:
+        raise DataError(f"{flag} {reader.name} has other images for rank {other[0]} ({said[other[0]][1]}) than for "
+                        f"rank 0 ({said[0][1]}); see that it is the same on all machines and that nothing changes it, "
+                        "and start again")
 
 
 def _open_local(spec: str, parts: Sequence[str], places: Places, first: bool) -> Reader:

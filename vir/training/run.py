@@ -12,6 +12,7 @@ import torch
 from vir import arithmetic, cli, distributed
 from vir import log as logs
 from vir import run_folder
+from vir.cluster import agreement
 from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
 from vir.config import RunConfig, dump_yaml, to_dict, trains
@@ -55,6 +56,7 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     heartbeat.at("waiting for all ranks to begin", counts=False)
     arithmetic.set_up(config.train.tf32, config.train.deterministic)
     world = distributed.start()
+    agreement.check(config, prepared.ds_config)
     stop.join(world.size)
     begin = _try_everything if config.train.fast_dev_run else _run
     ending = begin(prepared, world, stop, heartbeat)

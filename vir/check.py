@@ -1,0 +1,436 @@
+"""Checks machines before a run on them, in at most a minute: what differs, what is slow, what cannot be reached.
+
+    vir-check --hostfile hosts
+    vir-check --hostfile hosts --interface eth0 --write-good good_hosts --config run.yaml --output /shared/runs/a
+    srun --ntasks-per-node 1 vir-check --config run.yaml
+    torchrun --nnodes 2 ... -m vir.check
+
+All other options are those of vir-train: with them settings, data and output folder are compared, too. With a hostfile
+each machine is asked by ssh, from the same folder by the same Python; without one the ranks of a launcher are asked,
+the first of each machine; without either it is this machine alone.
+
+The exit code is 0 if all is good, 2 if a machine has a finding or an option is wrong, 130 after Ctrl-C; a launcher may
+make another one of it (torchrun 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Sequence
+
+from vir import cli, launcher
+from vir.cluster import links, preflight
+from vir.cluster.hosts import read_hostfile, ssh, write_hostfile
+from vir.cluster.preflight import DEEPSPEED, Finding
+from vir.cluster.probe import PART_S, Facts, Question, home_of, look
+from vir.config import to_dict
+from vir.errors import SettingsError, VirError
+from vir.files import try_to_write
+from vir.flags import parse
+from vir.launcher import Place
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+PROGRAM = "vir-check"
+_FACTS_S = 33.0
+"""Until all machines have told their facts: to connect, to start Python and to import torch from a cold disk, too."""
+_LINKS_S = links.SECONDS + 6
+_POLL_S = 0.05
+_MARK = "vir-check: "
+"""Begins the lines that machines answer with, among all that programs print."""
+_FORWARDED = ("PYTHON", "NCCL", "GLOO", "UCX", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
+"""Beginnings of variables that machines are given as they are here."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a machine has said, and when by the clock of this one; or why it has said nothing."""
+
+    said: Any = None
+    at: float = 0.0
+    problem: str = ""
+
+
+@dataclass
+class Result:
+    """All that was found out."""
+
+    hosts: list[str]
+    facts: dict[str, Facts]
+    pairs: list[links.Pair]
+    findings: list[Finding]
+
+    def to_json(self) -> str:
+        return json.dumps({"nodes": self.facts, "findings": [asdict(finding) for finding in self.findings],
+                           "pairs": [{**asdict(pair), "first": self.hosts[pair.first],
+                                      "second": self.hosts[pair.second]} for pair in self.pairs]}, indent=1)
+
+
+class Machines(Protocol):
+    """Those that are asked, by whatever leads to them."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
+        """The next answer of each of these; within the bound."""
+
+    def tell(self, name: str, message: Any) -> None:
+        """What it waits for."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank=")]
+    args, options = _parser().parse_known_args(words)
+    try:
+        if args.node is not None:
+            return _be_asked_by_ssh(Question(**json.loads(args.node)))
+        return _check(args, options)
+    except VirError as error:
+        return cli.tell(error, PROGRAM)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _check(args: argparse.Namespace, options: list[str]) -> int:
+    hosts = read_hostfile(args.hostfile) if args.hostfile else {}
+    if args.write_good and not hosts:
+        raise SettingsError(f"--write-good {args.write_good} writes a hostfile without the bad machines of another; "
+                            "give --hostfile")
+    for path in filter(None, (args.json, args.write_good)):
+        _try_to_write(path)
+    place = launcher.adopt()
+    if not hosts and place.size > 1:
+        try:
+            return _under_launcher(place, args, options)
+        except RuntimeError as error:  # of the store
+            raise SettingsError(f"rank {place.rank} cannot reach rank 0 at {place.address}:{place.port}, or it has "
+                                f"ended ({str(error).splitlines()[0]}); see what it says, and that all ranks run "
+                                "vir-check") from error
+    with _shared(options) as (folder, token):
+        question = Question(options=tuple(options), folder=str(folder), token=token, port=args.master_port)
+        if not hosts:
+            name = socket.gethostname()
+            facts = {name: _with_offset(look(question, _more(question)), time.time())}
+            result = Result([name], facts, [], preflight.judge(facts, args.interface, args.master_port))
+        else:
+            with _Ssh(list(hosts), question, args.ssh_port) as machines:
+                result = ask(machines, args.interface, args.master_port)
+    return _tell(result, args, hosts)
+
+
+def _tell(result: Result, args: argparse.Namespace, slots: Mapping[str, int]) -> int:
+    print(preflight.table(result.facts, result.hosts, links.summaries(result.hosts, result.pairs), result.findings),
+          flush=True)
+    bad = {finding.host for finding in result.findings}
+    good = {host: number for host, number in slots.items() if host not in bad}
+    try:
+        if args.json:
+            args.json.write_text(result.to_json())
+        if args.write_good and good:
+            write_hostfile(args.write_good, good)
+    except OSError as error:
+        raise SettingsError(f"{error.filename} cannot be written: {error.strerror}") from error
+    if args.write_good:
+        print(f"{args.write_good}: {len(good)} of {len(slots)} machines" if good else
+              f"{args.write_good} is not written: no machine is good")
+    return SettingsError.exit_code if bad else 0
+
+
+def _try_to_write(path: Path) -> None:
+    try:
+        try_to_write(path)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be written: {error.strerror}; give another path") from error
+
+
+@contextmanager
+def _shared(options: list[str]) -> Iterator[tuple[Path, str]]:
+    """The folder of checkpoints with a token in it that all machines must see; it is gone after the block.
+
+    Raises:
+        SettingsError: this machine cannot write there, or a wrong option.
+    """
+    folder, token = home_of(parse(options) if options else None), f".shared-{os.urandom(8).hex()}"
+    try:
+        (folder / token).write_text(token)
+    except OSError as error:
+        raise SettingsError(f"--output {folder} cannot be written to: {error.strerror}; give another folder") from error
+    try:
+        yield folder, token
+    finally:
+        (folder / token).unlink(missing_ok=True)
+
+
+def ask(machines: Machines, interface: str, port: int) -> Result:
+    """The facts of all, then what their links carry, and the findings on both."""
+    answers = machines.answers(machines.names, _FACTS_S)
+    facts = {name: _with_offset(answer.said, answer.at) for name, answer in answers.items() if not answer.problem}
+    findings = [Finding(name, "reach", f"{answer.problem}; mend that, or leave it out")
+                for name, answer in answers.items() if answer.problem]
+    findings += preflight.judge(facts, interface, port)
+    joins = [name for name, said in facts.items() if not interface or interface in said.get("interfaces", {})]
+    pairs, unreached = _measure(machines, joins, facts, interface)
+    findings += links.judge(joins, pairs, unreached)
+    findings.sort(key=lambda finding: machines.names.index(finding.host))
+    number = {at: machines.names.index(name) for at, name in enumerate(joins)}
+    return Result(machines.names, facts, [links.Pair(**{
+        **asdict(pair), "first": number[pair.first], "second": number[pair.second]}) for pair in pairs], findings)
+
+
+def _with_offset(facts: Facts, at: float) -> Facts:
+    return {**facts, "offset": round(facts["clock"] - at, 1)}
+
+
+def _measure(machines: Machines, joins: Sequence[str], facts: Mapping[str, Facts],
+             interface: str) -> tuple[list[links.Pair], dict[str, str]]:
+    """What the pairs of those that join have measured, and why some do not reach the first."""
+    joins_alone = len(joins) < 2
+    for name in facts:
+        machines.tell(name, None if joins_alone or name not in joins else asdict(links.Plan(
+            me=joins.index(name), count=len(joins), addresses=_addresses(facts[joins[0]], interface),
+            port=facts[joins[0]]["listens"], interface=interface)))
+    if joins_alone:
+        return [], {}
+    answers = machines.answers(joins, _LINKS_S)
+    said = {name: answer.said or {"pairs": [], "unreached": answer.problem} for name, answer in answers.items()}
+    return ([links.Pair(**pair) for told in said.values() for pair in told["pairs"]],
+            {name: told["unreached"] for name, told in said.items() if told["unreached"]})
+
+
+def _addresses(first: Facts, interface: str) -> tuple[str, ...]:
+    """Those at which the first machine may be reached: where ssh has met it before those that it knows itself."""
+    there: dict[str, str] = first.get("interfaces", {})
+    if interface:
+        return (there[interface],)
+    found = [first.get("reached_at", ""), *there.values()]
+    return tuple(dict.fromkeys(address for address in found if address and not address.startswith("127.")))
+
+
+# ---- a machine that is asked
+
+
+def _more(question: Question) -> dict[str, Callable[[], Facts]]:
+    if not question.options:
+        return {}
+    return {"config": lambda: {"config": _settings(question.options)},
+            "data": lambda: {"data": _fingerprints(question.options)}}
+
+
+def _settings(options: Sequence[str]) -> dict[str, Any]:
+    """Those of the run and, where it names one, of the DeepSpeed JSON as this machine reads it. Raises SettingsError.
+    """
+    from vir.engine import ds_config
+
+    config = parse(list(options))
+    return {**to_dict(config), DEEPSPEED: ds_config.read(config.deepspeed_config) if config.deepspeed_config else {}}
+
+
+def _fingerprints(options: Sequence[str]) -> dict[str, str]:
+    """Of the images that this machine finds. Raises VirError."""
+    from vir.data.opening import open_reader, places
+
+    data, until = parse(list(options)).data, time.monotonic() + PART_S
+    kept = places(data, lambda: time.monotonic() > until)
+    return {flag: open_reader(spec, kept, first=True).fingerprint
+            for flag, spec in (("--data.train", data.train), ("--data.val", data.val)) if spec}
+
+
+def _be_asked(question: Question, tell: Callable[[Any], None], hear: Callable[[], Any]) -> None:
+    with links.listen() as listener:
+        tell({**look(question, _more(question)), "listens": listener.getsockname()[1], "clock": time.time()})
+        if plan := hear():
+            tell(links.measure(links.Plan(**{**plan, "addresses": tuple(plan["addresses"])}), listener))
+
+
+def _be_asked_by_ssh(question: Question) -> int:
+    """The questions come by standard input, whose end is that of the one who asks."""
+    _be_asked(question, lambda said: print(_MARK + json.dumps(said), flush=True),
+              lambda: json.loads(sys.stdin.readline() or "null"))
+    cli.end_now(0)  # a part that hangs is not waited for
+
+
+class _Ssh:
+    """Machines that are asked by ssh: each runs this program, and answers in lines."""
+
+    def __init__(self, hosts: Sequence[str], question: Question, port: int | None) -> None:
+        self.names = list(hosts)
+        given = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(_FORWARDED)]
+        words = ["exec", "env", *given, sys.executable, "-m", "vir.check", "--node", json.dumps(asdict(question))]
+        command = f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
+        self._lines: dict[str, list[Answer]] = {name: [] for name in self.names}
+        self._errors: dict[str, str] = {}
+        self._processes = {host: self._start(ssh(host, command, port)) for host in self.names}
+        for target in (self._read, self._read_errors):
+            for host, process in self._processes.items():
+                threading.Thread(target=target, args=[host, process], daemon=True).start()
+
+    def __enter__(self) -> _Ssh:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+
+    @staticmethod
+    def _start(words: list[str]) -> subprocess.Popen[str]:
+        try:
+            return subprocess.Popen(words, text=True, errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE)
+        except OSError as error:
+            raise SettingsError(f"{words[0]} cannot be run: {error.strerror}; install an ssh client, or start by srun "
+                                "or torchrun without --hostfile") from error
+
+    def _read(self, host: str, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(_MARK):
+                at = time.time()
+                self._lines[host].append(Answer(json.loads(line.removeprefix(_MARK)), at))
+
+    def _read_errors(self, host: str, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for line in filter(str.strip, process.stderr):
+            self._errors[host] = line.strip()
+
+    def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
+        until = time.monotonic() + seconds
+        waits = set(of)
+        while waits and time.monotonic() < until:
+            waits = {host for host in waits if not self._lines[host] and self._processes[host].poll() is None}
+            time.sleep(_POLL_S)
+        return {host: self._lines[host].pop(0) if self._lines[host] else self._nothing(host, seconds) for host in of}
+
+    def _nothing(self, host: str, seconds: float) -> Answer:
+        code, said = self._processes[host].poll(), self._errors.get(host, "")
+        if code is None:
+            return Answer(problem=f"it has not answered within {seconds:g} s")
+        return Answer(problem=f"ssh does not reach it ({said or 'without a word'})" if code == 255 else
+                      f"vir.check cannot run there ({said or f'exit code {code}'})")
+
+    def tell(self, name: str, message: Any) -> None:
+        pipe = self._processes[name].stdin
+        assert pipe is not None
+        with suppress(OSError):  # it has ended, which is found by its missing answer
+            pipe.write(json.dumps(message) + "\n")
+            pipe.flush()
+
+
+# ---- machines that a launcher has started
+
+
+def _under_launcher(place: Place, args: argparse.Namespace, options: list[str]) -> int:
+    """Rank 0 asks, the first rank of each machine answers, by the store of the launcher; these return alike."""
+    from vir.distributed import connect
+
+    name = socket.gethostname() if place.local_rank == 0 else ""
+    store = connect(place, timedelta(seconds=_FACTS_S + _LINKS_S))
+    store.set(f"name-{place.rank}", name)
+    if place.rank == 0:
+        with _shared(options) as (folder, token):
+            store.set("question", json.dumps({"folder": str(folder), "token": token}))
+            threading.Thread(target=_be_asked_by_store, args=[place, options], daemon=True).start()
+            result = ask(_Ranks(store, place.size), args.interface, 0)
+        code = _tell(result, args, {})
+        store.set("code", str(code))
+        _until(lambda: all(store.check([f"left-{rank}"]) for rank in range(1, place.size)), 5)
+        return code
+    if name:
+        _be_asked_by_store(place, options)
+    code = int(store.get("code")) if name else 0
+    store.set(f"left-{place.rank}", "")
+    return code
+
+
+def _be_asked_by_store(place: Place, options: Sequence[str]) -> None:
+    """Each rank has its own options."""
+    from vir.distributed import connect
+
+    store = connect(place, timedelta(seconds=_FACTS_S + _LINKS_S))
+    said = 0
+
+    def tell(message: Any) -> None:
+        nonlocal said
+        said += 1
+        store.set(f"answer-{place.rank}-{said}", json.dumps(message))
+
+    _be_asked(Question(options=tuple(options), **json.loads(store.get("question"))), tell,
+              lambda: json.loads(store.get(f"told-{place.rank}")))
+
+
+class _Ranks:
+    """Machines whose first ranks answer by the store."""
+
+    def __init__(self, store: Store, size: int) -> None:
+        self._store = store
+        _until(lambda: all(store.check([f"name-{rank}"]) for rank in range(size)), _FACTS_S / 2)
+        self._ranks: dict[str, int] = {}
+        for rank in range(size):
+            came = store.check([f"name-{rank}"])
+            name = store.get(f"name-{rank}").decode() if came else f"rank {rank}"
+            if name:
+                self._ranks[f"{name} (rank {rank})" if name in self._ranks else name] = rank
+        self._heard = {name: 0 for name in self._ranks}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._ranks)
+
+    def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
+        found: dict[str, Answer] = {}
+
+        def all_have_come() -> bool:
+            for name in of:
+                key = f"answer-{self._ranks[name]}-{self._heard[name] + 1}"
+                if name not in found and self._store.check([key]):
+                    found[name] = Answer(json.loads(self._store.get(key)), time.time())
+            return len(found) == len(of)
+
+        _until(all_have_come, seconds)
+        for name in found:
+            self._heard[name] += 1
+        return {name: found.get(name, Answer(problem=f"it has not answered within {seconds:g} s")) for name in of}
+
+    def tell(self, name: str, message: Any) -> None:
+        self._store.set(f"told-{self._ranks[name]}", json.dumps(message))
+
+
+def _until(holds: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(_POLL_S)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--hostfile", type=Path, help="a line `host slots=GPUS` for each machine")
+    add("--interface", default="", help="network interface that all machines shall use; not given: that which leads to "
+                                        "the first of them")
+    add("--ssh_port", type=int, help="of the machines' ssh servers")
+    add("--master_port", type=int, default=0, help="port of the first machine that the run will use; it must be free")
+    add("--json", type=Path, metavar="FILE", help="where to write all facts, links and findings")
+    add("--write-good", type=Path, metavar="FILE", help="where to write the hostfile without machines with a finding")
+    add("--node", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
