@@ -74,6 +74,10 @@ def _faketime() -> Path | None:
     return next(iter(Path("/").glob(_FAKETIME[1:])), None)
 
 
+class NodeError(Exception):
+    """A command about a node has failed; says which, and how."""
+
+
 class Nodes:
     """From entering to leaving a block: the machines node-a, node-b, …, of which nothing stays.
 
@@ -194,7 +198,7 @@ class Nodes:
 
     def power_off(self, node: str) -> None:
         """Everything there ends by SIGKILL, and nobody hears of it: the link is down before."""
-        with suppress(subprocess.CalledProcessError):  # it had not come so far
+        with suppress(NodeError):  # it had not come so far
             self.cut(node)
         waits = self._first.pop(node)
         for process in (child.pid for child in _children(waits.pid)):
@@ -202,7 +206,7 @@ class Nodes:
                 os.kill(process, signal.SIGKILL)
         waits.kill()
         waits.wait(timeout=WITHIN_S)
-        with suppress(subprocess.CalledProcessError):  # it goes with the namespace, a little later
+        with suppress(NodeError):  # it goes with the namespace, a little later
             self._on_switch("ip", "link", "delete", _port(node))
 
     def power_on(self, node: str) -> None:
@@ -225,8 +229,8 @@ class Nodes:
 
     def slow(self, node: str, mbit: float) -> None:
         """Let no more than so many megabits a second leave the node."""
-        _done(["nsenter", "-t", str(self._pid(node)), "-n", "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate",
-               f"{mbit}mbit", "burst", "32kb", "latency", "200ms"])
+        _done(["nsenter", "-t", str(self._pid(node)), "-n", "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf",
+               "rate", f"{mbit}mbit", "burst", "32kb", "latency", "200ms"])
 
     def clock(self, node: str, hours: float) -> None:
         """Let what is started there from now on see a clock, and times of files, that are so far ahead."""
@@ -279,7 +283,9 @@ def _dies_with_us(words: list, **options) -> subprocess.Popen:
 
 
 def _done(words: list) -> None:
-    subprocess.run(words, check=True, timeout=WITHIN_S, capture_output=True)
+    done = subprocess.run(words, timeout=WITHIN_S, capture_output=True, text=True)
+    if done.returncode:
+        raise NodeError(f"{' '.join(map(str, words))}: {done.stderr}")
 
 
 def _children(pid: int) -> list[psutil.Process]:
