@@ -27,7 +27,7 @@ from vir.run_folder import CHECKPOINTS, METRICS
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS),
               pytest.mark.skipif(bool(machines.lacking()), reason=machines.lacking())]
 
-STEPS, EVERY, COMPARED = 320, 16, 8
+STEPS, EVERY, COMPARED = 320, 8, 8
 RANKS_ON = ["node-a", "node-b"]
 SILENCE = 8
 """Seconds after which a rank counts as lost here."""
@@ -45,11 +45,12 @@ class Script:
     """launch/deepspeed.sh, started on a node.
 
     Args:
+        hosts: where its ranks are.
         words: its options and those of vir.train.
     """
 
-    def __init__(self, nodes: Nodes, node: str, log: Path, run: Path, words: list):
-        self.nodes, self.node, self.log, self.run, self.began = nodes, node, log, run, time.time()
+    def __init__(self, nodes: Nodes, node: str, hosts: list[str], log: Path, run: Path, words: list):
+        self.nodes, self.on, self.log, self.run = nodes, {node, *hosts}, log, run
         self.process = nodes.launch(node, ["bash", ROOT / "launch" / "deepspeed.sh", *words], log,
                                     OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 
@@ -68,12 +69,20 @@ class Script:
     def wait_for_words(self, words: str, count: int = 1):
         self.wait_until(lambda: self.said().count(words) >= count, f"{words!r}, {count} times")
 
-    def wait_for_steps(self, since: float, count: int = 2):
+    def wait_for_steps(self, count: int = 2):
+        """New ones, from now on."""
+        since = time.time()
         self.wait_until(lambda: len(steps(self.run, since)) >= count, f"{count} steps")
 
-    def wait_for_a_save(self, since: float):
-        self.wait_until(lambda: any(path.stat().st_mtime > since
-                                    for path in (self.run / CHECKPOINTS).glob("*[0-9].part")), "a save")
+    def wait_for_a_checkpoint(self):
+        """A newer one: the script gives up after three starts without."""
+        before = saved_step(self.run)
+        self.wait_until(lambda: saved_step(self.run) > before, "a new checkpoint")
+
+    def wait_for_a_save(self):
+        since = time.time()
+        self.wait_until(lambda: any(modified(path) > since for path in (self.run / CHECKPOINTS).glob("*[0-9].part")),
+                        "a save")
 
     def send(self, number: int, node: str, module: str):
         """To the process that runs a module on a node."""
@@ -84,7 +93,7 @@ class Script:
         """Its end is bounded; what the run and the nodes are like then."""
         code = self.process.wait(timeout=HANGS)
         until = time.monotonic() + GONE_WITHIN
-        while (left := self.nodes.everything()) and time.monotonic() < until:
+        while (left := self.nodes.everything(self.on)) and time.monotonic() < until:
             time.sleep(0.1)
         return Met(code, self.said(), saved_step(self.run), max(steps(self.run), default=0), left,
                    sorted(path.name for path in self.run.glob(".status*")))
@@ -112,6 +121,13 @@ def steps(run: Path, since: float = 0.0) -> list[int]:
     return [event["step"] for event in read_metrics(run) if event["kind"] == "train" and event["time"] > since]
 
 
+def modified(path: Path) -> float:
+    """0 where it has just been renamed."""
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 def saved_step(run: Path) -> int:
     saved = newest(run)
     return read_info(saved).step if saved else 0
@@ -122,7 +138,7 @@ def saved_step(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    with Nodes(tmp_path_factory.mktemp("nodes"), 3) as nodes:
+    with Nodes(tmp_path_factory.mktemp("nodes"), 5) as nodes:
         yield nodes
 
 
@@ -134,7 +150,7 @@ def start(nodes, tmp_path_factory):
     def start(node: str, run: Path, words: list, hosts: list[str] = RANKS_ON, options=()) -> Script:
         number = next(count)
         hostfile = nodes.write_hostfile(hosts, tmp / f"hostfile-{number}")
-        return Script(nodes, node, tmp / f"{number}.txt", run, ["--hostfile", hostfile, *options, *words])
+        return Script(nodes, node, hosts, tmp / f"{number}.txt", run, ["--hostfile", hostfile, *options, *words])
 
     return start
 
@@ -163,10 +179,15 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(start, shards, tmp_path_factory) -> tuple[Path, Met]:
+def beside(start, shards, tmp_path_factory) -> Script:
+    """The run that meets nothing, on nodes of its own: it trains while the other one waits for lost nodes."""
     run = tmp_path_factory.mktemp("undisturbed") / "a run"
-    script = start("node-a", run, arguments(shards, run))
-    return run, script.end()
+    return start("node-d", run, arguments(shards, run), ["node-d", "node-e"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(beside, faulty) -> tuple[Path, "Met"]:
+    return beside.run, beside.end()
 
 
 # ---- what is done to the run: in the first start, whose script starts again by itself; then one in each start
@@ -194,19 +215,14 @@ def lose(script: Script, fault, back, lost: str) -> Fault:
 
 
 def lose_nodes(script: Script) -> dict[str, Fault]:
+    """One by its cable, and that of rank 0 by its power, while rank 0 saves."""
     nodes, met = script.nodes, {}
-    for name, (fault, back, node, wait) in {
-            "cut": (nodes.cut, nodes.join, "node-b", script.wait_for_steps),
-            "powered off": (nodes.power_off, nodes.power_on, "node-b", script.wait_for_steps),
-            "rank 0's powered off in a save": (nodes.power_off, nodes.power_on, "node-a", script.wait_for_a_save),
-    }.items():
-        since = time.time()
-        if met:
-            script.wait_for_words("starting again", len(met))
-        wait(since)
-        met[name] = lose(script, fault, back, node)
-    since = time.time()
-    script.wait_for_steps(since)
+    script.wait_for_a_checkpoint()
+    met["cut"] = lose(script, nodes.cut, nodes.join, "node-b")
+    script.wait_for_a_checkpoint()
+    script.wait_for_a_save()
+    met["powered off in a save"] = lose(script, nodes.power_off, nodes.power_on, "node-a")
+    script.wait_for_steps()
     return met
 
 
@@ -221,10 +237,10 @@ SIGNALS = {
 
 
 @pytest.fixture(scope="module")
-def faulty(nodes, start, shards, tmp_path_factory) -> tuple[Path, dict[str, Fault], dict[str, Met]]:
+def faulty(nodes, start, beside, shards, tmp_path_factory) -> tuple[Path, dict[str, Fault], dict[str, Met]]:
     run = tmp_path_factory.mktemp("faulty") / "a run"
     words, met = arguments(shards, run), {}
-    script = start("node-c", run, words, options=["--max-restarts", "5"])
+    script = start("node-c", run, words, options=["--max-restarts", "3"])
     lost = lose_nodes(script)
     script.send(signal.SIGTERM, "node-c", "vir.launch")
     met["SIGTERM to the script"] = script.end()
@@ -233,7 +249,7 @@ def faulty(nodes, start, shards, tmp_path_factory) -> tuple[Path, dict[str, Faul
         if wrong:
             nodes.clock("node-b", HOURS)
         script = start("node-a", run, words)
-        script.wait_for_steps(script.began)
+        script.wait_for_steps()
         script.send(number, node, module)
         met[name] = script.end()
         if wrong:
@@ -249,14 +265,14 @@ def test_two_nodes_train_as_one_process_does(undisturbed, alone):
     run, met = undisturbed
     assert met.code == 0, met.said[-6000:]
     assert met.left == {} and met.status == []
-    assert re.search(r"ranks: 1 on node-a \(.*\), 1 on node-b \(", met.said), met.said
+    assert re.search(r"ranks: 1 on node-d \(.*\), 1 on node-e \(", met.said), met.said
     assert losses(run) == pytest.approx(alone, rel=1e-5) and len(alone) == COMPARED
 
 
 def test_three_nodes_train_with_zero_3_as_one_process_does_and_heed_a_switch_file(
-        nodes, start, shards, alone, tmp_path):
-    run = tmp_path / "run"
-    script = start("node-b", run, arguments(shards, run, "zero3_fp32", "--train.micro_batch_size", "8"), nodes.names)
+        start, shards, alone, tmp_path):
+    run, three = tmp_path / "run", ["node-a", "node-b", "node-c"]
+    script = start("node-b", run, arguments(shards, run, "zero3_fp32", "--train.micro_batch_size", "8"), three)
     stop_after(COMPARED, run, script.process)
     met = script.end()
     assert met.code == 75, met.said[-6000:]
@@ -268,11 +284,12 @@ def test_three_nodes_train_with_zero_3_as_one_process_does_and_heed_a_switch_fil
 def test_a_lost_node_ends_all_ranks_soon_and_is_named_and_the_script_goes_on_when_it_is_back(faulty):
     for name, fault in faulty[1].items():
         assert fault.seconds < GONE_WITHIN * SILENCE / 60 + 15, (name, fault)
-        lost = "node-a" if name.startswith("rank 0") else "node-b"
-        assert re.search(rf"vir-launch: exit code 5, told by rank \d \(\S+\): .*\({lost}\)", fault.said), fault.said
+        lost = {"cut": "node-b", "powered off in a save": "node-a"}[name]
+        assert re.search(rf"vir-launch: exit code 5, told by rank \d \(node-\w\): rank \d \({lost}\) .* is lost: ",
+                         fault.said), fault.said
         assert re.search(rf"vir-launch: waiting for {lost} \(.+\)", fault.said)
     said = faulty[2]["SIGTERM to the script"].said
-    assert re.findall(r"starting again from step (\d+), restart (\d) of 5", said)[-1][1] == "3", said
+    assert re.findall(r"starting again from step (\d+), restart (\d) of 3", said)[-1][1] == "2", said
 
 
 @pytest.mark.parametrize("name", ["SIGTERM to the script", *SIGNALS])

@@ -12,6 +12,7 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Iterable
 
 import psutil
 
@@ -179,13 +180,14 @@ class Nodes:
         """Those that run a module by `python -m` there, and no shell, ssh or pdsh that is told to."""
         return [process for process in self.processes(node, module) if "python" in process.cmdline()[0]]
 
-    def everything(self) -> dict[str, list[str]]:
-        """What runs on each node, but for its sshd."""
+    def everything(self, nodes: Iterable[str]) -> dict[str, list[str]]:
+        """What runs on some of the nodes, but for their sshd."""
         left = {}
-        for node in self.names:
-            with suppress(psutil.Error):
-                left[node] = [" ".join(process.cmdline())[:200] for process in self.processes(node)]
-        return {node: commands for node, commands in left.items() if commands}
+        for node in sorted(set(nodes) & self._first.keys()):
+            for process in self.processes(node):
+                with suppress(psutil.Error):
+                    left.setdefault(node, []).append(" ".join(process.cmdline())[:200])
+        return left
 
     # ---- faults
 
