@@ -245,7 +245,7 @@ def faulty(nodes, start, beside, shards, tmp_path_factory) -> tuple[Path, dict[s
     script.send(signal.SIGTERM, "node-c", "vir.launch")
     met["SIGTERM to the script"] = script.end()
     for name, (number, node, module) in SIGNALS.items():
-        wrong = "clock" in name and not machines.clock_lacking()
+        wrong = "clock" in name
         if wrong:
             nodes.clock("node-b", HOURS)
         script = start("node-a", run, words)
