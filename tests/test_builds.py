@@ -2,7 +2,10 @@
 
 import logging
 import os
+import shutil
+import sysconfig
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +126,18 @@ def test_what_a_run_needs_is_told_by_its_json_its_optimizer_and_the_device():
     assert names(offloaded, "adamw") == names(offloaded, "adam") == ["cpu_adam", *always]
     assert names(offloaded, "sgd") == always
     assert names(quantized, "adamw") == (always if ON_CPU else ["quantizer"])
+
+
+def test_the_ninja_of_this_python_is_found_before_that_of_the_machine(tmp_path, monkeypatch):
+    """As on a node that was reached by ssh, whose PATH has another version, which would build everything anew."""
+    (tmp_path / "ninja").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "ninja").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    own = Path(sysconfig.get_path("scripts"), "ninja")
+    if not own.is_file():
+        pytest.skip("this Python has no ninja of its own (pip install ninja)")
+    builds.load([])
+    assert shutil.which("ninja") == str(own)
+    before = os.environ["PATH"]
+    builds.load([])
+    assert os.environ["PATH"] == before

@@ -12,6 +12,7 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Iterable
 
 import psutil
 
@@ -21,7 +22,57 @@ WITHIN_S = 30
 """What a command about a node, or its sshd, may take."""
 _NEEDS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux",
           "nsenter": "util-linux"}
-_FAKETIME = "/usr/lib/*-linux-gnu/faketime/libfaketime.so.1"
+# libfaketime fails in clock_nanosleep with an absolute time, by which Python sleeps. Files lie on a shared folder: its
+# server stamps them, so their times are right.
+_CLOCK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <stdlib.h>
+#include <sys/time.h>
+#include <time.h>
+static time_t ahead(void) {
+    const char *seconds = getenv("CLOCK_AHEAD");
+    return seconds ? atol(seconds) : 0;
+}
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+    int done = real(clock, now);
+    if (!done && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) now->tv_sec += ahead();
+    return done;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    int (*real)(struct timeval *, void *) = dlsym(RTLD_NEXT, "gettimeofday");
+    int done = real(now, zone);
+    if (!done) now->tv_sec += ahead();
+    return done;
+}
+time_t time(time_t *into) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (into) *into = now.tv_sec;
+    return now.tv_sec;
+}
+/* Deadlines by this clock are handed to the kernel by its own; those by another one are smaller than any date. */
+static struct timespec real_deadline(const struct timespec *until) {
+    struct timespec found = *until;
+    if (found.tv_sec > 1000000000) found.tv_sec -= ahead();
+    return found;
+}
+int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const struct timespec *until) {
+    int (*real)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *) = dlvsym(
+        RTLD_NEXT, "pthread_cond_timedwait", "GLIBC_2.3.2");
+    struct timespec deadline = real_deadline(until);
+    if (!real) real = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
+    return real(condition, mutex, &deadline);
+}
+int sem_timedwait(sem_t *semaphore, const struct timespec *until) {
+    int (*real)(sem_t *, const struct timespec *) = dlsym(RTLD_NEXT, "sem_timedwait");
+    struct timespec deadline = real_deadline(until);
+    return real(semaphore, &deadline);
+}
+"""
 # Root may have a locked password (a container), which sshd without PAM takes for a locked account. A server of names
 # cannot be reached from there: each look-up of an unknown one would wait for it.
 _BOOT = """
@@ -63,15 +114,6 @@ def lacking() -> str:
         return f"needs {', '.join(missing)} (apt-get install {' '.join(missing)})"
     tried = subprocess.run(["unshare", "-n", "-u", "-m", "-p", "-i", "--fork", "true"], capture_output=True, text=True)
     return "" if tried.returncode == 0 else f"needs the right to make namespaces: {tried.stderr.strip()}"
-
-
-def clock_lacking() -> str:
-    """What is missing for a node to have a clock of its own."""
-    return "" if _faketime() else "needs faketime (apt-get install faketime)"
-
-
-def _faketime() -> Path | None:
-    return next(iter(Path("/").glob(_FAKETIME[1:])), None)
 
 
 class NodeError(Exception):
@@ -179,13 +221,14 @@ class Nodes:
         """Those that run a module by `python -m` there, and no shell, ssh or pdsh that is told to."""
         return [process for process in self.processes(node, module) if "python" in process.cmdline()[0]]
 
-    def everything(self) -> dict[str, list[str]]:
-        """What runs on each node, but for its sshd."""
+    def everything(self, nodes: Iterable[str]) -> dict[str, list[str]]:
+        """What runs on some of the nodes, but for their sshd."""
         left = {}
-        for node in self.names:
-            with suppress(psutil.Error):
-                left[node] = [" ".join(process.cmdline())[:200] for process in self.processes(node)]
-        return {node: commands for node, commands in left.items() if commands}
+        for node in sorted(set(nodes) & self._first.keys()):
+            for process in self.processes(node):
+                with suppress(psutil.Error):
+                    left.setdefault(node, []).append(" ".join(process.cmdline())[:200])
+        return left
 
     # ---- faults
 
@@ -233,7 +276,10 @@ class Nodes:
                "rate", f"{mbit}mbit", "burst", "32kb", "latency", "200ms"])
 
     def clock(self, node: str, hours: float) -> None:
-        """Let what is started there from now on see a clock, and times of files, that are so far ahead."""
+        """Let what is started there from now on see a clock that is so far ahead."""
+        if not (self.folder / "clock.so").exists():
+            (self.folder / "clock.c").write_text(_CLOCK)
+            _done(["cc", "-shared", "-fPIC", "-o", self.folder / "clock.so", self.folder / "clock.c", "-ldl"])
         self._clocks[node] = hours
         self._configure(node)
         os.kill(self._pid(node), signal.SIGHUP)
@@ -258,7 +304,7 @@ class Nodes:
     def _faked(self, node: str) -> dict[str, str]:
         if not (hours := self._clocks.get(node)):
             return {}
-        return {"LD_PRELOAD": str(_faketime()), "FAKETIME": f"{hours:+}h", "DONT_FAKE_MONOTONIC": "1"}
+        return {"LD_PRELOAD": str(self.folder / "clock.so"), "CLOCK_AHEAD": f"{3600 * hours:.0f}"}
 
     def _pid(self, node: str) -> int:
         """Of its sshd, by this machine's count."""

@@ -262,7 +262,8 @@ class Heartbeat:
     def _watch(self) -> None:
         while not self._ends.wait(self._seconds):
             self._waiting += 1
-            limit = BEATS if self._met_rank_0 or self._place.rank == 0 else FIRST_WORD * BEATS + BEATS
+            # Where a link is cut each side misses the other; rank 0, which knows who else is there, tells it first.
+            limit = BEATS + _HEED if self._met_rank_0 or self._place.rank == 0 else FIRST_WORD * BEATS + BEATS
             if self._place.size > 1 and self._waiting > limit:
                 self._rank_0_is_lost(f"its store has not answered for {self._waiting * self._seconds:.0f} s")
             self._look_at_progress()

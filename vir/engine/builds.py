@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 import time
 from pathlib import Path
 from typing import Any, Sequence
@@ -45,6 +46,7 @@ def load(builders: Sequence[Any]) -> None:
     Raises:
         SettingsError: one cannot be built; most often there is no compiler, or no nvcc for one of a GPU.
     """
+    prefer_own_programs()
     for builder in builders:
         try:
             begin = time.monotonic()
@@ -60,6 +62,17 @@ def load(builders: Sequence[Any]) -> None:
         except (RuntimeError, OSError, MissingCUDAException, CUDAMismatchException) as error:
             raise SettingsError(f"DeepSpeed cannot build its operator {builder.name}; install a C++ compiler (g++), "
                                 f"ninja and, on a GPU, nvcc. What the build said: {str(error)[:2000]}") from error
+
+
+def prefer_own_programs() -> None:
+    """Let torch find the ninja that was installed with this Python before any other, in this process from now on.
+
+    On another node ssh gives a rank a PATH that knows nothing of a virtual environment. There torch would find no
+    ninja, or one of another version, which takes what this one has built for something else and builds it again.
+    """
+    own, found = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
+    if found.split(os.pathsep)[0] != own:
+        os.environ["PATH"] = f"{own}{os.pathsep}{found}"
 
 
 def _check_nvcc(builder: Any) -> None:
