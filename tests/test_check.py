@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.launchers import ROOT, TORCHRUN
-from support.nodes import Nodes, clock_lacking, lacking
+from support.nodes import Nodes, lacking
 from vir import check
 from vir.cluster import links
 from vir.cluster.hosts import read_hostfile
@@ -86,7 +86,6 @@ def mounted(nodes, node, original: Path, other: Path):
 
 @pytest.mark.launcher
 @needs_nodes
-@pytest.mark.skipif(bool(clock_lacking()), reason=clock_lacking())
 def test_every_planted_fault_is_named(shards, tmp_path):
     output = tmp_path / "run"
     output.mkdir()
