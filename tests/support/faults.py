@@ -118,7 +118,7 @@ class Ranks:
             codes = [process.poll() for process in self.processes]
             assert not any(code is not None for code in codes) and time.monotonic() < until, (
                 f"waiting for {what}, exit codes {codes}\n{self._tails()}")
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def steps(self) -> list[int]:
         """Numbers of the steps that this start has done."""
