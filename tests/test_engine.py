@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from support.engine_runs import GLOBAL_BATCH, Job, batch, seed_of, write
-from support.launchers import HANGS, ROOT, torchrun
+from support.forked import forked
+from support.launchers import HANGS, ROOT
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import newest, read_info
 from vir.checkpoints.partitions import WEIGHT, Partitions
@@ -27,7 +28,7 @@ RANKS = 2
 
 
 def launch(tmp: Path, jobs: list[Job], ranks: int = RANKS) -> None:
-    done = torchrun(ROOT / "tests" / "support" / "engine_runs.py", write(tmp / f"jobs{ranks}.json", jobs), ranks=ranks)
+    done = forked(ROOT / "tests" / "support" / "engine_runs.py", write(tmp / f"jobs{ranks}.json", jobs), ranks=ranks)
     assert done.returncode == 0, done.stdout[-6000:]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from support.faults import GONE_WITHIN, Ranks, members
+from support.forked import Imported
 from support.launchers import HANGS, call
 from support.tiny_runs import command, train_events, weights
 from vir.checkpoints.info import newest, read_info
@@ -25,7 +26,7 @@ from vir.run_folder import CHECKPOINTS
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
-STEPS, EVERY, EVALUATE = 320, 16, 40  # steps enough for all faults on a machine so busy that each is late
+STEPS, EVERY, EVALUATE = 160, 8, 20  # steps enough for all faults on a machine so busy that each is late
 SILENCE = 8
 """Seconds after which a rank counts as lost here."""
 READ_THAT_HANGS = r"""
@@ -198,6 +199,12 @@ def shim(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def imported(shim):
+    with Imported(LD_PRELOAD=str(shim)) as imported:
+        yield imported
+
+
+@pytest.fixture(scope="module")
 def disk(tmp_path_factory):
     """A folder that holds 100 MB, or as much as there is where nothing may be mounted."""
     folder = tmp_path_factory.mktemp("disk")
@@ -208,19 +215,23 @@ def disk(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(shards, shim, disk, tmp_path_factory) -> tuple[list[Path], dict[str, Met]]:
-    """The undisturbed run and the one that met every fault, and what each fault came to."""
+def runs(shards, shim, imported, disk, tmp_path_factory) -> tuple[list[Path], dict[str, Met]]:
+    """The undisturbed run and the one that met every fault, and what each fault came to.
+
+    Ranks of srun are forked from a process that has imported everything; those of the launchers, and the last, are not.
+    """
     tmp, run, met = tmp_path_factory.mktemp("faults"), disk / "faulty", {}
     disk.mkdir()
-    with Ranks(arguments(shards, tmp / "undisturbed"), tmp / "undisturbed", tmp / "undisturbed") as ranks:
+    with Ranks(arguments(shards, tmp / "undisturbed"), tmp / "undisturbed", tmp / "undisturbed",
+               imported=imported) as ranks:
         assert ranks.codes() == [0, 0], ranks.said(0)[-3000:]
     for name, (fault, launcher, _, _) in FAULTS.items():
         if fault is fill_the_disk and disk.name != "mounted":
             continue
         began_at = saved_step(run)
         program = ("-c", DEFECT) if fault is meet_a_defect else ("-m", "vir.train")
-        with Ranks(arguments(shards, run), run, tmp / name.replace(" ", "-"), launcher, program, LD_PRELOAD=str(shim),
-                   HANG=str(disk.parent / "hang")) as ranks:
+        with Ranks(arguments(shards, run), run, tmp / name.replace(" ", "-"), launcher, program, imported,
+                   LD_PRELOAD=str(shim), HANG=str(disk.parent / "hang")) as ranks:
             fault(ranks)
             seconds = ranks.seconds_until_gone()
             for left in (disk.parent / "hang", disk / "filler"):

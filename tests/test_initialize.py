@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import vir.models  # noqa: F401  registers the models
-from support.launchers import HANGS, call
+from support.launchers import HANGS, call, torchrun
 from support.tiny_runs import command, launch
 from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
@@ -430,14 +430,14 @@ def test_a_run_with_a_checkpoint_goes_on_without_the_weights_it_began_from(shard
             "file": ["--model.init_from", path]}
     more = ["--train.epochs", "0.12", "--schedule.warmup_epochs", "null", "--eval.every_epochs", "100"]
     commands = [command(shards, tmp_path / way, "zero0_fp32", *words, *more) for way, words in ways.items()]
-    codes, said = launch(tmp_path / "first", commands, ranks=1)
+    codes, said = launch(tmp_path / "first", commands, ranks=1, launcher=torchrun)  # HF_HOME is read at import
     assert codes == [0, 0], said[-6000:]
     assert "initial weights: " in said and "from timm's pretrained test_resnet.r160_in1k" in said
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     Path(path).unlink()
     new = command(shards, tmp_path / "new", "zero0_fp32", *ways["file"], *more)
     nowhere = command(shards, tmp_path / "new", "zero0_fp32", "--model.pretrained", "true", *more)
-    codes, said = launch(tmp_path / "second", [*commands, new, nowhere], ranks=1)
+    codes, said = launch(tmp_path / "second", [*commands, new, nowhere], ranks=1, launcher=torchrun)
     assert codes == [0, 0, 2, 2], said[-6000:]
     assert f"--model.pretrained: timm has no pretrained weights of {VIR}; " in said
     assert "initial weights: " not in said and f"--model.init_from {path}: no such file" in said

@@ -51,7 +51,7 @@ def resumed(runs, shards, tmp_path_factory) -> Path:
     tmp = tmp_path_factory.mktemp("resumed")
     for config in CONFIGS:
         take_back(runs / config, tmp / config)
-    codes, said = launch(tmp, [of(config, shards, tmp) for config in CONFIGS])
+    codes, said = launch(tmp, [of(config, shards, tmp) for config in CONFIGS], launcher=torchrun)
     assert codes == [0] * len(CONFIGS), said[-6000:]
     return tmp
 

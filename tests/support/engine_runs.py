@@ -1,6 +1,6 @@
 """Many engines one after another in the ranks of one launch, because imports cost more than the steps.
 
-usage: torchrun … tests/support/engine_runs.py JOBS.json   (a list of Job fields; see below)
+usage: tests/support/engine_runs.py JOBS.json, in each rank   (a list of Job fields; see below)
 """
 
 import json

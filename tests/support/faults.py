@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from support.forked import Imported
 from support.launchers import DEEPSPEED, HANGS, ROOT, TORCHRUN, free_port, remove_shared_memory
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, METRICS
@@ -50,10 +51,12 @@ class Ranks:
         launcher: torchrun, deepspeed, or srun: then each rank is a process of this one with the variables of a SLURM
             step, and no launcher ends the others when one does.
         program: what python runs there.
+        imported: what the ranks of srun are forked from, to spare their imports; without it each imports by itself.
     """
 
     def __init__(self, arguments: list[str], run: Path, log: Path, launcher: str = "srun", program=("-m", "vir.train"),
-                 **environment: str):
+                 imported: Imported | None = None, **environment: str):
+        self._imported = imported if launcher == "srun" else None
         self.run, self.began, self.launcher, port = run, time.time(), launcher, free_port()
         # Without what a run of one process within pytest has left there: it would make each rank one of its own.
         own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -74,6 +77,9 @@ class Ranks:
 
     def _start(self, log: Path, command: list, environment: dict[str, str] = {}):
         self.logs.append(log.with_name(f"{log.name}.txt"))
+        if self._imported:
+            self.processes.append(self._imported.start(command[1:], self.logs[-1], self._environment | environment))
+            return
         with self.logs[-1].open("w") as file:
             self.processes.append(subprocess.Popen(
                 [str(word) for word in command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
@@ -112,7 +118,7 @@ class Ranks:
             codes = [process.poll() for process in self.processes]
             assert not any(code is not None for code in codes) and time.monotonic() < until, (
                 f"waiting for {what}, exit codes {codes}\n{self._tails()}")
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def steps(self) -> list[int]:
         """Numbers of the steps that this start has done."""

@@ -1,6 +1,6 @@
 """Several vir.train commands one after another in the ranks of one launch, because imports cost more than the steps.
 
-usage: torchrun … several_runs.py COMMANDS.json   (a list of argument lists; codesRANK.json gets their exit codes)
+usage: several_runs.py COMMANDS.json, in each rank   (a list of argument lists; codesRANK.json gets their exit codes)
 """
 
 import json

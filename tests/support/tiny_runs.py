@@ -1,13 +1,13 @@
 """Tiny runs for the end-to-end tests: their command lines, how to start several at once, and what they leave."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from support.launchers import HANGS, ROOT, TINY, call, torchrun
+from support.forked import forked
+from support.launchers import ROOT, TINY
 from vir.checkpoints.consolidate import consolidate
 from vir.reports.metrics import read_metrics
 
@@ -33,7 +33,7 @@ def command(shards: Path, output: Path, config: str | Path = "zero0_fp32", *more
             "--checkpoint.keep", "100", *more]
 
 
-def launch(tmp: Path, commands: list[list[str]], ranks: int = 2, launcher=torchrun) -> tuple[list[int], str]:
+def launch(tmp: Path, commands: list[list[str]], ranks: int = 2, launcher=forked) -> tuple[list[int], str]:
     """Run the commands one after another in one launch; their exit codes, the same on all ranks, and what was said."""
     tmp.mkdir(exist_ok=True)
     (tmp / "commands.json").write_text(json.dumps(commands))
@@ -45,8 +45,8 @@ def launch(tmp: Path, commands: list[list[str]], ranks: int = 2, launcher=torchr
 
 
 def alone(*arguments: str):
-    """vir.train in one process, without a launcher."""
-    return call(sys.executable, "-m", "vir.train", *arguments, timeout=HANGS)
+    """vir.train in one process."""
+    return forked("-m", "vir.train", *arguments, ranks=1)
 
 
 def train_events(run: Path) -> list[dict]:
