@@ -114,10 +114,8 @@ def test_every_planted_fault_is_named(shards, tmp_path):
     for finding in found["findings"]:
         by_host.setdefault(finding["host"], set()).add(finding["fact"])
     assert exit_code == 2 and took < WITHIN_S, said
-    # libfaketime slows down every thread there: beside other work its parts may meet their bounds
-    assert by_host.pop("node-b") >= {"environment", "code", "clock", "interface"}, said
-    assert by_host == {"node-a": {"port"}, "node-c": {"data", "disk", "shared"}, "node-d": {"slow node"},
-                       "node-z": {"reach"}}, said
+    assert by_host == {"node-a": {"port"}, "node-b": {"environment", "code", "clock", "interface"},
+                       "node-c": {"data", "disk", "shared"}, "node-d": {"slow node"}, "node-z": {"reach"}}, said
     for sentence in (
             "node-a: the ranks cannot meet at its port 29500: Address already in use; end what has it there",
             "node-b: deepspeed is 0.14.0, but ", "node-b: its vir package has digest ",

@@ -152,7 +152,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[03-04]", "SLURM_JOB_NUM_N
 def of_job(monkeypatch, torchrun=False, **job):
     for name, value in job.items():
         monkeypatch.setenv(name, value)
-    return SlurmLaunch(argparse.Namespace(print=False, torchrun=torchrun), ["--output", "r"])
+    return SlurmLaunch(argparse.Namespace(print=False, torchrun=torchrun, max_restarts=0), ["--output", "r"])
 
 
 def test_srun_gets_the_cores_that_it_does_not_inherit(monkeypatch):

@@ -19,10 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Mapping
 
-import vir
 from vir import interfaces, launcher, status
 from vir.cluster import hosts
-from vir.cluster.supervisor import Start
+from vir.cluster.supervisor import Start, python_path
 from vir.errors import SettingsError
 from vir.status import Status
 
@@ -115,9 +114,7 @@ class DeepSpeedLaunch:
         return [*words, "--module", "vir.train", *own]
 
     def _environment(self, name: str, port: int) -> dict[str, str]:
-        root = str(Path(vir.__file__).resolve().parents[1])
-        found = {launcher.FOLDER: os.getcwd(),
-                 "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+        found = {launcher.FOLDER: os.getcwd(), "PYTHONPATH": python_path()}
         if not self._args.no_ssh:  # then other nodes are started by other hands
             found[launcher.RUN_ID] = name
         if self._args.interface:

@@ -21,6 +21,7 @@ from typing import Callable, Protocol
 
 import psutil
 
+import vir
 from vir import files, status
 from vir.cluster.signals import SIGNALS
 from vir.errors import EXIT_RANK_LOST, EXIT_STOPPED_BY_SIGNAL, SettingsError
@@ -208,6 +209,12 @@ class Attempt:
             self._process.kill()
         self._process.wait()
         psutil.wait_procs(members, _ENDS_AFTER_FAILURE_S)
+
+
+def python_path() -> str:
+    """PYTHONPATH of ranks, which may start in another folder: the package that this process runs comes first."""
+    root = str(Path(vir.__file__).resolve().parents[1])
+    return os.pathsep.join(dict.fromkeys(filter(None, (root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)))))
 
 
 def supervise(launch: Launch, run: Path, newest_step: Callable[[], int]) -> int:

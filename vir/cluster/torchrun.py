@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Sequence
 
-import vir
-from vir.cluster.supervisor import Start
+from vir.cluster.supervisor import Start, python_path
 from vir.config import TrainConfig, plan_accumulation
 from vir.errors import SettingsError
 from vir.status import Status
@@ -87,9 +86,7 @@ class TorchrunLaunch:
     @contextmanager
     def start(self, name: str, file: Path) -> Iterator[Start]:
         """How to start this machine's agent. Other machines have a script of their own, so `name` is not told."""
-        root = str(Path(vir.__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        yield Start(self._command, {**_ENVIRONMENT, "PYTHONPATH": path}, Path.cwd())
+        yield Start(self._command, {**_ENVIRONMENT, "PYTHONPATH": python_path()}, Path.cwd())
 
 
 def node_range(said: str) -> range:
