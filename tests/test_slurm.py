@@ -116,7 +116,7 @@ def test_tasks_of_an_array_have_folders_of_their_own_wherever_the_project_is(slu
     project = tmp_path / "a project"
     project.symlink_to(ROOT)
     job = slurm.submit(f"--array=0-{SEEDS - 1}", "--output=%a.txt", project / "launch" / "slurm.sbatch",
-                       *arguments(shards, "seeds of/%a", steps=2), "--train.seed", "%a", cwd=tmp_path)
+                       *arguments(shards, "seeds of/%a", steps=8), "--train.seed", "%a", cwd=tmp_path)
     for seed in range(SEEDS):
         slurm.wait_state(f"{job}_{seed}", "COMPLETED")
     assert f"seed: {SEEDS - 1}\n" in (tmp_path / "seeds of" / f"{SEEDS - 1}" / "config.yaml").read_text()
