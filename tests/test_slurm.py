@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -156,14 +157,14 @@ def of_job(monkeypatch, torchrun=False, **job):
 
 
 def test_srun_gets_the_cores_that_it_does_not_inherit(monkeypatch):
-    with of_job(monkeypatch, **JOB).start("x") as start:
+    with of_job(monkeypatch, **JOB).start("x", Path("status.json")) as start:
         words = " ".join(start.command)
     assert words.startswith("srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task=12 /")
     assert words.endswith("-u -m vir.train --output r")
 
 
 def test_one_torchrun_on_each_node_starts_its_ranks(monkeypatch):
-    with of_job(monkeypatch, torchrun=True, **JOB).start("x") as start:
+    with of_job(monkeypatch, torchrun=True, **JOB).start("x", Path("status.json")) as start:
         words = " ".join(start.command)
     assert " --cpus-per-task=96 --nodes=2 --ntasks=2 --ntasks-per-node=1 " in words
     assert " --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=gpu03:" in words
@@ -172,7 +173,7 @@ def test_one_torchrun_on_each_node_starts_its_ranks(monkeypatch):
 
 def test_torchrun_needs_as_many_ranks_on_each_node(monkeypatch):
     with pytest.raises(SettingsError, match=r"the job has 8,7 tasks on its nodes; --torchrun needs as many on each"):
-        with of_job(monkeypatch, torchrun=True, **JOB | {"SLURM_TASKS_PER_NODE": "8,7"}).start("x"):
+        with of_job(monkeypatch, torchrun=True, **JOB | {"SLURM_TASKS_PER_NODE": "8,7"}).start("x", Path("status.json")):
             pass
 
 
