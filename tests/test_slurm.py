@@ -153,7 +153,8 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[03-04]", "SLURM_JOB_NUM_N
 def of_job(monkeypatch, torchrun=False, **job):
     for name, value in job.items():
         monkeypatch.setenv(name, value)
-    return SlurmLaunch(argparse.Namespace(print=False, torchrun=torchrun), ["--output", "r"])
+    args = argparse.Namespace(print=False, torchrun=torchrun, max_restarts=0)
+    return SlurmLaunch(args, ["--output", "r"])
 
 
 def test_srun_gets_the_cores_that_it_does_not_inherit(monkeypatch):
@@ -173,7 +174,8 @@ def test_one_torchrun_on_each_node_starts_its_ranks(monkeypatch):
 
 def test_torchrun_needs_as_many_ranks_on_each_node(monkeypatch):
     with pytest.raises(SettingsError, match=r"the job has 8,7 tasks on its nodes; --torchrun needs as many on each"):
-        with of_job(monkeypatch, torchrun=True, **JOB | {"SLURM_TASKS_PER_NODE": "8,7"}).start("x", Path("status.json")):
+        job = JOB | {"SLURM_TASKS_PER_NODE": "8,7"}
+        with of_job(monkeypatch, torchrun=True, **job).start("x", Path("status.json")):
             pass
 
 
