@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -116,7 +117,7 @@ def test_tasks_of_an_array_have_folders_of_their_own_wherever_the_project_is(slu
     project = tmp_path / "a project"
     project.symlink_to(ROOT)
     job = slurm.submit(f"--array=0-{SEEDS - 1}", "--output=%a.txt", project / "launch" / "slurm.sbatch",
-                       *arguments(shards, "seeds of/%a", steps=2), "--train.seed", "%a", cwd=tmp_path)
+                       *arguments(shards, "seeds of/%a", steps=8), "--train.seed", "%a", cwd=tmp_path)
     for seed in range(SEEDS):
         slurm.wait_state(f"{job}_{seed}", "COMPLETED")
     assert f"seed: {SEEDS - 1}\n" in (tmp_path / "seeds of" / f"{SEEDS - 1}" / "config.yaml").read_text()
@@ -152,18 +153,19 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[03-04]", "SLURM_JOB_NUM_N
 def of_job(monkeypatch, torchrun=False, **job):
     for name, value in job.items():
         monkeypatch.setenv(name, value)
-    return SlurmLaunch(argparse.Namespace(print=False, torchrun=torchrun, max_restarts=0), ["--output", "r"])
+    args = argparse.Namespace(print=False, torchrun=torchrun, max_restarts=0)
+    return SlurmLaunch(args, ["--output", "r"])
 
 
 def test_srun_gets_the_cores_that_it_does_not_inherit(monkeypatch):
-    with of_job(monkeypatch, **JOB).start("x") as start:
+    with of_job(monkeypatch, **JOB).start("x", Path("status.json")) as start:
         words = " ".join(start.command)
     assert words.startswith("srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task=12 /")
     assert words.endswith("-u -m vir.train --output r")
 
 
 def test_one_torchrun_on_each_node_starts_its_ranks(monkeypatch):
-    with of_job(monkeypatch, torchrun=True, **JOB).start("x") as start:
+    with of_job(monkeypatch, torchrun=True, **JOB).start("x", Path("status.json")) as start:
         words = " ".join(start.command)
     assert " --cpus-per-task=96 --nodes=2 --ntasks=2 --ntasks-per-node=1 " in words
     assert " --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=gpu03:" in words
@@ -172,7 +174,8 @@ def test_one_torchrun_on_each_node_starts_its_ranks(monkeypatch):
 
 def test_torchrun_needs_as_many_ranks_on_each_node(monkeypatch):
     with pytest.raises(SettingsError, match=r"the job has 8,7 tasks on its nodes; --torchrun needs as many on each"):
-        with of_job(monkeypatch, torchrun=True, **JOB | {"SLURM_TASKS_PER_NODE": "8,7"}).start("x"):
+        job = JOB | {"SLURM_TASKS_PER_NODE": "8,7"}
+        with of_job(monkeypatch, torchrun=True, **job).start("x", Path("status.json")):
             pass
 
 

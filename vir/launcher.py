@@ -64,7 +64,8 @@ def adopt() -> Place:
         if (os.environ.get("SLURM_STEP_NUM_TASKS") or "1") == "1":
             return Place(0, 1, local_rank(), "127.0.0.1", 0)
         os.environ.update({**_from_slurm(), **{name: os.environ[name] for name in _NAMES if name in os.environ}})
-        os.environ[RUN_ID] = f"{_BY_SRUN}{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+        start = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+        os.environ[RUN_ID] = _BY_SRUN + ".".join(filter(None, start))
     if missing := [name for name in ("RANK", "WORLD_SIZE") if not os.environ.get(name)]:
         raise SettingsError(_half_said(missing))
     rank, size = _number("RANK"), _number("WORLD_SIZE")
@@ -102,11 +103,6 @@ def launchers() -> list[psutil.Process]:
                 break
             found.append(process)
     return found
-
-
-def agent_restarts() -> bool:
-    """Whether torchrun's agent would start this rank again when it fails."""
-    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
 def local_rank() -> int:

@@ -124,8 +124,8 @@ def command() -> int:
     from vir import distributed
 
     distributed.stop()
-    if code and launcher.agent_restarts() and status.is_awaited():
-        return 0  # or torchrun's agent would start it again; the launch script ends with what the status says
+    if code and status.is_awaited():
+        return 0  # launchers would kill the other ranks, or start all again; the script ends with what the status says
     return code
 
 
