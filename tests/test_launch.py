@@ -1,8 +1,9 @@
 """launch/deepspeed.sh on one machine, with real ranks: one run that is asked to save and to evaluate, loses a rank,
-starts again, is stopped in each way that a user has, and ends as one that met nothing, bit for bit."""
+starts again, is stopped in each way that a user has, and ends, by mpirun, as one that met nothing, bit for bit."""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -22,6 +23,7 @@ from vir.reports.metrics import read_metrics
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
 STEPS, EVERY = 60, 20
+TWO = ["--num_accelerators", "2"]
 
 
 class Script:
@@ -31,7 +33,7 @@ class Script:
         self.run, self.began = Path(arguments[arguments.index("--output") + 1]), time.time()
         self._log = (tmp / f"{time.monotonic_ns()}.log").open("w+")
         self.process = subprocess.Popen(
-            ["bash", str(ROOT / "launch" / "deepspeed.sh"), "--num_accelerators", "2", *options, *arguments], cwd=tmp,
+            ["bash", str(ROOT / "launch" / "deepspeed.sh"), *options, *arguments], cwd=tmp,
             stdout=self._log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def __enter__(self):
@@ -77,6 +79,13 @@ class Script:
         return code
 
 
+def by_mpirun(tmp: Path) -> list[str]:
+    """By deepspeed's runner of Open MPI, with this machine as the only one."""
+    (tmp / "hostfile").write_text("localhost slots=2\n")
+    return ["--hostfile", str(tmp / "hostfile"), "--force_multi", "--launcher", "openmpi", "--master_addr", "127.0.0.1",
+            "--launcher_args", "--allow-run-as-root --oversubscribe --bind-to none --mca btl_tcp_if_include lo"]
+
+
 def saved_step(run: Path) -> int:
     return step_of(newest(run)) if newest(run) else 0
 
@@ -90,10 +99,10 @@ def runs(shards, tmp_path_factory):
         return [*command(shards, tmp / name, "zero2_fp32", steps=STEPS, every=EVERY), "--train.rank_timeout", "10"]
 
     met = {}
-    with Script(tmp, arguments("undisturbed")) as script:
+    with Script(tmp, arguments("undisturbed"), *TWO) as script:
         met["done"] = script.ends(), script.said()
     asked = arguments("asked")
-    with Script(tmp, asked, "--max-restarts", "2") as script:
+    with Script(tmp, asked, *TWO, "--max-restarts", "2") as script:
         script.wait_for_steps()
         (script.run / "SAVE").touch()
         script.wait_until(lambda: saved_step(script.run), "a checkpoint")
@@ -112,12 +121,12 @@ def runs(shards, tmp_path_factory):
             "SIGTERM to the runner": lambda script: script.named("launcher.runner").send_signal(signal.SIGTERM),
             "SIGUSR1 to the node's launcher": lambda script: script.named("launcher.launch").send_signal(
                 signal.SIGUSR1)}.items():
-        with Script(tmp, asked) as script:
+        with Script(tmp, asked, *TWO) as script:
             script.wait_for_steps()
             ask(script)
             met[name] = script.ends(), script.said()
             met[name] += (saved_step(script.run), script.steps()[-1])
-    with Script(tmp, asked) as script:
+    with Script(tmp, asked, *(by_mpirun(tmp) if shutil.which("mpirun") else TWO)) as script:
         met["done again"] = script.ends(), script.said()
     return tmp, met
 

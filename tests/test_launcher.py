@@ -44,6 +44,7 @@ def environment(monkeypatch):
     ({"RANK": "0", "WORLD_SIZE": "1"}, Place(0, 1, 0, "127.0.0.1", 0)),
     (STEP, Place(5, 8, 1, "gpu07", PORT, "slurm-41234.3")),
     (STEP | {"SLURM_STEP_NUM_NODES": "1"}, Place(5, 8, 1, "127.0.0.1", PORT, "slurm-41234.3")),
+    (STEP | {"SLURM_RESTART_COUNT": "2"}, Place(5, 8, 1, "gpu07", PORT, "slurm-41234.3.2")),  # it was put back twice
     (STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}, Place(5, 8, 1, "10.0.0.1", 1234, "slurm-41234.3")),
     (TORCH | {"TORCHELASTIC_RUN_ID": "job"}, Place(5, 8, 1, "node1", 29500, "job")),
     (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, Place(0, 1, 1, "127.0.0.1", 0)),

@@ -337,3 +337,14 @@ def test_a_port_that_is_taken_is_named(nodes, start, shards, tmp_path):
     assert code == 2, met.said[-6000:]
     assert "cannot serve on port 28500, which another process has" in met.said
     assert met.left == {}
+
+
+def test_a_node_with_other_code_is_refused_by_name(nodes, start, shards, tmp_path):
+    code, other = ROOT / "vir" / "recipes" / "quickstart.yaml", tmp_path / "other.yaml"
+    other.write_text(code.read_text() + "# another version\n")
+    assert nodes.says("node-b", f"mount --bind '{other}' '{code}' && echo done") == "done"
+    met = start("node-a", tmp_path / "run", arguments(shards, tmp_path / "run")).end()
+    assert met.code == 2, met.said[-6000:]
+    assert re.search(r"the code of vir is not the same on all hosts: its digest is \w+ on node-b, but \w+ on node-a; "
+                     "check out the same version", met.said)
+    assert met.left == {} and not (tmp_path / "run").exists()
