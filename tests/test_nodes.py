@@ -35,7 +35,7 @@ HOURS = 5
 """By which the clock of a node is wrong."""
 
 
-def arguments(shards: Path, run: Path, config: str = "zero2_fp32", *more: str) -> list[str]:
+def arguments(shards: Path, run: Path, config: str | Path = "zero2_fp32", *more: str) -> list[str]:
     """Without what depends on the number of ranks: DESIGN, section 4."""
     return [*command(shards, run, config, "--model.drop_path_rate", "0", steps=STEPS, every=EVERY),
             "--train.rank_timeout", f"{SILENCE}", "--checkpoint.keep", "3", *more]
@@ -271,8 +271,9 @@ def test_two_nodes_train_as_one_process_does(undisturbed, alone):
 
 def test_three_nodes_train_with_zero_3_as_one_process_does_and_heed_a_switch_file(
         start, shards, alone, tmp_path):
-    run, three = tmp_path / "run", ["node-a", "node-b", "node-c"]
-    script = start("node-b", run, arguments(shards, run, "zero3_fp32", "--train.micro_batch_size", "8"), three)
+    run, three, config = tmp_path / "run", ["node-a", "node-b", "node-c"], tmp_path / "zero3_fp32.json"
+    config.write_text('{"zero_optimization": {"stage": 3}}')
+    script = start("node-b", run, arguments(shards, run, config, "--train.micro_batch_size", "8"), three)
     stop_after(COMPARED, run, script.process)
     met = script.end()
     assert met.code == 75, met.said[-6000:]

@@ -10,6 +10,7 @@ from vir.models.spec import InputSpec, ModelSpec
 from vir.reports.throughput import (
     PEAK_TFLOPS,
     Stopwatch,
+    far_away,
     forward_flops,
     latecomers,
     peak_flops,
@@ -139,3 +140,12 @@ def test_a_gpu_is_found_in_the_table_and_its_memory_is_counted():
     before = peak_memory(device)
     held = torch.ones(10_000_000, device=device)
     assert peak_memory(device) >= before + held.numel() * 4 - 2**21
+
+
+@pytest.mark.parametrize("round_trips, named", [
+    ([0.001], []), ([0.001, 0.002, 0.001], []), ([0.001, 0.2, 0.002], [1]), ([0.001, 0.04, 0.002], []),
+    ([0.1, 0.2, 0.1, 0.3], []), ([0.0005, 0.15], [1])])
+def test_who_is_behind_a_slow_link_is_named_with_its_host(round_trips, named):
+    told = far_away(round_trips, [f"node-{letter}" for letter in "abcd"])
+    assert [said.partition(" is")[0] for said in told] == [f"rank {rank} (node-{'abcd'[rank]})" for rank in named]
+    assert all("ms for the median rank; the link of its machine is slow or full" in said for said in told)

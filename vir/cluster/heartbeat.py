@@ -87,6 +87,8 @@ class Heartbeat:
         self._ends, self._told, self._ending = threading.Event(), threading.Event(), threading.Lock()
         self._waiting = 0
         """Beats since the store was last heard."""
+        self.round_trip = 0.0
+        """Seconds that the last beat took to rank 0's store and back; over a link that is full it waits."""
         self._names = [str(rank) for rank in range(1, place.size)]
         self._others = [_NOTHING] * place.size
         self._silent = [0] * place.size
@@ -179,12 +181,13 @@ class Heartbeat:
     def _beat(self, store: Store) -> None:
         self._word.beat += 1
         self._word.where = self.where()
+        began = time.monotonic()
         store.set(str(self._place.rank), self._state + json.dumps(asdict(self._word)))
         if self._place.rank == 0:
             self._judge(store)
         elif self._state != _DONE:  # then rank 0 may have gone already
             self._listen(store)
-        self._waiting = 0
+        self._waiting, self.round_trip = 0, time.monotonic() - began
 
     def _listen(self, store: Store) -> None:
         """On the other ranks: hear rank 0, and end where it is lost or has given a verdict."""

@@ -113,6 +113,10 @@ class Stopwatch:
         return seconds
 
 
+_FAR_S = 0.05
+"""A word between machines of one room takes a thousandth of a second."""
+
+
 def stragglers(waits: Sequence[float], forwards: Sequence[float], seconds: float) -> list[str]:
     """Which ranks hold the others up in an interval of `seconds`, and by what.
 
@@ -148,3 +152,17 @@ def latecomers(meets: Sequence[float], alone: Sequence[float], hosts: Sequence[s
             late.append(f"rank {rank} ({hosts[rank]}) begins each step {by / steps:.2f} s after the median rank, "
                         f"{100 * by / seconds:.0f} % of the time; its machine or its link is slow")
     return late
+
+
+def far_away(round_trips: Sequence[float], hosts: Sequence[str]) -> list[str]:
+    """Which ranks are behind a slow link, by what a word to rank 0 and back took each of them, in seconds.
+
+    A step ends for all at once, also where one link is slow, but a word waits behind all that is sent over it.
+    """
+    told = []
+    for rank, own in enumerate(round_trips):
+        usual = statistics.median([*round_trips[:rank], *round_trips[rank + 1:]] or [own])
+        if own > max(10 * usual, _FAR_S):
+            told.append(f"rank {rank} ({hosts[rank]}) is far away: a word to rank 0 and back takes {1000 * own:.0f} "
+                        f"ms, {1000 * usual:.1f} ms for the median rank; the link of its machine is slow or full")
+    return told

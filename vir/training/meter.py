@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vir import distributed
+from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig
 from vir.distributed import World
 from vir.engine.engine import Engine, Update
 from vir.log import log, shows_bars
 from vir.reports.metrics import MetricsWriter
-from vir.reports.throughput import Stopwatch, latecomers, peak_memory, stragglers, utilisation
+from vir.reports.throughput import Stopwatch, far_away, latecomers, peak_memory, stragglers, utilisation
 from vir.training.guard import check_bad_samples
 from vir.training.plan import Plan
 from vir.training.validator import Results
@@ -94,8 +95,9 @@ class Meter:
     """
 
     def __init__(self, config: RunConfig, plan: Plan, engine: Engine, world: World, writer: MetricsWriter | None,
-                 first: int) -> None:
+                 heartbeat: Heartbeat, first: int) -> None:
         self._config, self._plan, self._engine, self._world = config, plan, engine, world
+        self._heartbeat = heartbeat
         self._writer, self._first = writer, first
         self.forward_clock = Stopwatch(world.device)
         """To be run during each forward pass."""
@@ -159,13 +161,15 @@ class Meter:
         interval = self._interval
         losses = torch.stack(interval.losses).double() if interval.losses else torch.zeros(0)
         mine = [losses.sum().item(), len(losses), len(interval.bad), interval.waited, self.forward_clock.total(),
-                interval.met, peak_memory(self._world.device), socket.gethostname()]
-        sums, counts, bad, waits, forwards, meets, memory, hosts = zip(*distributed.gather(mine))
+                interval.met, self._heartbeat.round_trip, peak_memory(self._world.device), socket.gethostname()]
+        sums, counts, bad, waits, forwards, meets, trips, memory, hosts = zip(*distributed.gather(mine))
         seconds = time.monotonic() - interval.began - interval.paused
         return _Totals(seconds=seconds, waited=sum(waits) / self._world.size, bad=sum(bad), memory=max(memory),
                        loss=sum(sums) / sum(counts) if sum(counts) else float("nan"),
-                       stragglers=stragglers(waits, forwards, seconds) + latecomers(
-                           meets, list(map(sum, zip(waits, forwards))), hosts, interval.steps, seconds))
+                       stragglers=[*stragglers(waits, forwards, seconds),
+                                   *latecomers(meets, list(map(sum, zip(waits, forwards))), hosts, interval.steps,
+                                               seconds),
+                                   *far_away(trips, hosts)])
 
     def _report(self, done: int) -> None:
         totals, plan, summary = self._totals(), self._plan, self._summary

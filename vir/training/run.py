@@ -189,7 +189,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
             micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
             workers=config.data.workers, prefetch=config.data.prefetch, device=world.device,
             patience=patience)
-        meter = Meter(config, plan, engine, world, writer, first)
+        meter = Meter(config, plan, engine, world, writer, heartbeat, first)
         preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
                                   num_classes=plan.num_classes, device=world.device)
         guard = FiniteGuard(order, reader)
