@@ -269,8 +269,9 @@ def test_two_nodes_train_as_one_process_does(undisturbed, alone):
     assert losses(run) == pytest.approx(alone, rel=1e-5) and len(alone) == COMPARED
 
 
-def test_three_nodes_train_with_zero_3_as_one_process_does_and_heed_a_switch_file(
-        start, shards, alone, tmp_path):
+def test_three_nodes_train_with_zero_3_as_one_process_does_name_a_slow_link_and_heed_a_switch_file(
+        nodes, start, shards, alone, tmp_path):
+    nodes.slow("node-c", 40)
     run, three, config = tmp_path / "run", ["node-a", "node-b", "node-c"], tmp_path / "zero3_fp32.json"
     config.write_text('{"zero_optimization": {"stage": 3}}')
     script = start("node-b", run, arguments(shards, run, config, "--train.micro_batch_size", "8"), three)
@@ -280,6 +281,8 @@ def test_three_nodes_train_with_zero_3_as_one_process_does_and_heed_a_switch_fil
     assert met.left == {} and met.status == [] and met.saved == met.done >= COMPARED
     assert losses(run) == pytest.approx(alone, rel=1e-5)
     assert not (run / "STOP").exists()
+    assert re.search(r"straggler: rank 2 \(node-c\) is far away: a word to rank 0 and back takes \d+ ms", met.said)
+    assert not re.search(r"rank [01] \(\S+\) is far away", met.said)
 
 
 def test_a_lost_node_ends_all_ranks_soon_and_is_named_and_the_script_goes_on_when_it_is_back(faulty):
