@@ -37,7 +37,8 @@ from torch import Tensor
 from support.faults import GONE_WITHIN, members, ranks_of
 from support.launchers import DEEPSPEED, ROOT, TINY, free_port, remove_shared_memory
 from vir.checkpoints.consolidate import consolidate
-from vir.checkpoints.info import newest, read_info
+from vir.checkpoints.info import read_info
+from vir.checkpoints.names import newest
 from vir.checkpoints.store import select
 from vir.data.shards import read_index
 from vir.errors import VirError

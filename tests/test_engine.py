@@ -13,7 +13,8 @@ from support.engine_runs import GLOBAL_BATCH, Job, batch, seed_of, write
 from support.forked import forked
 from support.launchers import HANGS, ROOT
 from vir.checkpoints.consolidate import consolidate
-from vir.checkpoints.info import newest, read_info
+from vir.checkpoints.info import read_info
+from vir.checkpoints.names import newest
 from vir.checkpoints.partitions import WEIGHT, Partitions
 from vir.engine.optimizer import parameter_groups
 from vir.training.loss import training_loss

@@ -20,7 +20,8 @@ from support.faults import GONE_WITHIN, Ranks, members
 from support.forked import Imported
 from support.launchers import HANGS, call
 from support.tiny_runs import command, train_events, weights
-from vir.checkpoints.info import newest, read_info
+from vir.checkpoints.info import read_info
+from vir.checkpoints.names import newest
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -39,45 +38,6 @@ def test_the_text_is_plain_json_with_its_format_and_sorted_files():
     fields = json.loads(replace(INFO, files={"b": {}, "a": {}}).to_json())
     assert fields["format"] == info.FORMAT and list(fields["files"]) == ["a", "b"]
     assert fields["model_input"]["size"] == [3, 28, 32] and fields["classes"] == ["cat", "dög"]
-
-
-@pytest.mark.parametrize("step, name", [(0, "step-00000000"), (10, "step-00000010"), (12345678, "step-12345678")])
-def test_names_are_as_long_as_the_patterns_that_find_them(step, name):
-    assert info.name_of(step) == name
-    assert info.step_of(Path("runs", name)) == info.step_of(Path("runs", name + info.REPLACED)) == step
-    assert fnmatch(name, info.STEPS)
-
-
-def test_the_newest_is_what_latest_names_and_lies_in_the_run(tmp_path):
-    assert info.newest(tmp_path) is None
-    (tmp_path / "checkpoints").mkdir()
-    assert info.newest(tmp_path) is None
-    for text in ("step-00000010\n", "../../elsewhere/step-00000010"):
-        (tmp_path / "checkpoints" / "latest").write_text(text)
-        assert info.newest(tmp_path) == tmp_path / "checkpoints" / "step-00000010"
-        assert info.named_by(tmp_path, "latest") == info.newest(tmp_path) and info.named_by(tmp_path, "best") is None
-
-
-@pytest.mark.parametrize("latest, first", [
-    (None, []), ("", ["checkpoints"]), ("step-00000002", ["step-00000002"]),
-    ("step-00000004", ["step-00000004", "step-00000004.replaced.part"]),
-    ("step-00000003", ["step-00000003", "step-00000003.replaced.part"]),  # is not there itself
-])
-def test_candidates_are_what_latest_names_and_then_the_others_from_the_last_step_down(tmp_path, latest, first):
-    root = tmp_path / "checkpoints"
-    names = ["step-00000010", "step-00000009", "step-00000004", "step-00000004.replaced.part",
-             "step-00000003.replaced.part", "step-00000002"]
-    none = ["step-00000005.part", "step-00000006.removed.part", "step-00000010.removed.part", "step-of-mine"]
-    for name in (*names[::2], *none, *names[1::2]):
-        (root / name).mkdir(parents=True)
-    if latest is not None:
-        (root / "latest").write_text(latest)
-    assert [path.name for path in info.candidates(tmp_path)] == [
-        *first, *(name for name in names if name not in first)]
-
-
-def test_there_are_no_candidates_where_there_is_no_run(tmp_path):
-    assert info.candidates(tmp_path / "nowhere") == []
 
 
 def test_every_file_is_checked_by_one_of_the_ranks(tmp_path):

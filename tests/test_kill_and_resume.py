@@ -13,7 +13,7 @@ import torch
 
 from support.launchers import HANGS
 from support.s3_server import S3Server
-from vir.checkpoints.info import LATEST
+from vir.checkpoints.names import LATEST
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, METRICS
 

@@ -17,7 +17,7 @@ import torch
 from support.launchers import HANGS, ROOT
 from support.tiny_runs import command, train_events, weights
 from vir import status
-from vir.checkpoints.info import newest, step_of
+from vir.checkpoints.names import newest, step_of
 from vir.launch import main
 from vir.reports.metrics import read_metrics
 

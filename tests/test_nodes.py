@@ -20,14 +20,15 @@ from support.faults import GONE_WITHIN
 from support.launchers import HANGS, ROOT
 from support.nodes import Nodes
 from support.tiny_runs import command, train_events, weights
-from vir.checkpoints.info import newest, read_info
+from vir.checkpoints.info import read_info
+from vir.checkpoints.names import newest
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, METRICS
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS),
               pytest.mark.skipif(bool(machines.lacking()), reason=machines.lacking())]
 
-STEPS, EVERY, COMPARED = 320, 8, 8
+STEPS, EVERY, COMPARED = 160, 8, 8
 RANKS_ON = ["node-a", "node-b"]
 SILENCE = 8
 """Seconds after which a rank counts as lost here."""

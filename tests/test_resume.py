@@ -16,7 +16,8 @@ import torch
 from support.launchers import DEEPSPEED, HANGS, ROOT, TORCHRUN, free_port, remove_shared_memory
 from support.terminal import Terminal
 from support.tiny_runs import BATCH, alone, command, epochs, launch, train_events, weights
-from vir.checkpoints.info import newest, read_info, verify
+from vir.checkpoints.info import read_info, verify
+from vir.checkpoints.names import newest
 from vir.reports.metrics import read_metrics
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vir.checkpoints.info import newest, read_info
+from vir.checkpoints.info import read_info
+from vir.checkpoints.names import newest
 from vir.cluster.heartbeat import Heartbeat
 from vir.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig, to_dict
 from vir.distributed import World

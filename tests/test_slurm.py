@@ -10,7 +10,7 @@ import pytest
 from support.launchers import HANGS, ROOT
 from support.slurm import Slurm, needs_slurm
 from support.tiny_runs import command, launch, train_events, weights
-from vir.checkpoints.info import newest
+from vir.checkpoints.names import newest
 from vir.cluster.slurm import SlurmLaunch, was_stopped_by_slurm, words_of_task
 from vir.errors import SettingsError
 from vir.status import Status

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from vir.checkpoints import store
-from vir.checkpoints.info import CheckpointInfo, newest, read_info
+from vir.checkpoints.info import CheckpointInfo, read_info
+from vir.checkpoints.names import newest
 from vir.checkpoints.store import Kept, best_so_far, save, select
 from vir.distributed import World
 from vir.errors import CheckpointError, SettingsError

@@ -8,7 +8,7 @@ import vir.models
 from support.launchers import HANGS
 from support.tiny_runs import command, launch, train_events, weights
 from vir.checkpoints.consolidate import consolidate
-from vir.checkpoints.info import newest
+from vir.checkpoints.names import newest
 from vir.engine.batch_norm import batch_norms
 from vir.evaluate import main as evaluate
 from vir.reports.metrics import read_metrics

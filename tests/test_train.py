@@ -18,7 +18,8 @@ import vir.models
 from support.launchers import ACCELERATE, HANGS, ROOT, TORCHRUN, call, deepspeed, free_port, torchrun
 from support.tiny_runs import BATCH, EMA_DECAY, alone, command, launch, train_events, weights
 from vir.checkpoints.consolidate import consolidate
-from vir.checkpoints.info import newest, read_info
+from vir.checkpoints.info import read_info
+from vir.checkpoints.names import newest
 from vir.data.shards import read_index
 from vir.reports.metrics import read_metrics
 from vir.run_folder import LOCK

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vir import cli
 from vir.addresses import shown
-from vir.checkpoints.info import newest, step_of
+from vir.checkpoints.names import newest, step_of
 from vir.cluster import deepspeed, slurm, torchrun
 from vir.cluster.deepspeed import DeepSpeedLaunch
 from vir.cluster.slurm import SlurmLaunch

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vir.checkpoints import info
+from vir.checkpoints import names
 from vir.checkpoints.partitions import EMA, files_of_rank, read_file
 from vir.engine import ds_config
 
 
 def newest(run: Path) -> Path:
     """The newest checkpoint of a run that ended well."""
-    folder = info.newest(run)
+    folder = names.newest(run)
     assert folder is not None, "a run that ended well has a checkpoint"
     return folder
 

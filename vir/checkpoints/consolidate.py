@@ -8,7 +8,8 @@ from typing import Iterator
 
 from torch import Tensor
 
-from vir.checkpoints.info import BEST, LATEST, CheckpointInfo, pointed, read_info
+from vir.checkpoints.info import CheckpointInfo, read_info
+from vir.checkpoints.names import BEST, LATEST, pointed
 from vir.checkpoints.partitions import EMA, WEIGHT, Partitions
 from vir.checkpoints.store import select
 from vir.errors import CheckpointError, SettingsError

@@ -12,22 +12,8 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from vir import distributed
-from vir.checkpoints.info import (
-    BEST,
-    DESCRIPTION,
-    LATEST,
-    REPLACED,
-    STEPS,
-    CheckpointInfo,
-    candidates,
-    name_of,
-    named_by,
-    pointed,
-    read_info,
-    sha256,
-    step_of,
-    verify,
-)
+from vir.checkpoints.info import DESCRIPTION, CheckpointInfo, read_info, sha256, verify
+from vir.checkpoints.names import BEST, LATEST, REPLACED, STEPS, candidates, name_of, named_by, pointed, step_of
 from vir.checkpoints.partitions import files_of_rank
 from vir.distributed import World
 from vir.errors import CheckpointError, SettingsError, VirError

@@ -42,7 +42,7 @@ _GONE_S = 30.0
 _TELLS_EVERY_S = 60.0
 _HOSTS_WITHIN_S = 3600.0
 """How long a start again waits for a machine to come back."""
-_ASKS_EVERY_S = 5.0
+_ASKS_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import yaml
 
 from vir import distributed, launcher
 from vir.addresses import shown
-from vir.checkpoints.info import BEST, DESCRIPTION, LATEST, candidates, read_info
+from vir.checkpoints.info import DESCRIPTION, read_info
+from vir.checkpoints.names import BEST, LATEST, candidates
 from vir.config import DataConfig, RunConfig, differences, folder_of, plan_accumulation, to_dict
 from vir.data.opening import Places, open_reader, places
 from vir.data.reader import Reader

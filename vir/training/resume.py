@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from vir.addresses import shown
-from vir.checkpoints.info import BEST, CheckpointInfo, name_of
+from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.names import BEST, name_of
 from vir.checkpoints.partitions import Partitions
 from vir.checkpoints.store import select
 from vir.config import RunConfig, differences, to_dict
