@@ -2,7 +2,7 @@
 
     python tests/measure_launchers.py --shards SHARDS
 
-Prints the table of docs/launching.md. SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. Each run
+Prints the table of README.md. SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. Each run
 has two ranks on CPUs and a tiny model, so these are the times of launchers, imports and bounds, not of training. Needs
 what the tests of several nodes need (tests/support/nodes.py, tests/support/slurm.py), and a quiet machine.
 """
@@ -70,10 +70,13 @@ def measure(launch: Launch, shards: Path, run: Path) -> list[float]:
     for end in (launch.signal, lambda process: launch.lose()):
         since = time.time()
         process = launch.begin(words)
-        found.append(wait_until(lambda: first_step(run, since), f"first step of {launch.name}"))
-        time.sleep(3)
-        end(process)
-        found.append(wait_until(lambda: process.poll() is not None, f"end of {launch.name}"))
+        try:
+            found.append(wait_until(lambda: first_step(run, since), f"first step of {launch.name}"))
+            time.sleep(3)
+            end(process)
+            found.append(wait_until(lambda: process.poll() is not None, f"end of {launch.name}"))
+        finally:
+            process.terminate()  # after an error; the script ends its ranks
     started, signalled, resumed, lost = found
     return [started, resumed, signalled, lost]
 

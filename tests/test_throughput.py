@@ -91,34 +91,35 @@ def test_the_watch_adds_up_blocks_and_starts_anew():
     assert 0.04 <= watch.total() < 0.5 and watch.total() == 0
 
 
+HOSTS = ["node-a", "node-a", "node-b", "node-b"]
+
+
 @pytest.mark.parametrize("waits, forwards, said", [
-    ([1, 1, 1, 4], [2, 2, 2, 2], ["rank 3 waits for data 40 % of the time, the median rank 10 %"]),
-    ([1, 1, 1, 1], [2, 6, 2, 2], ["rank 1 computes forward 60 % of the time, the median rank 20 %"]),
+    ([1, 1, 1, 4], [2, 2, 2, 2], ["rank 3 (node-b) waits for data 40 % of the time, the median rank 10 %"]),
+    ([1, 1, 1, 1], [2, 6, 2, 2], ["rank 1 (node-a) computes forward 60 % of the time, the median rank 20 %"]),
     ([0.1, 0.3, 0.1], [2, 2.2, 2], []),  # a small share of the interval
     ([5, 5, 5], [1, 1, 1], []),          # all alike: slow, but nobody is behind
     ([3], [1], []),
 ])
 def test_a_rank_that_holds_the_others_up_is_named(waits, forwards, said):
-    assert stragglers(waits, forwards, 10.0) == said
+    assert stragglers(waits, forwards, HOSTS, 10.0) == said
 
 
 def test_short_intervals_accuse_nobody():
-    assert stragglers([0.1, 0.1, 0.5], [0, 0, 0], 1.0) == []
+    assert stragglers([0.1, 0.1, 0.5], [0, 0, 0], HOSTS, 1.0) == []
 
 
-HOSTS = ["node-a", "node-a", "node-b", "node-b"]
-
-
-@pytest.mark.parametrize("meets, alone, said", [
+@pytest.mark.parametrize("meets, waits, said", [
     ([5, 5, 0.1, 5], [1, 1, 1, 1], ["rank 2 (node-b) begins each step 0.49 s after the median rank, 49 % of the time; "
                                     "its machine or its link is slow"]),
     ([4, 0], [1, 1], ["rank 1 (node-a) begins each step 0.40 s after the median rank, 40 % of the time; its machine or "
                       "its link is slow"]),
     ([5, 5, 0.1, 5], [1, 1, 5.9, 1], []),  # it waits for data, which is told by itself
     ([1, 1.2, 0.8, 1], [1, 1, 1, 1], []),  # a small share of the interval
+    ([0.05, 0.05], [5, 5], []),  # one of them computes forward slowly: the other waits in the backward pass
     ([0], [1], [])])
-def test_the_rank_that_comes_last_is_named_with_its_machine(meets, alone, said):
-    assert latecomers(meets, alone, HOSTS, 10, 10.0) == said
+def test_the_rank_that_comes_last_is_named_with_its_machine(meets, waits, said):
+    assert latecomers(meets, waits, HOSTS, 10, 10.0) == said
 
 
 @pytest.mark.parametrize("stage, weights, rest", [(0, 4, 16), (1, 4, 4), (2, 2.5, 4), (3, 1, 4)])

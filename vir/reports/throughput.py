@@ -117,7 +117,7 @@ _FAR_S = 0.05
 """A word between machines of one room takes a thousandth of a second."""
 
 
-def stragglers(waits: Sequence[float], forwards: Sequence[float], seconds: float) -> list[str]:
+def stragglers(waits: Sequence[float], forwards: Sequence[float], hosts: Sequence[str], seconds: float) -> list[str]:
     """Which ranks hold the others up in an interval of `seconds`, and by what.
 
     Every step ends for all at once, so the slow rank shows in what it does alone: waiting for its loader, and the
@@ -129,12 +129,12 @@ def stragglers(waits: Sequence[float], forwards: Sequence[float], seconds: float
         for what, own, others in (("waits for data", wait, waits), ("computes forward", forward, forwards)):
             usual = statistics.median(others)
             if own > 1.25 * usual and own - usual > max(0.1 * seconds, 0.5):
-                slow.append(f"rank {rank} {what} {100 * own / seconds:.0f} % of the time, the median rank "
+                slow.append(f"rank {rank} ({hosts[rank]}) {what} {100 * own / seconds:.0f} % of the time, the median rank "
                             f"{100 * usual / seconds:.0f} %")
     return slow
 
 
-def latecomers(meets: Sequence[float], alone: Sequence[float], hosts: Sequence[str], steps: int,
+def latecomers(meets: Sequence[float], waits: Sequence[float], hosts: Sequence[str], steps: int,
                seconds: float) -> list[str]:
     """Which ranks the others wait for once a step, in an interval of `seconds`, where `stragglers` finds no cause.
 
@@ -142,9 +142,9 @@ def latecomers(meets: Sequence[float], alone: Sequence[float], hosts: Sequence[s
 
     Args:
         meets: seconds that each rank has waited there.
-        alone: seconds of each rank that `stragglers` looks at: who is late for them is told there.
+        waits: seconds that each rank has waited for its loader, right before: who is late for that is told elsewhere.
     """
-    late, shares = [], [meet + own for meet, own in zip(meets, alone)]
+    late, shares = [], [meet + own for meet, own in zip(meets, waits)]
     for rank, share in enumerate(shares):
         others = [*shares[:rank], *shares[rank + 1:]]
         by = statistics.median(others) - share if others else 0.0

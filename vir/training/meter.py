@@ -166,9 +166,8 @@ class Meter:
         seconds = time.monotonic() - interval.began - interval.paused
         return _Totals(seconds=seconds, waited=sum(waits) / self._world.size, bad=sum(bad), memory=max(memory),
                        loss=sum(sums) / sum(counts) if sum(counts) else float("nan"),
-                       stragglers=[*stragglers(waits, forwards, seconds),
-                                   *latecomers(meets, list(map(sum, zip(waits, forwards))), hosts, interval.steps,
-                                               seconds),
+                       stragglers=[*stragglers(waits, forwards, hosts, seconds),
+                                   *latecomers(meets, waits, hosts, interval.steps, seconds),
                                    *far_away(trips, hosts)])
 
     def _report(self, done: int) -> None:
