@@ -129,8 +129,8 @@ def stragglers(waits: Sequence[float], forwards: Sequence[float], hosts: Sequenc
         for what, own, others in (("waits for data", wait, waits), ("computes forward", forward, forwards)):
             usual = statistics.median(others)
             if own > 1.25 * usual and own - usual > max(0.1 * seconds, 0.5):
-                slow.append(f"rank {rank} ({hosts[rank]}) {what} {100 * own / seconds:.0f} % of the time, the median rank "
-                            f"{100 * usual / seconds:.0f} %")
+                slow.append(f"rank {rank} ({hosts[rank]}) {what} {100 * own / seconds:.0f} % of the time, the median "
+                            f"rank {100 * usual / seconds:.0f} %")
     return slow
 
 
