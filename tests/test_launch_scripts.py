@@ -90,7 +90,7 @@ def test_accelerate_trains_with_as_many_processes_as_are_asked_for(shards, tmp_p
     """On CPUs, where it starts one without these settings."""
     done = call(*ACCELERATE, "--config_file", ROOT / "launch" / "accelerate.yaml", "--num_processes", "2",
                 "--main_process_port", free_port(), "-m", "vir.train",
-                *tiny(shards, tmp_path / "run", "zero2_fp32", steps=2, every=2), timeout=HANGS, OMP_NUM_THREADS="1")
+                *tiny(shards, tmp_path / "run", "zero2_fp32", steps=4, every=4), timeout=HANGS, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-6000:]
-    assert [event["step"] for event in train_events(tmp_path / "run")] == [1, 2]
-    assert "2 steps of 48 = 2 x 12 x 2 ranks" in done.stdout
+    assert [event["step"] for event in train_events(tmp_path / "run")] == [1, 2, 3, 4]
+    assert "4 steps of 48 = 2 x 12 x 2 ranks" in done.stdout
