@@ -24,7 +24,7 @@ WORDS = ["--data.train", "/a b/shards", "--model.freeze", r"patch_embed|blocks\.
 def options(*words):
     parser = ArgumentParser(allow_abbrev=False)
     add_options(parser)
-    parser.set_defaults(max_restarts=0)
+    parser.set_defaults(max_restarts=0, print=False)
     return parser.parse_args([str(word) for word in words])
 
 
@@ -124,7 +124,8 @@ def test_mpi_is_told_where_rank_0_is_and_gets_no_value_that_would_come_with_quot
 
 
 def test_nodes_that_others_start_share_no_name_of_a_start(hostfile):
-    start, _ = started(options("--hostfile", hostfile, "--no_ssh", "--node_rank", 1, "--master_addr", "10.0.0.1"))
+    start, _ = started(options("--hostfile", hostfile, "--no_ssh", "--node_rank", 1, "--master_addr", "10.0.0.1",
+                               "--master_port", 2000))
     assert "VIR_RUN_ID" not in start.environment and "--node_rank=1" in start.command
 
 
@@ -168,3 +169,47 @@ def test_deepspeeds_own_place_of_a_hostfile_is_known(hostfile, monkeypatch):
     monkeypatch.setattr(deepspeed, "_DEFAULT_HOSTFILE", hostfile)
     start, _ = started(options("--master_addr", "10.0.0.1"))
     assert f"--hostfile={hostfile}" in start.command
+
+
+@pytest.mark.parametrize("words", [
+    ["--no_ssh", "--node_rank", 1], ["--node_rank", 1, "--master_addr", "10.0.0.1", "--master_port", 2000],
+    ["--no_ssh", "--node_rank", 0, "--master_addr", "10.0.0.1"]])
+def test_nodes_that_others_start_are_told_where_to_meet(hostfile, words):
+    with pytest.raises(SettingsError, match="with --hostfile, --no_ssh, --node_rank, --master_addr and --master_port"):
+        DeepSpeedLaunch(options("--hostfile", hostfile, *words), [])
+    with pytest.raises(SettingsError, match="give them all|give their --hostfile, too"):
+        DeepSpeedLaunch(options(*words), [])
+
+
+def test_a_hostfile_with_another_machine_alone_trains_there_and_with_this_one_here(tmp_path):
+    for host, elsewhere in (("192.0.2.7", True), ("localhost", False), (os.uname().nodename, False)):
+        (tmp_path / "hosts").write_text(f"{host} slots=2\n")
+        start, _ = started(options("--hostfile", tmp_path / "hosts", "--master_addr", "10.0.0.1"))
+        assert ("--force_multi" in start.command) is elsewhere, host
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--ssh_port", "a"], "'a' is no port"), (["--num_nodes", "two"], "invalid int value: 'two'"),
+    (["--master_port", "99999"], "'99999' is no port from 1 to 65535")])
+def test_a_value_that_is_no_number_is_told(words, said, capsys):
+    with pytest.raises(SystemExit):
+        options(*words)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_more_nodes_than_there_are_or_none_are_refused(count):
+    with pytest.raises(SettingsError, match=f"--num_nodes is {count}; the hostfile has 3 hosts"):
+        active_hosts({"node-a": 2, "node-b": 2, "node-c": 1}, options("--num_nodes", count))
+
+
+def test_paths_of_deepspeeds_own_options_are_those_of_the_folder_of_the_command(hostfile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start, _ = started(options("--hostfile", hostfile, "--master_addr", "10.0.0.1", "--enable_each_rank_log", "logs"))
+    assert f"--enable_each_rank_log={tmp_path}/logs" in start.command
+
+
+def test_printing_asks_no_host(hostfile):
+    args = options("--hostfile", hostfile)
+    args.print = True
+    assert "--master_addr=ADDRESS_OF_node-a" in started(args)[0].command

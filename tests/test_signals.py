@@ -15,7 +15,7 @@ BLOCKED = """
 import ctypes
 import sys
 from vir.cluster import signals
-signals._SECOND_AFTER_S = float(sys.argv[1])
+signals.SECOND_AFTER_S = float(sys.argv[1])
 signals.StopRequest()
 print("ready", flush=True)
 lock, of_c = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock

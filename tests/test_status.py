@@ -83,6 +83,22 @@ def test_a_folder_that_is_gone_or_no_script_that_waits_hinder_no_rank(file, monk
     assert not status.is_awaited()
 
 
+def test_a_variable_that_is_no_number_hinders_no_rank(file, monkeypatch):
+    monkeypatch.setenv("RANK", "abc")
+    status.write(2, "RANK is 'abc'")
+    assert status.read(file) == Status(2, "RANK is 'abc'", 0, os.uname().nodename)
+
+
+def test_the_script_asks_in_a_file_that_is_there_from_the_start(file):
+    assert status.asked_to_stop(file) == 0
+    status.make_room(file)
+    assert status.asked_to_stop(file) == 0
+    status.ask_to_stop(file, 15)
+    assert status.asked_to_stop(file) == 15
+    status.remove(file)
+    assert list(file.parent.iterdir()) == []
+
+
 def test_what_is_half_written_is_not_read(file):
     file.write_text('{"code": 0, "sa')
     assert status.read(file) is None

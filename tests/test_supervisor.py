@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from support.small_disk import small_disk  # noqa: F401, a fixture
+from vir import files
 from vir.cluster import supervisor
 from vir.cluster.supervisor import Start, supervise
 from vir.errors import SettingsError
@@ -25,18 +28,16 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from vir import files, status
 run = Path(sys.argv[1])
-starts = run.parent / "starts"
+starts = run.parent.parent / "starts"
 with starts.open("a") as file:
     file.write(os.environ["NAME"] + "\\n")
 count = len(starts.read_text().splitlines())
 def end(code, said="as it was told"):
     status.write(code, said)
-def stop_file():
-    return status.stop_file(Path(os.environ[status.FILE]))
 def wait_for_stop():
-    while not stop_file().exists():
+    while not (number := status.asked_to_stop(Path(os.environ[status.FILE]))):
         time.sleep(0.02)
-    return int(stop_file().read_text() or 0)
+    return number
 RANK = [sys.executable, "-c"]
 """
 
@@ -58,14 +59,15 @@ class Program:
         return {"node-b": "no route"} if self._silent and self._silent.pop() else {}
 
     def starts(self):
-        file = self.run.parent / "starts"
+        file = self.run.parent.parent / "starts"
         return file.read_text().split() if file.exists() else []
 
     def ended(self, found):
         self.heard.append(found.code)
 
-    def supervise(self, max_restarts=0, steps=(0,)):
+    def supervise(self, max_restarts=0, steps=(0,), passes_codes_on=False):
         left, self.max_restarts, self.heard = iter([*steps, *[steps[-1]] * 9]), max_restarts, []
+        self.passes_codes_on = passes_codes_on
         return supervise(self, self.run, lambda: next(left))
 
 
@@ -92,6 +94,73 @@ def test_the_code_is_that_of_the_run_whatever_the_launcher_says(tmp_path, capfd,
     assert program.supervise() == code
     assert re.search(said, capfd.readouterr().err)
     assert not program.run.exists() and len(program.starts()) == 1  # nothing was left in it
+
+
+@pytest.mark.parametrize("code, passes_on, becomes", [
+    (2, True, 2), (3, True, 3), (0, True, 5), (247, True, 5), (1, False, 5)])
+def test_where_no_rank_could_tell_a_code_of_the_table_is_believed_if_the_launcher_passes_it_on(
+        tmp_path, code, passes_on, becomes):
+    program = Program(tmp_path, f"sys.exit({code})")
+    assert program.supervise(max_restarts=1, passes_codes_on=passes_on) == becomes
+    assert len(program.starts()) == (2 if becomes == 5 else 1)
+
+
+FILL = """
+with suppress(OSError), (run / 'filler').open('wb', buffering=0) as file:
+    while True:
+        file.write(bytes(512))
+"""
+
+
+def test_a_status_fits_on_a_disk_that_is_full_by_then(small_disk):  # noqa: F811
+    program = Program(small_disk, f"from contextlib import suppress\n{FILL}\nend(3, 'the disk is full'); sys.exit(1)")
+    assert program.supervise() == 3 and program.heard == [3]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_starts(small_disk):  # noqa: F811
+    program = Program(small_disk, "end(0)")
+    program.run.mkdir(parents=True)
+    exec(FILL, {"run": program.run, "suppress": suppress})
+    with pytest.raises(SettingsError, match="cannot be written to: No space left on device; free some space, or give"):
+        program.supervise()
+    assert program.starts() == [] and [path.name for path in program.run.iterdir()] == ["filler"]
+
+
+def test_another_run_in_the_folder_is_not_waited_for(tmp_path):
+    program = Program(tmp_path, "sys.exit(1)")
+    program.run.mkdir(parents=True)
+    descriptor = files.lock(program.run / LOCK)
+    began = time.monotonic()
+    assert program.supervise() == 5 and time.monotonic() - began < 20
+    files.unlock(descriptor)
+
+
+def test_what_a_launcher_has_left_behind_is_no_rank_and_is_ended(tmp_path):
+    body = "subprocess.Popen([*RANK, 'import time; time.sleep(600)'], start_new_session=True)\nsys.exit(1)"
+    began = time.monotonic()
+    assert Program(tmp_path, body).supervise() == 5 and time.monotonic() - began < 30
+    assert not left_of(tmp_path)
+
+
+def test_ranks_that_never_end_without_their_launcher_are_ended(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(supervisor, "_ORPHANS_S", 2.0)
+    body = ("subprocess.Popen([*RANK, 'import time; time.sleep(600)', 'vir.train'], start_new_session=True)\n"
+            "os.kill(os.getpid(), signal.SIGKILL)")
+    assert Program(tmp_path, body).supervise() == 5
+    assert "its ranks have not ended within 2 s: ending those of this machine" in capfd.readouterr().err
+    assert not left_of(tmp_path)
+
+
+def test_a_signal_while_a_machine_is_waited_for_is_a_stop(tmp_path, capfd):
+    program = Program(tmp_path, "end(5)", silent=[True] * 1000)
+    threading.Timer(3, os.kill, [os.getpid(), signal.SIGUSR1]).start()
+    assert program.supervise(max_restarts=1) == 75
+    assert program.heard == [5, 75] and "stopped by SIGUSR1 before it could start again" in capfd.readouterr().err
+
+
+def test_the_command_is_printed(tmp_path, capfd):
+    assert Program(tmp_path, "end(0)").supervise() == 0
+    assert f"vir-launch: starting {sys.executable} -c" in capfd.readouterr().err
 
 
 def test_what_is_in_the_folder_stays_and_the_status_does_not(tmp_path):
@@ -164,9 +233,10 @@ def in_process(tmp_path, body):
 def test_ranks_that_outlive_their_launcher_are_asked_to_stop_and_waited_for(tmp_path, capfd):
     rank = ("import os, sys, time\\nfrom pathlib import Path\\nfrom vir import status\\n"
             "file = Path(os.environ[status.FILE])\\n"
-            "while not status.stop_file(file).exists(): time.sleep(0.02)\\n"
+            "while not status.asked_to_stop(file): time.sleep(0.02)\\n"
             "time.sleep(1)\\nstatus.write(75, 'saved')")
-    body = f"subprocess.Popen([*RANK, '''{rank}'''], start_new_session=True)\nos.kill(os.getpid(), signal.SIGUSR1)"
+    body = (f"subprocess.Popen([*RANK, '''{rank}''', 'vir.train'], start_new_session=True)\n"
+            "os.kill(os.getpid(), signal.SIGUSR1)")
     assert Program(tmp_path, body).supervise() == 75
     assert "the launcher has gone (exit code -10) before its ranks: waiting for them" in capfd.readouterr().err
 

@@ -68,8 +68,11 @@ def test_rank_0_alone_looks_for_them_and_not_where_the_folder_is_anothers(stop, 
 
 def test_the_first_rank_of_a_machine_hears_its_launch_script(stop, tmp_path, monkeypatch):
     monkeypatch.setenv(status.FILE, str(tmp_path / ".status-x.json"))
-    status.stop_file(tmp_path / ".status-x.json").write_text(str(int(signal.SIGUSR1)))
+    status.make_room(tmp_path / ".status-x.json")
     switches = Switches(Place(4, 8, 0, "127.0.0.1", 0), tmp_path, stop)
+    time.sleep(0.2)
+    assert not stop.asked
+    status.ask_to_stop(tmp_path / ".status-x.json", signal.SIGUSR1)
     wait_until(lambda: stop.asked)
     assert stop.agree() and stop.cause == "SIGUSR1"
     switches.close()
@@ -79,6 +82,19 @@ def test_the_first_rank_of_a_machine_hears_its_launch_script(stop, tmp_path, mon
     assert not other.asked
     switches.close()
     other.close()
+
+
+def test_what_cannot_be_removed_is_heeded_once_and_told(stop, tmp_path, caplog):
+    (tmp_path / SAVE).mkdir()  # a folder of that name
+    switches = Switches(FIRST, tmp_path, stop)
+    wait_until(lambda: not stop.agree() and stop.agreed_wishes == {SAVE})
+    time.sleep(1.5)
+    assert not stop.agree() and stop.agreed_wishes == frozenset()
+    (tmp_path / STOP).mkdir()
+    wait_until(lambda: stop.asked)
+    switches.close(heeded_stop=True)
+    assert [record.getMessage().split(" was heeded")[0] for record in caplog.records if record.name == "vir"] == [
+        str(tmp_path / SAVE), str(tmp_path / STOP)]
 
 
 RANK = """

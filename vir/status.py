@@ -18,6 +18,7 @@ from vir.errors import EXIT_STOPPED_BY_SIGNAL
 
 FILE = "VIR_STATUS"
 """The variable that names the file; unset where no launch script waits for it."""
+_RESERVED_BYTES = 1 << 16
 _RESTARTS = "TORCHELASTIC_MAX_RESTARTS"
 _RESTART = "TORCHELASTIC_RESTART_COUNT"
 
@@ -47,12 +48,20 @@ def write(code: int, said: str) -> None:
     """Leave it for the launch script, unless another rank has done so. Never raises: the rank ends anyway."""
     if not (named := os.environ.get(FILE)):
         return
-    restart, of = (int(os.environ.get(name) or 0) for name in (_RESTART, _RESTARTS))
-    found = Status(code, said, int(os.environ.get("RANK") or 0), socket.gethostname(), restart, of)
+    rank, restart, of = map(_number, ("RANK", _RESTART, _RESTARTS))
+    text = json.dumps(asdict(Status(code, said, rank, socket.gethostname(), restart, of)))
     path = Path(f"{named}{_start()}")
-    draft = path.with_name(f"{path.name}.rank-{found.rank}.draft")
-    with suppress(OSError):
-        draft.write_text(json.dumps(asdict(found)))
+    for give_way in (False, True):
+        with suppress(OSError):
+            if give_way:
+                _reserve(Path(named)).unlink()
+            _publish(text, path, path.with_name(f"{path.name}.rank-{rank}.draft"))
+            return
+
+
+def _publish(text: str, path: Path, draft: Path) -> None:
+    try:
+        draft.write_text(text)
         try:
             os.link(draft, path)  # whole, and of one rank alone
         except FileExistsError:
@@ -60,7 +69,13 @@ def write(code: int, said: str) -> None:
         except OSError:  # a file system without links
             if not path.exists():
                 os.replace(draft, path)
+    finally:
         draft.unlink(missing_ok=True)
+
+
+def _number(variable: str) -> int:
+    said = os.environ.get(variable, "")
+    return int(said) if said.isdigit() else 0
 
 
 def is_awaited() -> bool:
@@ -78,9 +93,36 @@ def read(path: Path) -> Status | None:
     return found
 
 
-def stop_file(path: Path) -> Path:
-    """Which the script leaves beside the status to ask this run, and no other in the folder, to stop."""
+def make_room(path: Path) -> None:
+    """For the script, before a start: what is to be written must fit also on a disk that is full by then.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    _reserve(path).write_bytes(bytes(_RESERVED_BYTES))
+    _stop_file(path).write_text("0")
+
+
+def ask_to_stop(path: Path, number: int) -> None:
+    """For the script: ask this run, and no other in the folder, to stop, as after a signal of that number."""
+    with _stop_file(path).open("r+") as file:  # in place
+        file.write(str(number))
+
+
+def asked_to_stop(path: Path) -> int:
+    """The number of the signal for which the script asks to stop; 0 while it does not."""
+    try:
+        return int(_stop_file(path).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _stop_file(path: Path) -> Path:
     return path.with_suffix(".stop")
+
+
+def _reserve(path: Path) -> Path:
+    return path.with_suffix(".reserve")
 
 
 def remove(path: Path) -> None:

@@ -85,6 +85,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         return code
     except Exception as error:
         if heartbeat is None:
+            status.write(1, f"{type(error).__name__}: {' '.join(str(error).split())}")
             raise
         return _unforeseen(error, place, heartbeat)
     finally:

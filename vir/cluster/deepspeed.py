@@ -11,13 +11,12 @@ import os
 import random
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Mapping
+from typing import Callable, Iterator, Mapping
 
 from vir import interfaces, launcher, status
 from vir.cluster import hosts
@@ -29,6 +28,9 @@ _DEFAULT_HOSTFILE = Path("/job/hostfile")
 """Where deepspeed looks for one by itself."""
 _WITH_VALUE = ("--include", "--exclude", "--num_nodes", "--num_gpus", "--node_rank", "--launcher", "--launcher_args",
                "--ssh_port", "--venv_script", "--bind_core_list", "--enable_each_rank_log", "--log_level")
+_KINDS: dict[str, Callable[[str], object]] = {
+    "--num_nodes": int, "--num_gpus": int, "--node_rank": int, "--ssh_port": hosts.port,
+    "--enable_each_rank_log": os.path.abspath, "--venv_script": os.path.abspath}  # nodes start in another folder
 _SWITCHES = ("--no_ssh", "--force_multi", "--bind_cores_to_rank", "--quiet")
 _FORWARDED = re.compile(r"(?:NCCL|GLOO|TORCH|CUDA|OMP|MKL|MALLOC|HF|WANDB|AWS|GOOGLE|AZURE|FSSPEC|TRITON|DS|VIR)_\w+|"
                         r"LD_LIBRARY_PATH|LD_PRELOAD|(?:https?|no|all)_proxy", re.IGNORECASE)
@@ -45,12 +47,12 @@ def add_options(parser: ArgumentParser) -> None:
                         help="network interface that joins the machines, for NCCL and gloo; found when not given")
     parser.add_argument("--master_addr", "--master-addr", metavar="ADDRESS",
                         help="of the first machine; that of the interface, or its first one, when not given")
-    parser.add_argument("--master_port", "--master-port", type=int, metavar="PORT",
+    parser.add_argument("--master_port", "--master-port", type=hosts.port, metavar="PORT",
                         help="of rank 0's store; one that is free when not given")
     of_deepspeed = parser.add_argument_group("options of deepspeed's own launcher, see deepspeed --help")
     for flag in _WITH_VALUE:
         names = [flag, "--num_accelerators"] if flag == "--num_gpus" else [flag]
-        of_deepspeed.add_argument(*names, metavar="VALUE")
+        of_deepspeed.add_argument(*names, metavar="VALUE", type=_KINDS.get(flag, str))
     for flag in _SWITCHES:
         of_deepspeed.add_argument(flag, action="store_true")
 
@@ -64,14 +66,14 @@ class DeepSpeedLaunch:
     """
 
     def __init__(self, args: Namespace, words: list[str]) -> None:
-        self.max_restarts = args.max_restarts
+        self.max_restarts, self.passes_codes_on = args.max_restarts, True
         self._args, self._words = args, words
         hostfile = args.hostfile or (_DEFAULT_HOSTFILE if _DEFAULT_HOSTFILE.is_file() else None)
         self._hosts = active_hosts(hosts.read_hostfile(hostfile), args) if hostfile else {}
         self._hostfile = hostfile
-        self._port = int(args.ssh_port) if args.ssh_port else None
-        several = len(self._hosts) > 1 or args.force_multi
-        self._by_ssh = bool(self._hosts) and several and not args.no_ssh
+        _check_hands(args, bool(hostfile))
+        args.force_multi = args.force_multi or len(self._hosts) == 1 and not all(map(hosts.is_here, self._hosts))
+        self._by_ssh = bool(self._hosts) and (len(self._hosts) > 1 or args.force_multi) and not args.no_ssh
         self._by_pdsh = self._by_ssh and args.launcher in (None, "pdsh")
         if self._by_pdsh and " " in sys.executable:
             raise SettingsError(f"{sys.executable} has a space in its path, which deepspeed does not quote for the "
@@ -79,7 +81,7 @@ class DeepSpeedLaunch:
 
     def unreachable(self) -> dict[str, str]:
         """Hosts that do not answer, and why. mpirun finds that out by itself, and may not need ssh."""
-        return hosts.unreachable(self._hosts, self._port) if self._by_pdsh else {}
+        return hosts.unreachable(self._hosts, self._args.ssh_port) if self._by_pdsh else {}
 
     def ended(self, found: Status) -> None:
         """Nothing is to be done."""
@@ -138,12 +140,13 @@ class DeepSpeedLaunch:
         if self._args.master_addr or not self._by_ssh:
             return self._args.master_addr or "127.0.0.1"
         first = next(iter(self._hosts))
+        if self._args.print:
+            return f"ADDRESS_OF_{first}"
         ask = f"ip -4 -o address show dev {self._args.interface}" if self._args.interface else "hostname -I"
-        done = subprocess.run(hosts.ssh(first, ask, self._port), capture_output=True, text=True, timeout=60,
-                              stdin=subprocess.DEVNULL)
-        found = re.search(r"\b\d+(?:\.\d+){3}\b", done.stdout)
+        said, problem = hosts.say(first, ask, self._args.ssh_port)
+        found = re.search(r"\b\d+(?:\.\d+){3}\b", said)
         if found is None:
-            raise SettingsError(f"{first} does not tell its address by `{ask}` ({done.stderr.strip() or 'no answer'}); "
+            raise SettingsError(f"{first} does not tell its address by `{ask}` ({problem or 'no answer'}); "
                                 "give --master_addr" + (", or another --interface" * bool(self._args.interface)))
         self._args.master_addr = found[0]
         return found[0]
@@ -168,8 +171,20 @@ def active_hosts(found: dict[str, int], args: Namespace) -> dict[str, int]:
             raise SettingsError(f"--{flag} names {', '.join(sorted(unknown))}; the hostfile has {', '.join(found)}")
     left = {host: slots for host, slots in found.items()
             if (not included or host in included) and excluded.get(host) != ""}
-    count = int(args.num_nodes) if args.num_nodes else len(left)
+    count = len(left) if args.num_nodes is None else args.num_nodes
+    if not 0 < count <= len(left):
+        raise SettingsError(f"--num_nodes is {count}; the hostfile has {len(left)} hosts")
     return dict(list(left.items())[:count])
+
+
+def _check_hands(args: Namespace, has_hostfile: bool) -> None:
+    """Nodes that other hands start must be told where they meet: each would choose a port of its own."""
+    if (args.no_ssh or args.node_rank is not None) and not (
+            args.no_ssh and args.node_rank is not None and has_hostfile and args.master_addr and args.master_port):
+        raise SettingsError("without ssh the script is started on each node, with --hostfile, --no_ssh, --node_rank, "
+                            "--master_addr and --master_port; give them all, the last two the same on each")
+    if args.master_addr and not has_hostfile:
+        raise SettingsError(f"--master_addr {args.master_addr} is for several nodes; give their --hostfile, too")
 
 
 def for_remote_shell(word: str) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
+from argparse import ArgumentTypeError
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Iterable
 
-from vir import files
+from vir import files, interfaces
 from vir.errors import SettingsError
 
 _ANSWERS_WITHIN_S = 10
@@ -63,19 +66,37 @@ def ssh(host: str, command: str, port: int | None = None) -> list[str]:
     return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_ANSWERS_WITHIN_S}", *more, *to_port, host, command]
 
 
+def port(text: str) -> int:
+    """For argparse."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16):
+        raise ArgumentTypeError(f"{text!r} is no port from 1 to 65535")
+    return int(text)
+
+
+def is_here(host: str) -> bool:
+    """Whether the name is one of this machine."""
+    with suppress(OSError):
+        address = socket.gethostbyname(host)
+        return address.startswith("127.") or address in interfaces.addresses().values()
+    return host == socket.gethostname()
+
+
+def say(host: str, command: str, port: int | None = None) -> tuple[str, str]:
+    """What a command of a shell says on a host, and why it has failed; empty where it has not."""
+    try:
+        done = subprocess.run(ssh(host, command, port), capture_output=True, text=True, errors="replace",
+                              stdin=subprocess.DEVNULL, timeout=2 * _ANSWERS_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        return "", f"no answer within {2 * _ANSWERS_WITHIN_S} s"
+    except OSError as error:
+        return "", f"ssh cannot be run: {error.strerror}"
+    said = done.stderr.strip().splitlines()
+    return done.stdout, "" if done.returncode == 0 else said[-1] if said else f"ssh ended with {done.returncode}"
+
+
 def unreachable(hosts: Iterable[str], port: int | None = None) -> dict[str, str]:
     """Which hosts run no command by ssh, and why, in a few words. All are asked at the same time."""
-    def ask(host: str) -> str:
-        try:
-            done = subprocess.run(ssh(host, "true", port), capture_output=True, text=True, errors="replace",
-                                  stdin=subprocess.DEVNULL, timeout=2 * _ANSWERS_WITHIN_S)
-        except subprocess.TimeoutExpired:
-            return f"no answer within {2 * _ANSWERS_WITHIN_S} s"
-        except OSError as error:
-            return f"ssh cannot be run: {error.strerror}"
-        said = done.stderr.strip().splitlines()
-        return "" if done.returncode == 0 else said[-1] if said else f"ssh ended with {done.returncode}"
-
     names = list(hosts)
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        return {host: reason for host, reason in zip(names, pool.map(ask, names)) if reason}
+        return {host: reason for host, (_, reason) in zip(names, pool.map(lambda host: say(host, "true", port), names))
+                if reason}

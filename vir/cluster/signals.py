@@ -13,7 +13,7 @@ from vir import cli, launcher
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """From a person or a batch system, SLURM's warning before preemption, Ctrl-C, and a terminal that was closed."""
-_SECOND_AFTER_S = 3.0
+SECOND_AFTER_S = 3.0
 """Seconds from which on a Ctrl-C is a second one: torchrun passes on what the terminal has sent to its ranks too."""
 STOP_FILE, LAUNCHER_GONE = 100, 101
 """Beside the numbers of signals: other causes to stop."""
@@ -137,7 +137,7 @@ def _heed_interrupts(numbers: int) -> None:
             if first is None:
                 first = time.monotonic()
                 _say("Ctrl-C: stopping as soon as what was done is saved; a second Ctrl-C ends at once")
-            elif time.monotonic() - first > _SECOND_AFTER_S:
+            elif time.monotonic() - first > SECOND_AFTER_S:
                 _say("ended by a second Ctrl-C, without saving")
                 cli.end_now(128 + signal.SIGINT)
 

@@ -61,7 +61,7 @@ class SlurmLaunch:
         if not args.print and "SLURM_JOB_ID" not in os.environ:
             raise SettingsError("this is no job of Slurm (SLURM_JOB_ID is not set); hand it in by "
                                 "sbatch launch/slurm.sbatch, or see the command by --print")
-        self.max_restarts = args.max_restarts
+        self.max_restarts, self.passes_codes_on = args.max_restarts, not args.torchrun
         self._has_started = False
 
     def unreachable(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ import psutil
 
 import vir
 from vir import files, status
-from vir.cluster.signals import SIGNALS
+from vir.addresses import shown
+from vir.cluster.signals import SECOND_AFTER_S, SIGNALS
 from vir.errors import EXIT_RANK_LOST, EXIT_STOPPED_BY_SIGNAL, SettingsError
 from vir.run_folder import LOCK
 from vir.status import Status
@@ -32,13 +34,17 @@ PROGRAM = "vir-launch"
 STARTS_WITHOUT_CHECKPOINT = 3
 """In a row, after which starting again is given up."""
 _POLL_S = 0.2
-_SECOND_AFTER_S = 3.0
-"""Seconds from which on a signal is a second one: a terminal and a batch system may both send the first."""
 _ENDS_S = {0: 60.0, EXIT_STOPPED_BY_SIGNAL: 60.0}
 """From the status to the end of all processes; a logger may still be sending what it has."""
 _ENDS_AFTER_FAILURE_S = 10.0
 _GONE_S = 30.0
 """How long nothing must be seen of a run whose launcher has gone, until it counts as gone as well."""
+_ORPHANS_S = 3600.0
+"""How long ranks may take to save and end without their launcher."""
+_RANK = "vir.train"
+"""A word of the command line of every rank."""
+_BELIEVED = (1, 2, 3, 4, 6)
+"""Exit codes of ranks that launchers pass on, where no rank could leave its status."""
 _TELLS_EVERY_S = 60.0
 _HOSTS_WITHIN_S = 3600.0
 """How long a start again waits for a machine to come back."""
@@ -61,6 +67,8 @@ class Launch(Protocol):
 
     max_restarts: int
     """How often the ranks are started again from here; a launcher may do it by itself."""
+    passes_codes_on: bool
+    """Whether the launcher ends with the code of a rank that has failed."""
 
     def start(self, name: str, file: Path) -> AbstractContextManager[Start]:
         """How to start; what it needs is there while the block runs.
@@ -97,7 +105,7 @@ class Requests:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.is_urgent = bool(self.first) and time.monotonic() - self._began > _SECOND_AFTER_S
+        self.is_urgent = bool(self.first) and time.monotonic() - self._began > SECOND_AFTER_S
         if not self.first:
             self.first, self._began = number, time.monotonic()
 
@@ -112,6 +120,8 @@ class Attempt:
 
     def __init__(self, start: Start, file: Path, lock: Path, requests: Requests) -> None:
         self._file, self._lock, self._requests = file, lock, requests
+        self._is_anothers = self._is_locked()
+        """Whether another run was in the folder before this one, which will be refused."""
         self._status: Status | None = None
         self._ended_at = 0.0
         self._has_asked = False
@@ -135,13 +145,19 @@ class Attempt:
     def _look(self) -> None:
         if self._requests.first and not self._has_asked:
             self._ask(self._requests.first)
-            _say(f"{_name(self._requests.first)}: asking all ranks to finish their step and to save; a second one ends "
+            say(f"{_name(self._requests.first)}: asking all ranks to finish their step and to save; a second one ends "
                  "them at once")
 
     def _ask(self, number: int) -> None:
         self._has_asked = True
-        with suppress(OSError):  # the disk is full: a signal to the ranks reaches them still
-            files.replace_text(status.stop_file(self._file), str(number))
+        try:
+            status.ask_to_stop(self._file, number)
+        except OSError as error:
+            say(f"the ranks cannot be asked by a file in the run folder ({error.strerror}): signalling those of this "
+                 "machine")
+            for member in self._ranks():
+                with suppress(psutil.Error):
+                    member.send_signal(number)
 
     def _find(self) -> Status | None:
         if (found := status.read(self._file)) != self._status:
@@ -156,17 +172,26 @@ class Attempt:
 
     def _wait_without_launcher(self) -> None:
         """The launcher has gone, by a signal or because a connection broke; its ranks may be there still."""
-        seen, tells = time.monotonic(), 0.0
+        began = seen = time.monotonic()
+        tells = 0.0
         while self._find() is None and not self._requests.is_urgent and time.monotonic() - seen < self._patience():
-            if self._members() or self._is_locked():
+            if time.monotonic() - began > _ORPHANS_S:
+                say(f"its ranks have not ended within {_ORPHANS_S:.0f} s: ending those of this machine")
+                return
+            if self._ranks() or not self._is_anothers and self._is_locked():
                 seen = time.monotonic()
                 if not self._has_asked:
                     self._ask(signal.SIGTERM)
                 if seen > tells:
                     tells = seen + _TELLS_EVERY_S
-                    _say(f"the launcher has gone (exit code {self._process.returncode}) before its ranks: waiting for "
-                         "them to save and end")
+                    say(f"the launcher has gone (exit code {self._process.returncode}) before its ranks: waiting for "
+                         "them to save and end; a second signal ends them at once")
             time.sleep(_POLL_S)
+
+    @property
+    def code(self) -> int:
+        """Of the launcher, once it has ended."""
+        return self._process.returncode
 
     def _patience(self) -> float:
         """A launcher that was killed has left ranks that may not be seen from here; one that ended has waited."""
@@ -181,6 +206,15 @@ class Attempt:
             pass
         return False
 
+    def _ranks(self) -> list[psutil.Process]:
+        """Those of this machine, with their launchers: not what they may have left behind."""
+        found = []
+        for member in self._members():
+            with suppress(psutil.Error):
+                if _RANK in member.cmdline():
+                    found.append(member)
+        return found
+
     def _members(self) -> list[psutil.Process]:
         """What runs on this machine of this start: known by its environment, also without its parents."""
         found = []
@@ -191,7 +225,7 @@ class Attempt:
         return found
 
     def _end_at_once(self) -> None:
-        _say("a second signal: ending at once, without saving")
+        say("a second signal: ending at once, without saving")
         with suppress(OSError):
             self._process.terminate()  # pdsh's runner ends what it has started on other nodes
         with suppress(subprocess.TimeoutExpired):
@@ -241,9 +275,11 @@ def _supervise(launch: Launch, run: Path, newest_step: Callable[[], int], reques
     name, began_at, barren, max_restarts = secrets.token_hex(4), newest_step(), 0, launch.max_restarts
     for restart in range(max_restarts + 1):
         if restart:
-            _say(f"starting again from step {began_at}, restart {restart} of {max_restarts}")
+            say(f"starting again from step {began_at}, restart {restart} of {max_restarts}")
             if not _wait_for_hosts(launch, requests):
                 break
+            if requests.first:
+                return _stopped(launch, requests.first)
         code = _attempt(launch, run, f"{name}-{restart}", requests)
         if code != EXIT_RANK_LOST or requests.first:
             return code
@@ -251,44 +287,61 @@ def _supervise(launch: Launch, run: Path, newest_step: Callable[[], int], reques
         barren = 0 if reached > began_at else barren + 1
         began_at = reached
         if barren == STARTS_WITHOUT_CHECKPOINT and restart < max_restarts:
-            _say(f"{barren} starts in a row ended without a new checkpoint, the newest is of step {reached}: not "
+            say(f"{barren} starts in a row ended without a new checkpoint, the newest is of step {reached}: not "
                  "starting again. Find the cause in their lines, or save more often by --checkpoint.every_steps")
             break
     return EXIT_RANK_LOST
 
 
 def _wait_for_hosts(launch: Launch, requests: Requests) -> bool:
-    """Until all machines answer; False where one does not within an hour, or a signal came."""
+    """Until all machines answer, or a signal comes; False where one does not answer within an hour."""
     until, tells = time.monotonic() + _HOSTS_WITHIN_S, 0.0
     while not requests.first and (silent := launch.unreachable()):
         if time.monotonic() > until:
-            _say(f"{', '.join(silent)} did not come back within {_HOSTS_WITHIN_S:.0f} s")
+            say(f"{', '.join(silent)} did not come back within {_HOSTS_WITHIN_S:.0f} s")
             return False
         if time.monotonic() > tells:
             tells = time.monotonic() + _TELLS_EVERY_S
-            _say("waiting for " + "; ".join(f"{host} ({reason})" for host, reason in silent.items()))
+            say("waiting for " + "; ".join(f"{host} ({reason})" for host, reason in silent.items()))
         time.sleep(_ASKS_EVERY_S)
-    return not requests.first
+    return True
+
+
+def _stopped(launch: Launch, number: int) -> int:
+    """By a signal while nothing ran."""
+    found = Status(EXIT_STOPPED_BY_SIGNAL, f"stopped by {_name(number)} before it could start again")
+    say(f"exit code {found.code}: {found.said}")
+    launch.ended(found)
+    return found.code
 
 
 def _attempt(launch: Launch, run: Path, name: str, requests: Requests) -> int:
     file = run.absolute() / f".status-{name}.json"
     with launch.start(name, file) as start:
+        say(f"starting {shlex.join(map(shown, start.command))}")
+        try:
+            status.make_room(file)
+        except OSError as error:
+            status.remove(file)
+            raise SettingsError(f"--output {run} cannot be written to: {error.strerror}; free some space, or give "
+                                "another folder") from error
         try:
             attempt = Attempt(start, file, run / LOCK, requests)
+            found = attempt.wait()
         except OSError as error:
             raise SettingsError(f"{start.command[0]} cannot be started: {error.strerror}") from error
-        try:
-            found = attempt.wait()
         finally:
             status.remove(file)
     if found is None:
         if requests.is_urgent:
             return 128 + requests.first
-        _say("the ranks ended without a word: a rank was killed (out of memory?) before it could begin, or all were; "
+        if launch.passes_codes_on and attempt.code in _BELIEVED:
+            say(f"exit code {attempt.code}, of the launcher: no rank has told more than its lines above")
+            return attempt.code
+        say("the ranks ended without a word: a rank was killed (out of memory?) before it could begin, or all were; "
              f"see the lines above. Exit code {EXIT_RANK_LOST}")
         return EXIT_RANK_LOST
-    _say(f"exit code {found.code}, told by rank {found.rank} ({found.host}): {found.said}")
+    say(f"exit code {found.code}, told by rank {found.rank} ({found.host}): {found.said}")
     launch.ended(found)
     return found.code
 
@@ -307,6 +360,6 @@ def _name(number: int) -> str:
     return signal.Signals(number).name
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     with suppress(OSError):  # a terminal that is gone
         print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)

@@ -11,7 +11,6 @@ script that gets a signal leaves a file of its own, which no other run in the sa
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ import psutil
 from vir import launcher, status
 from vir.cluster.signals import EVALUATE, LAUNCHER_GONE, SAVE, STOP_FILE, StopRequest
 from vir.launcher import Place
+from vir.log import log
 
 STOP = "STOP"
 _SECONDS = 1.0
@@ -39,8 +39,10 @@ class Switches:
         self._stop, self._closed = stop, threading.Event()
         self._folder = folder if place.rank == 0 else None
         awaited = os.environ.get(status.FILE) if place.local_rank == 0 else None
-        self._asked = status.stop_file(Path(awaited)) if awaited else None
+        self._script = Path(awaited) if awaited else None
         self._launchers = launcher.launchers()
+        self._stay: set[str] = set()
+        """Files that cannot be removed: they are heeded once."""
         threading.Thread(target=self._look, name="switches", daemon=True).start()
 
     def close(self, heeded_stop: bool = False) -> None:
@@ -51,7 +53,7 @@ class Switches:
         """
         self._closed.set()
         if heeded_stop and self._folder is not None:
-            (self._folder / STOP).unlink(missing_ok=True)
+            self._remove(STOP)
 
     def _look(self) -> None:
         while not self._closed.is_set():
@@ -62,17 +64,24 @@ class Switches:
             self._closed.wait(_SECONDS)
 
     def _look_at_files(self) -> None:
-        if self._asked is not None and self._asked.name in _names(self._asked.parent):
-            with suppress(ValueError):  # half written
-                self._stop.ask(signal.Signals(int(self._asked.read_text())))
+        if self._script is not None and (number := status.asked_to_stop(self._script)):
+            self._stop.ask(number)
         if self._folder is None:
             return
         names = _names(self._folder)
         if STOP in names:
             self._stop.ask(STOP_FILE)
-        for name in {SAVE, EVALUATE} & names:
-            (self._folder / name).unlink()
+        for name in {SAVE, EVALUATE} & names - self._stay:
             self._stop.wish([name])
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        assert self._folder is not None
+        try:
+            (self._folder / name).unlink(missing_ok=True)
+        except OSError as error:  # a folder, or another user's
+            self._stay.add(name)
+            log.warning("%s was heeded, but cannot be removed: %s", self._folder / name, error.strerror)
 
 
 def _is_there(process: psutil.Process) -> bool:

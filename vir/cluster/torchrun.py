@@ -63,7 +63,7 @@ class TorchrunLaunch:
     """
 
     def __init__(self, args: Namespace, words: list[str], train: TrainConfig, on_cpu: bool) -> None:
-        self.max_restarts = 0  # its agents start the ranks again
+        self.max_restarts, self.passes_codes_on = 0, False  # its agents start the ranks again, and end with 1
         self._nodes = node_range(args.nnodes)
         self._endpoint = args.rdzv_endpoint
         per_node = ranks_per_node(args.nproc_per_node, 0 if on_cpu else _gpus())
@@ -201,6 +201,8 @@ def check_endpoint(said: str) -> None:
     """
     host, _, number = _endpoint(said).rpartition(":")
     port = _count("the port of --rdzv_endpoint", number, 1)
+    if port >= 1 << 16:
+        raise SettingsError(f"--rdzv_endpoint {said}: {port} is no port from 1 to 65535")
     try:
         socket.create_connection((host.strip("[]"), port), _ANSWERS_WITHIN_S).close()
     except OSError:  # nobody yet: the agent there may come later, or be this one
