@@ -88,6 +88,16 @@ def test_what_may_differ_by_machine(of_b):
     assert judge(nodes(**of_b), "eth0", 29500) == []
 
 
+def test_settings_of_each_machine_do_not_hide_which_ones_most_have():
+    """The caches are all different, so no two machines have the same settings in all."""
+    found = nodes(4)
+    for host, facts in found.items():
+        lr = 0.2 if host == "node-a" else 0.1
+        facts["config"] = with_config(data={"cache": f"/disk/{host}"}, optim={"lr": lr})
+    (finding,) = judge(found)
+    assert str(finding).startswith("node-a: its settings differ from those of node-b and 2 more: optim.lr: 0.1 -> 0.2;")
+
+
 def test_disks_that_are_all_slow_are_named_only_below_the_bound():
     slow = nodes()
     for facts in slow.values():
@@ -101,7 +111,8 @@ def test_most_are_right_and_among_equals_the_first():
     assert right({"a": 1, "b": 2, "c": 2}) == (2, ["a"])
     assert right({"a": 1, "b": 2}) == (1, ["b"])
     assert right({}) == (None, [])
-    assert clocks_off({"a": 0.0, "b": 5000.0}) == {"b": 5000.0}
+    assert clocks_off({"a": 0.0, "b": 5000.0}) == {"b": 5000.0} and clocks_off({}) == {}
+    assert clocks_off({"a": 5000.0, "b": 0.0}) == {"b": -5000.0}
     assert clocks_off({"a": 5000.0, "b": 5001.0, "c": 0.0}) == {"c": -5000.0}  # the one who asks may be wrong
     assert counted(["x", "x", "y"]) == "2 x x + 1 x y"
 

@@ -35,8 +35,8 @@ from vir import cli, launcher
 from vir.cluster import links, preflight
 from vir.cluster.hosts import read_hostfile, ssh, write_hostfile
 from vir.cluster.preflight import DEEPSPEED, Finding
-from vir.cluster.probe import PART_S, Facts, Question, home_of, look
-from vir.config import to_dict
+from vir.cluster.probe import PART_S, Facts, Question, look, nearest
+from vir.config import folder_of, to_dict
 from vir.errors import SettingsError, VirError
 from vir.files import try_to_write
 from vir.flags import parse
@@ -166,7 +166,8 @@ def _shared(options: list[str]) -> Iterator[tuple[Path, str]]:
     Raises:
         SettingsError: this machine cannot write there, or a wrong option.
     """
-    folder, token = home_of(parse(options) if options else None), f".shared-{os.urandom(8).hex()}"
+    folder = nearest(folder_of(parse(options)) if options else Path("runs"))
+    token = f".shared-{os.urandom(8).hex()}"
     try:
         (folder / token).write_text(token)
     except OSError as error:

@@ -93,12 +93,18 @@ def _code(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
 
 
 def _config(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
-    told = _told(nodes, "config")
+    told = {host: without_local(config) for host, config in _told(nodes, "config").items()}
     best, wrong = right(told)
     for host in wrong:
         if changed := differences(best, told[host], skips=LOCAL):
             yield Finding(host, "config", f"its settings differ from those of {others(told, best)}: "
                                           f"{'; '.join(changed)}; see that it reads the same YAML files")
+
+
+def without_local(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that all machines must have alike."""
+    return {key: without_local(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+            for key, value in settings.items() if prefix + key not in LOCAL}
 
 
 def _data(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
@@ -152,8 +158,9 @@ def counted(devices: Sequence[str]) -> str:
 
 
 def clocks_off(offsets: Mapping[str, float]) -> dict[str, float]:
-    """Seconds that the clocks of some are off the middle one, where that is more than CLOCK_S."""
-    middle = sorted(offsets.values())[(len(offsets) - 1) // 2] if offsets else 0.0
+    """Seconds that the clocks of some are off the middle one, of two the first, where that is more than CLOCK_S."""
+    values = list(offsets.values())
+    middle = sorted(values)[(len(values) - 1) // 2] if len(values) > 2 else sum(values[:1])
     return {host: offset - middle for host, offset in offsets.items() if abs(offset - middle) > CLOCK_S}
 
 
