@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vir.cluster import deepspeed
+from vir.cluster import deepspeed, hosts
 from vir.cluster.deepspeed import DeepSpeedLaunch, active_hosts, add_options, for_remote_shell
 from vir.errors import SettingsError
 
@@ -94,11 +94,13 @@ def test_words_and_variables_pass_the_shell_of_another_node(hostfile, tmp_path, 
     assert not Path(start.environment["DS_ENV_FILE"]).exists()  # with the end of the block
 
 
-def test_the_file_is_for_this_user_alone_and_takes_the_users_own_in(hostfile, tmp_path, monkeypatch):
+def test_the_file_is_for_this_user_alone_and_takes_the_users_own_in(hostfile, tmp_path, monkeypatch, capsys):
+    hosts._tell_of_secrets.cache_clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / ".deepspeed_env").write_text("# mine\n\nWANDB_API_KEY=mine\nNCCL_DEBUG=WARN\n")
+    (tmp_path / "home" / ".deepspeed_env").write_text(
+        "# mine\n\nWANDB_API_KEY=secret\nWANDB_MODE=offline\nNCCL_DEBUG=WARN\n")
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG = INFO\nEMPTY\n")
     monkeypatch.setenv("NCCL_DEBUG", "TRACE")
     launch = DeepSpeedLaunch(options("--hostfile", hostfile, "--master_addr", "10.0.0.1"), [])
@@ -106,7 +108,8 @@ def test_the_file_is_for_this_user_alone_and_takes_the_users_own_in(hostfile, tm
         file = Path(start.environment["DS_ENV_FILE"])
         assert file.stat().st_mode & 0o777 == 0o600
         lines = file.read_text().splitlines()
-    assert {"WANDB_API_KEY=mine", "NCCL_DEBUG=INFO"} <= set(lines) and all("=" in line for line in lines)
+    assert {"WANDB_MODE=offline", "NCCL_DEBUG=INFO"} <= set(lines) and all("=" in line for line in lines)
+    assert not any("secret" in line for line in lines) and "WANDB_API_KEY: not forwarded" in capsys.readouterr().err
 
 
 def test_the_interface_is_told_to_nccl_and_gloo_on_every_node(hostfile):

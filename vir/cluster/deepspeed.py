@@ -30,10 +30,6 @@ _DEFAULT_HOSTFILE = Path("/job/hostfile")
 _WITH_VALUE = ("--include", "--exclude", "--num_nodes", "--num_gpus", "--node_rank", "--launcher", "--launcher_args",
                "--ssh_port", "--venv_script", "--bind_core_list", "--enable_each_rank_log", "--log_level")
 _SWITCHES = ("--no_ssh", "--force_multi", "--bind_cores_to_rank", "--quiet")
-_FORWARDED = re.compile(r"(?:NCCL|GLOO|TORCH|CUDA|OMP|MKL|MALLOC|HF|WANDB|AWS|GOOGLE|AZURE|FSSPEC|TRITON|DS|VIR)_\w+|"
-                        r"LD_LIBRARY_PATH|LD_PRELOAD|(?:https?|no|all)_proxy", re.IGNORECASE)
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE"}
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
 """What the runner leaves as it is when it exports a variable; all else it puts between double quotes."""
 
@@ -125,9 +121,7 @@ class DeepSpeedLaunch:
 
     def _forwarded(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Variables for the other nodes: those of the user's own files win over those of this process."""
-        of_process = {name: value for name, value in os.environ.items()
-                      if _FORWARDED.fullmatch(name) and name not in _OF_ONE_MACHINE and not _SECRET.search(name)}
-        found = {**of_process, **_of_users_files(), **environment}
+        found = {**hosts.forwarded(os.environ, _of_users_files()), **environment}
         del found["PYTHONPATH"]  # the runner forwards it itself
         if self._by_pdsh:
             return {name: in_double_quotes(value) for name, value in found.items() if "\n" not in value}

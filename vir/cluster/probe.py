@@ -32,6 +32,8 @@ reached_at, port, clock, and problems: why a part tells nothing. A part that was
 
 PART_S = 24.0
 """What all parts together may take."""
+NO_ANSWER = "no answer within"
+"""Begins the problem of a part that takes longer."""
 _PACKAGES = ("torch", "deepspeed", "timm")
 _WRITTEN_BYTES, _BLOCK_BYTES, _WRITES_S = 64 << 20, 8 << 20, 5.0
 _SMI = ("nvidia-smi", "--query-gpu=name,memory.total,ecc.errors.uncorrected.volatile.total",
@@ -75,7 +77,7 @@ def look(question: Question, more: Mapping[str, Callable[[], Facts]] = {}) -> Fa
 def _within(parts: Mapping[str, Callable[[], Facts]], seconds: float) -> Facts:
     """What the parts tell, each in a thread of its own, and the problems of the others."""
     found: Facts = {}
-    problems = {name: f"no answer within {seconds:g} s" for name in parts}
+    problems = {name: f"{NO_ANSWER} {seconds:g} s" for name in parts}
 
     def ask(name: str, part: Callable[[], Facts]) -> None:
         try:
