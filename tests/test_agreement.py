@@ -85,7 +85,7 @@ def test_every_rank_is_told_the_same_about_the_other_one(found):
         assert of_rank["code_digest"] == (
             f"the code of vir is not the same on all hosts: its digest is bad0bad0bad0 on node-1, but {code} on "
             "node-0; check out the same version on all of them, without changes of their own")
-        assert of_rank["versions"] == ("python is not the same on all hosts: it is 3.10.1 on node-1, but 3.11.2 on "
+        assert of_rank["versions"] == ("python is not the same on all hosts: it is 3.10 on node-1, but 3.11 on "
                                        "node-0; install the same version on all of them")
 
 
@@ -117,6 +117,21 @@ def test_most_are_right_also_against_rank_0_and_hosts_are_named_once():
         replace(word, host=f"good-{number}") for number, word in enumerate(words(count=20))]
     assert different(many, none_asked).startswith("torch is not the same on all hosts: it is 2.9 on node-0, node-1, "
                                                   "node-2, node-3 and 2 more, but 2.15.0 on good-0; install")
+
+
+@pytest.mark.parametrize("name, usual, other, is_refused", [
+    ("driver", "550.54.15", "550.90.07", False), ("driver", "550.54.15", "none", False),
+    ("python", "3.11.2", "3.11.10", False), ("python", "3.11.2", "3.12.2", True), ("torch", "2.15.0", "2.15.1", True),
+    ("deepspeed", "0.18.1", "0.18.2", True), ("vir", "1.0", "1.1", True)])
+def test_a_version_refuses_a_run_only_where_the_run_depends_on_it(name, usual, other, is_refused):
+    some = [replace(word, versions={name: usual}) for word in words()]
+    assert agreement.version_warnings(some) == []
+    some[-1] = replace(some[-1], versions={name: other})
+    assert bool(different(some, none_asked)) is is_refused
+    if not is_refused:
+        assert agreement.version_warnings(some) == [
+            f"{name} is not the same on all hosts: it is {other} on node-3, but {usual} on node-0; where hosts behave "
+            "differently, look at this first"]
 
 
 def test_the_settings_that_differ_are_those_of_the_first_that_differs():

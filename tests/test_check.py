@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -16,6 +17,7 @@ from vir import check
 from vir.cluster import links
 from vir.cluster.hosts import read_hostfile
 from vir.cluster.preflight import Finding
+from vir.data.shards import read_manifest
 
 TOOL = [sys.executable, ROOT / "tools" / "check_cluster.py"]
 WITHIN_S = 60
@@ -191,6 +193,19 @@ def test_without_hostfile_and_launcher_it_is_this_machine_alone(tmp_path, monkey
     assert f"{socket.gethostname()}: the ranks cannot meet at its port {port}: Address already in use" in said
     assert check.main(["--local_rank=0"]) == 0
     assert os.listdir(tmp_path) == ["found.json"]
+
+
+def test_shards_without_an_index_are_told_and_left_as_they_are(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shards / "train", tmp_path / "tars", ignore=lambda _, names: [
+        name for name in names if not name.endswith(".tar")])
+    before = sorted(tmp_path.rglob("*"))
+    assert check._fingerprints(["--data.train", "tars", "--data.val", str(shards / "val")]) == {
+        "--data.train": "", "--data.val": read_manifest(shards / "val").fingerprint}
+    assert sorted(tmp_path.rglob("*")) == before
+    facts = {"host": {"data": {"--data.train": ""}, "offset": 0.0}}
+    assert check._tell(check.Result(["host"], facts, [], []), check._parser().parse_args([]), {}) == 0
+    assert "\n--data.train has no index yet on host, so its images were not compared;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, message", [

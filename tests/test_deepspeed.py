@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vir.cluster import deepspeed
+from vir.cluster import deepspeed, hosts
 from vir.cluster.deepspeed import DeepSpeedLaunch, active_hosts, add_options, for_remote_shell
 from vir.errors import SettingsError
 
@@ -34,8 +34,8 @@ def hostfile(tmp_path):
     return tmp_path / "hosts"
 
 
-def started(args, words=(), name="x-0"):
-    with DeepSpeedLaunch(args, list(words)).start(name, Path("/a run/.status-x-0.json")) as start:
+def started(args, words=(), run="/a run"):
+    with DeepSpeedLaunch(args, list(words)).start("x-0", Path(run, ".status-x-0.json")) as start:
         return start, Path(start.environment.get("DS_ENV_FILE", os.devnull)).read_text()
 
 
@@ -75,7 +75,7 @@ def test_words_and_variables_pass_the_shell_of_another_node(hostfile, tmp_path, 
     folder = tmp_path / "a folder's $name"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("NCCL_DEBUG_FILE", "/a b/$x`y`\"z\\")
+    monkeypatch.setenv("NCCL_DEBUG_FILE", "/a b/$x`y`\"z\\%h")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
@@ -87,18 +87,20 @@ def test_words_and_variables_pass_the_shell_of_another_node(hostfile, tmp_path, 
     assert "secret" not in forwarded
     got = over_there(start, forwarded, tmp_path, monkeypatch)
     assert got["words"] == WORDS and got["folder"] == "/"
-    expected = {"NCCL_DEBUG_FILE": "/a b/$x`y`\"z\\", "OMP_NUM_THREADS": "3", "HTTPS_PROXY": "http://proxy:3128",
+    expected = {"NCCL_DEBUG_FILE": "/a b/$x`y`\"z\\%h", "OMP_NUM_THREADS": "3", "HTTPS_PROXY": "http://proxy:3128",
                 "AWS_REGION": "eu-west-1", "VIR_FOLDER": str(folder), "VIR_RUN_ID": "x-0",
                 "VIR_STATUS": "/a run/.status-x-0.json"}
     assert {name: got["environment"].get(name) for name in expected} == expected
     assert not Path(start.environment["DS_ENV_FILE"]).exists()  # with the end of the block
 
 
-def test_the_file_is_for_this_user_alone_and_takes_the_users_own_in(hostfile, tmp_path, monkeypatch):
+def test_the_file_is_for_this_user_alone_and_takes_the_users_own_in(hostfile, tmp_path, monkeypatch, capsys):
+    hosts._tell_of_secrets.cache_clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / ".deepspeed_env").write_text("# mine\n\nWANDB_API_KEY=mine\nNCCL_DEBUG=WARN\n")
+    (tmp_path / "home" / ".deepspeed_env").write_text(
+        "# mine\n\nWANDB_API_KEY=secret\nWANDB_MODE=offline\nNCCL_DEBUG=WARN\n")
     (tmp_path / ".deepspeed_env").write_text("NCCL_DEBUG = INFO\nEMPTY\n")
     monkeypatch.setenv("NCCL_DEBUG", "TRACE")
     launch = DeepSpeedLaunch(options("--hostfile", hostfile, "--master_addr", "10.0.0.1"), [])
@@ -106,7 +108,8 @@ def test_the_file_is_for_this_user_alone_and_takes_the_users_own_in(hostfile, tm
         file = Path(start.environment["DS_ENV_FILE"])
         assert file.stat().st_mode & 0o777 == 0o600
         lines = file.read_text().splitlines()
-    assert {"WANDB_API_KEY=mine", "NCCL_DEBUG=INFO"} <= set(lines) and all("=" in line for line in lines)
+    assert {"WANDB_MODE=offline", "NCCL_DEBUG=INFO"} <= set(lines) and all("=" in line for line in lines)
+    assert not any("secret" in line for line in lines) and "WANDB_API_KEY: not forwarded" in capsys.readouterr().err
 
 
 def test_the_interface_is_told_to_nccl_and_gloo_on_every_node(hostfile):
@@ -116,11 +119,14 @@ def test_the_interface_is_told_to_nccl_and_gloo_on_every_node(hostfile):
 
 def test_mpi_is_told_where_rank_0_is_and_gets_no_value_that_would_come_with_quotes(hostfile, monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG_FILE", "/a b")
-    start, forwarded = started(options("--hostfile", hostfile, "--launcher", "openmpi", "--master_addr", "10.0.0.1",
-                                       "--master_port", 2000, "--launcher_args", "--mca x y"), WORDS)
-    assert {"MASTER_ADDR=10.0.0.1", "MASTER_PORT=2000"} <= set(forwarded.splitlines())
+    args = options("--hostfile", hostfile, "--launcher", "openmpi", "--master_addr", "10.0.0.1", "--master_port", 2000,
+                   "--launcher_args", "--mca x y")
+    start, forwarded = started(args, WORDS, run="/run")
+    assert {"MASTER_ADDR=10.0.0.1", "MASTER_PORT=2000", "VIR_STATUS=/run/.status-x-0.json"} <= set(forwarded.splitlines())
     assert "/a b" not in forwarded and start.folder == Path.cwd()
     assert start.command[-len(WORDS):] == WORDS and "--launcher_args=--mca x y" in start.command
+    with pytest.raises(SettingsError, match="--launcher openmpi cannot tell other nodes VIR_STATUS=/a run/.*; give "):
+        started(args, WORDS)
 
 
 def test_nodes_that_others_start_share_no_name_of_a_start(hostfile):

@@ -15,6 +15,11 @@ def test_a_hostfile_is_read_in_its_order_and_written_back(tmp_path):
     assert (tmp_path / "again").read_text() == "node-b slots=8\nnode-a slots=4\n10.0.0.7 slots=1\n"
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_told():
+    hosts._tell_of_secrets.cache_clear()
+
+
 @pytest.mark.parametrize("text, error", [
     ("node-a slots=8\nnode-b\n", r":2: 'node-b' is no line `host slots=GPUS` with at least one"),
     ("node-a slots=0\n", r":1: 'node-a slots=0' is no line"),
@@ -41,6 +46,22 @@ def test_the_ssh_of_pdsh_and_ours_have_the_same_options(monkeypatch):
     words = hosts.ssh("node-a", "true", 2222)
     assert words[0] == "ssh" and words[-2:] == ["node-a", "true"] and words[-4:-2] == ["-p", "2222"]
     assert words[words.index("-F") + 1] == "/a b/config" and "BatchMode=yes" in words
+
+
+def test_variables_for_other_nodes_are_those_that_a_run_heeds_and_no_secret(capsys):
+    ours = {"NCCL_DEBUG": "INFO", "UCX_TLS": "tcp", "PYTHONPATH": "/a", "https_proxy": "p", "DS_ACCELERATOR": "cpu",
+            "LD_LIBRARY_PATH": "/l", "VIR_FOLDER": "/f", "AWS_SHARED_CREDENTIALS_FILE": "/c",
+            "GOOGLE_APPLICATION_CREDENTIALS": "/g"}
+    here = {"CUDA_VISIBLE_DEVICES": "3", "DS_ENV_FILE": "e", "HOME": "/root", "MY_NCCL_DEBUG": "x"}
+    secret = {"WANDB_API_KEY": "1", "HF_TOKEN": "2"}
+    assert hosts.forwarded({**ours, **here, **secret, "MY_PASSWORD": "3"}) == ours
+    hosts.forwarded(secret)
+    said = capsys.readouterr().err
+    assert said.startswith("HF_TOKEN, WANDB_API_KEY: not forwarded to other nodes") and said.count("\n") == 1
+    of_user = {"MINE": "1", "NCCL_DEBUG": "WARN", "MY_PASSWORD": "3", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert hosts.forwarded({**ours, **here}, of_user) == {
+        **ours, "MINE": "1", "NCCL_DEBUG": "WARN", "CUDA_VISIBLE_DEVICES": "0,1"}
+    assert capsys.readouterr().err.startswith("MY_PASSWORD: not forwarded")
 
 
 def test_hosts_that_do_not_answer_are_told_with_the_reason():

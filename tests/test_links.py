@@ -125,6 +125,18 @@ def test_two_bad_links_of_one_machine_among_good_ones_leave_out_that_one():
     assert [(finding.host, finding.fact) for finding in findings] == [("node-a", "slow link")] * 2
 
 
+def test_a_thousand_machines_are_judged_in_seconds():
+    """A bad link of each tenth machine and a machine without a good one, among the pairs that are measured."""
+    hosts = [f"node-{number}" for number in range(1000)]
+    pairs = [Pair(first, second, 1.0 if second % 10 == 0 or first == 7 or second == 7 else 10.0, 0.05)
+             for of_round in rounds(1000) for first, second in of_round]
+    began = time.monotonic()
+    findings = judge(hosts, pairs, {})
+    assert summaries(hosts, pairs)["node-7"] == "1 GB/s, 0.05 ms"
+    assert time.monotonic() - began < 5
+    assert [finding.fact for finding in findings if finding.host == "node-7"] == ["slow node"]
+
+
 def test_who_does_not_reach_the_first_is_named_and_the_first_where_nobody_does():
     way = "; see that the address is right and routed and no firewall is between, or give --interface"
     assert [str(finding) for finding in judge(HOSTS, [], {"node-c": "10.0.0.1: timed out"})] == [

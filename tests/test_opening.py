@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from vir.data.convert import Settings, convert
 from vir.data.decode import BadSampleError
 from vir.data.executors import Stopped
 from vir.data.loader import eval_batches, train_batches
-from vir.data.opening import open_reader, places
+from vir.data.opening import NoIndexError, open_reader, places
 from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.errors import DataError, SettingsError
@@ -227,6 +228,23 @@ def test_other_processes_of_a_machine_take_the_index_as_the_first_has_left_it(ht
     http.forget()
     second = open_reader(http.url("/train"), kept, first=False)
     assert http.requests == [] and second.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["folder", "pattern", "urls"])
+def test_a_look_at_shards_makes_no_index_and_reads_the_one_that_is_there(kind, root, http, tmp_path):
+    tars = tmp_path / "tars"
+    shutil.copytree(root / "tars", tars, ignore=shutil.ignore_patterns("manifest.json", "index.npy", ".*"))
+    spec = {"folder": str(tars), "pattern": f"{tars}/{NAMES}", "urls": http.url(f"/tars/{NAMES}")}[kind]
+    makes = places(DataConfig(train=spec, index_dir=str(tmp_path / "indexes")))
+    looks = replace(makes, makes_indexes=False)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(NoIndexError, match="have no index yet; make it by vir-index first"):
+        open_reader(spec, looks, first=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    made = open_reader(spec, makes, first=True).fingerprint
+    before = sorted(tmp_path.rglob("*"))
+    assert open_reader(spec, looks, first=True).fingerprint == made
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("patience", [0, 1])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from vir.cluster.preflight import Finding, clocks_off, counted, judge, right, table
+from vir.cluster.preflight import NO_INDEX, Finding, clocks_off, counted, judge, notes, right, table
 from vir.config import to_dict
 from vir.flags import parse
 
@@ -62,7 +62,9 @@ def test_good_machines_have_no_finding():
                                                        "give --interface a name that all machines have"),
     ({"interfaces": {}}, "interface", "it has no interface eth0 with an address, but none; give"),
     ({"problems": {"devices": "no answer within 24 s"}}, "devices",
-     "its devices could not be looked at: no answer within 24 s; mend that, or leave it out"),
+     "its devices could not be looked at: no answer within 24 s; see what it waits for there"),
+    ({"problems": {"data": "no/shards is missing"}}, "data",
+     "its data could not be looked at: no/shards is missing; mend that, or leave it out"),
 ])
 def test_one_fault_of_one_machine(of_b, fact, said):
     (finding,) = judge(nodes(**of_b), "eth0", 29500)
@@ -88,6 +90,27 @@ def test_what_may_differ_by_machine(of_b):
     assert judge(nodes(**of_b), "eth0", 29500) == []
 
 
+def test_settings_of_each_machine_do_not_hide_which_ones_most_have():
+    """The caches are all different, so no two machines have the same settings in all."""
+    found = nodes(4)
+    for host, facts in found.items():
+        lr = 0.2 if host == "node-a" else 0.1
+        facts["config"] = with_config(data={"cache": f"/disk/{host}"}, optim={"lr": lr})
+    (finding,) = judge(found)
+    assert str(finding).startswith("node-a: its settings differ from those of node-b and 2 more: optim.lr: 0.1 -> 0.2;")
+
+
+def test_shards_without_an_index_are_a_note_and_the_others_are_compared():
+    found = nodes(4)
+    assert notes(found) == []
+    for host in ("node-a", "node-b"):
+        found[host]["data"] = {"--data.train": NO_INDEX, "--data.val": NO_INDEX}
+    found["node-d"]["data"] = {"--data.train": "bad0" * 16}
+    assert [finding.host for finding in judge(found)] == ["node-d"]
+    assert notes(found) == [f"--data.{split} has no index yet on node-a and 1 more, so its images were not compared; "
+                            "make it by vir-index first, or the run makes it" for split in ("train", "val")]
+
+
 def test_disks_that_are_all_slow_are_named_only_below_the_bound():
     slow = nodes()
     for facts in slow.values():
@@ -101,7 +124,8 @@ def test_most_are_right_and_among_equals_the_first():
     assert right({"a": 1, "b": 2, "c": 2}) == (2, ["a"])
     assert right({"a": 1, "b": 2}) == (1, ["b"])
     assert right({}) == (None, [])
-    assert clocks_off({"a": 0.0, "b": 5000.0}) == {"b": 5000.0}
+    assert clocks_off({"a": 0.0, "b": 5000.0}) == {"b": 5000.0} and clocks_off({}) == {}
+    assert clocks_off({"a": 5000.0, "b": 0.0}) == {"b": -5000.0}
     assert clocks_off({"a": 5000.0, "b": 5001.0, "c": 0.0}) == {"c": -5000.0}  # the one who asks may be wrong
     assert counted(["x", "x", "y"]) == "2 x x + 1 x y"
 

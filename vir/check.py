@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Sequence
@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Se
 from vir import cli, launcher
 from vir.cluster import links, preflight
 from vir.cluster.hosts import read_hostfile, ssh, write_hostfile
-from vir.cluster.preflight import DEEPSPEED, Finding
-from vir.cluster.probe import PART_S, Facts, Question, home_of, look
-from vir.config import to_dict
+from vir.cluster.preflight import DEEPSPEED, NO_INDEX, Finding
+from vir.cluster.probe import PART_S, Facts, Question, look, nearest
+from vir.config import folder_of, to_dict
 from vir.errors import SettingsError, VirError
 from vir.files import try_to_write
 from vir.flags import parse
@@ -136,7 +136,7 @@ def _check(args: argparse.Namespace, options: list[str]) -> int:
 
 def _tell(result: Result, args: argparse.Namespace, slots: Mapping[str, int]) -> int:
     print(preflight.table(result.facts, result.hosts, links.summaries(result.hosts, result.pairs), result.findings),
-          flush=True)
+          *preflight.notes(result.facts), sep="\n", flush=True)
     bad = {finding.host for finding in result.findings}
     good = {host: number for host, number in slots.items() if host not in bad}
     try:
@@ -166,7 +166,8 @@ def _shared(options: list[str]) -> Iterator[tuple[Path, str]]:
     Raises:
         SettingsError: this machine cannot write there, or a wrong option.
     """
-    folder, token = home_of(parse(options) if options else None), f".shared-{os.urandom(8).hex()}"
+    folder = nearest(folder_of(parse(options)) if options else Path("runs"))
+    token = f".shared-{os.urandom(8).hex()}"
     try:
         (folder / token).write_text(token)
     except OSError as error:
@@ -242,13 +243,19 @@ def _settings(options: Sequence[str]) -> dict[str, Any]:
 
 
 def _fingerprints(options: Sequence[str]) -> dict[str, str]:
-    """Of the images that this machine finds. Raises VirError."""
-    from vir.data.opening import open_reader, places
+    """Of the images that this machine finds, without making an index. Raises VirError."""
+    from vir.data.opening import NoIndexError, open_reader, places
 
-    data, until = parse(list(options)).data, time.monotonic() + PART_S
-    kept = places(data, lambda: time.monotonic() > until)
-    return {flag: open_reader(spec, kept, first=True).fingerprint
-            for flag, spec in (("--data.train", data.train), ("--data.val", data.val)) if spec}
+    data, until = parse(list(options)).data, time.monotonic() + PART_S + 1  # when nobody waits for it any more
+    kept = replace(places(data, lambda: time.monotonic() > until), makes_indexes=False)
+    found = {}
+    for flag, spec in (("--data.train", data.train), ("--data.val", data.val)):
+        if spec:
+            try:
+                found[flag] = open_reader(spec, kept, first=True).fingerprint
+            except NoIndexError:
+                found[flag] = NO_INDEX
+    return found
 
 
 def _be_asked(question: Question, tell: Callable[[Any], None], hear: Callable[[], Any]) -> None:

@@ -20,8 +20,9 @@ from support.launchers import ROOT
 
 WITHIN_S = 30
 """What a command about a node, or its sshd, may take."""
-_NEEDS = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux",
-          "nsenter": "util-linux"}
+_NEEDS = {"ip": "iproute2", "tc": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client",
+          "ssh-keygen": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux", "nsenter": "util-linux",
+          "setpriv": "util-linux", "cc": "gcc"}
 # libfaketime fails in clock_nanosleep with an absolute time, by which Python sleeps. Files lie on a shared folder: its
 # server stamps them, so their times are right.
 _CLOCK = r"""

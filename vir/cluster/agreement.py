@@ -23,6 +23,7 @@ from vir.log import log
 
 _ELSEWHERE = LOCAL | {"output"}
 """That the output folder is one of all ranks is checked by a file in it."""
+_PYTHON, _DRIVER = "python", "driver"
 _TOLD = 4
 """Hosts that differ, named in one message."""
 
@@ -40,7 +41,8 @@ class Word:
 
 
 def check(config: RunConfig, deepspeed_json: Mapping[str, Any]) -> None:
-    """Collective, once the process group is there. A clock that is off is a warning: a run does not need it.
+    """Collective, once the process group is there. A clock that is off, another NVIDIA driver and the last number of
+    Python's version are warnings: a run does not depend on them.
 
     Raises:
         SettingsError: on all ranks the same, naming the hosts that differ from most of the others, and in what.
@@ -48,10 +50,10 @@ def check(config: RunConfig, deepspeed_json: Mapping[str, Any]) -> None:
     settings = {**to_dict(config), DEEPSPEED: deepspeed_json}
     distributed.barrier()  # so that the clocks are read at the same time
     words = distributed.gather(Word(socket.gethostname(), code_digest(), versions(), digest(settings), time.time()))
-    for said in clock_warnings(words):
-        log.warning(said)
     if problem := different(words, lambda: distributed.gather(settings)):
         raise SettingsError(problem)
+    for said in (*version_warnings(words), *clock_warnings(words)):
+        log.warning(said)
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -77,8 +79,8 @@ def different(words: Sequence[Word], settings: Callable[[], Sequence[Mapping[str
     if said := _hosts_with_other(words, [word.code for word in words], lambda code: code[:12]):
         return (f"the code of vir is not the same on all hosts: its digest is {said}; check out the same version on "
                 "all of them, without changes of their own")
-    for name in words[0].versions:
-        if said := _hosts_with_other(words, [word.versions.get(name, "none") for word in words], str):
+    for name in filter(_DRIVER.__ne__, words[0].versions):
+        if said := _hosts_with_other(words, [_version(word, name) for word in words], str):
             return f"{name} is not the same on all hosts: it is {said}; install the same version on all of them"
     of_all = [word.config for word in words]
     most = _most(of_all)
@@ -89,6 +91,20 @@ def different(words: Sequence[Word], settings: Callable[[], Sequence[Mapping[str
     changed = differences(dict(told[of_all.index(most)]), dict(told[wrong[0]]), skips=_ELSEWHERE)
     return (f"the settings on {_named(words, wrong)} differ from those of {words[of_all.index(most)].host}: "
             f"{'; '.join(changed)}; start all ranks with the same options and the same YAML files")
+
+
+def _version(word: Word, name: str) -> str:
+    """As far as a run depends on it: of Python 3.11.7 this is 3.11."""
+    version = word.versions.get(name, "none")
+    return ".".join(version.split(".")[:2]) if name == _PYTHON else version
+
+
+def version_warnings(words: Sequence[Word]) -> list[str]:
+    """Of drivers, and of what `_version` leaves out."""
+    found = [(name, _hosts_with_other(words, [word.versions.get(name, "none") for word in words], str))
+             for name in (_PYTHON, _DRIVER) if name in words[0].versions]
+    return [f"{name} is not the same on all hosts: it is {said}; where hosts behave differently, look at this first"
+            for name, said in found if said]
 
 
 def _hosts_with_other(words: Sequence[Word], values: Sequence[str], shown: Callable[[str], str]) -> str:

@@ -32,10 +32,6 @@ _KINDS: dict[str, Callable[[str], object]] = {
     "--num_nodes": int, "--num_gpus": int, "--node_rank": int, "--ssh_port": hosts.port,
     "--enable_each_rank_log": os.path.abspath, "--venv_script": os.path.abspath}  # nodes start in another folder
 _SWITCHES = ("--no_ssh", "--force_multi", "--bind_cores_to_rank", "--quiet")
-_FORWARDED = re.compile(r"(?:NCCL|GLOO|TORCH|CUDA|OMP|MKL|MALLOC|HF|WANDB|AWS|GOOGLE|AZURE|FSSPEC|TRITON|DS|VIR)_\w+|"
-                        r"LD_LIBRARY_PATH|LD_PRELOAD|(?:https?|no|all)_proxy", re.IGNORECASE)
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE"}
 _PLAIN = re.compile(r"[\w@%+=:,./-]*")
 """What the runner leaves as it is when it exports a variable; all else it puts between double quotes."""
 
@@ -127,13 +123,16 @@ class DeepSpeedLaunch:
 
     def _forwarded(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Variables for the other nodes: those of the user's own files win over those of this process."""
-        of_process = {name: value for name, value in os.environ.items()
-                      if _FORWARDED.fullmatch(name) and name not in _OF_ONE_MACHINE and not _SECRET.search(name)}
-        found = {**of_process, **_of_users_files(), **environment}
+        found = {**hosts.forwarded(os.environ, _of_users_files()), **environment}
         del found["PYTHONPATH"]  # the runner forwards it itself
         if self._by_pdsh:
             return {name: in_double_quotes(value) for name, value in found.items() if "\n" not in value}
-        return {name: value for name, value in found.items() if _PLAIN.fullmatch(value)}  # the others come with quotes
+        plain = {name: value for name, value in found.items() if _PLAIN.fullmatch(value)}  # others come with quotes
+        lost = sorted(environment.keys() - plain.keys() - {"PYTHONPATH"})
+        if lost and not all(map(hosts.is_here, self._hosts)):
+            raise SettingsError(f"--launcher {self._args.launcher} cannot tell other nodes {lost[0]}="
+                                f"{environment[lost[0]]}; give folders without spaces, or leave --launcher out")
+        return plain
 
     def _master_addr(self) -> str:
         """Of the first host, as the others reach it."""
@@ -201,8 +200,10 @@ def for_remote_shell(word: str) -> str:
 
 
 def in_double_quotes(value: str) -> str:
-    """A value that the runner puts between double quotes where it is not plain, without escaping anything."""
-    return value if _PLAIN.fullmatch(value) else re.sub(r'([\\$`"])', r"\\\1", value)
+    """A value that the runner puts between double quotes where it is not plain, without escaping anything; pdsh
+    replaces %h, %n and %u."""
+    quoted = value if _PLAIN.fullmatch(value) else re.sub(r'([\\$`"])', r"\\\1", value)
+    return quoted.replace("%", "%%")
 
 
 def _of_users_files() -> dict[str, str]:

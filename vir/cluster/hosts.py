@@ -7,11 +7,13 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 from argparse import ArgumentTypeError
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Mapping
 
 from vir import files, interfaces
 from vir.errors import SettingsError
@@ -20,6 +22,16 @@ _ANSWERS_WITHIN_S = 10
 """Of an ssh that has to do nothing."""
 _AT_A_TIME = 64
 """Connections that are being opened."""
+_FORWARDED = re.compile(
+    r"(?:NCCL|GLOO|UCX|TORCH|CUDA|OMP|MKL|MALLOC|HF|WANDB|AWS|GOOGLE|AZURE|FSSPEC|TRITON|DS|VIR)_\w+|PYTHON\w*|"
+    r"LD_LIBRARY_PATH|LD_PRELOAD|(?:https?|no|all)_proxy", re.IGNORECASE)
+_OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE"}
+_SECRET = re.compile(
+    r"(?!\w+_(?:FILE|PATH)$|GOOGLE_APPLICATION_CREDENTIALS$)"
+    r".*(?:KEY|TOKEN|SECRET|PASSW|CREDENTIAL|CONNECTION_STRING|_SAS)|FSSPEC_", re.IGNORECASE)
+"""Names of such variables, but for those that name a file."""
+_LOGIN = re.compile(r"://[^/\s@]*:[^/\s@]+@")
+"""In a value: a URL with a password, as that of a proxy."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 
@@ -54,6 +66,29 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def write_hostfile(path: Path, hosts: dict[str, int]) -> None:
     """Raises OSError."""
     files.replace_text(path, "".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+
+
+def forwarded(environment: Mapping[str, str], of_user: Mapping[str, str] = {}) -> dict[str, str]:
+    """The variables that other nodes get: of a process those that a run heeds, and all that the user has named.
+
+    What is forwarded can be read in lists of processes and in logs, so that a secret stays here: it is known by its
+    name, or by a login in its value, and named on standard error, once.
+
+    Args:
+        of_user: from the user's own files; wins.
+    """
+    found = {name: value for name, value in environment.items()
+             if _FORWARDED.fullmatch(name) and name not in _OF_ONE_MACHINE} | dict(of_user)
+    secret = tuple(sorted(name for name, value in found.items() if _SECRET.match(name) or _LOGIN.search(value)))
+    if secret:
+        _tell_of_secrets(secret)
+    return {name: value for name, value in found.items() if name not in secret}
+
+
+@cache
+def _tell_of_secrets(names: tuple[str, ...]) -> None:
+    print(f"{', '.join(names)}: not forwarded to other nodes, where lists of processes would show them; keep what logs "
+          "in in files that each node reads, such as ~/.netrc or ~/.aws/credentials", file=sys.stderr, flush=True)
 
 
 def ssh(host: str, command: str, port: int | None = None) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -244,16 +245,19 @@ def judge(hosts: Sequence[str], pairs: Iterable[Pair], unreached: Mapping[str, s
     """
     findings = _unreached(hosts, unreached)
     pairs = list(pairs)
-    bad = {(pair.first, pair.second): said for pair in pairs if (said := _why_bad(pair, _usual(hosts, pairs)))}
+    of_each = _of_each(hosts, pairs)
+    usual = _usual(of_each)
+    bad = {(pair.first, pair.second): said for pair in pairs if (said := _why_bad(pair, usual))}
     for number, host in enumerate(hosts):
-        of_host = [(pair.first, pair.second) for pair in pairs if number in (pair.first, pair.second)]
+        of_host = [(pair.first, pair.second) for pair in of_each[number]]
         if len(of_host) > 1 and all(pair in bad for pair in of_host) and len(of_host) < len(pairs):
             findings.append(Finding(host, "slow node", f"all its links are bad: to {_other(hosts, of_host[0], number)} "
                                     f"{bad[of_host[0]]}; look at its cable, card and switch port, or leave it out"))
-            bad = {pair: said for pair, said in bad.items() if number not in pair}
+            for pair in of_host:
+                del bad[pair]
     while bad:
-        worst = max((number for pair in bad for number in pair),
-                    key=lambda number: (sum(number in pair for pair in bad), number))
+        links_of = Counter(number for pair in bad for number in pair)
+        worst = max(links_of, key=lambda number: (links_of[number], number))
         for pair in [pair for pair in bad if worst in pair]:
             findings.append(Finding(hosts[worst], "slow link", f"the link between {hosts[pair[0]]} and {hosts[pair[1]]}"
                                     f": {bad.pop(pair)}; look at cables and switch, or leave one of them out"))
@@ -273,11 +277,19 @@ def _other(hosts: Sequence[str], pair: tuple[int, int], number: int) -> str:
     return hosts[pair[0] if pair[1] == number else pair[1]]
 
 
-def _usual(hosts: Sequence[str], pairs: Sequence[Pair]) -> tuple[float, float]:
+def _of_each(hosts: Sequence[str], pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """By number of a machine the pairs that it is in."""
+    found: list[list[Pair]] = [[] for _ in hosts]
+    for pair in pairs:
+        found[pair.first].append(pair)
+        found[pair.second].append(pair)
+    return found
+
+
+def _usual(of_each: Iterable[Sequence[Pair]]) -> tuple[float, float]:
     """GB/s and milliseconds of the middle machine in its best pair: one bad machine is in most pairs of three."""
-    of_each = [[pair for pair in pairs if number in (pair.first, pair.second) and not pair.problem]
-               for number in range(len(hosts))]
-    measured = [of_host for of_host in of_each if of_host]
+    good = ([pair for pair in of_host if not pair.problem] for of_host in of_each)
+    measured = [of_host for of_host in good if of_host]
     if not measured:
         return 0.0, 0.0
     return (median(max(pair.gb_s for pair in of_host) for of_host in measured),
@@ -297,8 +309,8 @@ def _why_bad(pair: Pair, usual: tuple[float, float]) -> str:
 def summaries(hosts: Sequence[str], pairs: Sequence[Pair]) -> dict[str, str]:
     """By host its middle GB/s and milliseconds."""
     found = {}
-    for number, host in enumerate(hosts):
-        if of_host := [pair for pair in pairs if number in (pair.first, pair.second) and not pair.problem]:
+    for host, of_host in zip(hosts, _of_each(hosts, (pair for pair in pairs if not pair.problem))):
+        if of_host:
             found[host] = (f"{median(pair.gb_s for pair in of_host):.2g} GB/s, "
                            f"{median(pair.ms for pair in of_host):.2f} ms")
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Iterable, Mapping, Sequence
 
-from vir.cluster.probe import Facts
+from vir.cluster.probe import NO_ANSWER, Facts
 from vir.config import differences
 
 _FREE_BYTES = 5e9
@@ -19,6 +19,8 @@ CLOCK_S = 60.0
 """What a clock may be off."""
 DEEPSPEED = "the DeepSpeed JSON"
 """The name of what it says among the settings."""
+NO_INDEX = ""
+"""Takes the place of a fingerprint among facts."""
 LOCAL = frozenset(("data.train", "data.val", "data.cache", "data.cache_bytes", "data.index_dir", "data.workers",
                    "data.prefetch", "data.lanes", "data.window"))
 """Settings that may differ by machine; what they lead to, the images and their order, is compared by itself."""
@@ -69,7 +71,8 @@ def _told(nodes: Mapping[str, Facts], name: str) -> dict[str, Any]:
 def _problems(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
     for host, facts in nodes.items():
         for part, problem in facts.get("problems", {}).items():
-            yield Finding(host, part, f"its {part} could not be looked at: {problem}; mend that, or leave it out")
+            way = "see what it waits for there" if problem.startswith(NO_ANSWER) else "mend that, or leave it out"
+            yield Finding(host, part, f"its {part} could not be looked at: {problem}; {way}")
 
 
 def _versions(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
@@ -93,7 +96,7 @@ def _code(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
 
 
 def _config(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
-    told = _told(nodes, "config")
+    told = {host: without_local(config) for host, config in _told(nodes, "config").items()}
     best, wrong = right(told)
     for host in wrong:
         if changed := differences(best, told[host], skips=LOCAL):
@@ -101,14 +104,29 @@ def _config(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
                                           f"{'; '.join(changed)}; see that it reads the same YAML files")
 
 
+def without_local(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that all machines must have alike."""
+    return {key: without_local(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+            for key, value in settings.items() if prefix + key not in LOCAL}
+
+
 def _data(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
     told = _told(nodes, "data")
     for flag in sorted({flag for data in told.values() for flag in data}):
-        of_each = {host: data.get(flag, "nothing") for host, data in told.items()}
+        of_each = {host: data.get(flag, "nothing") for host, data in told.items() if data.get(flag) != NO_INDEX}
         best, wrong = right(of_each)
         for host in wrong:
             yield Finding(host, "data", f"{flag} has other images there: fingerprint {of_each[host][:12]}, but "
                                         f"{best[:12]} on {others(of_each, best)}; copy the same shards there")
+
+
+def notes(nodes: Mapping[str, Facts]) -> list[str]:
+    """What could not be compared, and is no fault of a machine."""
+    told = _told(nodes, "data")
+    without = {flag: {host: NO_INDEX for host, data in told.items() if data.get(flag) == NO_INDEX}
+               for flag in sorted({flag for data in told.values() for flag in data})}
+    return [f"{flag} has no index yet on {others(hosts, NO_INDEX)}, so its images were not compared; make it by "
+            "vir-index first, or the run makes it" for flag, hosts in without.items() if hosts]
 
 
 def _disk(nodes: Mapping[str, Facts]) -> Iterable[Finding]:
@@ -152,8 +170,9 @@ def counted(devices: Sequence[str]) -> str:
 
 
 def clocks_off(offsets: Mapping[str, float]) -> dict[str, float]:
-    """Seconds that the clocks of some are off the middle one, where that is more than CLOCK_S."""
-    middle = sorted(offsets.values())[(len(offsets) - 1) // 2] if offsets else 0.0
+    """Seconds that the clocks of some are off the middle one, of two the first, where that is more than CLOCK_S."""
+    values = list(offsets.values())
+    middle = sorted(values)[(len(values) - 1) // 2] if len(values) > 2 else sum(values[:1])
     return {host: offset - middle for host, offset in offsets.items() if abs(offset - middle) > CLOCK_S}
 
 

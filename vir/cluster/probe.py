@@ -1,26 +1,21 @@
-"""The facts of this machine that a run depends on: versions, code, settings, disk, devices, network, clock.
+"""The facts of this machine that a run depends on: versions, code, disk, devices, network, clock.
 
-    python -m vir.cluster.probe [options of vir.train]
-
-prints them as one line of JSON. No process group is needed, and no part is waited for longer than a bound: a file
-system or a driver that hangs is a fact, too.
+No process group is needed, and no part is waited for longer than a bound: a file system or a driver that hangs is a
+fact, too.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,9 +23,7 @@ from typing import Any, Callable, Mapping
 
 import vir
 from vir import files
-from vir.config import RunConfig, folder_of, to_dict
 from vir.driver import driver_version
-from vir.flags import parse
 from vir.interfaces import addresses
 
 Facts = dict[str, Any]
@@ -39,6 +32,8 @@ reached_at, port, clock, and problems: why a part tells nothing. A part that was
 
 PART_S = 24.0
 """What all parts together may take."""
+NO_ANSWER = "no answer within"
+"""Begins the problem of a part that takes longer."""
 _PACKAGES = ("torch", "deepspeed", "timm")
 _WRITTEN_BYTES, _BLOCK_BYTES, _WRITES_S = 64 << 20, 8 << 20, 5.0
 _SMI = ("nvidia-smi", "--query-gpu=name,memory.total,ecc.errors.uncorrected.volatile.total",
@@ -65,15 +60,13 @@ def look(question: Question, more: Mapping[str, Callable[[], Facts]] = {}) -> Fa
     """All facts of this machine; returns within little more than PART_S.
 
     Args:
-        more: parts that are looked at elsewhere, by name; they take the place of those here.
+        more: parts that are looked at elsewhere, by name.
     """
     folder = Path(question.folder)
     parts: dict[str, Callable[[], Facts]] = {
         "versions": lambda: {"versions": versions()}, "code": lambda: {"code": code_digest()},
         "torch": _torch, "disk": lambda: {"disk": disk(folder)}, "devices": devices, "driver's log": xids,
         "network": lambda: {"interfaces": addresses(), "reached_at": _reached_at()}}
-    if question.options:
-        parts["config"] = lambda: {"config": to_dict(parse(list(question.options)))}
     if question.token:
         parts["shared folder"] = lambda: {"shared": sees(folder, question.token)}
     if question.port:
@@ -84,7 +77,7 @@ def look(question: Question, more: Mapping[str, Callable[[], Facts]] = {}) -> Fa
 def _within(parts: Mapping[str, Callable[[], Facts]], seconds: float) -> Facts:
     """What the parts tell, each in a thread of its own, and the problems of the others."""
     found: Facts = {}
-    problems = {name: f"no answer within {seconds:g} s" for name in parts}
+    problems = {name: f"{NO_ANSWER} {seconds:g} s" for name in parts}
 
     def ask(name: str, part: Callable[[], Facts]) -> None:
         try:
@@ -137,14 +130,14 @@ def code_digest(folder: Path = Path(vir.__file__).parent) -> str:
 # ---- disk
 
 
-def home_of(config: RunConfig | None) -> Path:
-    """Where checkpoints of a run will be, or the nearest folder above it that is there already."""
-    folder = (Path("runs") if config is None else folder_of(config)).absolute()
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there already."""
+    folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def disk(folder: Path) -> Facts:
-    """Free bytes, and the bytes that are written and flushed in a second; what is written is removed again.
+    """Free bytes, and the bytes that are written and flushed in a second; nothing of it is left, also after a kill.
 
     Raises:
         OSError: with the folder in its text.
@@ -152,14 +145,11 @@ def disk(folder: Path) -> Facts:
     free = shutil.disk_usage(folder).free
     block, written, path = os.urandom(_BLOCK_BYTES), 0, folder / f".speed-{os.urandom(8).hex()}"
     began = time.monotonic()
-    try:
-        with path.open("wb", buffering=0) as file:
-            while written < _WRITTEN_BYTES and time.monotonic() - began < _WRITES_S:
-                written += file.write(block)
-                os.fsync(file.fileno())
-    finally:
-        with suppress(OSError):
-            path.unlink()
+    with path.open("wb", buffering=0) as file:
+        path.unlink()  # its bytes are there until it is closed
+        while written < _WRITTEN_BYTES and time.monotonic() - began < _WRITES_S:
+            written += file.write(block)
+            os.fsync(file.fileno())
     return {"folder": str(folder), "free": free, "speed": round(written / (time.monotonic() - began))}
 
 
@@ -224,4 +214,4 @@ def port_problem(port: int) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(look(Question(options=tuple(sys.argv[1:]), folder=os.getcwd()))))
+    raise SystemExit("vir.cluster.probe is a part of the library; the program is vir-check")

@@ -146,7 +146,7 @@ class Attempt:
         if self._requests.first and not self._has_asked:
             self._ask(self._requests.first)
             say(f"{_name(self._requests.first)}: asking all ranks to finish their step and to save; a second one ends "
-                 "them at once")
+                "them at once")
 
     def _ask(self, number: int) -> None:
         self._has_asked = True
@@ -154,7 +154,7 @@ class Attempt:
             status.ask_to_stop(self._file, number)
         except OSError as error:
             say(f"the ranks cannot be asked by a file in the run folder ({error.strerror}): signalling those of this "
-                 "machine")
+                "machine")
             for member in self._ranks():
                 with suppress(psutil.Error):
                     member.send_signal(number)
@@ -185,7 +185,7 @@ class Attempt:
                 if seen > tells:
                     tells = seen + _TELLS_EVERY_S
                     say(f"the launcher has gone (exit code {self._process.returncode}) before its ranks: waiting for "
-                         "them to save and end; a second signal ends them at once")
+                        "them to save and end; a second signal ends them at once")
             time.sleep(_POLL_S)
 
     @property
@@ -288,7 +288,7 @@ def _supervise(launch: Launch, run: Path, newest_step: Callable[[], int], reques
         began_at = reached
         if barren == STARTS_WITHOUT_CHECKPOINT and restart < max_restarts:
             say(f"{barren} starts in a row ended without a new checkpoint, the newest is of step {reached}: not "
-                 "starting again. Find the cause in their lines, or save more often by --checkpoint.every_steps")
+                "starting again. Find the cause in their lines, or save more often by --checkpoint.every_steps")
             break
     return EXIT_RANK_LOST
 
@@ -339,7 +339,7 @@ def _attempt(launch: Launch, run: Path, name: str, requests: Requests) -> int:
             say(f"exit code {attempt.code}, of the launcher: no rank has told more than its lines above")
             return attempt.code
         say("the ranks ended without a word: a rank was killed (out of memory?) before it could begin, or all were; "
-             f"see the lines above. Exit code {EXIT_RANK_LOST}")
+            f"see the lines above. Exit code {EXIT_RANK_LOST}")
         return EXIT_RANK_LOST
     say(f"exit code {found.code}, told by rank {found.rank} ({found.host}): {found.said}")
     launch.ended(found)

@@ -111,6 +111,11 @@ def folder_of(urls: Sequence[str], index_dir: Path) -> Path:
     return Path(index_dir).absolute() / hashlib.sha256("\n".join(map(_bare, urls)).encode()).hexdigest()[:32]
 
 
+def has_index(urls: Sequence[str], index_dir: Path) -> bool:
+    """Whether open_index would find one, of these shards as they are or as they were."""
+    return (folder_of(_places(urls), index_dir) / MANIFEST).is_file()
+
+
 def open_index(urls: Sequence[str], index_dir: Path, timeout: float, first: bool, jobs: int = 8,
                is_stopping: Callable[[], bool] = lambda: False) -> IndexFolder:
     """The index of tars on servers or in local folders, made now where there is none. May be called by many processes

@@ -20,6 +20,7 @@ from vir.data.index_folder import (
     default_index_dir,
     fetch_split,
     find_urls,
+    has_index,
     index_beside,
     open_index,
     path_of,
@@ -32,6 +33,10 @@ from vir.data.sources.folder import class_folders, some
 from vir.data.sources.tars import tars_in
 from vir.errors import DataError, SettingsError
 from vir.log import log
+
+
+class NoIndexError(DataError):
+    """Shards have no index, and none shall be made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,8 @@ class Places:
     """The most that it may hold."""
     is_stopping: Callable[[], bool] = lambda: False
     """Asked several times a second while an index is made."""
+    makes_indexes: bool = True
+    """False: that of shards is read as it is, and NoIndexError raised where there is none."""
 
 
 def places(data: DataConfig, is_stopping: Callable[[], bool] = lambda: False) -> Places:
@@ -111,7 +118,7 @@ def _open_folder(folder: Path, places: Places, first: bool) -> Reader:
         if first:
             _tell_of_more(folder, tars)
     elif tars and not set(tars) & set(ARCHIVES.values()):
-        if not index_beside(folder, tars, is_stopping=places.is_stopping):
+        if not (places.makes_indexes and index_beside(folder, tars, is_stopping=places.is_stopping)):
             return _open_tars([folder / name for name in tars], places, first)
     elif not tars and (found := class_folders(folder)):
         if inner := [name for name in found[:3] if _is_split(folder / name)]:
@@ -143,7 +150,10 @@ def _open_tars(paths: Sequence[Path], places: Places, first: bool) -> Reader:
 
 
 def _index(tars: Sequence[str], places: Places, first: bool) -> IndexFolder:
-    return open_index(tars, places.index_dir, places.timeout, first, is_stopping=places.is_stopping)
+    if not places.makes_indexes and not has_index(tars, places.index_dir):
+        raise NoIndexError(f"{shown(tars[0])} and the shards with it have no index yet; make it by vir-index first")
+    return open_index(tars, places.index_dir, places.timeout, first and places.makes_indexes,
+                      is_stopping=places.is_stopping)
 
 
 def _tars(spec: str) -> list[Path]:
