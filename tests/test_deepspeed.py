@@ -122,7 +122,8 @@ def test_mpi_is_told_where_rank_0_is_and_gets_no_value_that_would_come_with_quot
     args = options("--hostfile", hostfile, "--launcher", "openmpi", "--master_addr", "10.0.0.1", "--master_port", 2000,
                    "--launcher_args", "--mca x y")
     start, forwarded = started(args, WORDS, run="/run")
-    assert {"MASTER_ADDR=10.0.0.1", "MASTER_PORT=2000", "VIR_STATUS=/run/.status-x-0.json"} <= set(forwarded.splitlines())
+    assert {"MASTER_ADDR=10.0.0.1", "MASTER_PORT=2000", "VIR_STATUS=/run/.status-x-0.json"} <= set(
+        forwarded.splitlines())
     assert "/a b" not in forwarded and start.folder == Path.cwd()
     assert start.command[-len(WORDS):] == WORDS and "--launcher_args=--mca x y" in start.command
     with pytest.raises(SettingsError, match="--launcher openmpi cannot tell other nodes VIR_STATUS=/a run/.*; give "):
