@@ -17,6 +17,8 @@ from vir.checkpoints.consolidate import consolidate
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 OURS = ("tools/", "launch/", "tests/", "ds_configs/", "vir/", "docs/")
+PASS_ON = ("tools/check_cluster.py", "vir-check")
+"""Programs that take the options of vir.train beside their own."""
 PROGRAM = re.compile(r"vir[.-]\w+|(?:tools|tests)/\w+\.py")
 
 
@@ -65,7 +67,7 @@ def help_of():
 
     def find(program: str) -> str:
         if program not in known:
-            start = [sys.executable, program] if program.endswith(".py") else [sys.executable, "-m", program]
+            start = [sys.executable, program] if program.endswith(".py") else [sys.executable, "-m", *program.split()]
             if program.startswith("vir-"):
                 start = [str(Path(sys.executable).parent / program)]
             done = subprocess.run([*start, "--help"], cwd=ROOT, capture_output=True, text=True,
@@ -112,7 +114,9 @@ def test_what_a_command_names_exists(command, help_of):
             assert (ROOT / word).is_file(), word
     if words[0] == "bash" and len(words) > 2:  # a script has flags of its own, and passes others on
         script = (ROOT / words[1]).read_text()
-        known = flags_in(script) | (flags_in(help_of("vir.train")) if "vir.train" in script else set())
+        known = flags_in(script)
+        for passed_to in re.findall(r"vir\.train|vir\.launch \w+", script):
+            known |= flags_in(help_of(passed_to)) | flags_in(help_of("vir.train"))
         assert flags_of(words) <= known, f"{words[1]} has no {flags_of(words) - known}"
     program = next((word for word in words if PROGRAM.fullmatch(word)), None)
     if program is None or Path(program).name.startswith("test_"):
@@ -123,6 +127,7 @@ def test_what_a_command_names_exists(command, help_of):
     end = following.index("--") if "--" in following else len(following)
     for name, given in ((program, following[:end]), ("vir.train", following[end + 1:])):
         unknown = flags_of(given) - flags_in(help_of(name)) if flags_of(given) else set()
+        unknown -= flags_in(help_of("vir.train")) if name in PASS_ON else set()
         assert not unknown, f"{name} has no {unknown}"
     if kinds := re.search(r"^  \{([\w,]+)\}", help_of(program), flags=re.MULTILINE):  # a positional word among few
         assert following[0] in kinds[1].split(","), following[0]
