@@ -3,21 +3,28 @@
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
+from torch.distributed import HashStore
 
 from support.launchers import ROOT, TORCHRUN
 from support.nodes import Nodes, lacking
-from vir import check
-from vir.cluster import links
+from vir import check, distributed
+from vir.cluster import hosts, links
 from vir.cluster.hosts import read_hostfile
 from vir.cluster.preflight import Finding
+from vir.cluster.probe import Question
 from vir.data.shards import read_manifest
+from vir.launcher import Place
 
 TOOL = [sys.executable, ROOT / "tools" / "check_cluster.py"]
 WITHIN_S = 60
@@ -213,6 +220,7 @@ def test_shards_without_an_index_are_told_and_left_as_they_are(shards, tmp_path,
     (["--write-good", "x"], "--write-good x writes a hostfile without the bad machines of another; give --hostfile"),
     (["--json", "no/x"], "no/x cannot be written: No such file or directory; give another path"),
     (["--optim.learning", "1"], "no such flag: --optim.learning"),
+    (["--ssh_port", "22"], "--ssh_port 22 is that of the machines of a hostfile; give --hostfile, or leave it out"),
 ])
 def test_a_wrong_option_is_told_before_anything_is_asked(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -227,3 +235,175 @@ def test_the_hostfile_without_bad_machines_keeps_the_slots_of_the_others(tmp_pat
     assert check._tell(result, args, {"a": 8, "b": 8, "c": 4}) == 2
     assert read_hostfile(good) == {"a": 8, "c": 4}
     assert f"{good}: 2 of 3 machines" in capsys.readouterr().out
+
+
+@pytest.fixture
+def rank(monkeypatch):
+    """Become a rank of two."""
+    def become(number):
+        for name, value in {"RANK": number, "WORLD_SIZE": 2, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": 29400}.items():
+            monkeypatch.setenv(name, str(value))
+    return become
+
+
+def test_the_port_of_a_launcher_cannot_be_tried(rank, capsys):
+    rank(0)
+    assert check.main(["--master_port", "29500"]) == 2
+    assert ("--master_port 29500 cannot be tried under a launcher, whose ranks have met at port 29400 by now; give "
+            "that port to the launcher") in capsys.readouterr().err
+
+
+def test_rank_0_alone_needs_to_write_what_it_writes(rank, monkeypatch):
+    monkeypatch.setattr(check, "_under_launcher", lambda *arguments: 7)
+    for number, code in ((0, 2), (1, 7)):
+        rank(number)
+        assert check.main(["--json", "no/x"]) == code
+
+
+def test_an_output_folder_is_looked_at_alone_or_with_the_settings(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    found = []
+    for words in ([], ["--data.train", str(shards / "train")]):
+        assert check.main(["--output", "out", "--json", "found.json", *words]) == 0
+        found.append(json.loads((tmp_path / "found.json").read_text())["nodes"][socket.gethostname()])
+    assert [of_both["disk"]["folder"] for of_both in found] == [str(tmp_path / "out")] * 2
+    assert "config" not in found[0] and found[1]["config"]["output"] == "out" and found[0]["shared"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_leaves_nothing_in_the_output_folder(name, tmp_path):
+    words = [sys.executable, "-m", "vir.check", "--output", tmp_path]
+    with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + WITHIN_S
+        while not list(tmp_path.glob(".shared-*")):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, name))
+        said = process.communicate(timeout=WITHIN_S)[1]
+    assert process.returncode == 128 + getattr(signal, name) and said == "stopped\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- by an ssh that is none: a script that runs here what it is told to run there
+
+
+def fake_ssh(folder, monkeypatch, text):
+    (folder / "ssh").write_text(f"#!/bin/sh\nfor command; do :; done\n{text}\n")
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_a_machine_gets_variables_by_standard_input_and_answers_in_lines(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a folder's $name"
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text(f"""#!{sys.executable}
+import json, os, sys
+print("a line of others", flush=True)
+print("vir-check: " + json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]), flush=True)
+print("vir-check: " + json.dumps([input(), input()]), flush=True)
+""")
+    python.chmod(0o755)
+    fake_ssh(tmp_path, monkeypatch, 'exec env -i sh -c "$command"')
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "executable", str(python))
+    values = {"NCCL_DEBUG_FILE": "/a b/$x`y`\"z\\'", "WANDB_API_KEY": "hidden", "CUDA_VISIBLE_DEVICES": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    hosts._tell_of_secrets.cache_clear()
+    question = Question(folder="/f", token="it's")
+    with check._Ssh(["a", "b"], question, None) as machines:
+        assert not any("NCCL" in word or "hidden" in word for process in machines._processes.values()
+                       for word in process.args)
+        for name in "ab":
+            machines.tell(name, None)
+            machines.tell(name, {"me": name})
+        first, second = machines.answers("ab", 30), machines.answers("ab", 30)
+    words, environment, where = first["a"].said
+    assert words[:3] == ["-m", "vir.check", "--node"] and where == str(folder)
+    assert Question(**{**json.loads(words[3]), "options": ()}) == question
+    assert environment["NCCL_DEBUG_FILE"] == values["NCCL_DEBUG_FILE"]
+    assert not {"WANDB_API_KEY", "CUDA_VISIBLE_DEVICES"} & environment.keys()
+    assert [second[name].said for name in "ab"] == [["null", '{"me": "a"}'], ["null", '{"me": "b"}']]
+    assert "WANDB_API_KEY: not forwarded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, said", [
+    ("echo no route >&2; echo; exit 255", "ssh does not reach it (no route)"),
+    ("exit 255", "ssh does not reach it (without a word)"),
+    ("echo a >&2; echo 'no module' >&2; echo >&2; exit 1", "vir.check cannot run there (no module)"),
+    ("exit 3", "vir.check cannot run there (exit code 3)"),
+    ("exec sleep 60", "it has not answered within 1 s")])
+def test_why_a_machine_does_not_answer(text, said, tmp_path, monkeypatch):
+    fake_ssh(tmp_path, monkeypatch, text)
+    with check._Ssh(["a"], Question(folder="/f"), None) as machines:
+        assert machines.answers(["a"], 1 if "sleep" in text else 30) == {"a": check.Answer(problem=said)}
+
+
+MANY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, int(sys.argv[1])))
+from vir import check
+from vir.cluster.probe import Question
+from vir.errors import SettingsError
+names = [str(number) for number in range(40)]
+try:
+    with check._Ssh(names, Question(folder="/f"), None) as machines:
+        print(sum(answer.said == 1 for answer in machines.answers(names, 60).values()))
+except SettingsError as error:
+    print(error)
+"""
+
+
+def test_many_machines_raise_the_number_of_open_files_or_are_told_it(tmp_path, monkeypatch):
+    fake_ssh(tmp_path, monkeypatch, f"echo $$ >> {tmp_path}/pids; echo 'vir-check: 1'; exec sleep 60")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    said = [subprocess.run([sys.executable, "-c", MANY, most], cwd=ROOT, timeout=2 * WITHIN_S, text=True,
+                           capture_output=True, check=True).stdout for most in ("1024", "48")]
+    assert said == ["40\n", "40 machines need 80 open files and some more, but a process may have 48 here; raise it "
+                            "(ulimit -n), or check the machines of a shorter hostfile\n"]
+    assert [pid for pid in (tmp_path / "pids").read_text().split() if psutil.pid_exists(int(pid))] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pids", "ssh"]
+
+
+# ---- by the store of a launcher
+
+
+def test_an_answer_has_the_time_at_which_it_came_also_while_names_are_missing():
+    store = HashStore()
+    store.set("name-0", "a")
+    store.set("answer-0-1", "1")
+    late = threading.Timer(1.0, lambda: store.set("name-1", ""))
+    began = time.time()
+    late.start()
+    ranks = check._Ranks(store, 2)
+    assert time.time() - began > 0.9 and ranks.names == ["a"]
+    (answer,) = ranks.answers(["a"], 5).values()
+    assert answer.said == 1 and answer.at - began < 0.5
+    store.set("answer-0-2", "2")
+    assert ranks.answers(["a"], 5)["a"].said == 2
+    assert ranks.answers(["a"], 0.1)["a"] == check.Answer(problem="it has not answered within 0 s")
+
+
+def test_the_time_for_names_is_a_part_of_that_for_facts(tmp_path, monkeypatch):
+    """Of two ranks the second never comes."""
+    asked = []
+
+    def ask(machines, interface, port, facts_s):
+        asked.append((machines.names, facts_s))
+        return check.Result([], {}, [], [])
+
+    store = HashStore()
+    store.set("left-1", "")
+    monkeypatch.setattr(check, "ask", ask)
+    monkeypatch.setattr(check, "_FACTS_S", 1.0)
+    monkeypatch.setattr(check, "_be_asked_by_store", lambda place, options: None)
+    monkeypatch.setattr(distributed, "connect", lambda place, timeout: store)
+    monkeypatch.chdir(tmp_path)
+    place = Place(rank=0, size=2, local_rank=0, address="127.0.0.1", port=0)
+    assert check._under_launcher(place, check._parser().parse_args([]), []) == 0
+    ((names, facts_s),) = asked
+    assert names == [socket.gethostname(), "rank 1"] and facts_s <= 0.5

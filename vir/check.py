@@ -5,19 +5,21 @@
     srun --ntasks-per-node 1 vir-check --config run.yaml
     torchrun --nnodes 2 ... -m vir.check
 
-All other options are those of vir-train: with them settings, data and output folder are compared, too. With a hostfile
-each machine is asked by ssh, from the same folder by the same Python; without one the ranks of a launcher are asked,
-the first of each machine; without either it is this machine alone.
+All other options are those of vir-train: with them settings and data are compared, too; --output alone names the folder
+of checkpoints. With a hostfile each machine is asked by ssh, from the same folder by the same Python; without one the
+ranks of a launcher are asked, the first of each machine; without either it is this machine alone.
 
-The exit code is 0 if all is good, 2 if a machine has a finding or an option is wrong, 130 after Ctrl-C; a launcher may
-make another one of it (torchrun 1).
+The exit code is 0 if all is good, 2 if a machine has a finding or an option is wrong, 130 after Ctrl-C, 143 after
+SIGTERM; a launcher may make another one of it (torchrun 1).
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import resource
 import shlex
 import signal
 import socket
@@ -29,11 +31,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 from vir import cli, launcher
 from vir.cluster import links, preflight
-from vir.cluster.hosts import read_hostfile, ssh, write_hostfile
+from vir.cluster.hosts import forwarded, read_hostfile, ssh, write_hostfile
 from vir.cluster.preflight import DEEPSPEED, NO_INDEX, Finding
 from vir.cluster.probe import PART_S, Facts, Question, look, nearest
 from vir.config import folder_of, to_dict
@@ -52,8 +55,8 @@ _LINKS_S = links.SECONDS + 6
 _POLL_S = 0.05
 _MARK = "vir-check: "
 """Begins the lines that machines answer with, among all that programs print."""
-_FORWARDED = ("PYTHON", "NCCL", "GLOO", "UCX", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
-"""Beginnings of variables that machines are given as they are here."""
+_READS = shlex.join(["sh", "-c", 'IFS= read -r line && eval "$line"'])
+"""Waits for a line of shell and becomes what it says, whatever the login shell is."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,17 @@ class Machines(Protocol):
 def main(argv: list[str] | None = None) -> int:
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank=")]
     args, options = _parser().parse_known_args(words)
+    if options and args.output:
+        options += ["--output", args.output]
     try:
         if args.node is not None:
             return _be_asked_by_ssh(Question(**json.loads(args.node)))
         return _check(args, options)
     except VirError as error:
         return cli.tell(error, PROGRAM)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def _check(args: argparse.Namespace, options: list[str]) -> int:
@@ -112,9 +117,15 @@ def _check(args: argparse.Namespace, options: list[str]) -> int:
     if args.write_good and not hosts:
         raise SettingsError(f"--write-good {args.write_good} writes a hostfile without the bad machines of another; "
                             "give --hostfile")
-    for path in filter(None, (args.json, args.write_good)):
-        _try_to_write(path)
+    if args.ssh_port is not None and not hosts:
+        raise SettingsError(f"--ssh_port {args.ssh_port} is that of the machines of a hostfile; give --hostfile, or "
+                            "leave it out")
     place = launcher.adopt()
+    if args.master_port and not hosts and place.size > 1:
+        raise SettingsError(f"--master_port {args.master_port} cannot be tried under a launcher, whose ranks have met "
+                            f"at port {place.port} by now; give that port to the launcher, and leave it out here")
+    for path in filter(None, (args.json, args.write_good)) if place.rank == 0 else ():
+        _try_to_write(path)
     if not hosts and place.size > 1:
         try:
             return _under_launcher(place, args, options)
@@ -122,7 +133,7 @@ def _check(args: argparse.Namespace, options: list[str]) -> int:
             raise SettingsError(f"rank {place.rank} cannot reach rank 0 at {place.address}:{place.port}, or it has "
                                 f"ended ({str(error).splitlines()[0]}); see what it says, and that all ranks run "
                                 "vir-check") from error
-    with _shared(options) as (folder, token):
+    with _shared(options, args.output) as (folder, token):
         question = Question(options=tuple(options), folder=str(folder), token=token, port=args.master_port)
         if not hosts:
             name = socket.gethostname()
@@ -160,27 +171,52 @@ def _try_to_write(path: Path) -> None:
 
 
 @contextmanager
-def _shared(options: list[str]) -> Iterator[tuple[Path, str]]:
-    """The folder of checkpoints with a token in it that all machines must see; it is gone after the block.
+def _shared(options: list[str], output: str) -> Iterator[tuple[Path, str]]:
+    """The folder of checkpoints with a token in it that all machines must see; it is gone after the block, however that
+    ends: SIGTERM and a closed terminal are a KeyboardInterrupt in it.
+
+    Args:
+        output: the folder where there are no options to tell it.
 
     Raises:
         SettingsError: this machine cannot write there, or a wrong option.
     """
-    folder = nearest(folder_of(parse(options)) if options else Path("runs"))
+    folder = nearest(folder_of(parse(options)) if options else Path(output or "runs"))
     token = f".shared-{os.urandom(8).hex()}"
+    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
+        try:
+            _write(folder / token, token)
+            yield folder, token
+        finally:
+            (folder / token).unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        (folder / token).write_text(token)
+        path.write_text(text)
     except OSError as error:
-        raise SettingsError(f"--output {folder} cannot be written to: {error.strerror}; give another folder") from error
+        raise SettingsError(f"--output {path.parent} cannot be written to: {error.strerror}; give another folder"
+                            ) from error
+
+
+@contextmanager
+def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
+    """These are in the block as Ctrl-C is, but for those that are ignored, as nohup does with a closed terminal."""
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, interrupt) for number in signals
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
-        yield folder, token
+        yield
     finally:
-        (folder / token).unlink(missing_ok=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def ask(machines: Machines, interface: str, port: int) -> Result:
-    """The facts of all, then what their links carry, and the findings on both."""
-    answers = machines.answers(machines.names, _FACTS_S)
+def ask(machines: Machines, interface: str, port: int, facts_s: float = _FACTS_S) -> Result:
+    """The facts of all, for which it waits so many seconds, then what their links carry, and the findings on both."""
+    answers = machines.answers(machines.names, facts_s)
     facts = {name: _with_offset(answer.said, answer.at) for name, answer in answers.items() if not answer.problem}
     findings = [Finding(name, "reach", f"{answer.problem}; mend that, or leave it out")
                 for name, answer in answers.items() if answer.problem]
@@ -277,15 +313,22 @@ class _Ssh:
 
     def __init__(self, hosts: Sequence[str], question: Question, port: int | None) -> None:
         self.names = list(hosts)
-        given = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(_FORWARDED)]
-        words = ["exec", "env", *given, sys.executable, "-m", "vir.check", "--node", json.dumps(asdict(question))]
-        command = f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
         self._lines: dict[str, list[Answer]] = {name: [] for name in self.names}
-        self._errors: dict[str, str] = {}
-        self._processes = {host: self._start(ssh(host, command, port)) for host in self.names}
-        for target in (self._read, self._read_errors):
-            for host, process in self._processes.items():
-                threading.Thread(target=target, args=[host, process], daemon=True).start()
+        self._folder = TemporaryDirectory(prefix="vir-check-")
+        self._errors = {name: Path(self._folder.name) / str(number) for number, name in enumerate(self.names)}
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        try:
+            for host in self.names:
+                self._processes[host] = self._start(host, port)
+        except BaseException:
+            self.__exit__()
+            raise
+        line = _line(question)
+        for host, process in self._processes.items():
+            threading.Thread(target=self._read, args=[host, process], daemon=True).start()
+            self._say(host, line)
 
     def __enter__(self) -> _Ssh:
         return self
@@ -294,15 +337,21 @@ class _Ssh:
         for process in self._processes.values():
             process.kill()
             process.wait()
+        self._folder.cleanup()
 
-    @staticmethod
-    def _start(words: list[str]) -> subprocess.Popen[str]:
+    def _start(self, host: str, port: int | None) -> subprocess.Popen[str]:
         try:
-            return subprocess.Popen(words, text=True, errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                    stderr=subprocess.PIPE)
+            with self._errors[host].open("wb") as errors:
+                return subprocess.Popen(ssh(host, _READS, port), text=True, errors="replace", stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=errors)
         except OSError as error:
-            raise SettingsError(f"{words[0]} cannot be run: {error.strerror}; install an ssh client, or start by srun "
-                                "or torchrun without --hostfile") from error
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                raise SettingsError(f"{len(self.names)} machines need {2 * len(self.names)} open files and some more, "
+                                    f"but a process may have {most} here; raise it (ulimit -n), or check the machines "
+                                    "of a shorter hostfile") from error
+            raise SettingsError(f"ssh cannot be run: {error.strerror}; install an ssh client, or start by srun or "
+                                "torchrun without --hostfile") from error
 
     def _read(self, host: str, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -310,11 +359,6 @@ class _Ssh:
             if line.startswith(_MARK):
                 at = time.time()
                 self._lines[host].append(Answer(json.loads(line.removeprefix(_MARK)), at))
-
-    def _read_errors(self, host: str, process: subprocess.Popen[str]) -> None:
-        assert process.stderr is not None
-        for line in filter(str.strip, process.stderr):
-            self._errors[host] = line.strip()
 
     def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
         until = time.monotonic() + seconds
@@ -325,18 +369,31 @@ class _Ssh:
         return {host: self._lines[host].pop(0) if self._lines[host] else self._nothing(host, seconds) for host in of}
 
     def _nothing(self, host: str, seconds: float) -> Answer:
-        code, said = self._processes[host].poll(), self._errors.get(host, "")
+        code = self._processes[host].poll()
         if code is None:
-            return Answer(problem=f"it has not answered within {seconds:g} s")
+            return Answer(problem=f"it has not answered within {seconds:.0f} s")
+        lines = self._errors[host].read_text(errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
         return Answer(problem=f"ssh does not reach it ({said or 'without a word'})" if code == 255 else
                       f"vir.check cannot run there ({said or f'exit code {code}'})")
 
     def tell(self, name: str, message: Any) -> None:
+        self._say(name, json.dumps(message))
+
+    def _say(self, name: str, line: str) -> None:
         pipe = self._processes[name].stdin
         assert pipe is not None
         with suppress(OSError):  # it has ended, which is found by its missing answer
-            pipe.write(json.dumps(message) + "\n")
+            pipe.write(line + "\n")
             pipe.flush()
+
+
+def _line(question: Question) -> str:
+    """What the shell of a machine is told first, by standard input, which no list of processes shows."""
+    exports = [f"export {name}={shlex.quote(value)} && " for name, value in forwarded(os.environ).items()
+               if "\n" not in value]
+    words = [sys.executable, "-m", "vir.check", "--node", json.dumps(asdict(question))]
+    return f"cd {shlex.quote(os.getcwd())} && {''.join(exports)}exec {shlex.join(words)}"
 
 
 # ---- machines that a launcher has started
@@ -350,10 +407,12 @@ def _under_launcher(place: Place, args: argparse.Namespace, options: list[str]) 
     store = connect(place, timedelta(seconds=_FACTS_S + _LINKS_S))
     store.set(f"name-{place.rank}", name)
     if place.rank == 0:
-        with _shared(options) as (folder, token):
+        with _shared(options, args.output) as (folder, token):
             store.set("question", json.dumps({"folder": str(folder), "token": token}))
             threading.Thread(target=_be_asked_by_store, args=[place, options], daemon=True).start()
-            result = ask(_Ranks(store, place.size), args.interface, 0)
+            until = time.monotonic() + _FACTS_S
+            ranks = _Ranks(store, place.size)
+            result = ask(ranks, args.interface, 0, until - time.monotonic())
         code = _tell(result, args, {})
         store.set("code", str(code))
         _until(lambda: all(store.check([f"left-{rank}"]) for rank in range(1, place.size)), 5)
@@ -386,33 +445,40 @@ class _Ranks:
 
     def __init__(self, store: Store, size: int) -> None:
         self._store = store
-        _until(lambda: all(store.check([f"name-{rank}"]) for rank in range(size)), _FACTS_S / 2)
+        self._came: dict[int, Answer] = {}
+        self._heard: dict[int, int] = {}
+        found: dict[int, str] = {}
+
+        def all_are_named() -> bool:
+            for rank in range(size):
+                if rank not in found and store.check([f"name-{rank}"]):
+                    found[rank] = store.get(f"name-{rank}").decode()
+                if found.get(rank):
+                    self._hear(rank)  # now, for its clock is compared with that of the moment
+            return len(found) == size
+
+        _until(all_are_named, _FACTS_S / 2)
         self._ranks: dict[str, int] = {}
         for rank in range(size):
-            came = store.check([f"name-{rank}"])
-            name = store.get(f"name-{rank}").decode() if came else f"rank {rank}"
-            if name:
+            if name := found.get(rank, f"rank {rank}"):
                 self._ranks[f"{name} (rank {rank})" if name in self._ranks else name] = rank
-        self._heard = {name: 0 for name in self._ranks}
 
     @property
     def names(self) -> list[str]:
         return list(self._ranks)
 
     def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
-        found: dict[str, Answer] = {}
+        _until(lambda: all([self._hear(self._ranks[name]) for name in of]), seconds)
+        silent = Answer(problem=f"it has not answered within {seconds:.0f} s")
+        return {name: self._came.pop(self._ranks[name], silent) for name in of}
 
-        def all_have_come() -> bool:
-            for name in of:
-                key = f"answer-{self._ranks[name]}-{self._heard[name] + 1}"
-                if name not in found and self._store.check([key]):
-                    found[name] = Answer(json.loads(self._store.get(key)), time.time())
-            return len(found) == len(of)
-
-        _until(all_have_come, seconds)
-        for name in found:
-            self._heard[name] += 1
-        return {name: found.get(name, Answer(problem=f"it has not answered within {seconds:g} s")) for name in of}
+    def _hear(self, rank: int) -> bool:
+        """Whether the next answer of a rank is there."""
+        number = self._heard.get(rank, 0) + 1
+        if rank not in self._came and self._store.check([key := f"answer-{rank}-{number}"]):
+            self._came[rank] = Answer(json.loads(self._store.get(key)), time.time())
+            self._heard[rank] = number
+        return rank in self._came
 
     def tell(self, name: str, message: Any) -> None:
         self._store.set(f"told-{self._ranks[name]}", json.dumps(message))
@@ -432,9 +498,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--interface", default="", help="network interface that all machines shall use; not given: that which leads to "
                                         "the first of them")
     add("--ssh_port", type=int, help="of the machines' ssh servers")
-    add("--master_port", type=int, default=0, help="port of the first machine that the run will use; it must be free")
+    add("--master_port", type=int, default=0, help="port of the first machine that the run will use; it must be free; "
+                                                   "not under a launcher, which has it by then")
     add("--json", type=Path, metavar="FILE", help="where to write all facts, links and findings")
     add("--write-good", type=Path, metavar="FILE", help="where to write the hostfile without machines with a finding")
+    add("--output", default="", metavar="FOLDER", help="of the run; without other options of vir-train it is looked at "
+                                                       "alone, and no settings and data")
     add("--node", help=argparse.SUPPRESS)
     return parser
 
