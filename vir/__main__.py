@@ -3,7 +3,7 @@
     vir-convert       turns labelled images into shards              python -m vir.convert
     vir-verify        says whether shards are what was written       python -m vir.verify
     vir-index         makes shards from elsewhere ready to train on  python -m vir.index
-    vir-check         finds what is wrong with machines            python -m vir.check
+    vir-check         finds what is wrong with machines                python -m vir.check
     vir-train         trains, continues and validates a backbone     python -m vir.train
     vir-launch        starts that by a launcher, on many machines    python -m vir.launch
     vir-consolidate   makes one weights file of a checkpoint         python -m vir.consolidate
