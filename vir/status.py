@@ -34,6 +34,8 @@ class Status:
     """How often torchrun's agent had started the ranks again."""
     of: int = 0
     """How often it would."""
+    cause: int = 0
+    """Why the run was stopped, by vir.cluster.signals: the number of a signal, or another one; 0 where it was not."""
 
     @property
     def goes_on(self) -> bool:
@@ -43,12 +45,12 @@ class Status:
         return self.code != 0 and self.restart < self.of
 
 
-def write(code: int, said: str) -> None:
+def write(code: int, said: str, cause: int = 0) -> None:
     """Leave it for the launch script, unless another rank has done so. Never raises: the rank ends anyway."""
     if not (named := os.environ.get(FILE)):
         return
     restart, of = (int(os.environ.get(name) or 0) for name in (_RESTART, _RESTARTS))
-    found = Status(code, said, int(os.environ.get("RANK") or 0), socket.gethostname(), restart, of)
+    found = Status(code, said, int(os.environ.get("RANK") or 0), socket.gethostname(), restart, of, cause)
     path = Path(f"{named}{_start()}")
     draft = path.with_name(f"{path.name}.rank-{found.rank}.draft")
     with suppress(OSError):
