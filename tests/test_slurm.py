@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from support.launchers import HANGS, ROOT
 from support.slurm import Slurm, needs_slurm
 from support.tiny_runs import command, launch, train_events, weights
 from vir.checkpoints.names import newest
-from vir.cluster.slurm import SlurmLaunch, was_stopped_by_slurm, words_of_task
+from vir.cluster import slurm as slurm_of_job
+from vir.cluster.signals import LAUNCHER_GONE, STOP_FILE
+from vir.cluster.slurm import SlurmLaunch, name_of_job, was_stopped_by_slurm, words_of_task
 from vir.errors import SettingsError
 from vir.status import Status
 
-STEPS, SEEDS = 60, 2
+STEPS = 60
 SBATCH = ROOT / "launch" / "slurm.sbatch"
-TWO_NODES = ["--nodes=2", "--ntasks-per-node=1"]
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+"""One thread to each rank, by whichever launcher, as in the run of two processes."""
 
 
 @pytest.fixture(scope="module")
@@ -63,36 +67,30 @@ def assert_is(run, undisturbed, tmp_path):
 @needs_slurm
 @pytest.mark.launcher
 @pytest.mark.timeout(4 * HANGS)
-@pytest.mark.parametrize("launcher", [[], ["--torchrun"]], ids=["srun", "torchrun"])
-def test_a_job_of_two_nodes_is_the_run_of_two_processes(slurm, shards, undisturbed, launcher, tmp_path):
+def test_a_job_by_torchrun_is_the_run_of_two_processes(slurm, shards, undisturbed, tmp_path):
     run = tmp_path / "a run"
-    job = slurm.submit(*TWO_NODES, SBATCH, *launcher, *arguments(shards, run), cwd=tmp_path)
+    job = slurm.submit(*TWO_NODES, SBATCH, "--torchrun", *arguments(shards, run), cwd=tmp_path)
     assert slurm.wait_state(job, "COMPLETED")["ExitCode"] == "0:0"
-    assert all(f"1 on {name} (CPU" in slurm.output(job) for name in slurm.names)
+    assert all(f"1 on {name} (CPU, 1 threads)" in slurm.output(job) for name in slurm.names)
     assert_is(run, undisturbed, tmp_path)
 
 
 @needs_slurm
 @pytest.mark.launcher
 @pytest.mark.timeout(4 * HANGS)
-def test_a_job_that_is_preempted_and_signalled_goes_on(slurm, shards, undisturbed, tmp_path):
-    run = tmp_path / "run"
+def test_a_job_that_is_preempted_goes_on(slurm, shards, undisturbed, tmp_path):
+    run = tmp_path / "a run"
     job = slurm.submit(*TWO_NODES, SBATCH, *arguments(shards, run), cwd=tmp_path)
     wait_for_steps(slurm, job, run, 2)
     urgent = slurm.submit("--partition=high", "--exclusive", "--nodes=2", "--wrap", "true", cwd=tmp_path)
     slurm.wait_state(urgent, "COMPLETED")
-    slurm.wait_state(job, "PENDING", "RUNNING", restarts=1)
-    done = max(losses(run))
-    slurm.start_now(job)
-    slurm.wait_state(job, "RUNNING", restarts=1)
-    wait_for_steps(slurm, job, run, done + 2)
-    slurm.run("scancel", "--signal=USR1", "--batch", job)  # as before a time limit
-    slurm.wait_state(job, "PENDING", restarts=2)
-    slurm.start_now(job)
-    assert slurm.wait_state(job, "COMPLETED", restarts=2)["ExitCode"] == "0:0"
+    slurm.wait_state(job, "PENDING", restarts=1)
+    assert max(losses(run)) < STEPS
+    slurm.start_soon(job)
+    assert slurm.wait_state(job, "COMPLETED", restarts=1)["ExitCode"] == "0:0"
     said = slurm.output(job)
-    for what in ("stopped by SIGTERM after saving", "stopped by SIGUSR1 after saving",
-                 f"job {job} goes back into the queue", f"job {job} was put back into the queue 2 times"):
+    for what in ("stopped by SIGTERM after saving", f"job {job} goes back into the queue",
+                 f"job {job} was put back into the queue 1 times", *(f"1 on {name} (CPU" for name in slurm.names)):
         assert what in said, said[-6000:]
     assert_is(run, undisturbed, tmp_path)
 
@@ -100,29 +98,61 @@ def test_a_job_that_is_preempted_and_signalled_goes_on(slurm, shards, undisturbe
 @needs_slurm
 @pytest.mark.launcher
 @pytest.mark.timeout(4 * HANGS)
-def test_a_job_that_is_cancelled_saves_and_does_not_come_back(slurm, shards, tmp_path):
-    run = tmp_path / "run"
-    job = slurm.submit(SBATCH, *arguments(shards, run, steps=1000), cwd=tmp_path)
-    wait_for_steps(slurm, job, run, 2)
-    slurm.run("scancel", job)
-    assert slurm.wait_state(job, "CANCELLED")["ExitCode"] == "75:0"
-    slurm.wait(lambda: f"job {job} is COMPLETING: it is left to Slurm" in slurm.output(job), "the script's last word")
-    assert newest(run).name == f"step-{max(losses(run)):08d}"
+def test_each_task_of_an_array_is_a_run_and_a_job_of_its_own_wherever_the_project_is(slurm, shards, tmp_path):
+    project = tmp_path / "a project"
+    project.mkdir()
+    for name in ("launch", "vir", "ds_configs"):
+        (project / name).symlink_to(ROOT / name)
+    array = slurm.submit("--array=0-1", "--output=%a.txt", project / "launch" / "slurm.sbatch",
+                         *arguments(shards, "seeds of/%a", steps=1000), "--train.seed", "%a", cwd=tmp_path)
+    tasks, runs = [f"{array}_{seed}" for seed in range(2)], [tmp_path / "seeds of" / f"{seed}" for seed in range(2)]
+    for task, run in zip(tasks, runs):
+        wait_for_steps(slurm, task, run, 2)
+    assert "seed: 1\n" in (runs[1] / "config.yaml").read_text()
+    assert losses(runs[0])[1] != losses(runs[1])[1]
+
+    assert slurm.job(tasks[1])["JobId"] == array  # the number of this task is that of all
+    slurm.run("scancel", "--signal=USR1", "--batch", tasks[1])  # as before a time limit
+    slurm.wait_state(tasks[1], "PENDING", restarts=1)
+    slurm.run("scontrol", "hold", tasks[1])
+    said = slurm.output(tasks[1])
+    assert "stopped by SIGUSR1 after saving" in said and f"job {tasks[1]} goes back into the queue" in said
+    other = slurm.job(tasks[0])
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+
+    slurm.run("scancel", tasks[0])
+    ended = slurm.wait_state(tasks[0], "CANCELLED")
+    assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "0")
+    slurm.wait(lambda: f"job {tasks[0]} is COMPLETING: it is left to Slurm" in slurm.output(tasks[0]), "the last word")
+    slurm.run("scancel", array)
+    assert [newest(run).name for run in runs] == [f"step-{max(losses(run)):08d}" for run in runs]
+
+
+ENDS = """
+from argparse import Namespace
+from vir.cluster import slurm
+from vir.status import Status
+slurm._ANSWERS_WITHIN_S = 2
+slurm.SlurmLaunch(Namespace(print=False, torchrun=False, max_restarts=0), []).ended(Status(75, "stopped", cause=15))
+"""
 
 
 @needs_slurm
 @pytest.mark.launcher
-@pytest.mark.timeout(4 * HANGS)
-def test_tasks_of_an_array_have_folders_of_their_own_wherever_the_project_is(slurm, shards, tmp_path):
-    project = tmp_path / "a project"
-    project.symlink_to(ROOT)
-    job = slurm.submit(f"--array=0-{SEEDS - 1}", "--output=%a.txt", project / "launch" / "slurm.sbatch",
-                       *arguments(shards, "seeds of/%a", steps=8), "--train.seed", "%a", cwd=tmp_path)
-    for seed in range(SEEDS):
-        slurm.wait_state(f"{job}_{seed}", "COMPLETED")
-    assert f"seed: {SEEDS - 1}\n" in (tmp_path / "seeds of" / f"{SEEDS - 1}" / "config.yaml").read_text()
-    first, second = (losses(tmp_path / "seeds of" / f"{seed}") for seed in range(SEEDS))
-    assert first.keys() == second.keys() and first != second
+def test_a_controller_that_does_not_answer_does_not_lose_the_requeue(slurm, tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    script = f"until [ -e silent ]; do sleep 0.1; done; PYTHONPATH='{ROOT}' python ends.py; echo ended by $?; sleep 60"
+    job = slurm.submit("--requeue", "--open-mode=append", "--wrap", script, cwd=tmp_path)
+    slurm.wait_state(job, "RUNNING")
+    said = Path(slurm.job(job)["StdOut"])
+    with slurm.silent_controller():
+        (tmp_path / "silent").touch()
+        slurm.wait(lambda: said.exists() and "trying again" in said.read_text(), "second try")
+        (tmp_path / "silent").unlink()
+    slurm.wait_state(job, "PENDING", restarts=1)
+    slurm.run("scancel", job)
+    assert f"job {job} is not back in the queue yet (no answer within 2 s); trying again" in said.read_text()
+    assert "ended by 1" not in said.read_text()
 
 
 @needs_slurm
@@ -191,6 +221,19 @@ def test_outside_of_a_job_the_command_is_only_printed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_slurms_commands_the_run_ends_as_it_did(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(slurm_of_job, "_ASKS_FOR_S", -1)
+    launch = of_job(monkeypatch, **JOB, PATH=str(tmp_path))
+    launch.ended(Status(75, "stopped", cause=signal.SIGTERM))
+    assert capsys.readouterr().err == ("vir-launch: job 7 cannot go back into the queue (scontrol: No such file or "
+                                       "directory); hand the same command in again\n")
+
+
+def test_the_name_of_an_arrays_task_is_not_that_of_all():
+    assert name_of_job({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}) == "9_3"
+    assert name_of_job({"SLURM_JOB_ID": "9"}) == "9"
+
+
 def test_words_of_an_arrays_task():
     assert words_of_task(["--output", "s-%a/%a"], {"SLURM_ARRAY_TASK_ID": "12"}) == ["--output", "s-12/12"]
     assert words_of_task(["100%a"], {}) == ["100%a"]
@@ -199,10 +242,11 @@ def test_words_of_an_arrays_task():
 
 
 @pytest.mark.parametrize("found, is_so", [
-    (Status(75, "stopped by SIGTERM after saving"), True),
-    (Status(75, "stopped by SIGUSR1 before the data was opened; the same command goes on"), True),
-    (Status(75, "stopped by the file STOP in the run folder after saving"), False),
-    (Status(75, "stopped by SIGINT (Ctrl-C) after saving"), False),
+    (Status(75, "", cause=signal.SIGTERM), True),
+    (Status(75, "", cause=signal.SIGUSR1), True),
+    (Status(75, "stopped by SIGTERM", cause=signal.SIGINT), False),
+    (Status(75, "", cause=STOP_FILE), False),
+    (Status(75, "", cause=LAUNCHER_GONE), False),
     (Status(3, "a shard is missing"), False),
     (Status(0, "done"), False),
 ])

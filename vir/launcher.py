@@ -208,9 +208,7 @@ def _from_slurm() -> dict[str, str]:
         raise SettingsError(f"SLURM_STEP_NUM_TASKS is {os.environ['SLURM_STEP_NUM_TASKS']} but {', '.join(missing)} is "
                             "not set; start by srun, or unset it to run one process")
     one_node = os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1"
-    # Jobs and steps share nodes: to each its port, below those that outgoing connections are given.
-    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
-    port = 10000 + zlib.crc32(step.encode()) % 20000
+    port = port_of(f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}")
     per_node = tasks_of_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""), os.environ.get("SLURM_NODEID", "0"))
     return {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": os.environ["SLURM_LOCALID"], "MASTER_PORT": str(port),
@@ -230,6 +228,12 @@ def tasks_of_node(tasks: str, node: str) -> str:
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks)
     of_each = [count for count, times in found for _ in range(min(int(times or 1), 1 << 20))]
     return of_each[int(node)] if node.isdigit() and int(node) < len(of_each) else ""
+
+
+def port_of(start: str) -> int:
+    """To each step or start of a job its port, for jobs share nodes; below those that outgoing connections are given.
+    """
+    return 10000 + zlib.crc32(start.encode()) % 20000
 
 
 def first_host(nodes: str) -> str:

@@ -35,6 +35,8 @@ class Status:
     """How often torchrun's agent had started the ranks again."""
     of: int = 0
     """How often it would."""
+    cause: int = 0
+    """Why the run was stopped, by vir.cluster.signals: the number of a signal, or another one; 0 where it was not."""
 
     @property
     def goes_on(self) -> bool:
@@ -44,12 +46,12 @@ class Status:
         return self.code != 0 and self.restart < self.of
 
 
-def write(code: int, said: str) -> None:
+def write(code: int, said: str, cause: int = 0) -> None:
     """Leave it for the launch script, unless another rank has done so. Never raises: the rank ends anyway."""
     if not (named := os.environ.get(FILE)):
         return
     rank, restart, of = map(_number, ("RANK", _RESTART, _RESTARTS))
-    text = json.dumps(asdict(Status(code, said, rank, socket.gethostname(), restart, of)))
+    text = json.dumps(asdict(Status(code, said, rank, socket.gethostname(), restart, of, cause)))
     path = Path(f"{named}{_start()}")
     for give_way in (False, True):
         with suppress(OSError):

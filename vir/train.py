@@ -61,7 +61,10 @@ def _main(argv: list[str], stop: StopRequest) -> int:
 
         code = run(prepared, stop, heartbeat)
         heartbeat.close()
-        status.write(code, "done" if code == 0 else f"stopped by {stop.cause} after saving")
+        if code == 0:
+            status.write(code, "done")
+        else:
+            status.write(code, f"stopped by {stop.cause} after saving", stop.number)
         return code
     except VirError as error:
         # At the door every rank meets it, later damaged data may have been met by one rank alone.
@@ -79,7 +82,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         print(f"{PROGRAM}: {said}", file=sys.stderr)
         cli.report(said)
         code = EXIT_STOPPED_BY_SIGNAL
-        status.write(code, said)
+        status.write(code, said, stop.number)
         if heartbeat is not None:
             heartbeat.failed(f"exit code {code}, {said}")
         return code

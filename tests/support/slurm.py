@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,7 @@ class Slurm:
         self._start("munged", "--foreground", "--force", f"--socket={munge}.socket", f"--key-file={munge}.key",
                     f"--pid-file={munge}.pid", f"--log-file={munge}.log", f"--seed-file={munge}.seed")
         self.wait(lambda: Path(f"{munge}.socket").exists(), "munged")
-        self._start("slurmctld", "-D", "-c")
+        self._controller = self._start("slurmctld", "-D", "-c")
         for name in self.names:
             self._start("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c",
                         _NODE.format(folder=self.folder, name=name))
@@ -125,20 +126,24 @@ class Slurm:
         states = "sinfo", "--noheader", "--Node", "--partition=low", "--format=%t"
         self.wait(lambda: self._ask(*states).split() == idle, "idle nodes")
 
-    def _start(self, *command: str):
+    def _start(self, *command: str) -> subprocess.Popen:
         # Also where the tests themselves are killed: a node ends with its first process, and that with the tests.
         bound = ["setpriv", "--pdeathsig", "KILL", "--", *command]
         with (self.folder / "daemons.txt").open("a") as log:
             self._processes.append(subprocess.Popen(bound, env=self.environment, stdout=log, stderr=log,
                                                     stdin=subprocess.DEVNULL, start_new_session=True))
+        return self._processes[-1]
 
     def wait(self, holds, what: str, seconds: float = 60):
         until = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > until:
-                logs = [path.read_text(errors="replace")[-3000:] for path in self.folder.glob("*.log")]
-                pytest.fail(f"no {what} within {seconds} s\n{self._ask('scontrol', 'show', 'job')}\n" + "\n".join(logs))
+                pytest.fail(f"no {what} within {seconds} s\n{self._ask('scontrol', 'show', 'job')}\n{self._logs()}")
             time.sleep(0.05)
+
+    def _logs(self) -> str:
+        """The last of what the controller and the nodes have said."""
+        return "\n".join(path.read_text(errors="replace")[-3000:] for path in sorted(self.folder.glob("*.log")))
 
     def _ask(self, *command: str) -> str:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60).stdout
@@ -164,15 +169,28 @@ class Slurm:
             known = self.job(job)
             state = known.get("JobState")
             if state in _ENDED - {*states}:
-                pytest.fail(f"job {job} is {state} ({known['ExitCode']}):\n{self.output(job)[-6000:]}")
+                pytest.fail(f"job {job} is {state} ({known['ExitCode']}):\n{self.output(job)[-6000:]}\n{self._logs()}")
             return state in states and int(known["Restarts"]) >= restarts
 
         self.wait(is_there, f"{'/'.join(states)} of job {job}", seconds)
         return self.job(job)
 
-    def start_now(self, job: str):
-        """After a requeue Slurm lets a job wait for a while, so that its nodes are free of it."""
-        self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+    def start_soon(self, job: str):
+        """After a requeue Slurm lets a job wait for a while, so that its nodes are free of it.
+
+        In the very second of the requeue a start is taken for the one that was just ended, and the job fails for good
+        (`Job credential revoked`).
+        """
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
+
+    @contextmanager
+    def silent_controller(self):
+        """The controller does not answer while the block runs."""
+        os.killpg(self._controller.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._controller.pid, signal.SIGCONT)
 
     def output(self, job: str) -> str:
         """All that the job's script and its tasks have said so far."""

@@ -67,8 +67,13 @@ class StopRequest:
         return bool(self._number)
 
     @property
+    def number(self) -> int:
+        """Of the signal, or of what else, for which `agree` said that a rank has got it; 0 where it said no."""
+        return self._agreed
+
+    @property
     def cause(self) -> str:
-        """The name of the signal, or of what else, for which `agree` said that a rank has got it."""
+        """Its name."""
         return _NAMES.get(self._agreed) or signal.Signals(self._agreed).name
 
     def join(self, world_size: int) -> None:

@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
-import zlib
+import time
 from argparse import ArgumentParser, Namespace
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Mapping, Sequence
 
 from vir import launcher
-from vir.cluster.supervisor import PROGRAM, Start
+from vir.cluster.supervisor import Start, say
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError
 from vir.status import Status
 
 _TASK = "%a"
 """In a word of an array's command: the number of the task, as in sbatch's own --output."""
-_BY_SLURM = re.compile(r"stopped by SIG(?:TERM|USR1)\b")
-"""How a rank says that it was stopped, and not by a person's Ctrl-C or STOP file."""
-_ANSWERS_WITHIN_S = 60
-"""Of a step that has to do nothing, and of the controller."""
+_OF_SLURM = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm stops a run by; a person does it by Ctrl-C or a file STOP."""
+_STARTS_WITHIN_S = 60.0
+"""A step that has to do nothing."""
+_ANSWERS_WITHIN_S = 30.0
+"""The controller; Slurm's own commands give it 10 s by default."""
+_ASKS_FOR_S, _ASKS_EVERY_S = 60.0, 2.0
+"""How long it is asked for a requeue; it may just be starting again."""
 _SILENT = re.compile(r"failed on node (\S+?): (.*)")
 
 
@@ -69,40 +74,39 @@ class SlurmLaunch:
         if not self._has_started:
             return {}
         try:
-            done = _run(["srun", "--overlap", *_of_nodes(os.environ), "true"])
+            done = _run(["srun", "--overlap", *_of_nodes(os.environ), "true"], _STARTS_WITHIN_S)
         except subprocess.TimeoutExpired:
-            return {"a node of the job": f"no answer within {_ANSWERS_WITHIN_S} s"}
+            return {"a node of the job": f"no answer within {_STARTS_WITHIN_S:.0f} s"}
         if done.returncode == 0:
             return {}
         return dict(_SILENT.findall(done.stderr)) or {"a node of the job": done.stderr.strip()}
 
     def ended(self, found: Status) -> None:
-        """Put the job back into the queue where Slurm has stopped its run."""
+        """Put the job back into the queue where Slurm has stopped its run. Never raises: the run has saved."""
         if was_stopped_by_slurm(found):
-            _requeue()
+            _requeue(name_of_job(os.environ))
 
     @contextmanager
     def start(self, name: str, file: Path) -> Iterator[Start]:
         """How to start the ranks of the job."""
         count = os.environ.get("SLURM_RESTART_COUNT", "0")
         if count != "0" and not self._has_started:
-            _say(f"job {os.environ['SLURM_JOB_ID']} was put back into the queue {count} times")
+            say(f"job {name_of_job(os.environ)} was put back into the queue {count} times")
         self._has_started = True
-        command = (_by_torchrun if self._args.torchrun else _by_srun)(os.environ, name)
+        command = _by_torchrun(os.environ, name) if self._args.torchrun else _by_srun(os.environ)
         # Each task of srun names its run by its step; under torchrun nobody does.
         environment = {launcher.RUN_ID: name} if self._args.torchrun else {}
         yield Start([*command, "-m", "vir.train", *self._words], environment, Path.cwd())
 
 
-def _by_srun(environment: Mapping[str, str], run_id: str) -> list[str]:
+def _by_srun(environment: Mapping[str, str]) -> list[str]:
     return [*_srun(environment), sys.executable, "-u"]
 
 
 def _by_torchrun(environment: Mapping[str, str], run_id: str) -> list[str]:
     nodes, ranks = _shape(environment)
-    # Jobs share nodes: to each start its port, below those that outgoing connections are given.
     host = launcher.first_host(environment.get("SLURM_JOB_NODELIST", "localhost"))
-    port = 10000 + zlib.crc32(f"{environment.get('SLURM_JOB_ID')}.{run_id}".encode()) % 20000
+    port = launcher.port_of(f"{environment.get('SLURM_JOB_ID')}.{run_id}")
     return [*_srun(environment, ranks), *_of_nodes(environment), sys.executable, "-u", "-m", "torch.distributed.run",
             f"--nnodes={nodes}", f"--nproc_per_node={ranks}", "--rdzv_backend=c10d", f"--rdzv_endpoint={host}:{port}",
             f"--rdzv_id={run_id}"]
@@ -132,26 +136,49 @@ def _shape(environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def was_stopped_by_slurm(found: Status) -> bool:
-    return found.code == EXIT_STOPPED_BY_SIGNAL and _BY_SLURM.search(found.said) is not None
+    return found.code == EXIT_STOPPED_BY_SIGNAL and found.cause in _OF_SLURM
 
 
-def _requeue() -> None:
+def name_of_job(environment: Mapping[str, str]) -> str:
+    """Of a task of an array 7_3: its own number may be that of the array, which names all tasks."""
+    if task := environment.get("SLURM_ARRAY_TASK_ID"):
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
+    return environment["SLURM_JOB_ID"]
+
+
+def _requeue(job: str) -> None:
     """Put this job back into the queue, unless Slurm itself is ending it."""
-    job = os.environ["SLURM_JOB_ID"]
-    state = _run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).stdout.strip()
-    if state != "RUNNING":  # cancelled or put back by somebody, or over its time limit
-        _say(f"job {job} is {state or 'gone'}: it is left to Slurm")
-        return
-    done = _run(["scontrol", "requeue", job])
-    _say(f"job {job} goes back into the queue, to go on from what was saved" if done.returncode == 0 else
-         f"job {job} cannot go back into the queue ({done.stderr.strip()}); hand the same command in again")
+    until = time.monotonic() + _ASKS_FOR_S
+    while True:
+        asked = _answer(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
+        state = asked.stdout.strip()
+        if asked.returncode == 0 and state != "RUNNING":  # cancelled or put back, or over its time limit
+            say(f"job {job} is {state or 'gone'}: it is left to Slurm")
+            return
+        done = _answer(["scontrol", "requeue", job])
+        if done.returncode == 0:
+            say(f"job {job} goes back into the queue, to go on from what was saved")
+            return
+        reason = " ".join(done.stderr.split())
+        if time.monotonic() > until:
+            say(f"job {job} cannot go back into the queue ({reason}); hand the same command in again")
+            return
+        say(f"job {job} is not back in the queue yet ({reason}); trying again")
+        time.sleep(_ASKS_EVERY_S)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _answer(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Of the controller; a failure as well where there is none, with its reason in stderr."""
+    try:
+        return _run(command, _ANSWERS_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {_ANSWERS_WITHIN_S:.0f} s"
+    except OSError as error:
+        reason = f"{command[0]}: {error.strerror}"
+    return subprocess.CompletedProcess(command, 1, "", reason)
+
+
+def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
     # In a session of its own: a signal to the job's script is not for it.
-    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_ANSWERS_WITHIN_S,
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout,
                           start_new_session=True)
-
-
-def _say(line: str) -> None:
-    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)

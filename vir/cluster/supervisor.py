@@ -309,7 +309,8 @@ def _wait_for_hosts(launch: Launch, requests: Requests) -> bool:
 
 def _stopped(launch: Launch, number: int) -> int:
     """By a signal while nothing ran."""
-    found = Status(EXIT_STOPPED_BY_SIGNAL, f"stopped by {_name(number)} before it could start again")
+    found = Status(EXIT_STOPPED_BY_SIGNAL, f"stopped by {_name(number)} before it could start again",
+                   cause=number)
     say(f"exit code {found.code}: {found.said}")
     launch.ended(found)
     return found.code
