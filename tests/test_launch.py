@@ -145,7 +145,7 @@ def test_a_run_that_is_asked_to_saves_and_evaluates_and_goes_on(runs):
 def test_a_lost_rank_is_named_and_the_run_started_again(runs):
     code, said = runs[1]["a rank killed, then SIGUSR1 to the script"]
     assert code == 75, said[-4000:]
-    assert re.search(r"vir-launch: exit code 5, told by rank 0 \(\S+\): rank 1 \(\S+\) at step \d+.* is lost", said)
+    assert re.search(r"vir-launch: exit code 5, told by rank 0 \(\S+\): rank 1 \(\S+\) .* is lost", said)
     assert re.search(r"vir-launch: starting again from step \d+, restart 1 of 2", said)
     assert "stopped by SIGUSR1" in said
 

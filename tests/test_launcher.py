@@ -133,8 +133,10 @@ def test_the_processes_that_accelerate_was_asked_for(words, number):
 
 @pytest.mark.launcher
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="command lines are seen on Linux only")
-def test_accelerate_that_starts_one_process_instead_of_two_is_told_with_the_command_that_starts_them(tmp_path):
+def test_accelerate_that_starts_one_process_instead_of_two_is_told_with_the_command_that_starts_them(
+        environment, tmp_path):
     """By accelerate itself, without GPUs; with --multi_gpu it starts both, and nothing is said."""
+    environment()  # without what a run within this process has left
     script = tmp_path / "script.py"
     script.write_text("from vir.launcher import tell_of_missing_processes\n"
                       "tell_of_missing_processes('vir.evaluate')\nprint('ran')\n")
