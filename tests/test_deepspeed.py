@@ -91,6 +91,7 @@ def test_words_and_variables_pass_the_shell_of_another_node(hostfile, tmp_path, 
                 "AWS_REGION": "eu-west-1", "VIR_FOLDER": str(folder), "VIR_RUN_ID": "x-0",
                 "VIR_STATUS": "/a run/.status-x-0.json"}
     assert {name: got["environment"].get(name) for name in expected} == expected
+    assert {"WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"} <= start.without  # nor does the runner export them by itself
     assert not Path(start.environment["DS_ENV_FILE"]).exists()  # with the end of the block
 
 

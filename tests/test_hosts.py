@@ -70,3 +70,23 @@ def test_hosts_that_do_not_answer_are_told_with_the_reason():
     assert silent.keys() == {"127.0.0.1", "no-such-host.invalid"}
     if "cannot be run" not in silent["127.0.0.1"]:
         assert "refused" in silent["127.0.0.1"] and "resolve" in silent["no-such-host.invalid"]
+
+
+@pytest.mark.parametrize("name, value, is_secret", [
+    ("AWS_SECRET_ACCESS_KEY", "x", True), ("HF_TOKEN", "x", True), ("WANDB_API_KEY", "x", True),
+    ("AZURE_STORAGE_CONNECTION_STRING", "x", True), ("FSSPEC_S3", "{}", True), ("AWS_PWD", "x", True),
+    ("https_proxy", "http://me:pw@proxy:3128", True), ("WANDB_BASE_URL", "https://tok@host", True),
+    ("https_proxy", "http://proxy:3128", False), ("NCCL_IB_PKEY", "0x8001", False),
+    ("AWS_SHARED_CREDENTIALS_FILE", "/x", False), ("GOOGLE_APPLICATION_CREDENTIALS", "/x", False),
+    ("NCCL_SOCKET_IFNAME", "eth0", False), ("HF_HOME", "/a b", False)])
+def test_secrets_are_known_by_their_names_or_by_a_login(name, value, is_secret, capfd):
+    assert hosts.secrets({name: value}) == (frozenset([name]) if is_secret else frozenset())
+    assert (name in hosts.forwarded({name: value})) is not is_secret
+    of_user = hosts.forwarded({"NCCL_DEBUG": "INFO"}, {name: value})
+    assert of_user.keys() == {"NCCL_DEBUG"} | (set() if is_secret else {name})
+
+
+@pytest.mark.parametrize("host, here", [
+    ("localhost", True), ("192.0.2.7", False), ("node..1", False), ("a" * 70, False)])
+def test_whether_a_host_is_this_machine(host, here):
+    assert hosts.is_here(host) is here

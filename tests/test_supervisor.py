@@ -45,6 +45,8 @@ RANK = [sys.executable, "-c"]
 class Program:
     """A launch of such a program."""
 
+    without: frozenset[str] = frozenset()
+
     def __init__(self, folder: Path, body: str, silent=()):
         self.run, self._body, self._silent = folder / "runs" / "a", body, list(silent)
         self.asked = 0
@@ -52,7 +54,7 @@ class Program:
     @contextmanager
     def start(self, name, file):
         yield Start([sys.executable, "-c", BEGIN + self._body, str(self.run)],
-                    {"NAME": name, "PYTHONPATH": os.getcwd()}, Path.cwd())
+                    {"NAME": name, "PYTHONPATH": os.getcwd()}, Path.cwd(), self.without)
 
     def unreachable(self):
         self.asked += 1
@@ -97,7 +99,7 @@ def test_the_code_is_that_of_the_run_whatever_the_launcher_says(tmp_path, capfd,
 
 
 @pytest.mark.parametrize("code, passes_on, becomes", [
-    (2, True, 2), (3, True, 3), (0, True, 5), (247, True, 5), (1, False, 5)])
+    (2, True, 2), (3, True, 3), (0, True, 5), (247, True, 5), (1, True, 5), (3, False, 5)])
 def test_where_no_rank_could_tell_a_code_of_the_table_is_believed_if_the_launcher_passes_it_on(
         tmp_path, code, passes_on, becomes):
     program = Program(tmp_path, f"sys.exit({code})")
@@ -156,6 +158,27 @@ def test_a_signal_while_a_machine_is_waited_for_is_a_stop(tmp_path, capfd):
     threading.Timer(3, os.kill, [os.getpid(), signal.SIGUSR1]).start()
     assert program.supervise(max_restarts=1) == 75
     assert program.heard == [5, 75] and "stopped by SIGUSR1 before it could start again" in capfd.readouterr().err
+
+
+def test_a_disk_that_fails_under_the_script_leaves_no_process(tmp_path, monkeypatch):
+    asked = iter(range(1000))
+
+    def read(path):
+        if next(asked) > 3:
+            raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(supervisor.status, "read", read)
+    with pytest.raises(OSError, match="Stale file handle"):
+        Program(tmp_path, "time.sleep(600)").supervise()
+    assert not left_of(tmp_path)
+
+
+def test_a_launcher_gets_no_variable_that_it_must_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    program = Program(tmp_path, "end(0 if 'MLFLOW_TRACKING_PASSWORD' in os.environ else 3)")
+    assert program.supervise() == 0
+    program.without = frozenset(["MLFLOW_TRACKING_PASSWORD"])
+    assert program.supervise() == 3
 
 
 def test_the_command_is_printed(tmp_path, capfd):

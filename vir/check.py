@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Se
 
 from vir import cli, launcher
 from vir.cluster import links, preflight
-from vir.cluster.hosts import forwarded, read_hostfile, ssh, write_hostfile
+from vir.cluster.hosts import forwarded, port, read_hostfile, ssh, write_hostfile
 from vir.cluster.preflight import DEEPSPEED, NO_INDEX, Finding
 from vir.cluster.probe import PART_S, Facts, Question, look, nearest
 from vir.config import folder_of, to_dict
@@ -389,7 +389,7 @@ class _Ssh:
 
 
 def _line(question: Question) -> str:
-    """What the shell of a machine is told first, by standard input, which no list of processes shows."""
+    """What the shell of a machine is told first, by standard input: no list of processes shows the variables."""
     exports = [f"export {name}={shlex.quote(value)} && " for name, value in forwarded(os.environ).items()
                if "\n" not in value]
     words = [sys.executable, "-m", "vir.check", "--node", json.dumps(asdict(question))]
@@ -497,9 +497,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--hostfile", type=Path, help="a line `host slots=GPUS` for each machine")
     add("--interface", default="", help="network interface that all machines shall use; not given: that which leads to "
                                         "the first of them")
-    add("--ssh_port", type=int, help="of the machines' ssh servers")
-    add("--master_port", type=int, default=0, help="port of the first machine that the run will use; it must be free; "
-                                                   "not under a launcher, which has it by then")
+    add("--ssh_port", type=port, help="of the machines' ssh servers")
+    add("--master_port", type=port, default=0,
+        help="port of the first machine that the run will use; it must be free; not under a launcher, which has it by then")
     add("--json", type=Path, metavar="FILE", help="where to write all facts, links and findings")
     add("--write-good", type=Path, metavar="FILE", help="where to write the hostfile without machines with a finding")
     add("--output", default="", metavar="FOLDER", help="of the run; without other options of vir-train it is looked at "

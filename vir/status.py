@@ -56,7 +56,7 @@ def write(code: int, said: str, cause: int = 0) -> None:
     for give_way in (False, True):
         with suppress(OSError):
             if give_way:
-                _reserve(Path(named)).unlink()
+                _reserve(Path(named)).unlink(missing_ok=True)  # another rank may have needed it
             _publish(text, path, path.with_name(f"{path.name}.rank-{rank}.draft"))
             return
 
@@ -87,8 +87,10 @@ def is_awaited() -> bool:
 
 def read(path: Path) -> Status | None:
     """That of the last start, where torchrun has started ranks again; None where no rank has written."""
-    found, newest = None, -1
-    for of_start in (path, *path.parent.glob(f"{path.name}.start-*[0-9]")):
+    found, newest, of_starts = None, -1, [path]
+    with suppress(OSError):  # a disk that does not answer for a moment
+        of_starts += path.parent.glob(f"{path.name}.start-*[0-9]")
+    for of_start in of_starts:
         with suppress(OSError, ValueError, TypeError):
             if (written := of_start.stat().st_mtime_ns) > newest:
                 found, newest = Status(**json.loads(of_start.read_text())), written

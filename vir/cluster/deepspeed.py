@@ -95,8 +95,9 @@ class DeepSpeedLaunch:
             exports.writelines(f"{name}={value}\n" for name, value in forwarded.items())
             exports.flush()
             # `cd` to a folder with spaces fails over there; ranks go where VIR_FOLDER says.
+            # The runner exports variables of some names by itself, for all to see.
             yield Start(command, environment | {"DS_ENV_FILE": exports.name},
-                        Path("/") if self._by_pdsh else Path.cwd())
+                        Path("/") if self._by_pdsh else Path.cwd(), hosts.secrets(os.environ))
 
     def _command(self, port: int) -> list[str]:
         args = self._args

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Iterable, Mapping
 
 from vir import files, interfaces
+from vir.addresses import shown
 from vir.errors import SettingsError
 
 _ANSWERS_WITHIN_S = 10
@@ -27,11 +28,9 @@ _FORWARDED = re.compile(
     r"LD_LIBRARY_PATH|LD_PRELOAD|(?:https?|no|all)_proxy", re.IGNORECASE)
 _OF_ONE_MACHINE = {"CUDA_VISIBLE_DEVICES", "DS_ENV_FILE"}
 _SECRET = re.compile(
-    r"(?!\w+_(?:FILE|PATH)$|GOOGLE_APPLICATION_CREDENTIALS$)"
-    r".*(?:KEY|TOKEN|SECRET|PASSW|CREDENTIAL|CONNECTION_STRING|_SAS)|FSSPEC_", re.IGNORECASE)
-"""Names of such variables, but for those that name a file."""
-_LOGIN = re.compile(r"://[^/\s@]*:[^/\s@]+@")
-"""In a value: a URL with a password, as that of a proxy."""
+    r"(?!\w+_(?:FILE|PATH|PKEY)$|GOOGLE_APPLICATION_CREDENTIALS$|HF_HUB_DISABLE_IMPLICIT_TOKEN$)"
+    r".*(?:KEY|TOKEN|SECRET|PASSW|PWD|CREDENTIAL|CONNECTION_STRING|_SAS|_PAT$|AUTH$)|FSSPEC_", re.IGNORECASE)
+"""Names of such variables, but for those that name a file or a partition of InfiniBand."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 
@@ -79,10 +78,14 @@ def forwarded(environment: Mapping[str, str], of_user: Mapping[str, str] = {}) -
     """
     found = {name: value for name, value in environment.items()
              if _FORWARDED.fullmatch(name) and name not in _OF_ONE_MACHINE} | dict(of_user)
-    secret = tuple(sorted(name for name, value in found.items() if _SECRET.match(name) or _LOGIN.search(value)))
-    if secret:
-        _tell_of_secrets(secret)
+    if secret := secrets(found):
+        _tell_of_secrets(tuple(sorted(secret)))
     return {name: value for name, value in found.items() if name not in secret}
+
+
+def secrets(environment: Mapping[str, str]) -> frozenset[str]:
+    """Names of variables that hold a secret, by their name or by a URL with a login in their value."""
+    return frozenset(name for name, value in environment.items() if _SECRET.match(name) or shown(value) != value)
 
 
 @cache
@@ -110,7 +113,7 @@ def port(text: str) -> int:
 
 def is_here(host: str) -> bool:
     """Whether the name is one of this machine."""
-    with suppress(OSError):
+    with suppress(OSError, UnicodeError):  # no such name, or none at all
         address = socket.gethostbyname(host)
         return address.startswith("127.") or address in interfaces.addresses().values()
     return host == socket.gethostname()

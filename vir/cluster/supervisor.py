@@ -43,8 +43,8 @@ _ORPHANS_S = 3600.0
 """How long ranks may take to save and end without their launcher."""
 _RANK = "vir.train"
 """A word of the command line of every rank."""
-_BELIEVED = (1, 2, 3, 4, 6)
-"""Exit codes of ranks that launchers pass on, where no rank could leave its status."""
+_BELIEVED = (2, 3, 4, 6)
+"""Exit codes of ranks that launchers pass on, where no rank could leave its status; 1 may be one of theirs."""
 _TELLS_EVERY_S = 60.0
 _HOSTS_WITHIN_S = 3600.0
 """How long a start again waits for a machine to come back."""
@@ -60,6 +60,8 @@ class Start:
     """Beside that of this process."""
     folder: Path
     """To start in."""
+    without: frozenset[str] = frozenset()
+    """Variables of this process that it must not get."""
 
 
 class Launch(Protocol):
@@ -127,11 +129,18 @@ class Attempt:
         self._has_asked = False
         # In a session of its own: a Ctrl-C in the terminal comes to this process alone.
         self._process = subprocess.Popen(start.command, cwd=start.folder, start_new_session=True,
-                                         env={**os.environ, **start.environment, status.FILE: str(file)},
+                                         env={**_left(start.without), **start.environment, status.FILE: str(file)},
                                          stdin=subprocess.DEVNULL)
 
     def wait(self) -> Status | None:
         """What the run has come to; None where none of its ranks could tell. All of its processes here are gone."""
+        try:
+            self._wait()
+        finally:
+            self._kill()
+        return self._find()
+
+    def _wait(self) -> None:
         while self._process.poll() is None and not self._requests.is_urgent and not self._is_over():
             self._look()
             time.sleep(_POLL_S)
@@ -139,8 +148,6 @@ class Attempt:
             self._end_at_once()
         elif self._process.poll() is not None and self._find() is None:
             self._wait_without_launcher()
-        self._kill()
-        return self._find()
 
     def _look(self) -> None:
         if self._requests.first and not self._has_asked:
@@ -327,10 +334,8 @@ def _attempt(launch: Launch, run: Path, name: str, requests: Requests) -> int:
             raise SettingsError(f"--output {run} cannot be written to: {error.strerror}; free some space, or give "
                                 "another folder") from error
         try:
-            attempt = Attempt(start, file, run / LOCK, requests)
+            attempt = _begin(start, file, run / LOCK, requests)
             found = attempt.wait()
-        except OSError as error:
-            raise SettingsError(f"{start.command[0]} cannot be started: {error.strerror}") from error
         finally:
             status.remove(file)
     if found is None:
@@ -345,6 +350,17 @@ def _attempt(launch: Launch, run: Path, name: str, requests: Requests) -> int:
     say(f"exit code {found.code}, told by rank {found.rank} ({found.host}): {found.said}")
     launch.ended(found)
     return found.code
+
+
+def _begin(start: Start, file: Path, lock: Path, requests: Requests) -> Attempt:
+    try:
+        return Attempt(start, file, lock, requests)
+    except OSError as error:
+        raise SettingsError(f"{start.command[0]} cannot be started: {error.strerror}") from error
+
+
+def _left(without: frozenset[str]) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in without}
 
 
 def _make(run: Path) -> list[Path]:
