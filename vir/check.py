@@ -499,7 +499,7 @@ def _parser() -> argparse.ArgumentParser:
                                         "the first of them")
     add("--ssh_port", type=port, help="of the machines' ssh servers")
     add("--master_port", type=port, default=0,
-        help="port of the first machine that the run will use; it must be free; not under a launcher, which has it by then")
+        help="port of the first machine that the run will use; it must be free; not under a launcher, which has it")
     add("--json", type=Path, metavar="FILE", help="where to write all facts, links and findings")
     add("--write-good", type=Path, metavar="FILE", help="where to write the hostfile without machines with a finding")
     add("--output", default="", metavar="FOLDER", help="of the run; without other options of vir-train it is looked at "
