@@ -76,7 +76,9 @@ def measure(launch: Launch, shards: Path, run: Path) -> list[float]:
             end(process)
             found.append(wait_until(lambda: process.poll() is not None, f"end of {launch.name}"))
         finally:
-            process.terminate()  # after an error; the script ends its ranks
+            if process.poll() is None:  # after an error; the script ends its ranks
+                process.terminate()
+                process.wait(WITHIN_S)
     started, signalled, resumed, lost = found
     return [started, resumed, signalled, lost]
 
@@ -85,8 +87,8 @@ def kill_a_rank() -> None:
     """That of number 1 on this machine, which any launcher tells its ranks."""
     for process in psutil.process_iter():
         try:
-            is_rank = "vir.train" in process.cmdline() and "LOCAL_RANK" in process.environ()
-            if is_rank and (process.environ().get("RANK") or process.environ().get("SLURM_PROCID")) == "1":
+            told = process.environ()
+            if "vir.train" in process.cmdline() and (told.get("RANK") or told.get("SLURM_PROCID")) == "1":
                 process.kill()
                 return
         except psutil.Error:
@@ -137,6 +139,7 @@ def launches(folder: Path, nodes: Nodes, slurm: Slurm) -> list[Launch]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--only", default="", help="a part of the names of launchers, e.g. slurm")
     args = parser.parse_args()
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     print("| | starts | goes on | signal to end | lost to end |\n|---|---|---|---|---|", flush=True)
@@ -144,6 +147,8 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         nodes, slurm = stack.enter_context(Nodes(folder / "nodes", 2)), stack.enter_context(Slurm())
         for number, launch in enumerate(launches(folder, nodes, slurm)):
+            if args.only not in launch.name:
+                continue
             seconds = measure(launch, args.shards.absolute(), folder / f"run-{number}")
             print(f"| {launch.name} | " + " | ".join(f"{value:.0f} s" for value in seconds) + " |", flush=True)
     return 0
