@@ -123,7 +123,7 @@ def launches(folder: Path, nodes: Nodes, slurm: Slurm) -> list[Launch]:
     def signal_srun(process: subprocess.Popen) -> None:
         for child in psutil.Process(process.pid).children(recursive=True):
             if "vir.launch" in child.cmdline():
-                child.send_signal(signal.SIGTERM)
+                child.send_signal(signal.SIGINT)  # after SIGTERM it would try a requeue, which salloc refuses
 
     accelerate = [*ACCELERATE, "--config_file", ROOT / "launch" / "accelerate.yaml", "--num_processes", "2",
                   "--main_process_port", free_port(), "-m", "vir.train"]
