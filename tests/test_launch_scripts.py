@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.launchers import ACCELERATE, HANGS, ROOT, call, free_port
-from support.tiny_runs import command as tiny
-from support.tiny_runs import train_events
+from support.launchers import ROOT
 
 SCRIPTS = sorted(path for folder, pattern in (("launch", "*.sh"), ("launch", "*.sbatch"), ("tests", "*.sh"))
                  for path in (ROOT / folder).glob(pattern)) + [ROOT / ".ci" / "run"]
@@ -82,15 +80,3 @@ def test_the_image_leaves_out_what_git_ignores_and_is_large():
 def test_hadolint_has_nothing_to_say():
     done = subprocess.run(["hadolint", ROOT / "launch" / "Dockerfile"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.launcher
-@pytest.mark.timeout(2 * HANGS)
-def test_accelerate_trains_with_as_many_processes_as_are_asked_for(shards, tmp_path):
-    """On CPUs, where it starts one without these settings."""
-    done = call(*ACCELERATE, "--config_file", ROOT / "launch" / "accelerate.yaml", "--num_processes", "2",
-                "--main_process_port", free_port(), "-m", "vir.train",
-                *tiny(shards, tmp_path / "run", "zero2_fp32", steps=4, every=4), timeout=HANGS, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert [event["step"] for event in train_events(tmp_path / "run")] == [1, 2, 3, 4]
-    assert "4 steps of 48 = 2 x 12 x 2 ranks" in done.stdout

@@ -272,7 +272,7 @@ def test_two_nodes_train_as_one_process_does(undisturbed, alone):
 
 def test_three_nodes_train_with_zero_3_as_one_process_does_name_a_slow_link_and_heed_a_switch_file(
         nodes, start, shards, alone, tmp_path):
-    nodes.slow("node-c", 10)
+    nodes.slow("node-c", 20)
     run, three, config = tmp_path / "run", ["node-a", "node-b", "node-c"], tmp_path / "zero3_fp32.json"
     config.write_text('{"zero_optimization": {"stage": 3}}')
     script = start("node-b", run, arguments(shards, run, config, "--train.micro_batch_size", "8"), three)
