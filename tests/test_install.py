@@ -13,7 +13,8 @@ import pytest
 
 from support.launchers import ROOT
 
-PROGRAMS = ["vir-consolidate", "vir-convert", "vir-evaluate", "vir-index", "vir-train", "vir-verify"]
+PROGRAMS = ["vir-check", "vir-consolidate", "vir-convert", "vir-evaluate", "vir-index", "vir-launch", "vir-train",
+            "vir-verify"]
 ASK = """
 import contextlib, io, json, sys
 from importlib.metadata import distributions
@@ -101,8 +102,8 @@ def test_its_programs_are_the_documented_ones(site):
     assert re.fullmatch(r"\d+\.\d+.*", distribution.version)
 
 
-@pytest.mark.parametrize("name, flag", list(zip(
-    PROGRAMS, ["--output", "--split", "--weights", "--checksums", "--optim.lr", "--repair"])))
+@pytest.mark.parametrize("name, flag", list(zip(PROGRAMS, [
+    "--write-good", "--output", "--split", "--weights", "--checksums", "deepspeed", "--optim.lr", "--repair"])))
 def test_a_program_answers_a_call_for_help(answers, name, flag):
     code, said = answers["programs"][name]
     assert code == 0 and flag in said and "usage: " in said
