@@ -7,20 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from importlib import metadata
 from pathlib import Path
 
-import psutil
 import pytest
 from torch.distributed import HashStore
 
-from support.launchers import ROOT, TORCHRUN
+from support.launchers import ROOT, TORCHRUN, fake_ssh
 from support.nodes import Nodes, lacking
 from vir import check, distributed
 from vir.cluster import hosts, links
 from vir.cluster.hosts import read_hostfile
+from vir.cluster.machines import Answer, BySsh
 from vir.cluster.preflight import Finding
 from vir.cluster.probe import Question
 from vir.data.shards import read_manifest
@@ -152,16 +151,16 @@ class Told:
 
 
 def facts(number, at=1000.0, **more):
-    return check.Answer({"interfaces": {"lo": "127.0.0.1", "eth0": f"10.0.0.{number}"}, "listens": 40000 + number,
-                         "reached_at": f"192.168.0.{number}", "clock": at, "problems": {}, **more}, at)
+    return Answer({"interfaces": {"lo": "127.0.0.1", "eth0": f"10.0.0.{number}"}, "listens": 40000 + number,
+                   "reached_at": f"192.168.0.{number}", "clock": at, "problems": {}, **more}, at)
 
 
 def links_of(pairs=(), unreached=""):
-    return check.Answer({"pairs": pairs, "unreached": unreached})
+    return Answer({"pairs": pairs, "unreached": unreached})
 
 
 def test_a_silent_machine_stops_nobody_and_the_numbers_of_pairs_are_those_of_the_hostfile():
-    machines = Told({"a": [check.Answer(problem="ssh does not reach it")],
+    machines = Told({"a": [Answer(problem="ssh does not reach it")],
                      "b": [facts(2), links_of([{"first": 0, "second": 1, "gb_s": 1.0, "ms": 0.1, "problem": ""}])],
                      "c": [facts(3), links_of()]})
     result = check.ask(machines, "", 0)
@@ -183,7 +182,7 @@ def test_with_an_interface_its_address_alone_is_taken_and_who_lacks_it_does_not_
 
 
 def test_one_machine_that_answers_measures_nothing():
-    machines = Told({"a": [facts(1)], "b": [check.Answer(problem="no")]})
+    machines = Told({"a": [facts(1)], "b": [Answer(problem="no")]})
     assert check.ask(machines, "", 0).pairs == [] and machines.told == {"a": None}
 
 
@@ -287,13 +286,7 @@ def test_a_signal_leaves_nothing_in_the_output_folder(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- by an ssh that is none: a script that runs here what it is told to run there
-
-
-def fake_ssh(folder, monkeypatch, text):
-    (folder / "ssh").write_text(f"#!/bin/sh\nfor command; do :; done\n{text}\n")
-    (folder / "ssh").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+# ---- by what leads to the machines
 
 
 def test_a_machine_gets_variables_by_standard_input_and_answers_in_lines(tmp_path, monkeypatch, capsys):
@@ -315,7 +308,7 @@ print("vir-check: " + json.dumps([input(), input()]), flush=True)
         monkeypatch.setenv(name, value)
     hosts._tell_of_secrets.cache_clear()
     question = Question(folder="/f", token="it's")
-    with check._Ssh(["a", "b"], question, None) as machines:
+    with BySsh(["a", "b"], check._line(question), None) as machines:
         assert not any("NCCL" in word or "hidden" in word for process in machines._processes.values()
                        for word in process.args)
         for name in "ab":
@@ -329,63 +322,6 @@ print("vir-check: " + json.dumps([input(), input()]), flush=True)
     assert not {"WANDB_API_KEY", "CUDA_VISIBLE_DEVICES"} & environment.keys()
     assert [second[name].said for name in "ab"] == [["null", '{"me": "a"}'], ["null", '{"me": "b"}']]
     assert "WANDB_API_KEY: not forwarded" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text, said", [
-    ("echo no route >&2; echo; exit 255", "ssh does not reach it (no route)"),
-    ("exit 255", "ssh does not reach it (without a word)"),
-    ("echo a >&2; echo 'no module' >&2; echo >&2; exit 1", "vir.check cannot run there (no module)"),
-    ("exit 3", "vir.check cannot run there (exit code 3)"),
-    ("exec sleep 60", "it has not answered within 1 s")])
-def test_why_a_machine_does_not_answer(text, said, tmp_path, monkeypatch):
-    fake_ssh(tmp_path, monkeypatch, text)
-    with check._Ssh(["a"], Question(folder="/f"), None) as machines:
-        assert machines.answers(["a"], 1 if "sleep" in text else 30) == {"a": check.Answer(problem=said)}
-
-
-MANY = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (48, int(sys.argv[1])))
-from vir import check
-from vir.cluster.probe import Question
-from vir.errors import SettingsError
-names = [str(number) for number in range(40)]
-try:
-    with check._Ssh(names, Question(folder="/f"), None) as machines:
-        print(sum(answer.said == 1 for answer in machines.answers(names, 60).values()))
-except SettingsError as error:
-    print(error)
-"""
-
-
-def test_many_machines_raise_the_number_of_open_files_or_are_told_it(tmp_path, monkeypatch):
-    fake_ssh(tmp_path, monkeypatch, f"echo $$ >> {tmp_path}/pids; echo 'vir-check: 1'; exec sleep 60")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    said = [subprocess.run([sys.executable, "-c", MANY, most], cwd=ROOT, timeout=2 * WITHIN_S, text=True,
-                           capture_output=True, check=True).stdout for most in ("1024", "48")]
-    assert said == ["40\n", "40 machines need 80 open files and some more, but a process may have 48 here; raise it "
-                            "(ulimit -n), or check the machines of a shorter hostfile\n"]
-    assert [pid for pid in (tmp_path / "pids").read_text().split() if psutil.pid_exists(int(pid))] == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pids", "ssh"]
-
-
-# ---- by the store of a launcher
-
-
-def test_an_answer_has_the_time_at_which_it_came_also_while_names_are_missing():
-    store = HashStore()
-    store.set("name-0", "a")
-    store.set("answer-0-1", "1")
-    late = threading.Timer(1.0, lambda: store.set("name-1", ""))
-    began = time.time()
-    late.start()
-    ranks = check._Ranks(store, 2)
-    assert time.time() - began > 0.9 and ranks.names == ["a"]
-    (answer,) = ranks.answers(["a"], 5).values()
-    assert answer.said == 1 and answer.at - began < 0.5
-    store.set("answer-0-2", "2")
-    assert ranks.answers(["a"], 5)["a"].said == 2
-    assert ranks.answers(["a"], 0.1)["a"] == check.Answer(problem="it has not answered within 0 s")
 
 
 def test_the_time_for_names_is_a_part_of_that_for_facts(tmp_path, monkeypatch):

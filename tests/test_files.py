@@ -70,7 +70,7 @@ def failing(monkeypatch, name, code, of_folders):
         return works(what, *others)
 
     monkeypatch.setattr(os, name, attempt)
-    monkeypatch.setattr(files, "_has_warned", False)
+    monkeypatch.setattr(files, "_warned", set())
 
 
 @pytest.mark.parametrize("name, code", [("fsync", errno.EINVAL), ("fsync", errno.EBADF), ("fsync", errno.ENOTSUP),

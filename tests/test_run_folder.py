@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vir import run_folder
+from vir import files, run_folder
 from vir.distributed import World
 from vir.errors import SettingsError
 
@@ -94,13 +94,16 @@ def test_nfs_locks_too(tmp_path, monkeypatch):
             pass
 
 
-def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_keeps_nobody_out_and_is_told_once(tmp_path, monkeypatch, caplog):
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(files, "_warned", set())
     with run_folder.claim(tmp_path, WORLD), run_folder.claim(tmp_path, WORLD):
         pass
+    assert caplog.messages == [f"{tmp_path}: this file system has no locks (No locks available): nothing keeps a "
+                               "second program out"]
 
 
 def test_a_forked_process_does_not_hold_the_lock(tmp_path):

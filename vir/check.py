@@ -16,27 +16,24 @@ SIGTERM; a launcher may make another one of it (torchrun 1).
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
-import resource
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from vir import cli, launcher
 from vir.cluster import links, preflight
-from vir.cluster.hosts import forwarded, port, read_hostfile, ssh, write_hostfile
+from vir.cluster.hosts import forwarded, port, read_hostfile, write_hostfile
+from vir.cluster.machines import Asked, AskedBySsh, AskedByStore, BySsh, ByStore, Machines, join, until
 from vir.cluster.preflight import DEEPSPEED, NO_INDEX, Finding
 from vir.cluster.probe import PART_S, Facts, Question, look, nearest
 from vir.config import folder_of, to_dict
@@ -45,27 +42,10 @@ from vir.files import try_to_write
 from vir.flags import parse
 from vir.launcher import Place
 
-if TYPE_CHECKING:
-    from torch.distributed import Store
-
 PROGRAM = "vir-check"
 _FACTS_S = 33.0
 """Until all machines have told their facts: to connect, to start Python and to import torch from a cold disk, too."""
 _LINKS_S = links.SECONDS + 6
-_POLL_S = 0.05
-_MARK = "vir-check: "
-"""Begins the lines that machines answer with, among all that programs print."""
-_READS = shlex.join(["sh", "-c", 'IFS= read -r line && eval "$line"'])
-"""Waits for a line of shell and becomes what it says, whatever the login shell is."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a machine has said, and when by the clock of this one; or why it has said nothing."""
-
-    said: Any = None
-    at: float = 0.0
-    problem: str = ""
 
 
 @dataclass
@@ -83,19 +63,6 @@ class Result:
                                       "second": self.hosts[pair.second]} for pair in self.pairs]}, indent=1)
 
 
-class Machines(Protocol):
-    """Those that are asked, by whatever leads to them."""
-
-    @property
-    def names(self) -> list[str]: ...
-
-    def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
-        """The next answer of each of these; within the bound."""
-
-    def tell(self, name: str, message: Any) -> None:
-        """What it waits for."""
-
-
 def main(argv: list[str] | None = None) -> int:
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank=")]
     args, options = _parser().parse_known_args(words)
@@ -103,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         options += ["--output", args.output]
     try:
         if args.node is not None:
-            return _be_asked_by_ssh(Question(**json.loads(args.node)))
+            _be_asked(Question(**json.loads(args.node)), AskedBySsh())
+            cli.end_now(0)  # a part that hangs is not waited for
         return _check(args, options)
     except VirError as error:
         return cli.tell(error, PROGRAM)
@@ -140,7 +108,7 @@ def _check(args: argparse.Namespace, options: list[str]) -> int:
             facts = {name: _with_offset(look(question, _more(question)), time.time())}
             result = Result([name], facts, [], preflight.judge(facts, args.interface, args.master_port))
         else:
-            with _Ssh(list(hosts), question, args.ssh_port) as machines:
+            with BySsh(list(hosts), _line(question), args.ssh_port) as machines:
                 result = ask(machines, args.interface, args.master_port)
     return _tell(result, args, hosts)
 
@@ -294,102 +262,15 @@ def _fingerprints(options: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _be_asked(question: Question, tell: Callable[[Any], None], hear: Callable[[], Any]) -> None:
+def _be_asked(question: Question, by: Asked) -> None:
     with links.listen() as listener:
-        tell({**look(question, _more(question)), "listens": listener.getsockname()[1], "clock": time.time()})
-        if plan := hear():
-            tell(links.measure(links.Plan(**{**plan, "addresses": tuple(plan["addresses"])}), listener))
-
-
-def _be_asked_by_ssh(question: Question) -> int:
-    """The questions come by standard input, whose end is that of the one who asks."""
-    _be_asked(question, lambda said: print(_MARK + json.dumps(said), flush=True),
-              lambda: json.loads(sys.stdin.readline() or "null"))
-    cli.end_now(0)  # a part that hangs is not waited for
-
-
-class _Ssh:
-    """Machines that are asked by ssh: each runs this program, and answers in lines."""
-
-    def __init__(self, hosts: Sequence[str], question: Question, port: int | None) -> None:
-        self.names = list(hosts)
-        self._lines: dict[str, list[Answer]] = {name: [] for name in self.names}
-        self._folder = TemporaryDirectory(prefix="vir-check-")
-        self._errors = {name: Path(self._folder.name) / str(number) for number, name in enumerate(self.names)}
-        self._processes: dict[str, subprocess.Popen[str]] = {}
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        try:
-            for host in self.names:
-                self._processes[host] = self._start(host, port)
-        except BaseException:
-            self.__exit__()
-            raise
-        line = _line(question)
-        for host, process in self._processes.items():
-            threading.Thread(target=self._read, args=[host, process], daemon=True).start()
-            self._say(host, line)
-
-    def __enter__(self) -> _Ssh:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for process in self._processes.values():
-            process.kill()
-            process.wait()
-        self._folder.cleanup()
-
-    def _start(self, host: str, port: int | None) -> subprocess.Popen[str]:
-        try:
-            with self._errors[host].open("wb") as errors:
-                return subprocess.Popen(ssh(host, _READS, port), text=True, errors="replace", stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=errors)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-                raise SettingsError(f"{len(self.names)} machines need {2 * len(self.names)} open files and some more, "
-                                    f"but a process may have {most} here; raise it (ulimit -n), or check the machines "
-                                    "of a shorter hostfile") from error
-            raise SettingsError(f"ssh cannot be run: {error.strerror}; install an ssh client, or start by srun or "
-                                "torchrun without --hostfile") from error
-
-    def _read(self, host: str, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(_MARK):
-                at = time.time()
-                self._lines[host].append(Answer(json.loads(line.removeprefix(_MARK)), at))
-
-    def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
-        until = time.monotonic() + seconds
-        waits = set(of)
-        while waits and time.monotonic() < until:
-            waits = {host for host in waits if not self._lines[host] and self._processes[host].poll() is None}
-            time.sleep(_POLL_S)
-        return {host: self._lines[host].pop(0) if self._lines[host] else self._nothing(host, seconds) for host in of}
-
-    def _nothing(self, host: str, seconds: float) -> Answer:
-        code = self._processes[host].poll()
-        if code is None:
-            return Answer(problem=f"it has not answered within {seconds:.0f} s")
-        lines = self._errors[host].read_text(errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return Answer(problem=f"ssh does not reach it ({said or 'without a word'})" if code == 255 else
-                      f"vir.check cannot run there ({said or f'exit code {code}'})")
-
-    def tell(self, name: str, message: Any) -> None:
-        self._say(name, json.dumps(message))
-
-    def _say(self, name: str, line: str) -> None:
-        pipe = self._processes[name].stdin
-        assert pipe is not None
-        with suppress(OSError):  # it has ended, which is found by its missing answer
-            pipe.write(line + "\n")
-            pipe.flush()
+        by.say({**look(question, _more(question)), "listens": listener.getsockname()[1], "clock": time.time()})
+        if plan := by.hear():
+            by.say(links.measure(links.Plan(**{**plan, "addresses": tuple(plan["addresses"])}), listener))
 
 
 def _line(question: Question) -> str:
-    """What the shell of a machine is told first, by standard input: no list of processes shows the variables."""
+    """What the shell of a machine is told first: to ask this program there."""
     exports = [f"export {name}={shlex.quote(value)} && " for name, value in forwarded(os.environ).items()
                if "\n" not in value]
     words = [sys.executable, "-m", "vir.check", "--node", json.dumps(asdict(question))]
@@ -405,17 +286,17 @@ def _under_launcher(place: Place, args: argparse.Namespace, options: list[str]) 
 
     name = socket.gethostname() if place.local_rank == 0 else ""
     store = connect(place, timedelta(seconds=_FACTS_S + _LINKS_S))
-    store.set(f"name-{place.rank}", name)
+    join(store, place.rank, name)
     if place.rank == 0:
         with _shared(options, args.output) as (folder, token):
             store.set("question", json.dumps({"folder": str(folder), "token": token}))
             threading.Thread(target=_be_asked_by_store, args=[place, options], daemon=True).start()
-            until = time.monotonic() + _FACTS_S
-            ranks = _Ranks(store, place.size)
-            result = ask(ranks, args.interface, 0, until - time.monotonic())
+            end = time.monotonic() + _FACTS_S
+            machines = ByStore(store, place.size, _FACTS_S / 2)
+            result = ask(machines, args.interface, 0, end - time.monotonic())
         code = _tell(result, args, {})
         store.set("code", str(code))
-        _until(lambda: all(store.check([f"left-{rank}"]) for rank in range(1, place.size)), 5)
+        until(lambda: all(store.check([f"left-{rank}"]) for rank in range(1, place.size)), 5)
         return code
     if name:
         _be_asked_by_store(place, options)
@@ -429,65 +310,7 @@ def _be_asked_by_store(place: Place, options: Sequence[str]) -> None:
     from vir.distributed import connect
 
     store = connect(place, timedelta(seconds=_FACTS_S + _LINKS_S))
-    said = 0
-
-    def tell(message: Any) -> None:
-        nonlocal said
-        said += 1
-        store.set(f"answer-{place.rank}-{said}", json.dumps(message))
-
-    _be_asked(Question(options=tuple(options), **json.loads(store.get("question"))), tell,
-              lambda: json.loads(store.get(f"told-{place.rank}")))
-
-
-class _Ranks:
-    """Machines whose first ranks answer by the store."""
-
-    def __init__(self, store: Store, size: int) -> None:
-        self._store = store
-        self._came: dict[int, Answer] = {}
-        self._heard: dict[int, int] = {}
-        found: dict[int, str] = {}
-
-        def all_are_named() -> bool:
-            for rank in range(size):
-                if rank not in found and store.check([f"name-{rank}"]):
-                    found[rank] = store.get(f"name-{rank}").decode()
-                if found.get(rank):
-                    self._hear(rank)  # now, for its clock is compared with that of the moment
-            return len(found) == size
-
-        _until(all_are_named, _FACTS_S / 2)
-        self._ranks: dict[str, int] = {}
-        for rank in range(size):
-            if name := found.get(rank, f"rank {rank}"):
-                self._ranks[f"{name} (rank {rank})" if name in self._ranks else name] = rank
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._ranks)
-
-    def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
-        _until(lambda: all([self._hear(self._ranks[name]) for name in of]), seconds)
-        silent = Answer(problem=f"it has not answered within {seconds:.0f} s")
-        return {name: self._came.pop(self._ranks[name], silent) for name in of}
-
-    def _hear(self, rank: int) -> bool:
-        """Whether the next answer of a rank is there."""
-        number = self._heard.get(rank, 0) + 1
-        if rank not in self._came and self._store.check([key := f"answer-{rank}-{number}"]):
-            self._came[rank] = Answer(json.loads(self._store.get(key)), time.time())
-            self._heard[rank] = number
-        return rank in self._came
-
-    def tell(self, name: str, message: Any) -> None:
-        self._store.set(f"told-{self._ranks[name]}", json.dumps(message))
-
-
-def _until(holds: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not holds() and time.monotonic() < until:
-        time.sleep(_POLL_S)
+    _be_asked(Question(options=tuple(options), **json.loads(store.get("question"))), AskedByStore(store, place.rank))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,7 +24,8 @@ RETRY_WAITS_S = (0.1, 0.4, 1.6)
 
 # How file systems that cannot flush a folder say so (CIFS, 9p, some of FUSE). EIO, ENOSPC and EDQUOT are none of them.
 _UNSUPPORTED = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EISDIR}
-_has_warned = False
+_warned: set[tuple[int, str]] = set()
+"""Of which file systems what has been said."""
 
 _held: set[int] = set()
 """Descriptors that hold the locks of this process."""
@@ -44,7 +45,8 @@ def lock(path: Path) -> int:
     """A descriptor of the file, made where it is missing, with its lock, where the file system has locks.
 
     A file that is open for writing, not the folder: NFS refuses a lock to any other descriptor. Whoever holds it may
-    remove the file; who has opened it in the meantime finds that out and takes the new one.
+    remove the file; who has opened it in the meantime finds that out and takes the new one. A file system without locks
+    gets a warning, once.
 
     Raises:
         BlockingIOError: another process has the lock.
@@ -58,8 +60,7 @@ def lock(path: Path) -> int:
         unlock(descriptor)
         raise
     except OSError as error:
-        logging.getLogger("vir").warning("%s: this file system has no locks (%s): nothing keeps a second program out",
-                                         path.parent, error.strerror)
+        _warn_once(path.parent, f"has no locks ({error.strerror}): nothing keeps a second program out")
     if not path.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
         unlock(descriptor)
         return lock(path)
@@ -91,15 +92,14 @@ def flush(path: Path) -> None:
     except OSError as error:
         if error.errno not in _UNSUPPORTED or not path.is_dir():
             raise
-        _warn_once(path, error)
+        _warn_once(path, f"flushes no folders ({error.strerror}): a power cut can take back what was written last")
 
 
-def _warn_once(folder: Path, error: OSError) -> None:
-    global _has_warned
-    if not _has_warned:
-        _has_warned = True
-        logging.getLogger("vir").warning("%s: this file system flushes no folders (%s): a power cut can take back "
-                                         "what was written last", folder, error.strerror)
+def _warn_once(folder: Path, words: str) -> None:
+    said = (os.stat(folder).st_dev, words)
+    if said not in _warned:
+        _warned.add(said)
+        logging.getLogger("vir").warning("%s: this file system %s", folder, words)
 
 
 @contextmanager

@@ -65,13 +65,13 @@ def _parser() -> argparse.ArgumentParser:
                                    usage=f"{script} [options below] [options of vir-train]",
                                    description="All other options are those of vir-train (vir-train --help).")
         add_options(of_kind)
-        of_kind.add_argument("--max-restarts", "--max_restarts", type=_count, default=max_restarts, metavar="N",
+        of_kind.add_argument("--max-restarts", "--max_restarts", type=_restarts, default=max_restarts, metavar="N",
                              help="start again up to N times after a lost rank or node (default: %(default)s)")
         of_kind.add_argument("--print", action="store_true", help="print the final command, and do no more")
     return parser
 
 
-def _count(text: str) -> int:
+def _restarts(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
     return int(text)

@@ -73,3 +73,10 @@ def remove_shared_memory(port: str) -> None:
     """DeepSpeed's CPU backend leaves a buffer of 69 MB per rank in memory, killed or not, named for the port."""
     for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
         buffer.unlink(missing_ok=True)
+
+
+def fake_ssh(folder: Path, monkeypatch, text: str) -> None:
+    """Puts an ssh in front of others that runs a text of shell here; its $command is what it is told to run there."""
+    (folder / "ssh").write_text(f"#!/bin/sh\nfor command; do :; done\n{text}\n")
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
