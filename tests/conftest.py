@@ -53,6 +53,16 @@ def shards(digits, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """What the tests of a file put into the environment goes with them: training in this process says there that it is
+    rank 0, and launchers in tests of the next file would take that for theirs."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
 def alone():
     """The device of a process group of one rank, as DeepSpeed wants it."""
