@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from support.launchers import ROOT, free_port
 from vir import cli
@@ -305,6 +305,29 @@ def words_that_are_no_text(tmp_path):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_group_of_ranks(name, running):
     running[name].result()
+
+
+class Link(HashStore):
+    """A store behind a link on which each word waits as long as the next number says."""
+
+    def __init__(self, *waits):
+        super().__init__()
+        self._waits = iter(waits)
+        super().set("0", _NOTHING.decode())
+        super().set("verdict", _NOTHING.decode())
+
+    def set(self, key, value):
+        time.sleep(next(self._waits))
+        super().set(key, value)
+
+
+@pytest.mark.parametrize("waits, least, most", [
+    ((0.2, 0.2), 0, 0), ((0.2, 0.2, 0.2), 0.2, 5), ((1.0, 0.0, 1.0), 0, 0.9), ((0.0, 0.2, 0.2, 0.2), 0.2, 5)])
+def test_a_link_is_slow_where_each_of_the_last_beats_has_waited(waits, least, most):
+    heartbeat, store = Heartbeat(Place(1, 2, 1, "127.0.0.1", 0), TIMEOUT), Link(*waits)
+    for _ in waits:
+        heartbeat._beat(store)
+    assert least <= heartbeat.round_trip <= most
 
 
 def test_a_port_that_is_taken_is_told_on_one_line(monkeypatch, capsys, tmp_path):

@@ -18,6 +18,7 @@ import signal
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -43,6 +44,8 @@ _END_S = 5
 """The longest that a process takes to say why it ends, to a pipe that nobody may read."""
 _STALL_S = 600.0
 """Without progress, at least: ten times the longest stage so far, if that is more."""
+_JUDGED_BY = 3
+"""Beats that a link is judged by: one waits also where a process or a machine is busy."""
 _NEVER = timedelta(days=365)
 _ALIVE, _DONE, _FAILED = "adf"
 """The first letter of a beat; JSON of _Word follows."""
@@ -87,8 +90,7 @@ class Heartbeat:
         self._ends, self._told, self._ending = threading.Event(), threading.Event(), threading.Lock()
         self._waiting = 0
         """Beats since the store was last heard."""
-        self.round_trip = 0.0
-        """Seconds that the last beat took to rank 0's store and back; over a link that is full it waits."""
+        self._round_trips: deque[float] = deque(maxlen=_JUDGED_BY)
         self._names = [str(rank) for rank in range(1, place.size)]
         self._others = [_NOTHING] * place.size
         self._silent = [0] * place.size
@@ -104,6 +106,12 @@ class Heartbeat:
             distributed.serve(self._place)
             threading.Thread(target=self._talk, name="heartbeat", daemon=True).start()
         threading.Thread(target=self._watch, name="heartbeat-watch", daemon=True).start()
+
+    @property
+    def round_trip(self) -> float:
+        """Seconds to rank 0's store and back, which each of the last beats took at least; over a link that is full all
+        of them wait. 0 before there are enough of them."""
+        return min(self._round_trips) if len(self._round_trips) == _JUDGED_BY else 0.0
 
     def at(self, where: str | Callable[[], str], counts: bool = True) -> None:
         """Say where this rank is, which is also a sign of progress.
@@ -187,7 +195,8 @@ class Heartbeat:
             self._judge(store)
         elif self._state != _DONE:  # then rank 0 may have gone already
             self._listen(store)
-        self._waiting, self.round_trip = 0, time.monotonic() - began
+        self._waiting = 0
+        self._round_trips.append(time.monotonic() - began)
 
     def _listen(self, store: Store) -> None:
         """On the other ranks: hear rank 0, and end where it is lost or has given a verdict."""
