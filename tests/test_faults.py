@@ -27,7 +27,7 @@ from vir.run_folder import CHECKPOINTS
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
 
-STEPS, EVERY, EVALUATE = 200, 16, 40  # steps enough for all faults on a machine so busy that each is late
+STEPS, EVERY, EVALUATE = 160, 16, 40  # steps enough for all faults on a machine so busy that each is late
 SILENCE = 8
 """Seconds after which a rank counts as lost here."""
 READ_THAT_HANGS = r"""

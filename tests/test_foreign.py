@@ -365,7 +365,8 @@ def test_captions_are_no_class_names(folder, monkeypatch):
 
     monkeypatch.setattr(foreign, "run_tasks", two_alone)
     refused(folder / "in", "more than 3 different texts")
-    refused(folder / "in", "[xyz].tar:k0.. has the class 'a caption ..', which the list of 1 classes lacks", classes=["a"])
+    refused(folder / "in", "[xyz].tar:k0.. has the class 'a caption ..', which the list of 1 classes lacks",
+            classes=["a"])
     make_tar(folder / "in/y.tar", [member for number in range(6) for member in sample(
         number, label=[(f"k{number:03d}.txt", b"a caption %d" % number)])])
     with pytest.raises(DataError, match="y.tar: the txt hold more than 3 different texts, .*captions"):

@@ -28,7 +28,7 @@ from vir.run_folder import CHECKPOINTS, METRICS
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS),
               pytest.mark.skipif(bool(machines.lacking()), reason=machines.lacking())]
 
-STEPS, EVERY, COMPARED = 160, 8, 8
+STEPS, EVERY, COMPARED = 120, 8, 8
 RANKS_ON = ["node-a", "node-b"]
 SILENCE = 8
 """Seconds after which a rank counts as lost here."""

@@ -1,18 +1,20 @@
 """Python programs that start in no time: forked from a process that has imported what they need, and is nothing else.
 
-They are real processes, each in a session of its own; it alone has no import to wait for. What its interpreter drew at
-its start, such as the order of sets, all programs of one Imported share.
+They are real processes, each in a session of its own; it alone has imports to wait for, and they take none apart at
+their end. What its interpreter drew at its start, such as the order of sets, all programs of one Imported share.
 
 usage of this module: python -m support.forked MODULE ...   (what to import; see Imported)
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from functools import cache
@@ -24,7 +26,7 @@ from typing import Sequence, TextIO
 
 from support.launchers import HANGS, ROOT, free_port, remove_shared_memory
 
-TRAINING = ("vir.training.prepare", "vir.training.run", "deepspeed", "matplotlib.figure", "tensorboard")
+TRAINING = ("vir.flags", "vir.training.prepare", "vir.training.run", "deepspeed", "matplotlib.figure", "tensorboard")
 """What a process of vir.train imports, but for that module itself."""
 
 
@@ -158,9 +160,26 @@ def run(program: list[str]) -> None:
         runpy.run_path(program[0], run_name="__main__")
 
 
+def end(code: int) -> None:
+    """As an interpreter does, but without taking apart all that was imported, which takes over a second."""
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
+        sys.exit(code)  # which waits for them
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # some modules print when they are imported
     for module in sys.argv[1:]:
         import_module(module)
-    run(serve(answers))
+    gc.freeze()  # which a collector in the forks would otherwise copy
+    try:
+        run(serve(answers))
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        end(ended.code or 0)
+    end(0)

@@ -23,7 +23,8 @@ def train_one_step(settings: dict, fields: dict) -> None:
         return print(f"refused: {error}", flush=True)
     engine.backward(engine(batch(0)[0]).float().square().mean())
     engine.step(1e-2, 0.0)
-    print("trained", flush=True)
+    inductor = "with" if "torch._inductor.compile_fx" in sys.modules else "without"
+    print(f"trained {inductor} inductor", flush=True)
     engine.close()
 
 

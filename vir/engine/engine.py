@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
@@ -335,6 +336,7 @@ def _optimizer(groups: list[dict[str, Any]], config: RunConfig, ds_config: dict[
 def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, ds_config: dict[str, Any],
                 accumulation: int) -> Any:
     """A DeepSpeedEngine."""
+    _import_muon()
     settings = {**ds.complete(ds_config, config, accumulation), "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False}  # optimizer.check_name() knows which one is right where
     try:
@@ -344,3 +346,14 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
     engine.checkpoint_engine = _Recorder(engine._config)
     engine._copy_recovery_script = lambda folder: None  # data should hold no programs
     return engine
+
+
+def _import_muon() -> None:
+    """deepspeed.initialize() imports DeepSpeed's Muon, whose functions torch.compile takes as they are defined: that
+    loads inductor, over a second in every rank. No run here has that optimizer, and --model.compile is not by it, so it
+    is imported before, without being compiled."""
+    compile, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile

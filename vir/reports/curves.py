@@ -21,16 +21,13 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         SettingsError: `output` has no ending of a picture, or cannot be written.
         DataError: a folder that is not a run, or whose metrics are damaged.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.figure import Figure
 
     recorded = [(run, _curves(run)) for run in runs]
     _check_output(output, FigureCanvasBase.get_supported_filetypes())
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, layout="constrained")
-    (loss, accuracy), (rate, speed) = axes
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
     for run, events in recorded:
         train = [event for event in events if event["kind"] == "train"]
         evals = [event for event in events if event["kind"] == "eval"]
@@ -62,8 +59,6 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         figure.savefig(output, dpi=110)
     except OSError as error:
         raise DataError(f"{output} could not be written: {error.strerror}") from error
-    finally:
-        plt.close(figure)
 
 
 def _curves(run: Path) -> list[dict[str, Any]]:
