@@ -59,7 +59,8 @@ def environment():
     rank 0, and launchers in tests of the next file would take that for theirs."""
     before = dict(os.environ)
     yield
-    os.environ.clear()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
     os.environ.update(before)
 
 

@@ -39,6 +39,16 @@ def test_a_module_or_a_file_is_run_as_the_main_one(words, imported, tmp_path):
     assert (tmp_path / "log").read_text() == "__main__ ['1']\n"
 
 
+@pytest.mark.parametrize("code, ends, said", [
+    ("import atexit; atexit.register(print, 'at its end')", 0, "at its end\n"),
+    ("import threading, time; threading.Thread(target=lambda: time.sleep(0.5) or print('of a thread')).start()", 0,
+     "of a thread\n"),
+    ("import sys; sys.exit('a reason')", 1, "a reason\n"), ("print('x', end=''); 1 / 0", 1, "ZeroDivisionError")])
+def test_its_end_is_that_of_an_interpreter(code, ends, said, imported, tmp_path):
+    assert imported.start(["-c", code], tmp_path / "log", {}).wait(60) == ends
+    assert said in (tmp_path / "log").read_text()
+
+
 def test_a_signal_reaches_it_and_is_its_exit_code(imported, tmp_path):
     program = imported.start(["-c", "import time; time.sleep(1000)"], tmp_path / "log", {})
     with pytest.raises(subprocess.TimeoutExpired):

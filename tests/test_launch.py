@@ -1,6 +1,6 @@
 """launch/deepspeed.sh on one machine, with real ranks: one run that is asked to save and to evaluate, loses a rank,
-starts again, is stopped, loses its runner, and ends, by mpirun, as one without a script that met nothing, bit for bit. Other ways to
-stop are those of tests/test_nodes.py."""
+starts again, is stopped, loses its runner, and ends, by mpirun, as one without script and launcher that met nothing,
+bit for bit. Other ways to stop are those of tests/test_nodes.py."""
 
 import os
 import re

@@ -33,7 +33,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 from vir import cli, launcher
 from vir.cluster import links, preflight
 from vir.cluster.hosts import forwarded, port, read_hostfile, write_hostfile
-from vir.cluster.machines import Asked, AskedBySsh, AskedByStore, BySsh, ByStore, Machines, join, until
+from vir.cluster.machines import Asked, AskedBySsh, AskedByStore, BySsh, ByStore, Machines, join, wait_until
 from vir.cluster.preflight import DEEPSPEED, NO_INDEX, Finding
 from vir.cluster.probe import PART_S, Facts, Question, look, nearest
 from vir.config import folder_of, to_dict
@@ -291,12 +291,12 @@ def _under_launcher(place: Place, args: argparse.Namespace, options: list[str]) 
         with _shared(options, args.output) as (folder, token):
             store.set("question", json.dumps({"folder": str(folder), "token": token}))
             threading.Thread(target=_be_asked_by_store, args=[place, options], daemon=True).start()
-            end = time.monotonic() + _FACTS_S
+            until = time.monotonic() + _FACTS_S
             machines = ByStore(store, place.size, _FACTS_S / 2)
-            result = ask(machines, args.interface, 0, end - time.monotonic())
+            result = ask(machines, args.interface, 0, until - time.monotonic())
         code = _tell(result, args, {})
         store.set("code", str(code))
-        until(lambda: all(store.check([f"left-{rank}"]) for rank in range(1, place.size)), 5)
+        wait_until(lambda: all(store.check([f"left-{rank}"]) for rank in range(1, place.size)), 5)
         return code
     if name:
         _be_asked_by_store(place, options)

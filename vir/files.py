@@ -96,10 +96,11 @@ def flush(path: Path) -> None:
 
 
 def _warn_once(folder: Path, words: str) -> None:
-    said = (os.stat(folder).st_dev, words)
-    if said not in _warned:
-        _warned.add(said)
-        logging.getLogger("vir").warning("%s: this file system %s", folder, words)
+    with suppress(OSError):  # gone meanwhile
+        said = (os.stat(folder).st_dev, words)
+        if said not in _warned:
+            _warned.add(said)
+            logging.getLogger("vir").warning("%s: this file system %s", folder, words)
 
 
 @contextmanager

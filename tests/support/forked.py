@@ -161,7 +161,8 @@ def run(program: list[str]) -> None:
 
 
 def end(code: int) -> None:
-    """As an interpreter does, but without taking apart all that was imported, which takes over a second."""
+    """As an interpreter does, but without taking apart all that was imported, which takes over a second. What crashes
+    there is seen by the tests that start launchers."""
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
         sys.exit(code)  # which waits for them
     atexit._run_exitfuncs()
@@ -175,7 +176,7 @@ if __name__ == "__main__":
     os.dup2(2, 1)  # some modules print when they are imported
     for module in sys.argv[1:]:
         import_module(module)
-    gc.freeze()  # which a collector in the forks would otherwise copy
+    gc.freeze()  # or a collection in a fork copies the pages of all that was imported
     try:
         run(serve(answers))
     except SystemExit as ended:

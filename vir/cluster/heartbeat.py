@@ -16,9 +16,9 @@ import json
 import os
 import signal
 import socket
+import statistics
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -45,7 +45,7 @@ _END_S = 5
 _STALL_S = 600.0
 """Without progress, at least: ten times the longest stage so far, if that is more."""
 _JUDGED_BY = 3
-"""Beats that a link is judged by: one waits also where a process or a machine is busy."""
+"""Beats that a link is judged by: a single one waits also where a process or a machine is busy."""
 _NEVER = timedelta(days=365)
 _ALIVE, _DONE, _FAILED = "adf"
 """The first letter of a beat; JSON of _Word follows."""
@@ -90,7 +90,7 @@ class Heartbeat:
         self._ends, self._told, self._ending = threading.Event(), threading.Event(), threading.Lock()
         self._waiting = 0
         """Beats since the store was last heard."""
-        self._round_trips: deque[float] = deque(maxlen=_JUDGED_BY)
+        self._round_trips: tuple[float, ...] = ()
         self._names = [str(rank) for rank in range(1, place.size)]
         self._others = [_NOTHING] * place.size
         self._silent = [0] * place.size
@@ -109,9 +109,9 @@ class Heartbeat:
 
     @property
     def round_trip(self) -> float:
-        """Seconds to rank 0's store and back, which each of the last beats took at least; over a link that is full all
-        of them wait. 0 before there are enough of them."""
-        return min(self._round_trips) if len(self._round_trips) == _JUDGED_BY else 0.0
+        """Seconds to rank 0's store and back, the median of the last beats: over a link that is full most of them wait.
+        0 before there are enough of them."""
+        return statistics.median(self._round_trips) if len(self._round_trips) == _JUDGED_BY else 0.0
 
     def at(self, where: str | Callable[[], str], counts: bool = True) -> None:
         """Say where this rank is, which is also a sign of progress.
@@ -196,7 +196,7 @@ class Heartbeat:
         elif self._state != _DONE:  # then rank 0 may have gone already
             self._listen(store)
         self._waiting = 0
-        self._round_trips.append(time.monotonic() - began)
+        self._round_trips = (*self._round_trips, time.monotonic() - began)[-_JUDGED_BY:]
 
     def _listen(self, store: Store) -> None:
         """On the other ranks: hear rank 0, and end where it is lost or has given a verdict."""

@@ -1,6 +1,7 @@
-"""Machines that answer questions: by ssh, or by the store of a launcher that has started a rank on each.
+"""The machines of vir-check, asked by ssh or by the store of a launcher that has started a rank on each.
 
-For each way both sides are here: what asks them all, and how the one that is asked says and hears something.
+For both ways there is what asks them all, and how the one that is asked says and hears something. What they are asked
+and told is the matter of vir/check.py.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ class ByStore:
                     self._hear(rank)  # now, for its clock is compared with that of the moment
             return len(found) == size
 
-        until(all_are_named, seconds)
+        wait_until(all_are_named, seconds)
         self._ranks: dict[str, int] = {}
         for rank in range(size):
             if name := found.get(rank, f"rank {rank}"):
@@ -196,7 +197,7 @@ class ByStore:
         return list(self._ranks)
 
     def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
-        until(lambda: all([self._hear(self._ranks[name]) for name in of]), seconds)
+        wait_until(lambda: all([self._hear(self._ranks[name]) for name in of]), seconds)
         silent = Answer(problem=f"it has not answered within {seconds:.0f} s")
         return {name: self._came.pop(self._ranks[name], silent) for name in of}
 
@@ -212,12 +213,8 @@ class ByStore:
         self._store.set(f"told-{self._ranks[name]}", json.dumps(message))
 
 
-def join(store: Store, rank: int, name: str) -> None:
-    """A rank's first word: the name of its machine if it speaks for it, or an empty one."""
-    store.set(f"name-{rank}", name)
-
-
 class AskedByStore:
+    """Answers by the store; it is told one message."""
 
     def __init__(self, store: Store, rank: int) -> None:
         self._store, self._rank, self._said = store, rank, 0
@@ -230,8 +227,13 @@ class AskedByStore:
         return json.loads(self._store.get(f"told-{self._rank}"))
 
 
-def until(holds: Callable[[], bool], seconds: float) -> None:
+def join(store: Store, rank: int, name: str) -> None:
+    """A rank's first word: the name of its machine if it speaks for it, or an empty one."""
+    store.set(f"name-{rank}", name)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> None:
     """Waits until it holds, or for so long."""
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
         time.sleep(_POLL_S)

@@ -8,7 +8,7 @@ Facts of DeepSpeed 0.19 that shape this file, each seen by running it (those of 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
@@ -350,10 +349,14 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
 
 def _import_muon() -> None:
     """deepspeed.initialize() imports DeepSpeed's Muon, whose functions torch.compile takes as they are defined: that
-    loads inductor, over a second in every rank. No run here has that optimizer, and --model.compile is not by it, so it
-    is imported before, without being compiled."""
-    compile, compiler.compile = compiler.compile, lambda: lambda function: function
-    try:
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-    finally:
-        compiler.compile = compile
+    loads inductor, over a second in every rank. No run here uses that optimizer, and --model.compile does not go
+    through DeepSpeed's `compile`; so it is imported here first, with that replaced by one that leaves functions alone.
+    """
+    with suppress(ImportError):  # of a DeepSpeed that has it elsewhere
+        from deepspeed.runtime import compiler
+
+        theirs, compiler.compile = compiler.compile, lambda: lambda function: function
+        try:
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        finally:
+            compiler.compile = theirs

@@ -155,7 +155,7 @@ def latecomers(meets: Sequence[float], waits: Sequence[float], hosts: Sequence[s
 
 
 def far_away(round_trips: Sequence[float], hosts: Sequence[str]) -> list[str]:
-    """Which ranks are behind a slow link, by what a word to rank 0 and back took each of them, in seconds.
+    """Which ranks are behind a slow link, by the seconds that a word to rank 0 and back has lately taken each of them.
 
     A step ends for all at once, also where one link is slow, but a word waits behind all that is sent over it.
     """
