@@ -57,6 +57,27 @@ def test_a_program_ends_with_the_line_and_the_code_of_its_error(monkeypatch, tmp
     assert said.startswith("vir-consolidate: ") and said.count("\n") == 1 and "nowhere" in said
 
 
+ENDS = """
+import atexit, os, sys, threading, time
+from vir import cli
+class Imported:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart\\n")
+imported = Imported()
+end = cli.QuickEnd()
+atexit.register(print, "at its end")
+threading.Thread(target=lambda: time.sleep(0.5) or print("of a thread")).start()
+"""
+
+
+@pytest.mark.parametrize("last, code, said", [
+    ("end.code = 75; sys.exit(75)", 75, ""), ("end.code = 0", 0, ""), ("1 / 0", 1, "ZeroDivisionError")])
+def test_a_quick_end_takes_nothing_apart_but_leaves_nothing_undone(last, code, said):
+    done = call(sys.executable, "-c", ENDS + last)
+    assert done.returncode == code and said in done.stdout
+    assert done.stdout.endswith("of a thread\nat its end\n"), done.stdout
+
+
 # ---- which program is which
 
 

@@ -122,15 +122,16 @@ def _unforeseen(error: Exception, place: Place, heartbeat: Heartbeat) -> int:
 
 def command() -> int:
     """main() as a program of its own: the process group ends with it, and signals are heeded until the very end."""
+    end = cli.QuickEnd()
     code = _main(sys.argv[1:], StopRequest())
     if code not in (0, EXIT_STOPPED_BY_SIGNAL):
         cli.end_now(code)  # the other ranks may be waiting elsewhere, and a group ends by all of them
     from vir import distributed
 
     distributed.stop()
-    if code and status.is_awaited():
-        return 0  # launchers would kill the other ranks, or start all again; the script ends with what the status says
-    return code
+    # Launchers would kill the other ranks, or start all again; the script ends with what the status says.
+    end.code = 0 if status.is_awaited() else code
+    return end.code
 
 
 if __name__ == "__main__":
