@@ -71,19 +71,17 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
 
 
 class QuickEnd:
-    """From now on this process ends as soon as the functions of atexit that come later have been called: Python would
-    still take apart all that was imported, which takes torch over a second.
-
-    `code` is its exit code, 1 until it is set: that of an exception.
-    """
+    """Once `code` is set, with that this process ends as soon as all functions are called that atexit was given after
+    this one: Python would still take apart all that was imported, which takes torch over a second."""
 
     def __init__(self) -> None:
-        self.code = 1
+        self.code: int | None = None
         atexit.register(self._end)
 
     def _end(self) -> None:
-        _flush()
-        os._exit(self.code)
+        if self.code is not None:
+            _flush()
+            os._exit(self.code)
 
 
 def end_now(exit_code: int) -> NoReturn:
