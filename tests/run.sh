@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up and all tests, on a machine with a GPU those of the mark gpu too:
 #   bash tests/run.sh [--fast] [options of pytest, e.g. -k order]
-# --fast leaves out what starts training processes: the rest takes under 4 minutes.
+# --fast leaves out what starts training processes: the rest takes about 7 minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh test
