@@ -19,9 +19,7 @@ from torch.torch_version import TorchVersion
 from support.faults import GONE_WITHIN, Ranks, members
 from support.forked import Imported
 from support.launchers import HANGS, call
-from support.tiny_runs import command, train_events, weights
-from vir.checkpoints.info import read_info
-from vir.checkpoints.names import newest
+from support.tiny_runs import command, saved_step, train_events, weights
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS
 
@@ -241,11 +239,6 @@ def runs(shards, shim, imported, disk, tmp_path_factory) -> tuple[list[Path], di
     with Ranks(arguments(shards, run), run, tmp / "last") as ranks:
         assert ranks.codes() == [0, 0], ranks.said(0)[-3000:]
     return [tmp / "undisturbed", run], met
-
-
-def saved_step(run: Path) -> int:
-    saved = newest(run)
-    return read_info(saved).step if saved else 0
 
 
 @pytest.mark.parametrize("name", FAULTS)

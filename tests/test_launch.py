@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from support.launchers import HANGS, ROOT
-from support.tiny_runs import command, launch, train_events, weights
+from support.tiny_runs import command, launch, saved_step, steps_done, train_events, weights
 from vir import status
-from vir.checkpoints.names import newest, step_of
 from vir.launch import main
 from vir.reports.metrics import read_metrics
 
@@ -65,10 +64,7 @@ class Script:
             time.sleep(0.02)
 
     def steps(self) -> list[int]:
-        if not (self.run / "metrics.jsonl").is_file():
-            return []
-        return [event["step"] for event in read_metrics(self.run)
-                if event["kind"] == "train" and event["time"] > self.began]
+        return steps_done(self.run, self.began)
 
     def wait_for_steps(self, count: int = 2):
         self.wait_until(lambda: len(self.steps()) >= count, f"{count} steps")
@@ -89,10 +85,6 @@ def by_mpirun(tmp: Path) -> list[str]:
 
 def evaluated(run: Path) -> list[int]:
     return [event["step"] for event in read_metrics(run) if event["kind"] == "eval"]
-
-
-def saved_step(run: Path) -> int:
-    return step_of(newest(run)) if newest(run) else 0
 
 
 @pytest.fixture(scope="module")

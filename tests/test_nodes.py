@@ -19,11 +19,8 @@ from support import nodes as machines
 from support.faults import GONE_WITHIN
 from support.launchers import HANGS, ROOT
 from support.nodes import Nodes
-from support.tiny_runs import command, train_events, weights
-from vir.checkpoints.info import read_info
-from vir.checkpoints.names import newest
-from vir.reports.metrics import read_metrics
-from vir.run_folder import CHECKPOINTS, METRICS
+from support.tiny_runs import command, saved_step, steps_done, train_events, weights
+from vir.run_folder import CHECKPOINTS
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS),
               pytest.mark.skipif(bool(machines.lacking()), reason=machines.lacking())]
@@ -73,7 +70,7 @@ class Script:
     def wait_for_steps(self, count: int = 2):
         """New ones, from now on."""
         since = time.time()
-        self.wait_until(lambda: len(steps(self.run, since)) >= count, f"{count} steps")
+        self.wait_until(lambda: len(steps_done(self.run, since)) >= count, f"{count} steps")
 
     def wait_for_a_checkpoint(self):
         """A newer one: the script gives up after three starts without."""
@@ -96,7 +93,7 @@ class Script:
         until = time.monotonic() + GONE_WITHIN
         while (left := self.nodes.everything(self.on)) and time.monotonic() < until:
             time.sleep(0.1)
-        return Met(code, self.said(), saved_step(self.run), max(steps(self.run), default=0), left,
+        return Met(code, self.said(), saved_step(self.run), max(steps_done(self.run), default=0), left,
                    sorted(path.name for path in self.run.glob(".status*")))
 
 
@@ -116,22 +113,11 @@ class Met:
     """What the script has left of its own in the run folder."""
 
 
-def steps(run: Path, since: float = 0.0) -> list[int]:
-    if not (run / METRICS).is_file():
-        return []
-    return [event["step"] for event in read_metrics(run) if event["kind"] == "train" and event["time"] > since]
-
-
 def modified(path: Path) -> float:
     """0 where it has just been renamed."""
     with suppress(OSError):
         return path.stat().st_mtime
     return 0.0
-
-
-def saved_step(run: Path) -> int:
-    saved = newest(run)
-    return read_info(saved).step if saved else 0
 
 
 # ---- the machines, and the runs on them
@@ -170,7 +156,7 @@ def alone(shards, tmp_path_factory) -> list[float]:
 def stop_after(count: int, run: Path, process: subprocess.Popen):
     """By the switch file."""
     until = time.monotonic() + HANGS
-    while len(steps(run)) < count and process.poll() is None and time.monotonic() < until:
+    while len(steps_done(run)) < count and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     (run / "STOP").touch()
 

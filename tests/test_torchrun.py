@@ -16,7 +16,7 @@ import torch
 from support.faults import ranks_of
 from support.launchers import HANGS, ROOT, free_port
 from support.tiny_runs import command as tiny
-from support.tiny_runs import train_events, weights
+from support.tiny_runs import steps_done, train_events, weights
 from vir import launch, status
 from vir.cluster import torchrun
 from vir.config import TrainConfig
@@ -147,9 +147,7 @@ class Scripts:
 
     def steps(self):
         """Those done since the last start that the log tells of."""
-        path = self._run / "metrics.jsonl"
-        return [event["step"] for event in train_events(self._run) if event["time"] > self.began
-                ] if path.exists() else []
+        return steps_done(self._run, self.began)
 
     def codes(self):
         return [process.wait(timeout=HANGS) for process in self.processes]

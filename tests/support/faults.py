@@ -11,8 +11,8 @@ import psutil
 
 from support.forked import Imported
 from support.launchers import DEEPSPEED, HANGS, ROOT, TORCHRUN, free_port, remove_shared_memory
-from vir.reports.metrics import read_metrics
-from vir.run_folder import CHECKPOINTS, METRICS
+from support.tiny_runs import steps_done
+from vir.run_folder import CHECKPOINTS
 
 GONE_WITHIN = 75
 """Seconds: what is promised for everything of a run after a fault."""
@@ -122,10 +122,7 @@ class Ranks:
 
     def steps(self) -> list[int]:
         """Numbers of the steps that this start has done."""
-        if not (self.run / METRICS).is_file():
-            return []
-        return [event["step"] for event in read_metrics(self.run)
-                if event["kind"] == "train" and event["time"] > self.began]
+        return steps_done(self.run, self.began)
 
     def wait_for_steps(self, count: int = 2):
         self.wait_until(lambda: len(self.steps()) >= count, f"{count} steps")

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from support.forked import forked
 from support.launchers import ROOT, TINY
 from vir.checkpoints.consolidate import consolidate
+from vir.checkpoints.names import newest, step_of
 from vir.reports.metrics import read_metrics
+from vir.run_folder import METRICS
 
 EMA_DECAY = 0.9
 BATCH, IMAGES = 48, 400
@@ -51,6 +53,17 @@ def alone(*arguments: str):
 
 def train_events(run: Path) -> list[dict]:
     return [event for event in read_metrics(run) if event["kind"] == "train"]
+
+
+def steps_done(run: Path, since: float = 0.0) -> list[int]:
+    """Numbers of the steps that the log tells of, from a time on."""
+    return [event["step"] for event in train_events(run) if event["time"] > since] if (run / METRICS).is_file() else []
+
+
+def saved_step(run: Path) -> int:
+    """Of the newest checkpoint; 0 where there is none."""
+    saved = newest(run)
+    return step_of(saved) if saved else 0
 
 
 def weights(run: Path, step: int, tmp: Path, **options) -> dict[str, torch.Tensor]:

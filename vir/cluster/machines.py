@@ -124,11 +124,7 @@ class BySsh:
                 self._lines[host].append(Answer(json.loads(line.removeprefix(_MARK)), at))
 
     def answers(self, of: Sequence[str], seconds: float) -> dict[str, Answer]:
-        until = time.monotonic() + seconds
-        waits = set(of)
-        while waits and time.monotonic() < until:
-            waits = {host for host in waits if not self._lines[host] and self._processes[host].poll() is None}
-            time.sleep(_POLL_S)
+        wait_until(lambda: all(self._lines[host] or self._processes[host].poll() is not None for host in of), seconds)
         return {host: self._lines[host].pop(0) if self._lines[host] else self._nothing(host, seconds) for host in of}
 
     def _nothing(self, host: str, seconds: float) -> Answer:

@@ -206,11 +206,10 @@ class Attempt:
 
     def _is_locked(self) -> bool:
         try:
-            files.unlock(files.lock(self._lock)) if self._lock.exists() else None
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
+            if self._lock.exists():
+                files.unlock(files.lock(self._lock))
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
         return False
 
     def _ranks(self) -> list[psutil.Process]:

@@ -92,17 +92,17 @@ class TorchrunLaunch:
 def node_range(said: str) -> range:
     """Numbers of machines: 2, 3, 4 for 2:4."""
     least, colon, most = said.partition(":")
-    lowest = _count("--nnodes", least, 1)
-    highest = _count("--nnodes", most, 1) if colon else lowest
+    lowest = _count("--nnodes", least)
+    highest = _count("--nnodes", most) if colon else lowest
     if highest < lowest:
         raise SettingsError(f"--nnodes is {said}; a range begins with its smaller number: {highest}:{lowest}")
     return range(lowest, highest + 1)
 
 
-def _count(flag: str, said: str, least: int) -> int:
-    if not (said.isascii() and said.isdigit() and int(said) >= least):
-        limit = f"a number from {least} on" + (", or a range as 2:4" if flag == "--nnodes" else "")
-        raise SettingsError(f"{flag} is {said!r}; it must be {limit}")
+def _count(flag: str, said: str) -> int:
+    if not (said.isascii() and said.isdigit() and int(said)):
+        raise SettingsError(f"{flag} is {said!r}; it must be a number from 1 on" +
+                            (", or a range as 2:4" if flag == "--nnodes" else ""))
     return int(said)
 
 
@@ -129,7 +129,7 @@ def ranks_per_node(said: str, gpus: int) -> int:
         return gpus
     if said and not said.isdigit():
         raise SettingsError(f"--nproc_per_node is {said!r}; it must be a number, gpu, cpu or auto")
-    return _count("--nproc_per_node", said or "1", 1)
+    return _count("--nproc_per_node", said or "1")
 
 
 def check_worlds(nodes: range, per_node: int, train: TrainConfig) -> None:
@@ -200,7 +200,7 @@ def check_endpoint(said: str) -> None:
         SettingsError: it is something else, or the port is no number.
     """
     host, _, number = _endpoint(said).rpartition(":")
-    port = _count("the port of --rdzv_endpoint", number, 1)
+    port = _count("the port of --rdzv_endpoint", number)
     if port >= 1 << 16:
         raise SettingsError(f"--rdzv_endpoint {said}: {port} is no port from 1 to 65535")
     try:
