@@ -161,8 +161,8 @@ def test_a_file_without_our_metadata_is_refused(path):
 
 
 def test_a_future_format_asks_for_an_update(path):
-    with pytest.raises(DataError, match="format_version 2, this vir reads up to 1; update vir"):
-        read_metadata(rewritten(path, format_version=2, new_field="x"))
+    with pytest.raises(DataError, match="format_version 3, this vir reads up to 2; update vir"):
+        read_metadata(rewritten(path, format_version=3, new_field="x"))
 
 
 @pytest.mark.parametrize("changes", [{"other": 1}, {"classes": 3}, {"model_args": 3}, {"format_version": "x"}], ids=str)

@@ -48,7 +48,9 @@ class ModelConfig:
     interpolation: Optional[Literal["bilinear", "bicubic"]] = None
     """Resize filter in evaluation; the model's own default when not given."""
     crop_pct: Optional[float] = None
-    """Side of the centre crop in evaluation as a share of the resized image; the model's own default when not given."""
+    """Side of the crop in evaluation as a share of the resized image; the model's own default when not given."""
+    crop_mode: Optional[Literal["center", "squash", "border"]] = None
+    """How images become square in evaluation, by timm's names; the model's own default when not given."""
     init_from: str = ""
     """Weights file to begin from, .safetensors or a timm checkpoint; a head of other classes begins at random."""
     pretrained: bool = False

@@ -67,12 +67,12 @@ def check_augmentation(augment: AugmentConfig) -> None:
 
 
 def eval_transform(model_input: InputSpec) -> Callable[[Image.Image], np.ndarray]:
-    """timm's evaluation transform (resize, centre crop) up to uint8 [C, H, W]."""
+    """timm's evaluation transform (resize, crop or border) up to uint8 [C, H, W]."""
     from timm.data import create_transform
 
     return create_transform(
         model_input.size, is_training=False, use_prefetcher=True, interpolation=model_input.interpolation,
-        crop_pct=model_input.crop_pct, mean=model_input.mean, std=model_input.std)
+        crop_pct=model_input.crop_pct, crop_mode=model_input.crop_mode, mean=model_input.mean, std=model_input.std)
 
 
 def erase_box(seed: int, position: int, augment: AugmentConfig, height: int, width: int) -> tuple[int, int, int, int]:

@@ -163,7 +163,8 @@ def _input_as_set(model: ModelConfig, own: InputSpec) -> InputSpec:
     """What the network's default_cfg says of images, with what the settings say instead."""
     side = model.img_size
     given: dict[str, Any] = {"mean": model.mean, "std": model.std, "interpolation": model.interpolation,
-                             "crop_pct": model.crop_pct, "size": side and (own.size[0], side, side)}
+                             "crop_pct": model.crop_pct, "crop_mode": model.crop_mode,
+                             "size": side and (own.size[0], side, side)}
     return replace(own, **{name: value for name, value in given.items() if value is not None})
 
 

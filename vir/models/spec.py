@@ -24,15 +24,18 @@ class InputSpec:
     interpolation: str
     """Filter with which images are resized: bilinear, bicubic, …"""
     crop_pct: float
-    """Side of the centre crop / shorter side of the resized image."""
+    """Side of the crop / side of the resized image, the shorter one unless crop_mode says otherwise."""
+    crop_mode: str = "center"
+    """timm's: `center` resizes the shorter side and crops, `squash` resizes both sides to the crop's, `border` resizes
+    the longer side and fills up."""
 
     @classmethod
     def from_json(cls, *, size: Sequence[int], mean: Sequence[float], std: Sequence[float], interpolation: str,
-                  crop_pct: float) -> InputSpec:
+                  crop_pct: float, crop_mode: str = "center") -> InputSpec:
         """From the fields as JSON has them: lists in the place of tuples."""
         channels, height, width = size
         return cls(size=(channels, height, width), mean=tuple(mean), std=tuple(std), interpolation=interpolation,
-                   crop_pct=crop_pct)
+                   crop_pct=crop_pct, crop_mode=crop_mode)
 
     def timm_cfg(self) -> dict[str, Any]:
         """The fields by the names that they have in timm's pretrained_cfg."""
@@ -69,4 +72,5 @@ def input_of(model: nn.Module) -> InputSpec:
     if img_size := getattr(embed, "img_size", None):
         height, width = img_size
     return InputSpec(size=(channels, height, width), mean=tuple(data_config["mean"]), std=tuple(data_config["std"]),
-                     interpolation=data_config["interpolation"], crop_pct=data_config["crop_pct"])
+                     interpolation=data_config["interpolation"], crop_pct=data_config["crop_pct"],
+                     crop_mode=data_config["crop_mode"])

@@ -24,7 +24,7 @@ from vir.files import replacing
 from vir.models.spec import InputSpec, ModelSpec
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16)))
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "vir"
 
 
@@ -46,14 +46,22 @@ class WeightsMetadata:
     dtype: str
     """In which the file holds the weights; a loaded model is float32."""
 
+    config_hash: str = ""
+    """SHA-256 of the settings of the run; empty where there was none."""
+
+    data_fingerprint: str = ""
+    """Of the images that trained them, and their class list; empty where unknown."""
+
     format_version: int = FORMAT_VERSION
+    """2 added crop_mode, config_hash and data_fingerprint."""
 
     def to_json(self) -> str:
         """The header, flat."""
         return json.dumps({
             "model_name": self.model.name, "model_args": self.model.args, "classes": self.model.classes,
             **self.model.input.timm_cfg(), "step": self.step, "samples_seen": self.samples_seen, "ema": self.ema,
-            "dtype": self.dtype, "format_version": self.format_version}, ensure_ascii=False)
+            "dtype": self.dtype, "config_hash": self.config_hash, "data_fingerprint": self.data_fingerprint,
+            "format_version": self.format_version}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> WeightsMetadata:
@@ -61,7 +69,8 @@ class WeightsMetadata:
         fields = json.loads(text)
         image = InputSpec.from_json(
             size=fields.pop("input_size"), mean=fields.pop("mean"), std=fields.pop("std"),
-            interpolation=fields.pop("interpolation"), crop_pct=fields.pop("crop_pct"))
+            interpolation=fields.pop("interpolation"), crop_pct=fields.pop("crop_pct"),
+            crop_mode=fields.pop("crop_mode", "center"))
         model = ModelSpec(name=fields.pop("model_name"), args=dict(fields.pop("model_args")), input=image,
                           classes=tuple(fields.pop("classes")))
         return cls(model=model, **fields)
