@@ -72,7 +72,7 @@ several=()
 for weights in vir vir_ema; do
   accelerate launch "${several[@]}" --num_processes "$ranks" --num_machines 1 --mixed_precision no --dynamo_backend no \
     --main_process_port "$(port)" -m vir.evaluate --weights "$run/$weights.safetensors" --data "$shards/val" \
-    --device "$device" --workers 1 --json "$run/$weights.json"
+    --device "$device" --workers 1 --json "$run/$weights.json" --force
 done
 
 python - "$run" <<'PYTHON'

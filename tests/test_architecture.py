@@ -65,6 +65,8 @@ TESTED_ELSEWHERE = {
     "vir.engine.engine": "test_engine.py: in processes of its own",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",
     "vir.models.block": "test_vision_retention.py", "vir.models.strips": "test_streaming.py",
+    "vir.evaluation.run": "test_evaluate.py: with what it runs",
+    "vir.evaluation.outputs": "test_evaluate.py: as its files are asked for",
     "vir.index": "test_foreign.py: with what it runs",
     "vir.reports.curves": "test_metrics.py",
     "vir.training.loop": "test_train.py: the loop is seen at work", "vir.training.meter": "test_train.py: as the loop",

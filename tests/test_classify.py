@@ -6,12 +6,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from support.batches import INPUT, batches
 from vir.data.device import normalize
-from vir.data.loader import Batch
 from vir.evaluation.classify import classify, tally
-from vir.models.spec import InputSpec
-
-INPUT = InputSpec(size=(3, 4, 4), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0)
 
 
 def expected(logits, labels, valid):
@@ -39,27 +36,6 @@ def test_padding_counts_for_nothing_whatever_its_logits_are():
     logits = torch.tensor([[2.0, 1.0], [float("nan"), float("inf")]])
     assert tally(logits, torch.tensor([0, 1]), torch.tensor([True, False])).tolist() == pytest.approx(
         [1, 1, 1, math.log(1 + math.exp(-1))])
-
-
-class Given(list):
-    """Batches that are there already."""
-
-    closed = False
-
-    def close(self):
-        self.closed = True
-
-
-def batches(sizes=(4, 4, 3), classes=7):
-    numbers, first, found = torch.Generator().manual_seed(0), 0, Given()
-    for size in sizes:
-        none = torch.zeros(size, 4, dtype=torch.long)
-        found.append(Batch(
-            images=torch.randint(256, (size, *INPUT.size), dtype=torch.uint8, generator=numbers),
-            labels=torch.randint(classes, (size,), generator=numbers), positions=torch.arange(first, first + size),
-            valid=torch.arange(size) < 3, erase=none, noise=none[:, 0].int(), lam=torch.ones(size), cut=none, bad=[]))
-        first += size
-    return found
 
 
 def forward(images):

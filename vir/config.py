@@ -19,6 +19,7 @@ from vir.addresses import shown
 from vir.errors import SettingsError
 
 RetentionMode = Literal["auto", "parallel", "chunkwise", "recurrent"]
+CropMode = Literal["center", "squash", "border"]
 PRECISIONS = ("fp32", "bf16", "fp16")
 """Names of the floating-point types."""
 
@@ -49,7 +50,7 @@ class ModelConfig:
     """Resize filter in evaluation; the model's own default when not given."""
     crop_pct: Optional[float] = None
     """Side of the crop in evaluation as a share of the resized image; the model's own default when not given."""
-    crop_mode: Optional[Literal["center", "squash", "border"]] = None
+    crop_mode: Optional[CropMode] = None
     """How images become square in evaluation, by timm's names; the model's own default when not given."""
     init_from: str = ""
     """Weights file to begin from, .safetensors or a timm checkpoint; a head of other classes begins at random."""

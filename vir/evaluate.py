@@ -1,140 +1,157 @@
-"""Evaluate a weights file on a split of shards: top-1, top-5 and loss, every image once.
+"""Evaluate weights files on images, each image once: top-1, top-5, loss, calibration, and what each class is taken for.
 
     vir-evaluate --weights vir_small.safetensors --data SHARDS/val
+    vir-evaluate --weights raw.safetensors ema.safetensors --data SHARDS/val --img-size 384 --json results.json
 
 That is on one device. On several GPUs `accelerate launch -m vir.evaluate` starts it, on CPUs
-`torchrun --nproc_per_node N -m vir.evaluate`. No DeepSpeed is needed. Exit codes: 0 done, 2 settings, 3 data.
+`torchrun --nproc_per_node N -m vir.evaluate`; the result is the same. No DeepSpeed is needed. Data of other classes is
+evaluated on those that it shares with the model by name (ImageNet-A, -R), or by number (ImageNet-V2). Validation images
+of ImageNet get their ReaL accuracy too. Exit codes: 0 done, 2 settings, 3 data.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import re
+import shlex
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vir import cli, launcher
 from vir.addresses import shown
-from vir.config import DataConfig, RetentionMode
+from vir.config import PRECISIONS, CropMode, DataConfig, RetentionMode
 from vir.errors import DataError, SettingsError, VirError
-from vir.files import replace_text, try_to_write
 
 if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is imported
-    from accelerate import PartialState
-    from torch import nn
+    from tqdm import tqdm
 
-    from vir.data.loader import Batch
     from vir.data.opening import Places
     from vir.data.reader import Reader
-    from vir.models.spec import InputSpec
-    from vir.models.weights import WeightsMetadata
+    from vir.distributed import World
+    from vir.evaluation.run import Evaluation
 
-MODES = get_args(RetentionMode)
+OUTPUTS = {"json": "the results and all that is needed to repeat them", "per_class": "a CSV table of the classes",
+           "confusion": "a picture of the classes that are confused most", "save_predictions": "what the model says of "
+           "each image, as NumPy arrays"}
+"""The files that are written where they are asked for."""
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="vir-evaluate", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE.safetensors",
-                        help="made by vir-consolidate; names its model itself")
-    parser.add_argument("--data", required=True, metavar="SHARDS/val", help="images, named as for vir-train: folder of "
-                        "shards or of one folder per class, or shards by URL or pattern")
-    parser.add_argument("--cache", default="", metavar="DIR", help="keep shards from servers in this folder")
-    parser.add_argument("--cache-bytes", default=DataConfig.cache_bytes, metavar="BYTES",
-                        help=f"the most that it may hold (default: {DataConfig.cache_bytes})")
-    parser.add_argument("--index-dir", default="", metavar="DIR", help="folder for the indexes of shards that have "
-                        "none beside them (default: vir-at-scale/indexes in the user's cache folder)")
-    parser.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS",
-                        help=f"without an answer of a server, after which to give up (default: {DataConfig.timeout:g})")
-    parser.add_argument("--mode", choices=MODES, default="auto", help="form of retention (default: auto)")
-    parser.add_argument("--compare-modes", action="store_true",
-                        help="run the three forms on the first batch and print their largest logit difference")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per forward pass and process")
-    parser.add_argument("--workers", type=int, help="loader processes per process (default: what its "
-                        "share of the cores allows, at most 16)")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto",
-                        help="auto takes a GPU, and the CPU on a machine without one (default: auto)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there as JSON")
+    parser.add_argument("--weights", type=Path, required=True, nargs="+", metavar="FILE.safetensors",
+                        help="made by vir-consolidate; each names its model itself, several make one table")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, metavar="SHARDS/val", help="images, named as for vir-train: folder of "
+                      "shards or of one folder per class, or shards by URL or pattern")
+    data.add_argument("--cache", default="", metavar="DIR", help="keep shards from servers in this folder")
+    data.add_argument("--cache-bytes", default=DataConfig.cache_bytes, metavar="BYTES",
+                      help=f"the most that it may hold (default: {DataConfig.cache_bytes})")
+    data.add_argument("--index-dir", default="", metavar="DIR", help="folder for the indexes of shards that have "
+                      "none beside them (default: vir-at-scale/indexes in the user's cache folder)")
+    data.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS",
+                      help=f"without an answer of a server, after which to give up (default: {DataConfig.timeout:g})")
+    data.add_argument("--workers", type=int, help="loader processes per process (default: what its "
+                      "share of the cores allows, at most 16)")
+    images = parser.add_argument_group("images", "as the file says where not given")
+    images.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images; positions are resampled")
+    images.add_argument("--crop-pct", type=float, metavar="SHARE",
+                        help="side of the crop as a share of the resized image, in (0, 1]")
+    images.add_argument("--crop-mode", choices=get_args(CropMode), help="how images become square, by timm's names")
+    images.add_argument("--hflip-tta", action="store_true",
+                        help="mean of the probabilities of each image and its mirror image")
+    computing = parser.add_argument_group("computing")
+    computing.add_argument("--mode", choices=get_args(RetentionMode), default="auto",
+                           help="form of retention (default: auto)")
+    computing.add_argument("--compare-modes", action="store_true", help="compute all three forms, and tell the "
+                           "accuracy, the speed and the largest logit difference of each")
+    computing.add_argument("--dtype", choices=PRECISIONS, default="fp32",
+                           help="of weights and activations (default: fp32)")
+    computing.add_argument("--batch-size", type=int, default=128, help="images per forward pass and process")
+    computing.add_argument("--device", choices=("auto", "cpu"), default="auto",
+                           help="auto takes a GPU, and the CPU on a machine without one (default: auto)")
+    outputs = parser.add_argument_group("files to write")
+    for name, what in OUTPUTS.items():
+        outputs.add_argument(f"--{name.replace('_', '-')}", type=Path, help=what, metavar={
+            "json": "FILE.json", "per_class": "FILE.csv", "confusion": "FILE.png"}.get(name, "FILE.npz"))
+    outputs.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "workers"):
+    for name in ("batch_size", "workers", "img_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f"--crop-pct is {args.crop_pct:g}; it must be in (0, 1]")
+    if len(args.weights) > 1 and (of_one := [flag for flag in _outputs(args) if flag != "--json"]):
+        parser.error(f"{of_one[0]} is of one weights file, and {len(args.weights)} are given; give one, or leave "
+                     f"{of_one[0]} out")
     return args
 
 
+def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files to write, by flag."""
+    given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in OUTPUTS}
+    return {flag: path for flag, path in given.items() if path is not None}
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = _arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = _arguments(argv)
     launcher.tell_of_missing_processes("vir.evaluate")
     if launcher.wants_cpu(args.device):
         launcher.hide_gpus()
     try:
-        return _evaluate(args)
+        return _evaluate(args, argv)
     except VirError as error:  # every process meets it at the door; later, maybe one alone
         from torch import distributed
 
         return cli.tell(error, "vir-evaluate", every_rank=distributed.is_initialized())
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     import torch
     from accelerate import PartialState
-    from tqdm import tqdm
 
     from vir import arithmetic, distributed
-    from vir.data.loader import eval_batches
     from vir.data.opening import check_agreement
-    from vir.evaluation.classify import classify
-    from vir.models import load
-    from vir.models.spec import input_of
+    from vir.distributed import World
+    from vir.evaluation.outputs import json_of, write_outputs
+    from vir.evaluation.run import How, check_weights, evaluate
 
     distributed.check_driver()
     kept, is_first = _places(args), launcher.local_rank() == 0
     reader = _open(args.data, kept, first=True) if is_first else None
     arithmetic.set_up()
-    model = load(args.weights)
-    metadata: WeightsMetadata = getattr(model, "weights_metadata")
-    if reader is not None:
-        _check(args, model, metadata, reader)
-    if hasattr(model, "set_retention_mode"):
-        getattr(model, "set_retention_mode")(args.mode)
     # Without an accelerator accelerate joins a launcher's processes only when told that they are to run on CPU.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    world = World(rank=state.process_index, size=state.num_processes, device=state.device)
     distributed.share_cores()
     distributed.barrier()
     if reader is None:  # the first process of the machine has made what this one takes
         reader = _open(args.data, kept, first=False)
-        _check(args, model, metadata, reader)
     check_agreement("--data", reader)
-    _check_json(args.json, state)
-    model.to(state.device)
-    model_input = input_of(model)
-    batches: dict[str, Any] = dict(batch_size=args.batch_size, rank=state.process_index,
-                                   world_size=state.num_processes, workers=args.workers, device=state.device)
-    result: dict[str, Any] = {
-        "weights": str(args.weights), "data": shown(args.data), "model": metadata.model.name, "step": metadata.step,
-        "ema": metadata.ema, "dtype": metadata.dtype, "mode": args.mode, "processes": state.num_processes}
-    if args.compare_modes:
-        with closing(eval_batches(reader, model_input, **batches)) as first_of:
-            first = next(first_of)
-        assert first is not None, "nothing makes the loader give up"
-        result["mode_differences"] = _compare(model, first, model_input, args.mode)
-    with tqdm(total=len(reader), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:
-        accuracy = classify(model, eval_batches(reader, model_input, **batches), model_input, state.device, bar)
-    assert accuracy is not None, "only a stop cuts it short, and none was given"
-    result |= {"images": accuracy.images, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
-    if state.is_main_process:
-        _print_result(result)
+    check_weights(args.weights, reader)
+    _check_outputs(args, world)
+    how = How(mode=args.mode, compare_modes=args.compare_modes, dtype=args.dtype, hflip_tta=args.hflip_tta,
+              img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode, batch_size=args.batch_size,
+              workers=args.workers)
+    evaluations = []
+    for weights in args.weights:
+        found = evaluate(weights, reader, how, world, lambda total, title: _bar(total, title, world))
+        found.fields.update(data=shown(args.data), versions=_versions(),
+                            command=f"vir-evaluate {shlex.join(map(shown, argv))}")
+        evaluations.append(found)
+        if world.is_main:
+            _print(found)
     state.destroy_process_group()
-    if args.json and state.is_main_process:
-        try:
-            replace_text(args.json, json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise DataError(f"--json {args.json} could not be written: {error.strerror}; the last line on stdout is "
-                            "the result") from error
+    if world.is_main:
+        if len(evaluations) > 1:
+            _print_table(evaluations)
+        print(json.dumps(json_of(evaluations)), flush=True)
+        write_outputs(_outputs(args), evaluations, reader)
     return 0
 
 
@@ -159,53 +176,61 @@ def _open(data: str, kept: Places, *, first: bool) -> Reader:
         raise DataError(f"--data: {error}") from error
 
 
-def _check(args: argparse.Namespace, model: nn.Module, metadata: WeightsMetadata, reader: Reader) -> None:
-    classes = metadata.model.classes
-    if list(classes) != list(reader.classes):
-        raise SettingsError(f"{args.weights} knows {len(classes)} classes, {shown(args.data)} has "
-                            f"{len(reader.classes)}, and their lists differ; evaluate on the classes it was trained on")
-    if not hasattr(model, "set_retention_mode") and (args.mode != "auto" or args.compare_modes):
-        raise SettingsError(f"{metadata.model.name} has no retention; leave out --mode and --compare-modes")
-
-
-def _check_json(path: Path | None, state: PartialState) -> None:
-    """Whether the result can be written, asked of the process that will write it before the evaluation. Collective."""
+def _check_outputs(args: argparse.Namespace, world: World) -> None:
+    """Ask the process that will write the files, before the evaluation, whether it can. Collective."""
     from vir import distributed
+    from vir.evaluation.outputs import check_outputs
 
-    problem = None
-    if path and state.is_main_process:
+    problem = ""
+    if world.is_main:
         try:
-            try_to_write(path)
-        except OSError as error:
-            problem = error.strerror
+            check_outputs(_outputs(args), args.force)
+        except SettingsError as error:
+            problem = str(error)
     if problem := distributed.broadcast(problem):
-        state.destroy_process_group()
-        raise SettingsError(f"--json {path} cannot be written: {problem}; give a file in a folder that is there")
+        distributed.stop()
+        raise SettingsError(problem)
 
 
-def _print_result(result: dict[str, Any]) -> None:
-    print(f"{result['model']}{' EMA' if result['ema'] else ''}, step {result['step']}, {result['images']} images, "
-          f"{result['processes']} processes: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
-          f"loss {result['loss']:.4f}")
-    for mode, difference in result.get("mode_differences", {}).items():
-        print(f"largest logit difference, {mode} against parallel: {difference:.2e}")
-    print(json.dumps(result), flush=True)
+def _bar(total: int, title: str, world: World) -> tqdm[Any]:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit="image", disable=not world.is_main, dynamic_ncols=True)
 
 
-def _compare(model: nn.Module, batch: Batch, model_input: InputSpec, mode: str) -> dict[str, float]:
-    """Largest absolute logit difference of each form against the parallel one, on one batch."""
+def _versions() -> dict[str, str]:
+    import timm
     import torch
 
-    from vir.data.device import normalize
+    import vir
 
-    images, set_mode = normalize(batch.images, model_input), getattr(model, "set_retention_mode")
-    logits = {}
-    with torch.no_grad():
-        for name in MODES[1:]:
-            set_mode(name)
-            logits[name] = model(images)
-    set_mode(mode)
-    return {name: float((logits[name] - logits["parallel"]).abs().max()) for name in MODES[2:]}
+    return {"vir": vir.__version__, "torch": torch.__version__, "timm": timm.__version__,
+            "python": platform.python_version()}
+
+
+def _print(evaluation: Evaluation) -> None:
+    fields = evaluation.fields
+    loss = "not finite" if fields["loss"] is None else f"{fields['loss']:.4f}"
+    print(f"{fields['model']}{' EMA' if fields['ema'] else ''}, step {fields['step']}, {fields['images']} images, "
+          f"{fields['processes']} processes: top-1 {fields['top1']:.2f} %, top-5 {fields['top5']:.2f} %, loss {loss}, "
+          f"ECE {fields['ece']:.2f} %, {fields['images_per_second']:.1f} images/s", flush=True)
+    if "real_top1" in fields:
+        print(f"ReaL: top-1 {fields['real_top1']:.2f} %, top-5 {fields['real_top5']:.2f} % of {fields['real_images']} "
+              "images", flush=True)
+    for mode, of_mode in fields.get("modes", {}).items():
+        print(f"{mode:>9}: top-1 {of_mode['top1']:.2f} %, {of_mode['images_per_second']:.1f} images/s without the "
+              f"loader, largest logit difference {of_mode['largest_logit_difference']:.2e}", flush=True)
+
+
+def _print_table(evaluations: list[Evaluation]) -> None:
+    rows: list[tuple[str, ...]] = [("weights", "top-1 %", "top-5 %", "loss", "ECE %", "images/s")]
+    for fields in (evaluation.fields for evaluation in evaluations):
+        rows.append((Path(fields["weights"]).name, *("-" if fields[name] is None else f"{fields[name]:.{digits}f}"
+                     for name, digits in (("top1", 2), ("top5", 2), ("loss", 4), ("ece", 2),
+                                          ("images_per_second", 1)))))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *others in rows:
+        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:])), sep="  ")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Batch:
 
     images: Tensor  # [B, C, H, W] uint8
     labels: Tensor  # [B] int64
-    positions: Tensor  # [B] int64, place in the endless training sequence (validation: the sample's index)
+    positions: Tensor  # [B] int64, place in the endless training sequence (validation: among the samples of it)
     valid: Tensor  # [B] bool, False for the padding of a last validation batch
     erase: Tensor  # [B, 4] int64 box to erase
     noise: Tensor  # [B] int32 seed of what is filled in there
@@ -140,7 +140,7 @@ def _train_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform,
 
 def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, positions: np.ndarray,
                 samples: np.ndarray) -> Batch:
-    _advance(ahead, int(samples[0]))
+    _advance(ahead, max(int(positions[0]), 0))
     pixels, labels = [], []
     for sample, read in zip(samples.tolist(), worker.here().read(reader, samples.tolist())):
         # No substitute here: an accuracy that silently counts another image would be false.
@@ -152,10 +152,10 @@ def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, 
         pixels.append(torch.as_tensor(transform(image)))
         labels.append(int(reader.labels[sample]))
     size = len(positions)
-    return Batch(images=torch.stack(pixels), labels=torch.tensor(labels), positions=torch.from_numpy(samples),
-                 valid=torch.from_numpy(positions >= 0), erase=torch.zeros(size, 4, dtype=torch.long),
-                 noise=torch.zeros(size, dtype=torch.int32), lam=torch.ones(size),
-                 cut=torch.zeros(size, 4, dtype=torch.long), bad=[])
+    return Batch(images=torch.stack(pixels), labels=torch.tensor(labels),
+                 positions=torch.from_numpy(np.maximum(positions, 0)), valid=torch.from_numpy(positions >= 0),
+                 erase=torch.zeros(size, 4, dtype=torch.long), noise=torch.zeros(size, dtype=torch.int32),
+                 lam=torch.ones(size), cut=torch.zeros(size, 4, dtype=torch.long), bad=[])
 
 
 def _advance(ahead: Prefetcher | None, position: int) -> None:
@@ -369,20 +369,25 @@ def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
 
 def eval_batches(reader: Reader, model_input: InputSpec, *, batch_size: int, rank: int,
                  world_size: int, workers: int | None, device: torch.device, patience: Patience | None = None,
-                 first: int | None = None) -> Batches:
-    """Every sample, or the first so many, once over all ranks, the same number of batches on each; padding is marked
-    not `valid`."""
-    total = len(reader) if first is None else min(first, len(reader))
+                 chosen: np.ndarray | None = None) -> Batches:
+    """Every sample once over all ranks, the same number of batches on each; padding is marked not `valid`.
+
+    Args:
+        chosen: indices of the samples, at least one, ascending; None for all. Positions are places among them.
+    """
+    order = InOrder(np.arange(len(reader)) if chosen is None else chosen)
+    total = order.num_samples
     batches = -(-total // (batch_size * world_size))
 
     def requests() -> Iterator[Request]:
         for index in range(batches):
             begin = (index * world_size + rank) * batch_size
-            samples = np.arange(begin, min(begin + batch_size, total))
-            padding = len(samples) == 0  # ranks beyond the last sample take part with one that is not counted
-            yield (np.array([-1]), np.array([0])) if padding else (samples, samples)
+            positions = np.arange(begin, min(begin + batch_size, total))
+            if not len(positions):  # ranks beyond the last sample take part with one that is not counted
+                positions = np.array([-1])
+            yield positions, order.samples(np.maximum(positions, 0))
 
-    ahead = prefetcher_of(reader, InOrder(total), last_step=batches, global_batch_size=batch_size * world_size,
+    ahead = prefetcher_of(reader, order, last_step=batches, global_batch_size=batch_size * world_size,
                           rank=rank, world_size=world_size)
     make = partial(_eval_batch, reader, ahead, transforms.eval_transform(model_input))
     return Batches(make, requests, processes_for(workers), 2, device, patience)

@@ -74,10 +74,14 @@ class SampleOrder:
 
 
 class InOrder:
-    """The samples one after another, each once, as an evaluation takes them."""
+    """Some samples one after another, each once, as an evaluation takes them.
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
+    Args:
+        chosen: [N] int64, ascending.
+    """
+
+    def __init__(self, chosen: np.ndarray) -> None:
+        self._chosen, self.num_samples = chosen, len(chosen)
 
     def global_batch(self, first: int, size: int) -> np.ndarray:
         """Positions [first, first + size)."""
@@ -85,4 +89,4 @@ class InOrder:
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """Sample index at each position; the last one beyond the end."""
-        return np.minimum(positions, self.num_samples - 1)
+        return self._chosen[np.minimum(positions, self.num_samples - 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Generator
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vir import distributed
 from vir.data.device import normalize
-from vir.data.loader import Batches
+from vir.data.loader import Batch, Batches
 from vir.models.spec import InputSpec
 
 
@@ -38,20 +38,31 @@ def classify(forward: Callable[[Tensor], Tensor], batches: Batches, model_input:
         stop: asked before each batch, the same answer on every rank; None is returned when it says yes.
     """
     total = torch.zeros(4, dtype=torch.float64, device=device)
-    try:
-        for batch in batches:
-            if stop is not None and stop():
-                return None
-            assert batch is not None, "the loader gives up where `stop` says yes, and not without one"
-            # The ranks take turns in the order of the samples: where rank 0 goes on, those before are done by all.
-            progress.update(int(batch.positions.numpy()[0]) - progress.n)
-            total += tally(forward(normalize(batch.images, model_input)), batch.labels, batch.valid)
-    finally:
-        batches.close()
+    for batch in in_turn(batches, progress, stop):
+        if batch is None:
+            return None
+        total += tally(forward(normalize(batch.images, model_input)), batch.labels, batch.valid)
     # The only wait of the host for the device, once for all batches.
     right1, right5, images, loss = distributed.sum_over_ranks(total.tolist(), device)
     progress.update(int(images) - progress.n)
     return Accuracy(top1=100 * right1 / images, top5=100 * right5 / images, loss=loss / images, images=int(images))
+
+
+def in_turn(batches: Batches, progress: tqdm[Any],
+            stop: Callable[[], bool] | None = None) -> Generator[Batch | None, None, None]:
+    """The batches of this rank, with the progress of all ranks; None, and nothing more, where `stop` says yes. The
+    loader is closed at the end."""
+    try:
+        for batch in batches:
+            if stop is not None and stop():
+                yield None
+                return
+            assert batch is not None, "the loader gives up where `stop` says yes, and not without one"
+            # The ranks take turns in the order of the samples: where rank 0 goes on, those before are done by all.
+            progress.update(int(batch.positions.numpy()[0]) - progress.n)
+            yield batch
+    finally:
+        batches.close()
 
 
 def tally(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Callable
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -56,7 +57,8 @@ class Validator:
         batches = eval_batches(
             self._reader, self._input, batch_size=self._config.eval.batch_size, rank=self._world.rank,
             world_size=self._world.size, workers=self._config.data.workers, device=self._world.device,
-            patience=self._patience, first=self._first)
+            patience=self._patience,
+            chosen=np.arange(self.images))
 
         def stop() -> bool:
             self._heartbeat.at(f"evaluating after step {step}")
