@@ -35,6 +35,7 @@ KNOWS_LAYOUT = {"vir/checkpoints/partitions.py"}
 TESTED_ELSEWHERE = {
     "vir.benchmarks.conversion": "test_benchmark.py",
     "vir.benchmarks.checkpoint_size": "test_benchmark_training.py: of the runs that are made there",
+    "vir.benchmarks.evaluation": "test_benchmark.py",
     "vir.benchmarks.file_server": "test_benchmark.py",
     "vir.benchmarks.loader": "test_benchmark.py",
     "vir.benchmarks.model": "test_benchmark.py", "vir.benchmarks.plot": "test_benchmark.py",

@@ -17,7 +17,7 @@ from PIL import Image
 
 import vir.models  # noqa: F401, registers the models
 from support.launchers import ROOT, call
-from vir.benchmarks import loader, traffic
+from vir.benchmarks import evaluation, loader, traffic
 from vir.benchmarks.file_server import Answer, answers, serving
 from vir.benchmarks.model import free_mixer
 from vir.benchmarks.stopwatch import Limits, Stopwatch
@@ -211,6 +211,37 @@ def test_the_loader_by_source_and_latency_beside_others(tmp_path, benchmark_load
     (["--folder", "nowhere"], "no such folder: nowhere")])
 def test_a_loader_that_cannot_be_measured_is_told(words, message, benchmark_loader, capsys):
     assert benchmark_loader(words) in (2, 3)
+    assert message in capsys.readouterr().err
+
+
+# ---- tools/benchmark_evaluation.py
+
+
+@pytest.fixture
+def benchmark_evaluation(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("benchmark_evaluation").main
+
+
+def test_evaluation_beside_timms_loop(tmp_path, benchmark_evaluation, monkeypatch, capsys):
+    words = ["--folder", str(tmp_path), "--images", "9", "--image_bytes", "9000", "--rounds", "1", "--models",
+             "test_vit", "--batch_size", "4"]
+    assert benchmark_evaluation([*words, "--json", str(tmp_path / "e.json")]) == 0
+    content = json.loads((tmp_path / "e.json").read_text())
+    assert [row[:2] for row in content["rows"]] == [["test_vit", way] for way in (
+        "vir-evaluate, shards", "vir-evaluate, folder", "timm's loop, folder")]
+    assert f"| {' | '.join(content['rows'][0])} |" in capsys.readouterr().out
+    assert content["rows"][2][3] == "1.00" and os.listdir(tmp_path) == ["e.json"]
+    monkeypatch.setattr(evaluation, "accuracy", lambda output, target, topk: (100 * torch.ones(1), torch.ones(1)))
+    assert benchmark_evaluation(words) == 3
+    assert "test_vit: the ways of evaluation disagree" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--images", "0"], "must be at least 1"), (["--models", "no_vit"], "timm knows no no_vit"),
+    (["--folder", "nowhere"], "no such folder: nowhere")])
+def test_an_evaluation_that_cannot_be_measured_is_told(words, message, benchmark_evaluation, capsys):
+    assert benchmark_evaluation(words) in (2, 3)
     assert message in capsys.readouterr().err
 
 
