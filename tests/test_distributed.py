@@ -93,7 +93,14 @@ def as_rank(folder):
     statistics.after_step(True, 0.5)
     found["statistics"] = [model.running_mean.item(), statistics.average["running_mean"].item()]
 
+    def look():
+        if rank:
+            raise SettingsError("rank 1 alone sees it")
+        return rank
+
     stop.close()
+    found["door"] = [distributed.at_the_door(lambda: rank), told(lambda: distributed.at_the_door(look)),
+                     torch.distributed.is_initialized()]
     distributed.stop()
     distributed.barrier()  # of nobody
     (folder / f"found{world.size}-{rank}.json").write_text(json.dumps(found))
@@ -175,6 +182,11 @@ def test_a_checkpoint_that_cannot_be_chosen_is_told_on_both(found):
 def test_running_statistics_are_the_mean_of_the_ranks(found):
     for of_rank in found:
         assert of_rank["statistics"] == [2.0, 1.0]  # (1 + 3) / 2, and half way to it from 0
+
+
+def test_what_one_rank_refuses_at_the_door_all_refuse_and_the_group_is_no_more(found):
+    assert [of_rank["door"] for of_rank in found] == [
+        [rank, "SettingsError: rank 1 alone sees it", False] for rank in range(2)]
 
 
 # ---- in this process

@@ -279,6 +279,28 @@ def test_consolidated_weights_hold_the_frozen_parameters(case, ema, matrix, tmp_
         partitions(job).frozen)
 
 
+@pytest.mark.parametrize("case", [*CASES, *OPTIONS, ("no average",), *(("frozen", *case) for case in FROZEN),
+                                  ("batch norm", 0), ("batch norm", 2)], ids=str)
+def test_consolidated_weights_are_those_of_the_optimizers_and_of_zero_to_fp32(case, matrix, tmp_path):
+    """Bit for bit; the average too, of which DeepSpeed's tool knows nothing."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    job = matrix[case if case in matrix else case[0]]
+    for ema, live in enumerate(result(job)["live"]):
+        assert bool(live) == (not ema or case != ("no average",))
+        if live:
+            consolidate(Path(job.output), tmp_path / "w.safetensors", ema=bool(ema), force=True)
+            found = load_file(tmp_path / "w.safetensors")
+            assert found.keys() == job.build().state_dict().keys()
+            assert all(torch.equal(found[name].view(-1), tensor) for name, tensor in live.items())
+    if job.stage:
+        consolidate(Path(job.output), tmp_path / "w.safetensors", force=True)
+        found = load_file(tmp_path / "w.safetensors")
+        expected = get_fp32_state_dict_from_zero_checkpoint(str(Path(job.output) / "checkpoints"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_recomputation_behind_a_frozen_patch_embedding_changes_no_bit(matrix):
     once, twice = matrix["frozen", 3, "fp32"], matrix["frozen", "recomputed"]
     assert result(once)["events"] == result(twice)["events"]

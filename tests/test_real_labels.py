@@ -16,7 +16,8 @@ NAMES = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in NUMBERS]
 
 
 def predictions(top):
-    return Predictions(np.zeros(len(top), np.int64), top, np.ones(top.shape, np.float32), np.zeros(len(top), np.float32))
+    none = np.zeros(len(top))
+    return Predictions(none.astype(np.int64), top, np.ones(top.shape, np.float32), none.astype(np.float32))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,12 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from vir import interfaces, launcher
 from vir.driver import DRIVER, driver_version
-from vir.errors import SettingsError
+from vir.errors import SettingsError, VirError
 from vir.launcher import Place
 from vir.log import log
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,23 @@ def gather(value: Any) -> list[Any]:
     boxes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, value)
     return boxes
+
+
+def at_the_door(act: Callable[[], T]) -> T:
+    """What `act` gives on this rank. Collective, for what comes before the work.
+
+    Raises:
+        VirError: the first that any rank has met, on every rank; the process group is no more then.
+    """
+    found, refused = None, None
+    try:
+        found = act()
+    except VirError as error:
+        refused = error.with_traceback(None)
+    if first := next(filter(None, gather(refused)), None):
+        stop()
+        raise first
+    return cast(T, found)
 
 
 def sum_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:

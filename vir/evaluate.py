@@ -118,7 +118,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     from vir import arithmetic, distributed
     from vir.data.opening import check_agreement
     from vir.distributed import World
-    from vir.evaluation.outputs import json_of, write_outputs
+    from vir.evaluation.outputs import check_outputs, json_of, write_outputs
     from vir.evaluation.run import How, check_weights, evaluate
 
     distributed.check_driver()
@@ -133,8 +133,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     if reader is None:  # the first process of the machine has made what this one takes
         reader = _open(args.data, kept, first=False)
     check_agreement("--data", reader)
-    check_weights(args.weights, reader)
-    _check_outputs(args, world)
+    distributed.at_the_door(lambda: check_weights(args.weights, reader))
+    distributed.at_the_door(lambda: check_outputs(_outputs(args) if world.is_main else {}, args.force))
     how = How(mode=args.mode, compare_modes=args.compare_modes, dtype=args.dtype, hflip_tta=args.hflip_tta,
               img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode, batch_size=args.batch_size,
               workers=args.workers)
@@ -174,22 +174,6 @@ def _open(data: str, kept: Places, *, first: bool) -> Reader:
         return open_reader(data, kept, first=first)
     except DataError as error:
         raise DataError(f"--data: {error}") from error
-
-
-def _check_outputs(args: argparse.Namespace, world: World) -> None:
-    """Ask the process that will write the files, before the evaluation, whether it can. Collective."""
-    from vir import distributed
-    from vir.evaluation.outputs import check_outputs
-
-    problem = ""
-    if world.is_main:
-        try:
-            check_outputs(_outputs(args), args.force)
-        except SettingsError as error:
-            problem = str(error)
-    if problem := distributed.broadcast(problem):
-        distributed.stop()
-        raise SettingsError(problem)
 
 
 def _bar(total: int, title: str, world: World) -> tqdm[Any]:

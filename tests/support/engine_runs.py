@@ -3,6 +3,7 @@
 usage: tests/support/engine_runs.py JOBS.json, in each rank   (a list of Job fields; see below)
 """
 
+import itertools
 import json
 import sys
 from contextlib import nullcontext
@@ -171,6 +172,21 @@ def run(job: Job) -> None:
                 for tensor in (piece.master.detach(), engine._optimizer.state[piece.master].get(EMA))
                 if tensor is not None]
 
+    def live() -> list[dict[str, torch.Tensor]]:
+        """Weights and average of what is trained, flat and whole, out of the optimizers of all ranks."""
+        mine = []
+        for piece in engine._layout.pieces():
+            kept = (piece.master.detach(), engine._optimizer.state[piece.master].get(EMA))
+            mine.append((piece.name, piece.start, [
+                None if tensor is None else tensor.reshape(-1)[piece.offset:piece.offset + piece.stop - piece.start]
+                .cpu().clone() for tensor in kept]))
+        whole = [{}, {}]
+        for name, start, parts in sorted(itertools.chain(*distributed.gather(mine)), key=lambda part: part[:2]):
+            for found, part in zip(whole, parts):
+                if part is not None and (not start or job.stage):  # without ZeRO each rank has all
+                    found[name] = torch.cat([found[name], part]) if start else part
+        return whole
+
     def floats() -> dict[str, torch.Tensor]:
         return {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if buffer.is_floating_point()}
 
@@ -206,9 +222,9 @@ def run(job: Job) -> None:
     averaged, logits = (None, None) if job.save_first else (logits.cpu() for logits in evaluate())
     if not job.save_first:
         save(engine, job, job.first + job.steps, world)
-    buffers = distributed.gather(floats())
+    buffers, whole = distributed.gather(floats()), live()
     if world.is_main:
-        torch.save({"events": events, "refused": in_between, "buffers": buffers,
+        torch.save({"events": events, "live": whole, "refused": in_between, "buffers": buffers,
                     "forwards": len(forwards), "kept": sum(kept), "logits": logits,
                     "averaged": averaged}, Path(job.output) / "result.pt")
     distributed.barrier()

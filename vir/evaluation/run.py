@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vir import files
+from vir import distributed, files
 from vir.config import RetentionMode
 from vir.data.loader import eval_batches
 from vir.data.reader import Reader
@@ -78,7 +78,7 @@ def evaluate(weights: Path, reader: Reader, how: How, world: World, bar: Callabl
         DataError: the file is not a whole weights file; an image is damaged.
         SettingsError: it does not fit `how`, or shares no classes with the data.
     """
-    model, metadata = _loaded(weights, how, world)
+    model, metadata = distributed.at_the_door(lambda: _loaded(weights, how, world))
     model_input = _input(model, how)
     shared = _shared(weights, metadata.model, int(getattr(model, "num_classes")), reader)
     if shared.said and world.is_main:
@@ -91,8 +91,9 @@ def evaluate(weights: Path, reader: Reader, how: How, world: World, bar: Callabl
         measured = predict(_forwards(model, how, shared), batches, model_input, shared, world.device, progress,
                            dtype=DTYPES[how.dtype])
     fields = _of_weights(weights, metadata) | _of_images(reader, model_input, samples, shared) | {
-        "mode": next(iter(measured)), "dtype": how.dtype, "hflip_tta": how.hflip_tta, "batch_size": how.batch_size,
-        "processes": world.size, "device": _title(world.device), **_numbers(next(iter(measured.values())))}
+        "mode": next(iter(measured)) or None, "dtype": how.dtype, "hflip_tta": how.hflip_tta,
+        "batch_size": how.batch_size, "processes": world.size, "device": _title(world.device),
+        **_numbers(next(iter(measured.values())))}
     found = Evaluation(fields, shared, measured, samples)
     if not_finite := int(np.count_nonzero(~np.isfinite(found.first.predictions.losses))):
         fields["images_not_finite"] = not_finite
