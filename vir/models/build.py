@@ -75,7 +75,7 @@ def _is_told_its_size(name: str) -> bool:
     return getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", **args: Any) -> nn.Module:
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: Any = torch.float32, **args: Any) -> nn.Module:
     """The model in a weights file, float32, in eval mode, on `device`; any model that timm knows, not only ViR.
 
     What it is and how it was trained is at `model.weights_metadata` (a WeightsMetadata); the preprocessing is
@@ -104,7 +104,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", **arg
                         f"save it with the classes that it was trained on, or with none")
     model.load_state_dict(state_dict)
     setattr(model, "weights_metadata", replace(metadata, model=spec))
-    return model.to(device).eval()
+    return model.to(device, dtype).eval()
 
 
 def _changed(path: str | os.PathLike[str], source: nn.Module, spec: ModelSpec, state_dict: dict[str, Tensor],

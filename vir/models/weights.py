@@ -149,3 +149,8 @@ def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     return tensors
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that hold the tensors."""
+    return [Path(path)]
