@@ -176,6 +176,8 @@ def run(job: Job) -> None:
         """Weights and average of what is trained, flat and whole, out of the optimizers of all ranks."""
         mine = []
         for piece in engine._layout.pieces():
+            if piece.start == piece.stop:
+                continue
             kept = (piece.master.detach(), engine._optimizer.state[piece.master].get(EMA))
             mine.append((piece.name, piece.start, [
                 None if tensor is None else tensor.reshape(-1)[piece.offset:piece.offset + piece.stop - piece.start]
