@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vir.errors import DataError, SettingsError
 from vir.log import log
-from vir.models.spec import ModelSpec, input_of
+from vir.models.spec import ModelSpec, input_of, some
 from vir.models.weights import stated_metadata
 
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
@@ -267,9 +267,3 @@ def mismatches(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> s
 def _reason(error: BaseException) -> str:
     """What an error says; the name of its type too, for many say a number or nothing."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def some(names: Iterable[str]) -> str:
-    """The first three of them."""
-    first = sorted(names)
-    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
