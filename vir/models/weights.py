@@ -148,6 +148,8 @@ def read_metadata(path: str | os.PathLike[str]) -> WeightsMetadata:
 def stated_metadata(path: str | os.PathLike[str]) -> WeightsMetadata | None:
     """What the header says; None where the file is of another kind and names no model."""
     if _index_of(path) is None:
+        if not os.path.isfile(path):  # opening a pipe would wait
+            return None
         try:
             with safe_open(path, framework="pt") as file:
                 if METADATA_KEY not in (file.metadata() or {}):
