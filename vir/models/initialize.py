@@ -64,7 +64,7 @@ def create(name: str, args: Mapping[str, Any], **more: Any) -> nn.Module:
         return timm.create_model(name, **args, **more)
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError, AttributeError,
             MemoryError) as error:
-        raise NotBuiltError(str(error)) from error
+        raise NotBuiltError(str(error).partition("\nException raised from")[0]) from error  # without torch's own stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,6 +340,9 @@ def network_of(path: str | os.PathLike[str], spec: ModelSpec) -> nn.Module:
     if forbidden := sorted(FORBIDDEN_ARGS & spec.args.keys()):
         raise DataError(f"{path} has model_args {forbidden}, which would fetch other weights; remove them where the "
                         f"file is made")
+    if own := sorted({"device", "dtype"} & spec.args.keys()):
+        raise DataError(f"{path} has model_args {own}, which are for its reader to choose; remove them where the file "
+                        "is made")
     try:
         return create(spec.name, spec.args, pretrained_cfg_overlay=timm_cfg(spec))
     except NotBuiltError as error:
@@ -357,8 +360,8 @@ def resampled(state_dict: dict[str, Tensor], model: nn.Module, source: nn.Module
 
     Args:
         source: a network that takes the tensors as they are, maybe on the meta device, so that it knows the grid that
-            they come from: 4x4 and 2x8 places are as many. It is used up. None where there is none: timm assumes the grid of its pretrained
-            weights, or a square.
+            they come from: 4x4 and 2x8 places are as many. It is used up. None where there is none: timm assumes the
+            grid of its pretrained weights, or a square.
 
     Raises:
         SettingsError: the grids differ, and the family knows no way from one to the other.

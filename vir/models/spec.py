@@ -61,7 +61,7 @@ def is_text_map(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -math.inf < value < math.inf
+    return type(value) in (int, float) and abs(value) < 1e30  # and so neither NaN nor too large for a tensor
 
 
 def _is_size(value: Any) -> bool:

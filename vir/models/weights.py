@@ -107,12 +107,22 @@ def _is_switch(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _are_args(value: Any) -> bool:
+    return is_text_map(value) and _is_flat(value, 16)
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    """Whether lists and objects stand in each other no deeper than that."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_flat(one, depth - 1) for one in inner)
+
+
 _ADDED = {"crop_mode", "config_hash", "data_fingerprint"}
 """Fields that files of version 1 have not."""
 
 _RULES: Rules = {
     "model_name": (lambda value: is_text(value) and value != "", "the name of a model"),
-    "model_args": (is_text_map, "an object of arguments by their names"),
+    "model_args": (_are_args, "an object of arguments by their names, nested 16 deep at most"),
     "classes": (lambda value: is_list_of_texts(value) and len(set(value)) == len(value),
                 "a list of names, none of them twice"),
     **{"input_size" if name == "size" else name: rule for name, rule in INPUT_RULES.items()},
