@@ -146,6 +146,9 @@ def _changed(path: str | os.PathLike[str], source: nn.Module, spec: ModelSpec, s
     try:
         fitted = resampled(state_dict, model, source)
         problems = mismatches(fitted, model.state_dict())
+    except SettingsError as error:
+        raise SettingsError(f"{path} does not fit {spec.name} with {args} in the place of its model_args {spec.args}: "
+                            f"{error}") from error
     except UNREADABLE as error:
         problems = str(error) or type(error).__name__
     if problems:

@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from vir.errors import DataError, SettingsError
+from vir.errors import DataError, SettingsError, VirError
 from vir.log import log
 from vir.models.spec import ModelSpec, input_of, some
 from vir.models.weights import outline, read, stated_metadata
@@ -46,7 +46,7 @@ _LARGEST_NUMBER = 1 << 16
 _REGULARISATION = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath, DropBlock2d, PatchDropout,
                    PatchDropoutWithIndices)
 
-_COMPARED = ("num_heads", "head_dim", "dims", "groups", "num_groups", "stride", "dilation", "approximate")
+_COMPARED = ("num_heads", "dims", "groups", "num_groups", "stride", "dilation", "approximate")
 """What modules of one kind compute by, and no shape shows."""
 
 
@@ -392,8 +392,14 @@ def resampled(state_dict: dict[str, Tensor], model: nn.Module, source: nn.Module
 
 def _grid(network: nn.Module) -> tuple[int, int] | None:
     """Rows and columns of patches; None where no module tells them."""
-    found = (getattr(module, "grid_size", None) for module in network.modules())
-    return next((tuple(grid) for grid in found if isinstance(grid, (tuple, list)) and len(grid) == 2), None)
+    for module in network.modules():
+        size, patch = getattr(module, "img_size", None), getattr(module, "patch_size", None)
+        grid: Any = getattr(module, "grid_size", None) or getattr(module, "tokens_spatial_shape", None)  # ViTs, Hiera
+        if grid is None and isinstance(size, tuple) and isinstance(patch, tuple):  # CrossViT
+            grid = [side // step for side, step in zip(size, patch)]
+        if isinstance(grid, (tuple, list)) and len(grid) == 2:
+            return grid[0], grid[1]
+    return None
 
 
 def _check_tables(given: Mapping[str, Tensor], fitted: Mapping[str, Tensor], own: Mapping[str, Tensor],
@@ -405,7 +411,7 @@ def _check_tables(given: Mapping[str, Tensor], fitted: Mapping[str, Tensor], own
         is_kept = fitted[name].shape == given[name].shape
         if is_table and fitted[name].shape == own[name].shape and (is_kept or there[0] != there[1]):
             raise SettingsError(f"{name} is of {there[0]}x{there[1]} patches, not of {here[0]}x{here[1]}, and timm "
-                                "resamples no such table of this family; take images of the size it was trained on")
+                                "resamples no positions between them for this family; take the img_size of the file")
 
 
 def mismatches(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
@@ -421,5 +427,7 @@ def mismatches(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> s
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says; the name of its type too, for many say a number or nothing."""
+    """What an error says; the name of its type too where it is none of ours, for many say a number or nothing."""
+    if isinstance(error, VirError):
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
