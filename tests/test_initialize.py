@@ -20,7 +20,7 @@ from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, save_weights
 from vir.models.build import build
-from vir.models.initialize import check_pretrained, initialize_from, mismatches, network_of, resampled, some, timm_cfg
+from vir.models.initialize import check_pretrained, initialize_from, mismatches, network_of, resampled, timm_cfg
 from vir.models.spec import ModelSpec, input_of
 
 torch.set_num_threads(1)
@@ -402,10 +402,6 @@ def test_without_classes_the_head_is_judged_by_their_count(tmp_path):
 def test_only_families_that_know_how_resample():
     tensors = {"a": torch.zeros(1)}
     assert resampled(tensors, torch.nn.Linear(1, 1)) == tensors
-
-
-def test_the_first_three_names_are_told():
-    assert some("cab") == "a, b, c" and some("dcab") == "a, b, c, …"
 
 
 def test_mismatches_are_counted_by_kind_and_the_first_are_named():
