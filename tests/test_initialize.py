@@ -412,6 +412,9 @@ def test_mismatches_are_counted_by_kind_and_the_first_are_named():
     said = mismatches(tensors(a=1, b=2, x=1), tensors(a=(3, 1), b=2, c=1, d=1, e=1, f=1))
     assert said == ("4 tensors missing (c, d, e, …); 1 tensors unexpected (x); "
                     "1 tensors of another shape (a is [1], not [3, 1])")
+    whole, half = {"a": torch.zeros(1, dtype=torch.int64)}, {"a": torch.zeros(1, dtype=torch.bfloat16)}
+    assert mismatches(whole, half) == "1 tensors of another type (a is torch.int64, not torch.bfloat16)"
+    assert mismatches(half, whole) == mismatches(half, tensors(a=1)) == ""  # counts of batches that were averaged
 
 
 # ---- pretrained

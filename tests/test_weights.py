@@ -264,6 +264,17 @@ def test_a_model_that_squashes_images_does_so_again(tmp_path):
     assert input_of(load(tmp_path / "w")).crop_mode == "border"
 
 
+@pytest.mark.parametrize("changed, said", [
+    ({"model": dataclasses.replace(MODEL, classes=("crane", "eel", "crane"))}, "classes is .*none of them twice"),
+    ({"model": dataclasses.replace(MODEL, args={"init_values": float("nan")})}, "NaN is no number of JSON"),
+    ({"dtype": "float32"}, "dtype is 'float32'; it must be one of fp32, bf16, fp16"), ({"step": -1}, "step is -1; it")])
+def test_what_could_not_be_read_again_is_not_written(path, changed, said):
+    before = path.read_bytes()
+    with pytest.raises(SettingsError, match=f"these weights cannot be saved: {said}"):
+        save_weights(path, tiny_model().state_dict(), dataclasses.replace(METADATA, **changed))
+    assert path.read_bytes() == before
+
+
 # ---- hostile files
 
 

@@ -419,7 +419,7 @@ def mismatches(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> s
     shapes = [f"{name} is {list(given[name].shape)}, not {list(expected[name].shape)}"
               for name in given.keys() & expected.keys() if given[name].shape != expected[name].shape]
     kinds = [f"{name} is {given[name].dtype}, not {expected[name].dtype}" for name in given.keys() & expected.keys()
-             if given[name].is_floating_point() != expected[name].is_floating_point()]
+             if expected[name].is_floating_point() and not given[name].is_floating_point()]
     missing, unexpected = expected.keys() - given.keys(), given.keys() - expected.keys()
     problems: dict[str, Iterable[str]] = {"missing": missing, "unexpected": unexpected, "of another shape": shapes,
                                           "of another type": kinds}

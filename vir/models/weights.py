@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vir.config import PRECISIONS
-from vir.errors import DataError
+from vir.errors import DataError, SettingsError
 from vir.files import read_regular, replacing
 from vir.models.spec import (
     INPUT_RULES,
@@ -77,12 +77,17 @@ class WeightsMetadata:
     """2 added crop_mode, config_hash and data_fingerprint."""
 
     def to_json(self) -> str:
-        """The header, flat."""
-        return json.dumps({
+        """The header, flat. Raises SettingsError where from_json would not take it again."""
+        text = json.dumps({
             "model_name": self.model.name, "model_args": self.model.args, "classes": self.model.classes,
             **self.model.input.timm_cfg(), "step": self.step, "samples_seen": self.samples_seen, "ema": self.ema,
             "dtype": self.dtype, "config_hash": self.config_hash, "data_fingerprint": self.data_fingerprint,
             "format_version": self.format_version}, ensure_ascii=False)
+        try:
+            self.from_json(text)
+        except ValueError as error:
+            raise SettingsError(f"these weights cannot be saved: {error}") from error
+        return text
 
     @classmethod
     def from_json(cls, text: str) -> WeightsMetadata:
