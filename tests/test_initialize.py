@@ -303,6 +303,14 @@ def test_another_name_of_the_same_network_is_allowed_and_told(tmp_path, said, ch
                          "224 (raw weights of step 7)")
 
 
+def test_a_network_without_a_head_is_no_other_network(tmp_path, said):
+    given = of_a_name(tmp_path / "w.safetensors", "vit_small_patch16_224", **VIT | {"num_classes": 0})
+    model = timm.create_model("vit_small_patch16_224", **VIT)
+    initialize_from(model, tmp_path / "w.safetensors", "ab")
+    assert torch.equal(model.norm.weight, given["norm.weight"])
+    assert said()[-1] == "initial weights: the head begins at random: there is none in it"
+
+
 @pytest.mark.parametrize("name, old, new, more, grids", [
     ("cait_xxs24_224", (16, 64), 32, {**VIT, "depth": 1}, "pos_embed is of 2x8 patches, not of 4x4"),
     ("cait_xxs24_224", 32, (16, 64), {**VIT, "depth": 1}, "pos_embed is of 4x4 patches, not of 2x8"),

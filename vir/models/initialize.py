@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import reprlib
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,8 +41,9 @@ _NETWORK_TENSORS = 1000
 """A network may register so many times the numbers and tensors of its file, and so many beside, while it is built: some
 replace layers as they go on, and masks and tables of indices are not in files."""
 
-_LARGEST_NUMBER = 1 << 16
-"""That a file of ever so few numbers may name in its model_args."""
+_ARGS_SUM = (1 << 16, 1 << 22)
+"""Of the integers in model_args: as many as the file has numbers, within these two. timm makes a list as long as the
+network is deep before it makes a layer."""
 
 _REGULARISATION = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath, DropBlock2d, PatchDropout,
                    PatchDropoutWithIndices)
@@ -203,8 +205,7 @@ class _Head:
 
 
 def _differences(there: nn.Module, here: nn.Module, heads: Sequence[str]) -> str:
-    """In what modules of the same name compute otherwise, apart from heads, regularisation, and how images are cut into
-    patches; empty where in nothing."""
+    """In what modules of the same name compute otherwise, heads and regularisation aside; empty where in nothing."""
     own, found = dict(here.named_modules()), []
     for name, module in there.named_modules():
         other = own.get(name)
@@ -217,7 +218,7 @@ def _differences(there: nn.Module, here: nn.Module, heads: Sequence[str]) -> str
             continue
         for key in _COMPARED:
             values = getattr(module, key, None), getattr(other, key, None)
-            if values[0] != values[1] and not (key == "stride" and "patch_embed" in name):
+            if values[0] != values[1]:
                 found.append(f"{title} has {key} {values[0]} there, {values[1]} here")
     return "; ".join(found[:3]) + ("; …" if len(found) > 3 else "")
 
@@ -264,9 +265,11 @@ def described(path: str | os.PathLike[str], spec: ModelSpec, given: Mapping[str,
             of a network far too large is told before it takes memory or time.
     """
     numbers = sum(tensor.numel() for tensor in given.values())
-    if (largest := max(_integers(spec.args), default=0)) > max(numbers, _LARGEST_NUMBER):
-        raise DataError(f"{path} holds {numbers} numbers in all, and its model_args name one of {largest:.3g}; it was "
-                        "not made from a model: make it anew with vir-consolidate")
+    least, most = _ARGS_SUM
+    if (named := sum(_integers(spec.args))) > min(max(numbers, least), most):
+        raise DataError(f"{path} holds {numbers} numbers in all, and its model_args ask for depths and sizes of "
+                        f"{reprlib.repr(named)} in sum; it was not made from a model: make it anew with "
+                        "vir-consolidate")
     try:
         with _counted(numbers, len(given)):
             try:
