@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import vir.models
 from vir.errors import DataError, SettingsError
-from vir.models import WeightsMetadata, load, read_metadata, save_weights
+from vir.models import WeightsMetadata, initialize, load, read_metadata, save_weights
 from vir.models.spec import InputSpec, ModelSpec, input_of
 from vir.models.weights import read, stated_metadata
 
@@ -386,6 +386,23 @@ def test_a_small_file_that_claims_a_large_network_is_refused_at_once(megabyte, t
         load(tmp_path / path.name)
     assert time.monotonic() - start < 5  # of which most tell 0.01 s; other programs run beside
     assert peak() - before < 100 << 20 and len(str(error.value)) < 3000
+
+
+def test_a_network_that_cannot_be_built_without_numbers_is_built_with_them(path, monkeypatch):
+    real, devices = initialize.create, []
+
+    def create(*args, **more):
+        devices.append(torch.get_default_device().type)
+        if devices[-1] == "meta":
+            raise initialize.NotBuiltError("Tensor.item() cannot be called on meta tensors")
+        return real(*args, **more)
+
+    expected = load(path).state_dict()
+    monkeypatch.setattr(initialize, "create", create)
+    assert all(x.equal(expected[name]) for name, x in load(path).state_dict().items())
+    assert devices == ["meta", "cpu", "cpu"]
+    with pytest.raises(DataError, match="that network has several times as many"):
+        load(rewritten(path, model_args=TINY | {"embed_dim": 8192}))
 
 
 def test_masks_that_no_file_holds_are_counted_too(tmp_path):

@@ -383,8 +383,9 @@ def resampled(state_dict: dict[str, Tensor], model: nn.Module, source: nn.Module
             found = {}
         else:
             found = source.state_dict()
-        if found and all(found[name].shape == own[name].shape and not found[name].is_meta
-                         for name in found.keys() & own.keys() if found[name].shape != state_dict[name].shape):
+        if found and not any(tensor.is_meta for tensor in found.values()) and all(
+                found[name].shape == own[name].shape for name in found.keys() & own.keys()
+                if found[name].shape != state_dict[name].shape):
             return found  # else it resized what `model` has not, like the windows of Swin
     resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     fitted = dict(resample(dict(state_dict), model)) if resample else dict(state_dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ from typing import Any
 from torch import nn
 
 from vir.errors import SettingsError
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 """Filters that timm resizes images with in evaluation."""
@@ -49,7 +52,7 @@ def is_count(value: Any) -> bool:
 
 def is_text(value: Any) -> bool:
     """That can be printed and stored: JSON can spell halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, str) and not _HALF.search(value)
 
 
 def is_list_of_texts(value: Any) -> bool:
