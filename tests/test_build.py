@@ -65,9 +65,10 @@ def test_the_size_of_images_is_the_one_asked_for_with_either_kind(name):
     assert model.eval()(torch.zeros(1, *spec.input.size)).shape == (1, 2)
 
 
-@pytest.mark.parametrize("name", ["mean", "std", "interpolation", "crop_pct"])
+@pytest.mark.parametrize("name", ["mean", "std", "interpolation", "crop_pct", "crop_mode"])
 def test_each_setting_of_images_overrides_the_networks_own_and_no_other(name):
-    given = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 1.0}[name]
+    given = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 1.0,
+             "crop_mode": "border"}[name]
     _, spec = build(config(**{name: given}), "ab")
     assert getattr(spec.input, name) == given
     assert astuple(spec.input) == tuple(given if field == name else value for field, value in vars(OWN).items())

@@ -1,5 +1,6 @@
 """The weights that training begins from: what is taken, what is said of it, and what is refused."""
 
+import json
 import logging
 import os
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
@@ -18,7 +20,7 @@ from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, save_weights
 from vir.models.build import build
-from vir.models.initialize import check_pretrained, initialize_from, mismatches, network_of, resampled, some, timm_cfg
+from vir.models.initialize import check_pretrained, initialize_from, mismatches, network_of, resampled, timm_cfg
 from vir.models.spec import ModelSpec, input_of
 
 torch.set_num_threads(1)
@@ -242,6 +244,117 @@ def test_weights_of_another_architecture_are_refused_by_name(weights, tmp_path):
         build(ModelConfig(name="test_vit", init_from=path), "ab")
 
 
+RETENTION = "blocks.0.retention has {0} there, {1} here; blocks.1.retention has {0} there, {1} here; give weights of"
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"args": {**TINY, "num_heads": 4}}, RETENTION.format("num_heads 2", "4")),
+    ({"args": {**TINY, "retention_dims": 2}}, RETENTION.format("dims 1", "2")),
+    ({"name": VIR.replace("vir", "vir2d")}, f"builds a vir2d_.*{RETENTION.format('dims 1', '2')}.*--model.name {VIR}$"),
+], ids=["heads", "dims", "name"])
+def test_weights_of_another_network_of_equal_shapes_are_refused(tmp_path, changed, said):
+    _, path = of_ours(tmp_path / "w.safetensors", "ab")
+    with pytest.raises(DataError, match=f"does not fit: it holds a {VIR} with .*{said}"):
+        build(config(init_from=path, **changed), "ab")
+
+
+def test_another_activation_is_another_network(tmp_path):
+    _, path = of_ours(tmp_path / "w.safetensors", "ab", args={**TINY, "retention_norm": "layernorm"})
+    with pytest.raises(DataError, match="blocks.0.retention.act is a Identity there, a GELU here; blocks.1.ret"):
+        build(config(init_from=path, args={**TINY, "retention_norm": "layernorm_gelu"}), "ab")
+
+
+VIT = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=2)
+
+
+def of_a_name(path: Path, name: str, **args) -> dict[str, torch.Tensor]:
+    """A file of ours of that model of timm, and its tensors."""
+    model = timm.create_model(name, **args)
+    save_weights(path, model.state_dict(), WeightsMetadata(
+        model=ModelSpec(name=name, args=args, input=input_of(model), classes=("a", "b")), step=7, samples_seen=56,
+        ema=False, dtype="fp32"))
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name, args, changed, problem", [
+    ("deit_small_patch16_224", VIT, {"num_heads": 4},
+     "blocks.0.attn has num_heads 2 there, 4 here; blocks.1.attn has num_heads 2 there, 4 here; give weights"),
+    ("deit_small_patch16_224", VIT, {"act_layer": "gelu_tanh"}, "blocks.0.mlp.act is a GELU there, a GELUTanh here; "),
+    ("test_resnet", {"num_classes": 2}, {"output_stride": 8}, "layer3.0 has stride 2 there, 1 here; layer3.0"),
+])
+def test_networks_of_timm_that_compute_otherwise_are_refused(tmp_path, name, args, changed, problem):
+    of_a_name(tmp_path / "w.safetensors", name, **args)
+    model = timm.create_model(name.replace("deit", "vit"), **args | changed)
+    with pytest.raises(DataError, match=f"it holds a {name} .*: {problem}"):
+        initialize_from(model, tmp_path / "w.safetensors", "ab")
+
+
+@pytest.mark.parametrize("changed", [
+    {}, {"img_size": 64}, {"patch_size": 4}, {"num_classes": 5},
+    {f"{place}_rate": 0.1 for place in ("drop", "pos_drop", "patch_drop", "proj_drop", "attn_drop", "drop_path")},
+], ids=str)
+def test_another_name_of_the_same_network_is_allowed_and_told(tmp_path, said, changed):
+    """Regularisation, sizes of images and patches, and heads make no other network."""
+    given = of_a_name(tmp_path / "w.safetensors", "deit_small_patch16_224", **VIT)
+    model = timm.create_model("vit_small_patch16_224", **VIT | changed)
+    initialize_from(model, tmp_path / "w.safetensors", "ab" if "num_classes" not in changed else "abcde")
+    assert torch.equal(model.blocks[1].attn.qkv.weight, given["blocks.1.attn.qkv.weight"])
+    assert said()[0] == (f"initial weights: {len(given)} tensors from {tmp_path}/w.safetensors, a deit_small_patch16_"
+                         "224 (raw weights of step 7)")
+
+
+def test_a_network_without_a_head_is_no_other_network(tmp_path, said):
+    given = of_a_name(tmp_path / "w.safetensors", "vit_small_patch16_224", **VIT | {"num_classes": 0})
+    model = timm.create_model("vit_small_patch16_224", **VIT)
+    initialize_from(model, tmp_path / "w.safetensors", "ab")
+    assert torch.equal(model.norm.weight, given["norm.weight"])
+    assert said()[-1] == "initial weights: the head begins at random: there is none in it"
+
+
+@pytest.mark.parametrize("name, old, new, more, grids", [
+    ("cait_xxs24_224", (16, 64), 32, {**VIT, "depth": 1}, "pos_embed is of 2x8 patches, not of 4x4"),
+    ("cait_xxs24_224", 32, (16, 64), {**VIT, "depth": 1}, "pos_embed is of 4x4 patches, not of 2x8"),
+    ("tnt_s_patch16_224", (32, 128), 64, {"depth": 1}, "patch_pos is of 2x8 patches, not of 4x4"),
+    ("tnt_s_patch16_224", (32, 128), 128, {"depth": 1}, "patch_pos is of 2x8 patches, not of 8x8"),
+    ("crossvit_9_240", (120, 480), 240, {}, r"pos_embed_\d is of \d+x\d+ patches, not of "),
+    ("hiera_tiny_224", (448, 112), 224, {}, "pos_embed is of 112x28 patches, not of 56x56"),
+], ids=str)
+def test_positions_that_a_family_cannot_resample_are_not_taken_as_they_are(tmp_path, name, old, new, more, grids):
+    """2x8 places are as many as 4x4, and timm would take 2x8 for a square."""
+    args = {**more, "num_classes": 2}
+    of_a_name(tmp_path / "w.safetensors", name, **args | {"img_size": old})
+    model = timm.create_model(name, **args | {"img_size": new})
+    with pytest.raises(DataError, match=f": {grids}.* and timm resamples no positions between them for this fami"):
+        initialize_from(model, tmp_path / "w.safetensors", "ab")
+
+
+def test_training_begins_from_weights_in_several_files(tmp_path, said):
+    expected, path = of_ours(tmp_path / "w.safetensors", "ab")
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    os.remove(path)
+    names = {name: f"w-0000{number % 2 + 1}-of-00002.safetensors" for number, name in enumerate(expected)}
+    for part in set(names.values()):
+        save_file({name: expected[name].contiguous() for name in names if names[name] == part}, tmp_path / part, header)
+    Path(f"{path}.index.json").write_text(json.dumps({"weight_map": names}))
+    for name in (path, f"{path}.index.json"):
+        model, _ = build(config(), "ab")
+        initialize_from(model, name, "ab")
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+    assert said()[-1] == "initial weights: the head is taken: the same 2 classes"
+
+
+def test_a_file_that_is_not_of_the_model_it_names_is_refused(tmp_path):
+    _, path = of_ours(tmp_path / "w.safetensors", "ab")
+    with safe_open(path, "pt") as file:
+        fields, tensors = json.loads(file.metadata()["vir"]), {name: file.get_tensor(name) for name in file.keys()}
+    for args, problem in (({"depth": 1}, "14 tensors unexpected"), ({"embed_dim": 8192}, "several times as many")):
+        changed = json.dumps(fields | {"model_args": fields["model_args"] | args})
+        save_file(tensors, path, {"format": "pt", "vir": changed})
+        with pytest.raises(DataError, match=f"w.safetensors does not fit {VIR} with model_args .*{problem}.* correct"):
+            build(config(init_from=path), "ab")
+
+
 def test_a_table_of_positions_that_cannot_be_resampled_is_told(tmp_path):
     model = timm.create_model(VIR, **TINY, img_size=(28, 42), num_classes=2)
     torch.save(model.state_dict(), tmp_path / "w.pth")
@@ -299,10 +412,6 @@ def test_only_families_that_know_how_resample():
     assert resampled(tensors, torch.nn.Linear(1, 1)) == tensors
 
 
-def test_the_first_three_names_are_told():
-    assert some("cab") == "a, b, c" and some("dcab") == "a, b, c, …"
-
-
 def test_mismatches_are_counted_by_kind_and_the_first_are_named():
     def tensors(**shapes):
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -311,6 +420,9 @@ def test_mismatches_are_counted_by_kind_and_the_first_are_named():
     said = mismatches(tensors(a=1, b=2, x=1), tensors(a=(3, 1), b=2, c=1, d=1, e=1, f=1))
     assert said == ("4 tensors missing (c, d, e, …); 1 tensors unexpected (x); "
                     "1 tensors of another shape (a is [1], not [3, 1])")
+    whole, half = {"a": torch.zeros(1, dtype=torch.int64)}, {"a": torch.zeros(1, dtype=torch.bfloat16)}
+    assert mismatches(whole, half) == "1 tensors of another type (a is torch.int64, not torch.bfloat16)"
+    assert mismatches(half, whole) == mismatches(half, tensors(a=1)) == ""  # counts of batches that were averaged
 
 
 # ---- pretrained

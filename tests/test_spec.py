@@ -1,10 +1,25 @@
 """What a model expects of an image, as its timm default_cfg says it."""
 
+import json
+from dataclasses import asdict, replace
+
 import pytest
 import timm
 
 import vir.models  # noqa: F401  registers the models
-from vir.models.spec import InputSpec, input_of
+from vir.models.spec import (
+    CROP_MODES,
+    INPUT_RULES,
+    INTERPOLATIONS,
+    InputSpec,
+    check_fields,
+    input_of,
+    is_count,
+    is_list_of_texts,
+    is_text,
+    is_text_map,
+    some,
+)
 
 TINY = dict(embed_dim=16, depth=1, num_heads=1, patch_size=4, num_classes=2)
 
@@ -21,3 +36,65 @@ def test_input_of_other_timm_models():
     assert input_of(timm.create_model("test_vit", img_size=32)).size == (3, 32, 32)
     found, cfg = input_of(timm.create_model("test_resnet")), timm.get_pretrained_cfg("test_resnet")
     assert (found.size, found.mean, found.std) == (cfg.input_size, cfg.mean, cfg.std)
+
+
+def test_the_crop_of_a_timm_model_is_its_own():
+    args = dict(img_size=28, patch_size=14, embed_dim=16, depth=1, num_heads=2)
+    assert input_of(timm.create_model("test_vit")).crop_mode == "center"
+    model = timm.create_model("vit_base_patch16_clip_384", **args)
+    assert input_of(model).crop_mode == timm.get_pretrained_cfg("vit_base_patch16_clip_384").crop_mode == "squash"
+
+
+def test_every_crop_and_filter_of_timms_models_may_be_in_a_file():
+    cfgs = [timm.get_pretrained_cfg(name) for name in timm.list_models()]
+    assert {cfg.crop_mode for cfg in cfgs} == set(CROP_MODES)
+    assert {cfg.interpolation for cfg in cfgs} <= set(INTERPOLATIONS)
+    for name in INTERPOLATIONS:
+        assert timm.data.transforms.str_to_pil_interp(name) is not None
+
+
+FIELDS = dict(size=[3, 16, 24], mean=[0.1, 0.2, 0.3], std=[1, 0.5, 0.6], interpolation="bilinear", crop_pct=0.9,
+              crop_mode="border")
+
+
+def test_fields_of_json_come_back():
+    expected = InputSpec(size=(3, 16, 24), mean=(0.1, 0.2, 0.3), std=(1, 0.5, 0.6), interpolation="bilinear",
+                         crop_pct=0.9, crop_mode="border")
+    assert InputSpec.from_json(**json.loads(json.dumps(asdict(expected)))) == expected == InputSpec.from_json(**FIELDS)
+    old = {name: value for name, value in FIELDS.items() if name != "crop_mode"}
+    assert InputSpec.from_json(**old) == replace(expected, crop_mode="center")
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"sise": 1}, "it has unknown fields: sise; known are size, mean, std, interpolation, crop_pct, crop_mode"),
+    ({"size": [3, 16]}, r"size is \[3, 16\]; it must be \[channels, height, width\], three whole numbers above 0"),
+    ({"mean": [0.5] * 4}, "mean has 4 and std has 3 numbers for 3 channels"),
+    ({"std": [0.5, -1, 0.5]}, r"std is \[0.5, -1, 0.5\]; it must be a list of numbers above 0, one of each channel"),
+    ({"mean": [float("nan")] * 3}, r"mean is \[nan, nan, nan\]; it must be a list of numbers"),
+    ({"crop_pct": float("inf")}, "crop_pct is inf; it must be a number above 0"),
+    ({"crop_mode": "fill"}, "crop_mode is 'fill'; it must be one of center, squash, border"),
+], ids=str)
+def test_fields_that_are_none_are_told(changed, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        InputSpec.from_json(**FIELDS | changed)
+
+
+def test_missing_fields_are_told():
+    with pytest.raises(ValueError, match="it lacks fields: mean, std$"):
+        InputSpec.from_json(**{name: value for name, value in FIELDS.items() if name not in ("mean", "std")})
+    with pytest.raises(ValueError, match=r"it is \[1\], not an object of fields"):
+        check_fields([1], INPUT_RULES)
+
+
+def test_the_first_three_names_are_told_as_they_can_be_printed():
+    assert some("cab") == "a, b, c" and some("dcab") == "a, b, c, …"
+    assert some(["a", "b\n\x1b[2J"]) == r"a, 'b\n\x1b[2J'" and len(some(["x" * 10**6])) < 130
+
+
+@pytest.mark.parametrize("value, count, text", [
+    (0, True, False), (7, True, False), (-1, False, False), (True, False, False), (1.0, False, False),
+    ("dög", False, True), ("", False, True), ("\ud800", False, False), (None, False, False)], ids=repr)
+def test_counts_and_texts(value, count, text):
+    assert (is_count(value), is_text(value)) == (count, text)
+    assert is_list_of_texts([value]) == is_text_map({value: 1}) == text
+    assert not is_list_of_texts("abc") and not is_text_map(["a"])

@@ -4,12 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from vir.config import AugmentConfig
 from vir.data import transforms
-from vir.models.spec import InputSpec
+from vir.data.decode import decode_image
+from vir.data.device import normalize
+from vir.data.folder_reader import FolderReader
+from vir.data.loader import eval_batches
+from vir.models.spec import CROP_MODES, InputSpec
 
 torch.set_num_threads(1)
 INPUT = InputSpec(size=(3, 16, 16), mean=(0.5, 0.25, 0.1), std=(0.5, 0.2, 0.4), interpolation="bilinear",
@@ -78,6 +83,48 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre():
     found = np.asarray(transforms.eval_transform(replace(INPUT, crop_pct=0.8))(image))
     whole = np.asarray(image.resize((30, 20), Image.BILINEAR)).transpose(2, 0, 1)  # 16 / 0.8 = 20
     assert np.array_equal(found, whole[:, 2:18, 7:23])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of images that are wide, high, square, and smaller than a crop; JPEG and PNG."""
+    root = tmp_path_factory.mktemp("images")
+    for number, (height, width) in enumerate([(90, 40), (33, 100), (64, 64), (20, 31), (57, 58), (31, 20)]):
+        path = root / "ab"[number % 2] / f"{number}.{('jpg', 'png')[number % 3 == 0]}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels(height, width, 3, seed=number).numpy()).resize((width, height)).save(path)
+    return root
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)], ids=str)
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+@pytest.mark.parametrize("crop_mode", CROP_MODES)
+def test_evaluation_is_that_of_timms_validate(folder, crop_mode, crop_pct, size):
+    """timm's own data set and loader, with what its validate.py gives them, on the same folder."""
+    given = InputSpec(size=(3, *size), mean=(0.5, 0.25, 0.1), std=(0.5, 0.2, 0.4), interpolation="bicubic",
+                      crop_pct=crop_pct, crop_mode=crop_mode)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", str(folder)), input_size=given.size, batch_size=4, is_training=False,
+        use_prefetcher=False, interpolation=given.interpolation, mean=given.mean, std=given.std, num_workers=0,
+        crop_pct=given.crop_pct, crop_mode=given.crop_mode, device=torch.device("cpu"))
+    theirs, their_labels = (torch.cat(parts) for parts in zip(*loader))
+    files = [path.removeprefix(f"{folder}/") for path, _ in loader.dataset.reader.samples]
+
+    reader = FolderReader(folder)
+    order = [files.index(reader.where(sample)) for sample in range(6)]
+    batches = list(eval_batches(reader, given, batch_size=4, rank=0, world_size=1, workers=1,
+                                device=torch.device("cpu")))
+    ours = torch.cat([normalize(batch.images, given) for batch in batches])
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), their_labels[order])
+    assert ours.shape == (6, 3, *size)
+    # x * (1 / std) - mean / std here, (x / 255 - mean) / std there: a few roundings of numbers up to 5.
+    assert torch.allclose(ours, theirs[order], rtol=0, atol=2e-6)
+    with torch.no_grad():
+        assert torch.allclose(model(ours), model(theirs[order]), rtol=0, atol=1e-5)
+    other = transforms.eval_transform(replace(given, crop_mode=CROP_MODES[CROP_MODES.index(crop_mode) - 1]))
+    assert not np.array_equal(other(decode_image(reader.read(0))), batches[0].images[0].numpy())
 
 
 # ---- numbers drawn per sample

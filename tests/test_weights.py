@@ -4,7 +4,10 @@ import dataclasses
 import json
 import os
 import pickle
+import resource
+import shutil
 import stat
+import time
 
 import pytest
 import timm
@@ -15,8 +18,8 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import vir.models
 from vir.errors import DataError, SettingsError
-from vir.models import WeightsMetadata, load, read_metadata, save_weights
-from vir.models.spec import InputSpec, ModelSpec
+from vir.models import WeightsMetadata, initialize, load, read_metadata, save_weights
+from vir.models.spec import InputSpec, ModelSpec, input_of
 from vir.models.weights import read, stated_metadata
 
 torch.set_num_threads(1)
@@ -165,10 +168,384 @@ def test_a_future_format_asks_for_an_update(path):
         read_metadata(rewritten(path, format_version=3, new_field="x"))
 
 
-@pytest.mark.parametrize("changes", [{"other": 1}, {"classes": 3}, {"model_args": 3}, {"format_version": "x"}], ids=str)
-def test_damaged_metadata_is_refused(path, changes):
-    with pytest.raises(DataError, match="has damaged metadata"):
-        read_metadata(rewritten(path, **changes))
+def nested(depth, value=1):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"other": 1}, "it has unknown fields: other; known are model_name, model_args, classes, input_size, mean, "),
+    ({"a": 1, "b": 1, "c": 1, "d": 1, "\x1b[2J": 1}, r"it has unknown fields: '\\x1b\[2J', a, b, …; known"),
+    ({"model_name": ""}, "model_name is ''; it must be the name of a model"),
+    ({"model_args": 3}, "model_args is 3; it must be an object of arguments by their names"),
+    ({"model_args": ["depth"]}, r"model_args is \['depth'\]; it must be an object"),
+    ({"model_args": {"a": nested(16)}}, "model_args is .*nested 16 deep at most"),
+    ({"classes": 3}, "classes is 3; it must be a list of names, none of them twice"),
+    ({"classes": "abc"}, "classes is 'abc'; it must be a list of names"),
+    ({"classes": ["a", "b", "a"]}, r"classes is \['a', 'b', 'a'\]; it must be a list of names, none of them twice"),
+    ({"classes": ["a", "\ud800", "b"]}, "classes is .* it must be a list of names"),
+    ({"classes": [1, 2, 3]}, r"classes is \[1, 2, 3\]; it must"),
+    ({"input_size": [3, 16]}, r"input_size is \[3, 16\]; it must be \[channels, height, width\], three whole"),
+    ({"input_size": [3, 0, 16]}, r"input_size is \[3, 0, 16\]"),
+    ({"input_size": [3, 16.0, 16]}, r"input_size is \[3, 16.0, 16\]"),
+    ({"input_size": "3x1"}, "input_size is '3x1'"),
+    ({"mean": 0.5}, "mean is 0.5; it must be a list of numbers, one of each channel"),
+    ({"mean": [True, 0, 0]}, r"mean is \[True, 0, 0\]"),
+    ({"mean": [0.5]}, "mean has 1 and std has 3 numbers for 3 channels"),
+    ({"std": [0, 1, 1]}, r"std is \[0, 1, 1\]; it must be a list of numbers above 0"),
+    ({"std": [10**400, 1, 1]}, r"std is \[100.*, 1, 1\]; it must be a list of numbers"),
+    ({"interpolation": "random"}, "interpolation is 'random'; it must be one of bicubic, bilinear, box, hamming, lanc"),
+    ({"interpolation": ["box"]}, r"interpolation is \['box'\]; it must be one of"),
+    ({"crop_pct": 0}, "crop_pct is 0; it must be a number above 0"),
+    ({"crop_pct": "1"}, "crop_pct is '1'; it must be a number above 0"),
+    ({"crop_mode": "stretch"}, "crop_mode is 'stretch'; it must be one of center, squash, border"),
+    ({"crop_mode": None}, "crop_mode is None; it must be one of"),
+    ({"step": -1}, "step is -1; it must be a whole number, 0 or more"),
+    ({"step": True}, "step is True; it must be a whole number"),
+    ({"samples_seen": 1.5}, "samples_seen is 1.5; it must be a whole number"),
+    ({"ema": 1}, "ema is 1; it must be true or false"),
+    ({"dtype": "int8"}, "dtype is 'int8'; it must be one of fp32, bf16, fp16"),
+    ({"config_hash": None}, "config_hash is None; it must be a text"),
+    ({"data_fingerprint": 7}, "data_fingerprint is 7; it must be a text"),
+    ({"format_version": "x"}, "format_version is 'x'; it must be a whole number, 1 or more"),
+    ({"format_version": 0}, "format_version is 0; it must be"),
+    ({"format_version": True}, "format_version is True; it must be"),
+    ({"step": float("nan")}, "NaN is no number of JSON"),
+    ({"mean": [0, 0, float("inf")]}, "Infinity is no number of JSON"),
+], ids=lambda value: str(value)[:40].encode("ascii", "replace").decode())
+def test_damaged_metadata_is_refused_by_a_sentence_on_the_field(path, changes, said):
+    for one in (read_metadata, stated_metadata, load):
+        with pytest.raises(DataError, match=f"vir.safetensors has damaged metadata: {said}.*; make it anew with vir-c"):
+            one(rewritten(path, **changes))
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[" * 100_000 + "]" * 100_000, "it is nested too deeply"),
+    ('{"a":' * 100_000 + "1" + "}" * 100_000, "it is nested too deeply"),
+    ("[1, 2]", r"it is \[1, 2\], not an object of fields"),
+    ("null", "it is None, not an object"),
+    ("", "Expecting value"),
+    ('{"step": 1, "step": 2}', "it has step twice"),
+    ("{}", "it lacks fields: classes, config_hash, crop_mode, …; make"),
+    ('{"step": ' + "9" * 5000 + "}", "Exceeds the limit"),
+], ids=lambda text: text[:20])
+def test_metadata_that_are_no_object_of_fields_are_refused(path, text, said):
+    save_file({"a": torch.zeros(1)}, path, {"format": "pt", "vir": text})
+    with pytest.raises(DataError, match=f"has damaged metadata: {said}"):
+        read_metadata(path)
+
+
+def test_a_file_of_version_1_is_read_and_crops_the_centre(path):
+    with safe_open(path, "pt") as file:
+        fields = json.loads(file.metadata()["vir"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for name in ("crop_mode", "config_hash", "data_fingerprint"):
+        del fields[name]
+    for version in (1, 2):
+        save_file(tensors, path, {"format": "pt", "vir": json.dumps(fields | {"format_version": version})})
+        if version == 1:
+            assert load(path).weights_metadata == dataclasses.replace(METADATA, format_version=1)
+    with pytest.raises(DataError, match="damaged metadata: it lacks fields: config_hash, crop_mode, data_fingerprint;"):
+        load(path)
+
+
+def test_a_model_that_squashes_images_does_so_again(tmp_path):
+    name = "vit_base_patch16_clip_384"
+    args = dict(img_size=28, patch_size=14, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    model = timm.create_model(name, **args)
+    assert input_of(model).crop_mode == "squash"
+    save_weights(tmp_path / "w", model.state_dict(), dataclasses.replace(METADATA, model=ModelSpec(
+        name=name, args=args, input=input_of(model), classes=())))
+    assert read_metadata(tmp_path / "w").model.input.crop_mode == "squash"
+    for loaded in (load(tmp_path / "w"), load(tmp_path / "w", img_size=56)):
+        assert loaded.pretrained_cfg["crop_mode"] == "squash" == input_of(loaded).crop_mode
+    rewritten(tmp_path / "w", crop_mode="border")  # the file knows it better than timm
+    assert input_of(load(tmp_path / "w")).crop_mode == "border"
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"model": dataclasses.replace(MODEL, classes=("crane", "eel", "crane"))}, "classes is .*none of them twice"),
+    ({"model": dataclasses.replace(MODEL, args={"init_values": float("nan")})}, "NaN is no number of JSON"),
+    ({"dtype": "float32"}, "dtype is 'float32'; it must be one of fp32, bf16, fp16"), ({"step": -1}, "step is -1; it")])
+def test_what_could_not_be_read_again_is_not_written(path, changed, said):
+    before = path.read_bytes()
+    with pytest.raises(SettingsError, match=f"these weights cannot be saved: {said}"):
+        save_weights(path, tiny_model().state_dict(), dataclasses.replace(METADATA, **changed))
+    assert path.read_bytes() == before
+
+
+# ---- hostile files
+
+
+def raw(fields, data=b"", length=None):
+    """A safetensors file by hand: length of the header, header, data."""
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def tensor(begin, end, shape=(1,), dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+TWICE = b'{"a": %s, "b": %s, "a": %s}' % tuple(
+    json.dumps(tensor(*ends)).encode() for ends in ((0, 4), (4, 8), (0, 4)))
+
+
+@pytest.mark.parametrize("content", [
+    raw({}, length=10**6), raw({}, length=0), raw({}, length=2**63), raw({}, length=2**64 - 1),
+    raw(b"[" * 100_000, length=100_000), raw(b"\xff\xfe"), raw(b"[]"),
+    raw({"a": tensor(0, 4), "b": tensor(0, 4)}, b"0000"), raw({"a": tensor(0, 8, (2,)), "b": tensor(4, 8)}, b"0" * 8),
+    raw({"a": tensor(0, 4), "b": tensor(8, 12)}, b"0" * 12), raw({"a": tensor(4, 8)}, b"0" * 8),
+    raw({"a": tensor(0, 4)}, b""), raw({"a": tensor(0, 4)}, b"0" * 8), raw({"a": tensor(4, 0)}, b"0000"),
+    raw({"a": tensor(0, 4, dtype="F33")}, b"0000"), raw({"a": tensor(0, 4, (2,))}, b"0000"),
+    raw({"a": tensor(0, 4, (2**62, 2**62))}, b"0000"), raw({"a": tensor(0, 4, (-1,))}, b"0000"),
+    raw({"a": tensor(0, 4), "__metadata__": {"vir": 3}}, b"0000"), raw(TWICE, b"0" * 8),
+    b'{"__metadata__"', b"\x80\x04K\x01.", b"PK\x03\x04" + b"0" * 100,
+], ids=[
+    "header beyond the end", "header of 0", "header of 2^63", "header of 2^64-1", "deep header", "no text", "a list",
+    "same place", "overlap", "hole", "hole at the start", "beyond the end", "bytes left over", "end before start",
+    "unknown dtype", "bytes and shape differ", "shape beyond counting", "negative shape", "metadata of numbers",
+    "one name twice", "text", "pickle", "zip"])
+def test_hostile_safetensors_are_refused(tmp_path, content):
+    (tmp_path / "w.safetensors").write_bytes(content)
+    for one in (load, read_metadata, read):
+        with pytest.raises(DataError, match=r"w.safetensors is not a safetensors file or is (cut short|damaged) \(."):
+            one(tmp_path / "w.safetensors")
+
+
+def test_a_file_of_torch_is_refused_and_nothing_in_it_runs(tmp_path):
+    torch.save(tiny_model().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(DataError, match="is not a safetensors file"):
+        load(tmp_path / "w.safetensors")
+
+
+def test_pipes_and_devices_are_no_weights(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "w.safetensors.index.json")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path / "w.safetensors.index.json", tmp_path / "w.safetensors"):
+        for one in (load, read_metadata):
+            with pytest.raises(DataError, match="no weights file at"):
+                one(path)
+    assert stated_metadata(tmp_path / "pipe") is None
+
+
+def test_tensors_that_no_state_dict_has_are_refused(tmp_path):
+    header = {"__metadata__": {"vir": METADATA.to_json()}}
+    for entry, said in ((tensor(0, 1, (1,), "F8_E8M0"), r"a is F8_E8M0 of shape \[1\] \(which PyTorch does not know"),
+                        (tensor(0, 0, (0, 2**62, 2**62)), r"a is F32 of shape \[0, .*overflow")):
+        data = b"0" * entry["data_offsets"][1]
+        (tmp_path / "w").write_bytes(raw(header | {"a": entry}, data))
+        with pytest.raises(DataError, match=said):
+            load(tmp_path / "w")
+
+
+def test_tensors_of_another_type_are_refused(path):
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors | {"norm.weight": torch.ones(16, dtype=torch.int8)}, path, header)
+    with pytest.raises(DataError, match=r"1 tensors of another type \(norm.weight is torch.int8, not torch.float32\)"):
+        load(path)
+
+
+@pytest.fixture(scope="module")
+def megabyte(tmp_path_factory):
+    """A file of 0.9 MB."""
+    args = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=2, num_classes=3)
+    stored(path := tmp_path_factory.mktemp("large") / "w.safetensors", MODEL.name, **args)
+    assert 0.8e6 < path.stat().st_size < 1e6
+    return path, args
+
+
+@pytest.mark.parametrize("name, args, said", [
+    ("vir_large_patch16_224", dict(img_size=32, embed_dim=8192), "that network has several times as many"),  # 77 GB
+    (MODEL.name, dict(depth=10**9), r"its model_args ask for depths and sizes of 10000001\d\d in sum; it was not"),
+    (MODEL.name, dict(depth=-10**9), r"its model_args ask for depths and sizes of 10000001\d\d in sum"),
+    (MODEL.name, dict(img_size=[32, 10**6]), r"its model_args ask for depths and sizes of 10001\d\d in sum"),
+    (MODEL.name, dict(depth=10**4000), r"depths and sizes of 1000\d+\.\.\.\d+ in sum"),
+    ("swin_tiny_patch4_window7_224", dict(depths=[60_000] * 10_000), "depths and sizes of 600000000 in sum"),
+    (MODEL.name, dict(depth=60_000, embed_dim=2), "that network has several times as many"),
+    (MODEL.name, dict(img_size=65_536), "that network has several times as many"),
+    (MODEL.name, dict(mlp_ratio=1e9), "that network has several times as many"),
+    (MODEL.name, dict(mlp_ratio=1e300), "cannot create"),
+    (MODEL.name, dict(depth=-1), "56 tensors unexpected"),
+    (MODEL.name, dict(embed_dim=-64), "cannot create .*negative dimension -64"),
+    (MODEL.name, dict(depth="4"), "cannot create .*'str' object cannot be interpreted as an integer"),
+    (MODEL.name, dict(img_size=nested(14)), "cannot create"),
+    (MODEL.name, dict(unknown="y" * 10**6), "cannot create .*y…"),
+    (MODEL.name, dict(device="cuda"), r"has model_args \['device'\], which are for its reader to choose"),
+    ("vit_small_patch16_224", dict(norm_layer="os.system"), "cannot create"),
+    ("swin_tiny_patch4_window7_224", dict(img_size=60_000), "that network has several times as many"),  # by its masks
+], ids=lambda value: str(value)[:30])
+def test_a_small_file_that_claims_a_large_network_is_refused_at_once(megabyte, tmp_path, name, args, said):
+    path, own = megabyte
+    shutil.copy(path, tmp_path / path.name)
+    rewritten(tmp_path / path.name, model_name=name, model_args=own | args if name == MODEL.name else args)
+    before, start = peak(), time.monotonic()
+    with pytest.raises(DataError, match=said) as error:
+        load(tmp_path / path.name)
+    assert time.monotonic() - start < 5  # of which most tell 0.01 s; other programs run beside
+    assert peak() - before < 100 << 20 and len(str(error.value)) < 3000
+
+
+def test_a_network_that_cannot_be_built_without_numbers_is_built_with_them(path, monkeypatch):
+    real, devices = initialize.create, []
+
+    def create(*args, **more):
+        devices.append(torch.get_default_device().type)
+        if devices[-1] == "meta":
+            raise initialize.NotBuiltError("Tensor.item() cannot be called on meta tensors")
+        return real(*args, **more)
+
+    expected = load(path).state_dict()
+    monkeypatch.setattr(initialize, "create", create)
+    assert all(x.equal(expected[name]) for name, x in load(path).state_dict().items())
+    assert devices == ["meta", "cpu", "cpu"]
+    with pytest.raises(DataError, match="that network has several times as many"):
+        load(rewritten(path, model_args=TINY | {"embed_dim": 8192}))
+
+
+def test_masks_that_no_file_holds_are_counted_too(tmp_path):
+    """Swin's weights are the same for images of any size, its masks of windows are not: 0.3 GB here."""
+    args = dict(img_size=32, window_size=4, patch_size=4, embed_dim=8, depths=(2, 1), num_heads=(2, 2), num_classes=3)
+    stored(tmp_path / "w", "swin_tiny_patch4_window7_224", **args)
+    load(rewritten(tmp_path / "w", model_args=args | {"img_size": 64}))
+    with pytest.raises(DataError, match="that network has several times as many"):
+        load(rewritten(tmp_path / "w", model_args=args | {"img_size": 8192}))
+
+
+def peak():
+    """Bytes of memory that this process has ever had at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def test_networks_that_are_built_later_are_not_counted(path):
+    with pytest.raises(DataError):
+        load(rewritten(path, model_args=TINY | {"img_size": 4096}))
+    assert timm.create_model("test_vit").num_classes == 1000 and timm.create_model("vir_tiny_patch16_224")
+
+
+# ---- dtype
+
+
+@pytest.mark.parametrize("dtype, expected", [
+    ("fp32", torch.float32), ("bf16", torch.bfloat16), (torch.float16, torch.float16), (torch.float64, torch.float64)])
+def test_a_model_is_loaded_in_the_type_that_is_asked_for(path, dtype, expected):
+    model = load(path, "cpu", dtype)
+    assert {x.dtype for x in model.parameters()} == {expected}
+    assert {x.dtype for x in model.buffers()} == {torch.float32}  # ViR's decay, which is exact in no other
+    found = load(path, dtype=dtype, img_size=(32, 48))(IMAGES.to(expected)).float()
+    assert found.allclose(load(path, img_size=(32, 48))(IMAGES), atol=0.02)  # half a percent of logits of about 1
+
+
+def test_integers_of_a_model_keep_their_type(tmp_path):
+    stored(tmp_path / "w", "test_resnet")
+    model = load(tmp_path / "w", dtype="bf16")
+    assert {str(x.dtype) for x in model.buffers()} == {"torch.bfloat16", "torch.int64"}
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int8, None, 3], ids=str)
+def test_a_type_that_is_none_is_told(path, dtype):
+    with pytest.raises(SettingsError, match=f"dtype is {dtype!r}; it must be one of fp32, bf16, fp16, or such a"):
+        load(path, dtype=dtype)
+
+
+# ---- weights in several files
+
+
+def split(path, changed=lambda number, header: header):
+    """The same weights in three files beside it and their index, and the file itself gone."""
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    path.unlink()
+    parts = [f"{path.stem}-{number + 1:05d}-of-00003.safetensors" for number in range(3)]
+    names = {name: parts[number % 3] for number, name in enumerate(sorted(tensors))}
+    for number, part in enumerate(parts):
+        save_file({name: tensors[name] for name in names if names[name] == part}, path.parent / part,
+                  changed(number, header))
+    index = path.parent / f"{path.name}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    return index, names
+
+
+def test_weights_in_several_files_are_read_by_either_name(path, tmp_path):
+    expected = load(path).state_dict()
+    index, names = split(path)
+    assert not path.exists() and len(set(names.values())) == 3
+    for name in (path, index, str(path), str(index)):
+        model = load(name)
+        assert model.weights_metadata == METADATA == read_metadata(name) == stated_metadata(name) == read(name)[0]
+        assert all(x.equal(expected[key]) for key, x in model.state_dict().items())
+    assert read(path)[1].keys() == expected.keys()
+    save_file({"a": torch.zeros(1)}, path)  # a file of that name is that file
+    with pytest.raises(DataError, match="does not say which model"):
+        load(path)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda names: names | {"norm.weight": "../w.safetensors"}, "it names the file ../w.safetensors; files are named"),
+    (lambda names: names | {"norm.weight": "/etc/w.safetensors"}, "it names the file /etc/w.safetensors; files are"),
+    (lambda names: names | {"norm.weight": ".."}, r"it names the file \.\.; "),
+    (lambda names: names | {"norm.weight": ""}, "it names the file ; "),
+    (lambda names: names | {"norm.weight": "w.pth"}, "it names the file w.pth; .* end in .safetensors"),
+    (lambda names: names | {"norm.weight": 3}, "its weight_map must name the file of each tensor"),
+    (lambda names: {}, "its weight_map must name the file of each tensor"),
+    (lambda names: list(names), "its weight_map must name the file of each tensor"),
+], ids=range(8))
+def test_an_index_that_is_none_is_refused(path, change, said):
+    index, names = split(path)
+    index.write_text(json.dumps({"weight_map": change(names)}))
+    for one in (load, read_metadata, stated_metadata):
+        with pytest.raises(DataError, match=f"vir.safetensors.index.json is no index of weights: {said}"):
+            one(path)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[" * 100_000, "it is nested too deeply"), ("", "Expecting value"), ("[]", "its weight_map must"),
+    ("\xff", "Expecting value"), ('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}', "it has a twice"),
+], ids=lambda text: text[:12])
+def test_an_index_of_damaged_text_is_refused(path, text, said):
+    index, _ = split(path)
+    index.write_text(text)
+    with pytest.raises(DataError, match=f"is no index of weights: {said}"):
+        load(index)
+
+
+def test_an_index_larger_than_any_is_not_read(path):
+    index, _ = split(path)
+    with index.open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(DataError, match="index.json cannot be read: it has 1000000000000 bytes, more than the 1000000"):
+        load(index)
+
+
+def test_files_that_are_not_those_of_the_index_are_refused(path):
+    index, names = split(path)
+    one, two = sorted(set(names.values()))[:2]
+    name = next(name for name in names if names[name] == one)
+    less = {key: names[key] for key in names if key != name}
+    for changed, first in ((names | {"more": one}, "more"), (names | {name: two}, name), (less, name)):
+        index.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(DataError, match=r"vir-0000\d-of-00003.safetensors does not hold the tensors that vir.safet"
+                                            rf"ensors.index.json says: {first}; copy all files"):
+            load(index)
+    index.write_text(json.dumps({"weight_map": names}))
+    (path.parent / two).unlink()
+    with pytest.raises(DataError, match=f"index.json names {two}, which is not beside it; copy all files of these"):
+        load(index)
+    (path.parent / two).write_bytes(b"")
+    with pytest.raises(DataError, match=f"{two} is not a safetensors file or is cut short"):
+        load(index)
+
+
+@pytest.mark.parametrize("other", [
+    {"vir": dataclasses.replace(METADATA, step=8).to_json()}, {"vir": "{"}, {}], ids=["step", "damaged", "none"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_files_of_two_steps_make_no_weights(path, other, number):
+    index, _ = split(path, lambda part, header: other if part == number else header)
+    with pytest.raises(DataError, match=f"vir-0000{number + 1}-of-00003.safetensors says something else of itself than "
+                                        "vir-00001-of-00003.safetensors: they are of different steps or runs; "):
+        load(index)
 
 
 @pytest.mark.parametrize("name", ["no_such_model", "hf-hub:someone/model", "local-dir:/tmp"])
@@ -293,6 +670,16 @@ def test_a_family_whose_positions_timm_does_not_resample_is_told(tmp_path):
     with pytest.raises(SettingsError, match=r"another shape \(pos_embed is .*; timm resamples no positions for this "
                                             "family; leave img_size out$"):
         load(tmp_path / "w", img_size=64)
+
+
+@pytest.mark.parametrize("name, old, new, grids", [
+    ("convit_tiny", (16, 64), 32, "pos_embed is of 2x8 patches, not of 4x4"),
+    ("convit_tiny", 32, (16, 64), "pos_embed is of 4x4 patches, not of 2x8")])
+def test_positions_of_another_grid_of_as_many_patches_are_not_taken_as_they_are(tmp_path, name, old, new, grids):
+    stored(tmp_path / "w", name, img_size=old, patch_size=8, embed_dim=16, depth=1, local_up_to_layer=1, num_heads=2)
+    with pytest.raises(SettingsError, match=f"in the place of .*: {grids}, and timm resamples no positions between the"
+                                            "m for this family; take the img_size of the file$"):
+        load(tmp_path / "w", img_size=new)
 
 
 def test_the_class_count_of_the_file_may_be_given(tmp_path, path):

@@ -20,16 +20,16 @@ from vir.models.initialize import (
     UNREADABLE,
     NotBuiltError,
     create,
+    described,
     initialize_from,
     initialize_pretrained,
     mismatches,
     network_of,
     resampled,
-    some,
     timm_cfg,
 )
-from vir.models.spec import InputSpec, ModelSpec, input_of
-from vir.models.weights import read
+from vir.models.spec import InputSpec, ModelSpec, input_of, some
+from vir.models.weights import DTYPES, outline, read
 
 __all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "load"]
 
@@ -75,36 +75,43 @@ def _is_told_its_size(name: str) -> bool:
     return getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: Any = torch.float32, **args: Any) -> nn.Module:
-    """The model in a weights file, float32, in eval mode, on `device`; any model that timm knows, not only ViR.
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32,
+         **args: Any) -> nn.Module:
+    """The model in a weights file, in eval mode, on `device`; any model that timm knows, not only ViR.
 
     What it is and how it was trained is at `model.weights_metadata` (a WeightsMetadata); the preprocessing is
-    also in `model.pretrained_cfg`, where timm.data.resolve_model_data_config finds it.
+    also in `model.pretrained_cfg`, where timm.data.resolve_model_data_config finds it. Names, shapes and types of the
+    tensors are compared with the network before any memory is taken for either.
 
     Args:
+        path: also of weights in several files: their index, or the name that it is the index of.
+        dtype: of the model's floating-point numbers, whichever the file has: one of torch, or fp32, bf16 or fp16.
         args: for timm.create_model, in the place of those that the file names, e.g. img_size=(8192, 256) or
             dynamic_img_size=True; position table and patches are resampled, everything else must fit. Some models of
             timm take no img_size, yet images of their own size alone (efficientformer_l1): these fail when called.
 
     Raises:
         DataError: the file cannot be read or does not hold what it says.
-        SettingsError: the model does not take `args`, or the file's weights do not fit it then.
+        SettingsError: the model does not take `args`, or the file's weights do not fit it then; or no such dtype.
     """
-    metadata, state_dict = read(path)
+    number = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+        raise SettingsError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or such a dtype of torch")
+    metadata, outlines = outline(path)
     spec = metadata.model
-    model = network_of(path, spec)
-    if problems := mismatches(state_dict, model.state_dict()):
-        raise DataError(f"{path} does not fit {spec.name} with model_args {spec.args}: {problems}; "
-                        f"correct the model_args where the file is made")
-    if args:
-        model, spec, state_dict = _changed(path, model, spec, state_dict, args)
-    num_classes = getattr(model, "num_classes", None)
+    network = described(path, spec, outlines)
+    num_classes = getattr(network, "num_classes", None)
     if spec.classes and len(spec.classes) != num_classes:
         raise DataError(f"{path} names {len(spec.classes)} classes but its model has {num_classes} logits; "
                         f"save it with the classes that it was trained on, or with none")
+    state_dict = read(path)[1]
+    if args:
+        model, spec, state_dict = _changed(path, network, spec, state_dict, args)
+    else:
+        model = network_of(path, spec)
     model.load_state_dict(state_dict)
     setattr(model, "weights_metadata", replace(metadata, model=spec))
-    return model.to(device, dtype).eval()
+    return model.to(device, number).eval()
 
 
 def _changed(path: str | os.PathLike[str], source: nn.Module, spec: ModelSpec, state_dict: dict[str, Tensor],
@@ -112,7 +119,7 @@ def _changed(path: str | os.PathLike[str], source: nn.Module, spec: ModelSpec, s
     """The network of a file with other arguments, what it is, and the file's tensors at its sizes.
 
     Args:
-        source: the network of the file; it is used up.
+        source: the network of the file, on the meta device; it is used up.
 
     Raises:
         SettingsError: one of them cannot be changed, or other tensors than position table and patches do not fit.
@@ -139,6 +146,9 @@ def _changed(path: str | os.PathLike[str], source: nn.Module, spec: ModelSpec, s
     try:
         fitted = resampled(state_dict, model, source)
         problems = mismatches(fitted, model.state_dict())
+    except SettingsError as error:
+        raise SettingsError(f"{path} does not fit {spec.name} with {args} in the place of its model_args {spec.args}: "
+                            f"{error}") from error
     except UNREADABLE as error:
         problems = str(error) or type(error).__name__
     if problems:

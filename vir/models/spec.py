@@ -2,13 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from vir.errors import SettingsError
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+"""Filters that timm resizes images with in evaluation."""
+
+CROP_MODES = ("center", "squash", "border")
+
+Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""Of each field of a JSON object: whether a value may stand there, and what it must be, in words."""
+
+
+def check_fields(fields: Any, rules: Rules, optional: Collection[str] = ()) -> None:
+    """Raises ValueError, a sentence, where a field is missing, unknown, or of another kind than its rule says."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"it is {reprlib.repr(fields)}, not an object of fields")
+    if unknown := fields.keys() - rules.keys():
+        raise ValueError(f"it has unknown fields: {some(unknown)}; known are {', '.join(rules)}")
+    if missing := rules.keys() - fields.keys() - set(optional):
+        raise ValueError(f"it lacks fields: {some(missing)}")
+    for name, value in fields.items():
+        holds, what = rules[name]
+        if not holds(value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}; it must be {what}")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of them, as far as a line takes them."""
+    first = sorted(names)
+    shown = [name if len(name) <= 120 and name.isprintable() else reprlib.repr(name) for name in first[:3]]
+    return ", ".join(shown) + (", …" if len(first) > 3 else "")
+
+
+def is_count(value: Any) -> bool:
+    """A whole number, 0 or more; JSON's true is none."""
+    return type(value) is int and value >= 0
+
+
+def is_text(value: Any) -> bool:
+    """That can be printed and stored: JSON can spell halves of characters."""
+    return isinstance(value, str) and not _HALF.search(value)
+
+
+def is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(is_text, value))
+
+
+def is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_text, value))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # and so neither NaN nor too large for a tensor
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(is_count(side) and side for side in value)
+
+
+def _are_numbers(value: Any, least: float = -math.inf) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(_is_number(x) and x > least for x in value)
+
+
+INPUT_RULES: Rules = {
+    "size": (_is_size, "[channels, height, width], three whole numbers above 0"),
+    "mean": (_are_numbers, "a list of numbers, one of each channel"),
+    "std": (lambda value: _are_numbers(value, least=0), "a list of numbers above 0, one of each channel"),
+    "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+    "crop_pct": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "crop_mode": (lambda value: value in CROP_MODES, f"one of {', '.join(CROP_MODES)}")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +103,18 @@ class InputSpec:
     the longer side and fills up."""
 
     @classmethod
-    def from_json(cls, *, size: Sequence[int], mean: Sequence[float], std: Sequence[float], interpolation: str,
-                  crop_pct: float, crop_mode: str = "center") -> InputSpec:
-        """From the fields as JSON has them: lists in the place of tuples."""
-        channels, height, width = size
-        return cls(size=(channels, height, width), mean=tuple(mean), std=tuple(std), interpolation=interpolation,
-                   crop_pct=crop_pct, crop_mode=crop_mode)
+    def from_json(cls, **fields: Any) -> InputSpec:
+        """From the fields as JSON has them: lists in the place of tuples, crop_mode not in files of old.
+
+        Raises:
+            ValueError: a sentence on the field that is missing, unknown or wrong.
+        """
+        check_fields(fields, INPUT_RULES, optional={"crop_mode"})
+        channels, height, width = fields.pop("size")
+        mean, std = tuple(fields.pop("mean")), tuple(fields.pop("std"))
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"mean has {len(mean)} and std has {len(std)} numbers for {channels} channels")
+        return cls(size=(channels, height, width), mean=mean, std=std, **fields)
 
     def timm_cfg(self) -> dict[str, Any]:
         """The fields by the names that they have in timm's pretrained_cfg."""

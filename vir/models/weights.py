@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +22,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vir.config import PRECISIONS
-from vir.errors import DataError
-from vir.files import replacing
-from vir.models.spec import InputSpec, ModelSpec
+from vir.errors import DataError, SettingsError
+from vir.files import read_regular, replacing
+from vir.models.spec import (
+    INPUT_RULES,
+    InputSpec,
+    ModelSpec,
+    Rules,
+    check_fields,
+    is_count,
+    is_list_of_texts,
+    is_text,
+    is_text_map,
+    some,
+)
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16)))
 FORMAT_VERSION = 2
 METADATA_KEY = "vir"
+INDEX_ENDING = ".index.json"
+"""What the name of weights in several files is followed by: X.safetensors.index.json says which tensor is where."""
+
+_MOST_JSON = 100_000_000
+"""Bytes of an index; safetensors takes headers of as many."""
+
+_PART = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +65,7 @@ class WeightsMetadata:
     """Whether these are the averaged weights."""
 
     dtype: str
-    """In which the file holds the weights; a loaded model is float32."""
+    """In which the file holds the weights; load() says in which the model is."""
 
     config_hash: str = ""
     """SHA-256 of the settings of the run; empty where there was none."""
@@ -56,24 +77,67 @@ class WeightsMetadata:
     """2 added crop_mode, config_hash and data_fingerprint."""
 
     def to_json(self) -> str:
-        """The header, flat."""
-        return json.dumps({
+        """The header, flat. Raises SettingsError where from_json would not take it again."""
+        text = json.dumps({
             "model_name": self.model.name, "model_args": self.model.args, "classes": self.model.classes,
             **self.model.input.timm_cfg(), "step": self.step, "samples_seen": self.samples_seen, "ema": self.ema,
             "dtype": self.dtype, "config_hash": self.config_hash, "data_fingerprint": self.data_fingerprint,
             "format_version": self.format_version}, ensure_ascii=False)
+        try:
+            self.from_json(text)
+        except ValueError as error:
+            raise SettingsError(f"these weights cannot be saved: {error}") from error
+        return text
 
     @classmethod
     def from_json(cls, text: str) -> WeightsMetadata:
-        """Raises ValueError, TypeError or KeyError where the text is not what to_json writes."""
-        fields = json.loads(text)
-        image = InputSpec.from_json(
-            size=fields.pop("input_size"), mean=fields.pop("mean"), std=fields.pop("std"),
-            interpolation=fields.pop("interpolation"), crop_pct=fields.pop("crop_pct"),
-            crop_mode=fields.pop("crop_mode", "center"))
-        model = ModelSpec(name=fields.pop("model_name"), args=dict(fields.pop("model_args")), input=image,
-                          classes=tuple(fields.pop("classes")))
+        """Raises ValueError, a sentence, where the text is not what to_json writes."""
+        fields = _json(text)
+        version: Any = fields.get("format_version") if isinstance(fields, dict) else None
+        if is_count(version) and version > FORMAT_VERSION:
+            raise FutureError(f"format_version {version}, this vir reads up to {FORMAT_VERSION}; update vir")
+        check_fields(fields, _RULES, optional=_ADDED if version == 1 else ())
+        image = {name: fields.pop(name) for name in ("mean", "std", "interpolation", "crop_pct")}
+        image |= {"size": fields.pop("input_size"), "crop_mode": fields.pop("crop_mode", "center")}
+        model = ModelSpec(name=fields.pop("model_name"), args=fields.pop("model_args"),
+                          input=InputSpec.from_json(**image), classes=tuple(fields.pop("classes")))
         return cls(model=model, **fields)
+
+
+class FutureError(ValueError):
+    """A file of a later format."""
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_args(value: Any) -> bool:
+    return is_text_map(value) and _is_flat(value, 16)
+
+
+def _is_flat(value: Any, depth: int) -> bool:
+    """Whether lists and objects stand in each other no deeper than that."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_flat(one, depth - 1) for one in inner)
+
+
+_ADDED = {"crop_mode", "config_hash", "data_fingerprint"}
+"""Fields that files of version 1 have not."""
+
+_RULES: Rules = {
+    "model_name": (lambda value: is_text(value) and value != "", "the name of a model"),
+    "model_args": (_are_args, "an object of arguments by their names, nested 16 deep at most"),
+    "classes": (lambda value: is_list_of_texts(value) and len(set(value)) == len(value),
+                "a list of names, none of them twice"),
+    **{"input_size" if name == "size" else name: rule for name, rule in INPUT_RULES.items()},
+    "step": (is_count, "a whole number, 0 or more"),
+    "samples_seen": (is_count, "a whole number, 0 or more"),
+    "ema": (_is_switch, "true or false"),
+    "dtype": (lambda value: value in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
+    "config_hash": (is_text, "a text"),
+    "data_fingerprint": (is_text, "a text"),
+    "format_version": (lambda value: is_count(value) and value > 0, "a whole number, 1 or more")}
 
 
 def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
@@ -93,49 +157,185 @@ def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor],
 
 def read_metadata(path: str | os.PathLike[str]) -> WeightsMetadata:
     """What the header says; the tensors are not read. DataError where the file is not one of ours."""
-    with _open(path) as file:
-        return _parse(path, file.metadata())
+    return _parse(path, _stored(path).header)
 
 
 def stated_metadata(path: str | os.PathLike[str]) -> WeightsMetadata | None:
     """What the header says; None where the file is of another kind and names no model."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return None
-    return _parse(path, header) if METADATA_KEY in header else None
+    if _index_of(path) is None:
+        if not os.path.isfile(path):  # opening a pipe would wait
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                if METADATA_KEY not in (file.metadata() or {}):
+                    return None
+        except (SafetensorError, OSError):
+            return None
+    return read_metadata(path)
+
+
+def outline(path: str | os.PathLike[str]) -> tuple[WeightsMetadata, dict[str, Tensor]]:
+    """What the headers say: also of the tensors, which are on the meta device and have no numbers."""
+    stored = _stored(path)
+    metadata = _parse(path, stored.header)
+    outlines: dict[str, Tensor] = {}
+    for file, tensors in stored.files.items():
+        for name, fields in tensors.items():
+            dtype, shape = _TORCH_TYPES.get(fields["dtype"]), fields["shape"]
+            try:
+                if dtype is None:
+                    raise ValueError("which PyTorch does not know")
+                outlines[name] = torch.empty(shape, dtype=dtype, device="meta")
+            except (RuntimeError, TypeError, ValueError) as error:  # sides whose product no computer can count
+                raise DataError(f"{file}: {name[:100]} is {fields['dtype']} of shape {reprlib.repr(shape)} "
+                                f"({str(error).splitlines()[0]}); make it anew with vir-consolidate") from error
+    return metadata, outlines
 
 
 def read(path: str | os.PathLike[str]) -> tuple[WeightsMetadata, dict[str, Tensor]]:
     """What the header says, and the tensors. DataError where the file is not one of ours."""
+    stored = _stored(path)
+    metadata = _parse(path, stored.header)
+    tensors: dict[str, Tensor] = {}
+    for one in stored.files:
+        with _open(one) as file:
+            tensors |= {name: file.get_tensor(name) for name in stored.files[one]}
+    return metadata, tensors
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that hold the tensors. DataError where they are none of weights."""
+    return list(_stored(path).files)
+
+
+_TORCH_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+"""By the names that safetensors gives them; those that a state_dict of a model has."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The header of a file of weights, or of all its parts."""
+
+    header: dict[str, str]
+    files: dict[Path, dict[str, dict[str, Any]]]
+    """The tensors of each: their dtype and shape."""
+
+
+def _stored(path: str | os.PathLike[str]) -> _Stored:
+    """Raises DataError where the files are not safetensors, or not those of their index."""
+    index = _index_of(path)
+    if index is None:
+        header, tensors = _header(Path(path))
+        return _Stored(header, {Path(path): tensors})
+    files: dict[Path, dict[str, dict[str, Any]]] = {}
+    headers: list[dict[str, str]] = []
+    for name, expected in _parts(index).items():
+        file = index.parent / name
+        if not os.path.isfile(file):
+            raise DataError(f"{index} names {name}, which is not beside it; copy all files of these weights")
+        header, files[file] = _header(file)
+        if found := files[file].keys() ^ expected:
+            raise DataError(f"{file} does not hold the tensors that {index.name} says: {some(found)}; copy all files "
+                            "of these weights again")
+        headers.append(header)
+        if header.get(METADATA_KEY) != headers[0].get(METADATA_KEY):
+            raise DataError(f"{file} says something else of itself than {next(iter(files)).name}: they are of "
+                            "different steps or runs; copy all files of these weights again")
+    return _Stored(headers[0], files)
+
+
+def _index_of(path: str | os.PathLike[str]) -> Path | None:
+    """The index of weights that lie in several files; None where they are in one, or there are none."""
+    if os.fspath(path).endswith(INDEX_ENDING):
+        return Path(path)
+    index = Path(f"{os.fspath(path)}{INDEX_ENDING}")
+    return index if not os.path.exists(path) and os.path.isfile(index) else None
+
+
+def _parts(index: Path) -> dict[str, set[str]]:
+    """Names of the files of an index, and the tensors that it says of each."""
+    _check_file(index)
+    try:
+        fields = _json(read_regular(index, _MOST_JSON))
+        names = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not is_text_map(names) or not names or not is_list_of_texts(list(names.values())):
+            raise ValueError("its weight_map must name the file of each tensor")
+        if wrong := {name for name in names.values() if not _PART.fullmatch(name)}:
+            raise ValueError(f"it names the file {some(wrong)}; files are named without a folder and end in "
+                             ".safetensors")
+    except OSError as error:
+        raise DataError(f"{index} cannot be read: {error.strerror or error}; copy it again") from error
+    except ValueError as error:
+        raise DataError(f"{index} is no index of weights: {error}; copy it again, or make it anew with "
+                        "vir-consolidate") from error
+    parts: dict[str, set[str]] = {}
+    for tensor, name in names.items():
+        parts.setdefault(name, set()).add(tensor)
+    return parts
+
+
+def _header(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """What a file says of itself and of its tensors.
+
+    safetensors sees to it that the tensors fill the file without holes or overlaps, by shapes and dtypes of its own
+    list; of two entries with one name it would keep the last.
+    """
     with _open(path) as file:
-        return _parse(path, file.metadata()), {name: file.get_tensor(name) for name in file.keys()}
+        header = file.metadata() or {}
+    try:
+        with path.open("rb") as raw:
+            fields = _json(raw.read(int.from_bytes(raw.read(8), "little")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a safetensors file or is damaged ({error}); copy it again, or make it anew "
+                        "with vir-consolidate") from error
+    fields.pop("__metadata__", None)
+    return header, fields
+
+
+def _json(text: str | bytes) -> Any:
+    """Raises ValueError, a sentence, where it is not JSON as we write it."""
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            raise ValueError(f"it has {some(Counter(name for name, _ in pairs) - Counter(fields.keys()))} twice")
+        return fields
+
+    try:
+        return json.loads(text, parse_constant=no_constant, object_pairs_hook=distinct)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _check_file(path: str | os.PathLike[str]) -> None:
+    if not os.path.isfile(path):
+        raise DataError(f"no weights file at {path}; vir-consolidate makes one from a run folder")
 
 
 def _open(path: str | os.PathLike[str]) -> Any:
-    if not os.path.isfile(path):
-        raise DataError(f"no weights file at {path}; vir-consolidate makes one from a run folder")
+    _check_file(path)
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a safetensors file or is cut short ({error}); copy it again, or make it anew "
                         "with vir-consolidate") from error
 
 
-def _parse(path: str | os.PathLike[str], header: dict[str, str] | None) -> WeightsMetadata:
-    text = (header or {}).get(METADATA_KEY)
+def _parse(path: str | os.PathLike[str], header: dict[str, str]) -> WeightsMetadata:
+    text = header.get(METADATA_KEY)
     if text is None:
         raise DataError(f"{path} is a safetensors file but does not say which model it holds; files made by "
                         "vir-consolidate do, others load with timm.create_model(name, checkpoint_path=…)")
     try:
-        version = int(json.loads(text)["format_version"])
-        if version > FORMAT_VERSION:
-            raise DataError(f"{path} has format_version {version}, this vir reads up to {FORMAT_VERSION}; update vir")
         return WeightsMetadata.from_json(text)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} has damaged metadata ({type(error).__name__}: {error}); make it anew with "
-                        "vir-consolidate") from error
+    except FutureError as error:
+        raise DataError(f"{path} has {error}") from error
+    except ValueError as error:
+        raise DataError(f"{path} has damaged metadata: {error}; make it anew with vir-consolidate") from error
 
 
 def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,8 +349,3 @@ def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     return tensors
-
-
-def files_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The files that hold the tensors."""
-    return [Path(path)]
