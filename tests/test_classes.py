@@ -55,8 +55,8 @@ def test_folders_named_by_number_are_the_models_classes_in_their_order():
 def test_weights_without_names_are_judged_by_their_count():
     found = shared_classes((), 3, ("x", "y", "z"))
     assert (found.names, found.columns, found.labels.tolist()) == (("x", "y", "z"), None, [0, 1, 2])
-    assert found.said == ("the weights name no classes: their 3 logits are taken for those of the data, in the order of "
-                          "their names")
+    assert found.said == ("the weights name no classes: their 3 logits are taken for those of the data, in the order "
+                          "of their names")
     with pytest.raises(SettingsError, match="name no classes and have 3 logits, the data has 2 classes"):
         shared_classes((), 3, ("x", "y"))
 

@@ -20,7 +20,8 @@ from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, save_weights
 from vir.models.build import build
-from vir.models.initialize import check_pretrained, initialize_from, mismatches, network_of, resampled, timm_cfg
+from vir.models.initialize import check_pretrained, initialize_from
+from vir.models.network import mismatches, network_of, resampled, timm_cfg
 from vir.models.spec import ModelSpec, input_of
 
 torch.set_num_threads(1)

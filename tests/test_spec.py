@@ -7,19 +7,8 @@ import pytest
 import timm
 
 import vir.models  # noqa: F401  registers the models
-from vir.models.spec import (
-    CROP_MODES,
-    INPUT_RULES,
-    INTERPOLATIONS,
-    InputSpec,
-    check_fields,
-    input_of,
-    is_count,
-    is_list_of_texts,
-    is_text,
-    is_text_map,
-    some,
-)
+from vir.models.fields import check_fields
+from vir.models.spec import CROP_MODES, INPUT_RULES, INTERPOLATIONS, InputSpec, input_of
 
 TINY = dict(embed_dim=16, depth=1, num_heads=1, patch_size=4, num_classes=2)
 
@@ -84,17 +73,3 @@ def test_missing_fields_are_told():
         InputSpec.from_json(**{name: value for name, value in FIELDS.items() if name not in ("mean", "std")})
     with pytest.raises(ValueError, match=r"it is \[1\], not an object of fields"):
         check_fields([1], INPUT_RULES)
-
-
-def test_the_first_three_names_are_told_as_they_can_be_printed():
-    assert some("cab") == "a, b, c" and some("dcab") == "a, b, c, …"
-    assert some(["a", "b\n\x1b[2J"]) == r"a, 'b\n\x1b[2J'" and len(some(["x" * 10**6])) < 130
-
-
-@pytest.mark.parametrize("value, count, text", [
-    (0, True, False), (7, True, False), (-1, False, False), (True, False, False), (1.0, False, False),
-    ("dög", False, True), ("", False, True), ("\ud800", False, False), (None, False, False)], ids=repr)
-def test_counts_and_texts(value, count, text):
-    assert (is_count(value), is_text(value)) == (count, text)
-    assert is_list_of_texts([value]) == is_text_map({value: 1}) == text
-    assert not is_list_of_texts("abc") and not is_text_map(["a"])

@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import vir.models
 from vir.errors import DataError, SettingsError
-from vir.models import WeightsMetadata, initialize, load, read_metadata, save_weights
+from vir.models import WeightsMetadata, load, network, read_metadata, save_weights
 from vir.models.spec import InputSpec, ModelSpec, input_of
 from vir.models.weights import read, stated_metadata
 
@@ -389,16 +389,16 @@ def test_a_small_file_that_claims_a_large_network_is_refused_at_once(megabyte, t
 
 
 def test_a_network_that_cannot_be_built_without_numbers_is_built_with_them(path, monkeypatch):
-    real, devices = initialize.create, []
+    real, devices = network.create, []
 
     def create(*args, **more):
         devices.append(torch.get_default_device().type)
         if devices[-1] == "meta":
-            raise initialize.NotBuiltError("Tensor.item() cannot be called on meta tensors")
+            raise network.NotBuiltError("Tensor.item() cannot be called on meta tensors")
         return real(*args, **more)
 
     expected = load(path).state_dict()
-    monkeypatch.setattr(initialize, "create", create)
+    monkeypatch.setattr(network, "create", create)
     assert all(x.equal(expected[name]) for name, x in load(path).state_dict().items())
     assert devices == ["meta", "cpu", "cpu"]
     with pytest.raises(DataError, match="that network has several times as many"):

@@ -22,7 +22,6 @@ from vir.errors import SettingsError, VirError
 from vir.launcher import Place
 from vir.log import log
 
-
 T = TypeVar("T")
 
 

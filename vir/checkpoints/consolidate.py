@@ -14,7 +14,8 @@ from vir.checkpoints.partitions import EMA, WEIGHT, Partitions
 from vir.checkpoints.store import select
 from vir.errors import CheckpointError, SettingsError
 from vir.files import try_to_write
-from vir.models.weights import DTYPES, WeightsMetadata, save_weights
+from vir.models.metadata import DTYPES, WeightsMetadata
+from vir.models.weights import save_weights
 from vir.run_folder import CHECKPOINTS, METRICS
 
 ENDING = ".safetensors"

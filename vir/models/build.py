@@ -15,21 +15,22 @@ from torch import Tensor, nn
 
 from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
-from vir.models.initialize import (
+from vir.models.fields import some
+from vir.models.initialize import initialize_from, initialize_pretrained
+from vir.models.metadata import DTYPES
+from vir.models.network import (
     FORBIDDEN_ARGS,
     UNREADABLE,
     NotBuiltError,
     create,
     described,
-    initialize_from,
-    initialize_pretrained,
     mismatches,
     network_of,
     resampled,
     timm_cfg,
 )
-from vir.models.spec import InputSpec, ModelSpec, input_of, some
-from vir.models.weights import DTYPES, outline, read
+from vir.models.spec import InputSpec, ModelSpec, input_of
+from vir.models.weights import outline, read
 
 __all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "load"]
 

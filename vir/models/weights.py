@@ -6,11 +6,9 @@ Nothing here executes what it reads: no pickle, and a file cannot name other wei
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import reprlib
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vir.config import PRECISIONS
-from vir.errors import DataError, SettingsError
+from vir.errors import DataError
 from vir.files import read_regular, replacing
-from vir.models.spec import (
-    INPUT_RULES,
-    InputSpec,
-    ModelSpec,
-    Rules,
-    check_fields,
-    is_count,
-    is_list_of_texts,
-    is_text,
-    is_text_map,
-    some,
-)
+from vir.models.fields import is_list_of_texts, is_text_map, some, strict_json
+from vir.models.metadata import FutureError, WeightsMetadata
 
-DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16)))
-FORMAT_VERSION = 2
 METADATA_KEY = "vir"
 INDEX_ENDING = ".index.json"
 """What the name of weights in several files is followed by: X.safetensors.index.json says which tensor is where."""
@@ -47,97 +32,6 @@ _MOST_JSON = 100_000_000
 """Bytes of an index; safetensors takes headers of as many."""
 
 _PART = re.compile(r"[^/\\\0]+\.safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsMetadata:
-    """What a weights file says of itself."""
-
-    model: ModelSpec
-    """The file is JSON, so tuples in its args are lists after loading."""
-
-    step: int
-    """Global batches that trained these weights."""
-
-    samples_seen: int
-
-    ema: bool
-    """Whether these are the averaged weights."""
-
-    dtype: str
-    """In which the file holds the weights; load() says in which the model is."""
-
-    config_hash: str = ""
-    """SHA-256 of the settings of the run; empty where there was none."""
-
-    data_fingerprint: str = ""
-    """Of the images that trained them, and their class list; empty where unknown."""
-
-    format_version: int = FORMAT_VERSION
-    """2 added crop_mode, config_hash and data_fingerprint."""
-
-    def to_json(self) -> str:
-        """The header, flat. Raises SettingsError where from_json would not take it again."""
-        text = json.dumps({
-            "model_name": self.model.name, "model_args": self.model.args, "classes": self.model.classes,
-            **self.model.input.timm_cfg(), "step": self.step, "samples_seen": self.samples_seen, "ema": self.ema,
-            "dtype": self.dtype, "config_hash": self.config_hash, "data_fingerprint": self.data_fingerprint,
-            "format_version": self.format_version}, ensure_ascii=False)
-        try:
-            self.from_json(text)
-        except ValueError as error:
-            raise SettingsError(f"these weights cannot be saved: {error}") from error
-        return text
-
-    @classmethod
-    def from_json(cls, text: str) -> WeightsMetadata:
-        """Raises ValueError, a sentence, where the text is not what to_json writes."""
-        fields = _json(text)
-        version: Any = fields.get("format_version") if isinstance(fields, dict) else None
-        if is_count(version) and version > FORMAT_VERSION:
-            raise FutureError(f"format_version {version}, this vir reads up to {FORMAT_VERSION}; update vir")
-        check_fields(fields, _RULES, optional=_ADDED if version == 1 else ())
-        image = {name: fields.pop(name) for name in ("mean", "std", "interpolation", "crop_pct")}
-        image |= {"size": fields.pop("input_size"), "crop_mode": fields.pop("crop_mode", "center")}
-        model = ModelSpec(name=fields.pop("model_name"), args=fields.pop("model_args"),
-                          input=InputSpec.from_json(**image), classes=tuple(fields.pop("classes")))
-        return cls(model=model, **fields)
-
-
-class FutureError(ValueError):
-    """A file of a later format."""
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _are_args(value: Any) -> bool:
-    return is_text_map(value) and _is_flat(value, 16)
-
-
-def _is_flat(value: Any, depth: int) -> bool:
-    """Whether lists and objects stand in each other no deeper than that."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_is_flat(one, depth - 1) for one in inner)
-
-
-_ADDED = {"crop_mode", "config_hash", "data_fingerprint"}
-"""Fields that files of version 1 have not."""
-
-_RULES: Rules = {
-    "model_name": (lambda value: is_text(value) and value != "", "the name of a model"),
-    "model_args": (_are_args, "an object of arguments by their names, nested 16 deep at most"),
-    "classes": (lambda value: is_list_of_texts(value) and len(set(value)) == len(value),
-                "a list of names, none of them twice"),
-    **{"input_size" if name == "size" else name: rule for name, rule in INPUT_RULES.items()},
-    "step": (is_count, "a whole number, 0 or more"),
-    "samples_seen": (is_count, "a whole number, 0 or more"),
-    "ema": (_is_switch, "true or false"),
-    "dtype": (lambda value: value in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
-    "config_hash": (is_text, "a text"),
-    "data_fingerprint": (is_text, "a text"),
-    "format_version": (lambda value: is_count(value) and value > 0, "a whole number, 1 or more")}
 
 
 def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
@@ -258,7 +152,7 @@ def _parts(index: Path) -> dict[str, set[str]]:
     """Names of the files of an index, and the tensors that it says of each."""
     _check_file(index)
     try:
-        fields = _json(read_regular(index, _MOST_JSON))
+        fields = strict_json(read_regular(index, _MOST_JSON))
         names = fields.get("weight_map") if isinstance(fields, dict) else None
         if not is_text_map(names) or not names or not is_list_of_texts(list(names.values())):
             raise ValueError("its weight_map must name the file of each tensor")
@@ -286,29 +180,12 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
         header = file.metadata() or {}
     try:
         with path.open("rb") as raw:
-            fields = _json(raw.read(int.from_bytes(raw.read(8), "little")))
+            fields = strict_json(raw.read(int.from_bytes(raw.read(8), "little")))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a safetensors file or is damaged ({error}); copy it again, or make it anew "
                         "with vir-consolidate") from error
     fields.pop("__metadata__", None)
     return header, fields
-
-
-def _json(text: str | bytes) -> Any:
-    """Raises ValueError, a sentence, where it is not JSON as we write it."""
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON")
-
-    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            raise ValueError(f"it has {some(Counter(name for name, _ in pairs) - Counter(fields.keys()))} twice")
-        return fields
-
-    try:
-        return json.loads(text, parse_constant=no_constant, object_pairs_hook=distinct)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _check_file(path: str | os.PathLike[str]) -> None:
