@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from vir.config import PRECISIONS
 from vir.errors import DataError
-from vir.files import replacing
 from vir.models.spec import InputSpec, ModelSpec
+from vir.models.tensor_files import TensorEntry, of_tensor, write_tensors
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16)))
 FORMAT_VERSION = 2
@@ -78,16 +78,17 @@ class WeightsMetadata:
 
 def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write the file so that `path` is either as before or complete and on disk; folders are made as needed."""
-    path = Path(path)
+    write_weights(Path(path), [of_tensor(name, tensor) for name, tensor in state_dict.items()], metadata)
+
+
+def write_weights(path: Path, entries: Sequence[TensorEntry], metadata: WeightsMetadata, *,
+                  max_file_bytes: int | None = None, progress: tqdm[Any] | None = None) -> list[Path]:
+    """The same, from tensors that are read as they are written, in as many files as `write_tensors` makes."""
     header = {"format": "pt", METADATA_KEY: metadata.to_json()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            save_file(_separate(state_dict), temporary, metadata=header)
-            temporary.chmod(mode)  # as the umask says; safetensors leaves 0600, and clusters share folders
-    except (OSError, SafetensorError) as error:
+        return write_tensors(path, entries, header, max_file_bytes=max_file_bytes, progress=progress)
+    except OSError as error:
         raise DataError(f"cannot write {path}: {error}; free some space or choose another file") from error
 
 
@@ -136,16 +137,3 @@ def _parse(path: str | os.PathLike[str], header: dict[str, str] | None) -> Weigh
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} has damaged metadata ({type(error).__name__}: {error}); make it anew with "
                         "vir-consolidate") from error
-
-
-def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, none sharing memory (safetensors refuses tied weights and views of one buffer)."""
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in state_dict.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    return tensors
