@@ -192,8 +192,8 @@ def _compare(path: Path, name: Path, part: Sequence[TensorEntry], header: Mappin
     except SafetensorError as error:
         wrong = f"its header ({error})"
     if wrong:
-        raise DataError(f"{name}: {wrong} did not read back as it was written; the disk or the memory of this machine is "
-                        "not to be trusted: write to another disk")
+        raise DataError(f"{name}: {wrong} did not read back as it was written; the disk or the memory of this machine "
+                        "fails: write to another disk")
 
 
 def _is_same(found: Tensor, entry: TensorEntry) -> bool:
