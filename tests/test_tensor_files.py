@@ -95,15 +95,22 @@ def test_a_tensor_is_read_in_pieces_in_order_once_to_be_written_and_once_to_be_c
 FOUR = {name: torch.full((size,), float(size)) for name, size in (("d", 10), ("c", 3), ("b", 2), ("a", 100))}
 
 
-def test_several_files_follow_the_convention_of_hugging_face(tmp_path):
-    """Beside its own function, and read by the index alone."""
+@pytest.mark.parametrize("order", list(itertools.permutations(FOUR)), ids="".join)
+@pytest.mark.parametrize("limit", [40, 53])
+def test_several_files_are_those_that_hugging_face_would_make(tmp_path, order, limit):
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    written = write_tensors(tmp_path / "m.safetensors", entries(FOUR), HEADER, max_file_bytes=53)
-    theirs = split_torch_state_dict_into_shards(FOUR, filename_pattern="m{suffix}.safetensors", max_shard_size=53)
+    tensors = {name: FOUR[name] for name in order}
+    write_tensors(tmp_path / "m.safetensors", entries(tensors), HEADER, max_file_bytes=limit)
+    theirs = split_torch_state_dict_into_shards(tensors, filename_pattern="m{suffix}.safetensors", max_shard_size=limit)
     index = json.loads((tmp_path / "m.safetensors.index.json").read_text())
     assert index["weight_map"] == theirs.tensor_to_filename
     assert index["metadata"]["total_size"] == theirs.metadata["total_size"] == 4 * 115
+
+
+def test_several_files_are_read_by_the_index_alone(tmp_path):
+    written = write_tensors(tmp_path / "m.safetensors", entries(FOUR), HEADER, max_file_bytes=53)
+    index = json.loads((tmp_path / "m.safetensors.index.json").read_text())
     assert [path.name for path in written] == [
         "m-00001-of-00003.safetensors", "m-00002-of-00003.safetensors", "m-00003-of-00003.safetensors",
         "m.safetensors.index.json"]
@@ -126,7 +133,7 @@ def test_a_file_is_as_full_as_the_limit_allows(tmp_path, limit, sizes):
     are_same({name: tensor for one in found for name, tensor in one.items()}, FOUR)
 
 
-@pytest.mark.parametrize("before, after", itertools.permutations([None, 459, 52, 51], 2))
+@pytest.mark.parametrize("before, after", list(itertools.permutations([None, 459, 52, 51], 2)))
 def test_what_the_name_stood_for_before_is_gone_when_the_new_is_whole(tmp_path, before, after):
     old = {name: tensor + 1 for name, tensor in FOUR.items()}
     path = tmp_path / "m.safetensors"

@@ -134,17 +134,26 @@ def write_tensors(path: Path, entries: Sequence[TensorEntry], header: Mapping[st
 
 
 def _split(entries: Sequence[TensorEntry], limit: int | None) -> list[list[TensorEntry]]:
-    """In their order, each file as full as the limit allows; within a file in the order of the safetensors library,
-    by which every tensor begins at a multiple of its numbers' size."""
+    """As Hugging Face's tools do: in their order, each file as full as the limit allows, a tensor that is larger alone.
+
+    Within a file in the order of the safetensors library, by which every tensor begins at a multiple of its numbers'
+    size.
+    """
     assert len({entry.name for entry in entries}) == len(entries), "two tensors have the same name"
-    parts: list[list[TensorEntry]] = [[]]
+    parts: list[list[TensorEntry]] = []
+    filling: list[TensorEntry] = []
     size = 0
     for entry in entries:
-        if limit is not None and parts[-1] and size + entry.nbytes > limit:
-            parts.append([])
-            size = 0
-        parts[-1].append(entry)
+        if limit is not None and entry.nbytes > limit:
+            parts.append([entry])
+            continue
+        if limit is not None and size + entry.nbytes > limit:
+            parts.append(filling)
+            filling, size = [], 0
+        filling.append(entry)
         size += entry.nbytes
+    if filling or not parts:
+        parts.append(filling)
     return [sorted(part, key=lambda entry: (-entry.dtype.itemsize, entry.name)) for part in parts]
 
 
