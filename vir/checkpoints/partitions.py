@@ -221,7 +221,7 @@ def _stage3(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[dict[str, A
                 if first < last:
                     parts = flat["fp32_flat_groups"] if key == WEIGHT else [part[key] for part in states[rank]]
                     slices.append(_slice(parts, offset + first, last - first))
-            return torch.cat(slices) if slices else torch.empty(0)
+            return slices[0] if len(slices) == 1 else torch.cat(slices) if slices else torch.empty(0)
 
         places[name] = _Place(shape, read, *_flat(states[0][0] if states[0] else {}, {}))
         offset += piece
