@@ -2,7 +2,8 @@
 
 usage: python -m vir.benchmarks.consolidation_run SIDE CHECKPOINT OUTPUT [LIMIT]
 
-Ends by printing the seconds, and the anonymous memory of before in bytes. OUTPUT is a folder; LIMIT the bytes of memory that the process may have for itself.
+Ends by printing the seconds, and the anonymous memory of before in bytes. OUTPUT is a folder; LIMIT the bytes of memory
+that the process may have for itself.
 """
 
 from __future__ import annotations

@@ -148,7 +148,11 @@ def _optimizer_files(folder: Path, ranks: int) -> list[Path]:
 def _shared(model: dict[str, Any], places: Container[str]) -> dict[str, str]:
     """As DeepSpeed has listed them; without ZeRO it lists none, but there the module holds the same numbers twice."""
     if model.get("shared_params") is not None:
-        return {name: known for name, known in model["shared_params"].items() if known in places}
+        shared: dict[str, str] = {}
+        for name, first in model["shared_params"].items():
+            if (first := shared.get(first, first)) in places:
+                shared[name] = first
+        return shared
     module = {name: (value.data_ptr(), value.shape, value.stride()) for name, value in model["module"].items()
               if isinstance(value, Tensor) and name not in model["buffer_names"]}
     known = {place: name for name, place in module.items() if name in places}

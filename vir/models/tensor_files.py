@@ -29,7 +29,7 @@ INDEX_ENDING = ".index.json"
 """X.safetensors has the index X.safetensors.index.json."""
 
 PIECE_BYTES = 1 << 20
-"""Of a tensor, read and written at once. Measured: pages that are mapped for 4 MB and more are written 3 times slower."""
+"""Of a tensor, read and written at once. Measured: in pieces of 4 MB and more, writing is up to 3 times slower."""
 
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -135,7 +135,7 @@ def write_tensors(path: Path, entries: Sequence[TensorEntry], header: Mapping[st
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Copying is bound by memory. On cores that others use too, threads wait for each other: it took 20 times longer."""
+    """Copying is bound by memory. On cores that are busy, threads wait for each other: it took 20 times longer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
