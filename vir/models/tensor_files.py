@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,15 +117,17 @@ def write_tensors(path: Path, entries: Sequence[TensorEntry], header: Mapping[st
         raise DataError(f"{path} needs {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free there; free some space "
                         "or choose another folder")
     before, written = existing(path), list(names)
-    with _one_thread(), ExitStack() as renaming:  # from the last to the first
+    # Renames from the last to the first. The disk works while what it was given is compared.
+    with _one_thread(), ExitStack() as renaming, ThreadPoolExecutor(1) as disk:
         if len(parts) > 1:
             written.append(index_of(path))
             renaming.enter_context(replacing(written[-1])).write_text(_index(names, parts), encoding="utf-8")
         for name, part, head in zip(names, parts, heads):
             temporary = renaming.enter_context(replacing(name))
             _write(temporary, part, head, progress)
+            flushed = disk.submit(flush, temporary)
             _compare(temporary, name, part, header)
-            flush(temporary)
+            flushed.result()
         if len(parts) > 1 and set(names) & set(before):  # an index must not point at files of two writings
             index_of(path).unlink(missing_ok=True)
     for stale in before:
