@@ -34,8 +34,8 @@ KNOWS_LAYOUT = {"vir/checkpoints/partitions.py"}
 # Modules without a test file of their own name, and where they are tested.
 TESTED_ELSEWHERE = {
     "vir.benchmarks.conversion": "test_benchmark.py",
-    "vir.benchmarks.consolidation": "test_train.py: of runs that are made there",
-    "vir.benchmarks.consolidation_run": "test_train.py: of runs that are made there",
+    "vir.benchmarks.consolidation": "test_consolidate.py: its turns, under a limit of memory",
+    "vir.benchmarks.consolidation_run": "test_consolidate.py: in a process of its own",
     "vir.benchmarks.checkpoint_size": "test_benchmark_training.py: of the runs that are made there",
     "vir.benchmarks.file_server": "test_benchmark.py",
     "vir.benchmarks.loader": "test_benchmark.py",
