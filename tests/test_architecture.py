@@ -24,7 +24,7 @@ DOORS = {("data", "vir.models.spec")}
 # The only files that may import a library.
 KNOWS = {
     "deepspeed": {"vir/engine/engine.py", "vir/engine/zero.py", "vir/engine/blocks.py", "vir/engine/builds.py",
-                  "vir/benchmarks/peer.py"},
+                  "vir/benchmarks/peer.py", "vir/benchmarks/consolidation_run.py"},
     "accelerate": {"vir/evaluate.py"},
 }
 # Of DeepSpeed's checkpoints.
@@ -34,6 +34,8 @@ KNOWS_LAYOUT = {"vir/checkpoints/partitions.py"}
 # Modules without a test file of their own name, and where they are tested.
 TESTED_ELSEWHERE = {
     "vir.benchmarks.conversion": "test_benchmark.py",
+    "vir.benchmarks.consolidation": "test_consolidate.py: its turns, under a limit of memory",
+    "vir.benchmarks.consolidation_run": "test_consolidate.py: in a process of its own",
     "vir.benchmarks.checkpoint_size": "test_benchmark_training.py: of the runs that are made there",
     "vir.benchmarks.evaluation": "test_benchmark.py",
     "vir.benchmarks.file_server": "test_benchmark.py",

@@ -23,11 +23,10 @@ from vir.data.cache import (
     Outcome,
     Uses,
     cache_name,
-    parse_bytes,
     victims,
 )
 from vir.data.stores.store import Identity
-from vir.errors import DataError, SettingsError
+from vir.errors import DataError
 
 fork = multiprocessing.get_context("fork")
 KB = 1 << 10
@@ -59,19 +58,6 @@ def names(folder):
 @pytest.fixture
 def cache(tmp_path):
     return Cache(tmp_path / "made" / "cache", 100 * KB)
-
-
-@pytest.mark.parametrize("text, size", [
-    ("200GB", 200 * 10**9), ("1.5 TiB", 3 << 39), ("10mb", 10**7), ("3GiB", 3 << 30), ("2TB", 2 * 10**12),
-    ("64MiB", 64 << 20), ("123456", 123456), (" 7 GB ", 7 * 10**9)])
-def test_sizes(text, size):
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "200QB", "-1GB", "0", "0GB", "1e9", "nan", "200 G B", "1,5GB", "5KB"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(SettingsError, match=r"--data\.cache_bytes is .* give a number of bytes .* such as 200GB"):
-        parse_bytes(text)
 
 
 def test_names_differ_with_the_bytes_and_not_with_who_reads_them():

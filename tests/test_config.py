@@ -24,6 +24,7 @@ from vir.config import (
     TrainConfig,
     differences,
     dump_yaml,
+    parse_bytes,
     plan_accumulation,
     to_dict,
 )
@@ -241,3 +242,16 @@ def test_every_setting_is_read_somewhere():
                 read.add((owner, node.attr))
     dead = [f"{section}.{name}" for section, name, _ in leaves() if (section or "config", name) not in read]
     assert dead == []
+
+
+@pytest.mark.parametrize("text, size", [
+    ("200GB", 200 * 10**9), ("1.5 TiB", 3 << 39), ("10mb", 10**7), ("3GiB", 3 << 30), ("2TB", 2 * 10**12),
+    ("64MiB", 64 << 20), ("123456", 123456), (" 7 GB ", 7 * 10**9)])
+def test_sizes(text, size):
+    assert parse_bytes(text, "--f") == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "200QB", "-1GB", "0", "0GB", "1e9", "nan", "200 G B", "1,5GB", "5KB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(SettingsError, match=r"^--f is .* give a number of bytes .* such as 200GB"):
+        parse_bytes(text, "--f")

@@ -1,18 +1,26 @@
 """Checkpoint folders made by hand: what is refused, that nothing in them runs, how partitions become whole weights."""
 
+import hashlib
 import json
 import os
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.launchers import call
+from vir.benchmarks.consolidation import turn
+from vir.benchmarks.consolidation_run import OURS
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import CheckpointInfo, sha256
 from vir.consolidate import main
 from vir.errors import DataError, SettingsError
-from vir.models import read_metadata
+from vir.models import read_metadata, tensor_files
 from vir.models.spec import InputSpec, ModelSpec
+from vir.models.weights import DTYPES
 
 torch.set_num_threads(1)
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "a.bias": (1,)}  # none divides by 2 or 3 ranks
@@ -83,13 +91,14 @@ def stage_1_2(ranks):
     paddings = [[1, 0], [3]]
     weights = [flat_partitions(WEIGHTS, group, ranks, pad) for group, pad in zip(GROUPS, paddings)]
     average = [flat_partitions(AVERAGE, group, ranks, pad) for group, pad in zip(GROUPS, paddings)]
-    files = {MODEL_FILE[0]: {"module": {"scale": BUFFER}, "buffer_names": ["scale"], "param_shapes": shapes()}}
+    files = {MODEL_FILE[0]: {"module": {"scale": BUFFER}, "buffer_names": ["scale"], "param_shapes": shapes(),
+                             "shared_params": {}}}
     for rank in range(ranks):
         files[f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = {"optimizer_state_dict": {
             "single_partition_of_fp32_groups": [parts[rank] for parts in weights],
             "base_optimizer_state": {"param_groups": [{}, {}],
                                      "state": {i: {"ema": parts[rank]} for i, parts in enumerate(average)}},
-            "param_alignment_paddings": paddings}}
+            "param_alignment_paddings": paddings, "zero_stage": 2, "partition_count": ranks}}
     return files
 
 
@@ -103,25 +112,75 @@ def stage_3(ranks):
             found.append(padded[rank * piece:(rank + 1) * piece])
         return torch.cat(found)
 
-    files = {MODEL_FILE[3]: {"module": {"scale": BUFFER}, "buffer_names": ["scale"], "param_shapes": shapes()}}
+    files = {MODEL_FILE[3]: {"module": {"scale": BUFFER}, "buffer_names": ["scale"], "param_shapes": shapes(),
+                             "shared_params": {}}}
     for rank in range(ranks):
         files[f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = {"optimizer_state_dict": {
             "fp32_flat_groups": [pieces(WEIGHTS, group, rank) for group in GROUPS],
+            "zero_stage": 3, "partition_count": ranks,
             "optimizer_state_dict": {"state": {i: {"ema": pieces(AVERAGE, group, rank)}
                                                for i, group in enumerate(GROUPS)}}}}
     return files
 
 
-@pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 1), (1, 2), (2, 3), (3, 1), (3, 2), (3, 3), (3, 8)])
+LAYOUTS = [(0, 2), (1, 1), (1, 2), (2, 3), (3, 1), (3, 2), (3, 3), (3, 8)]
+
+
+def files_of(stage, ranks):
+    return stage_0() if stage == 0 else stage_3(ranks) if stage == 3 else stage_1_2(ranks)
+
+
+@pytest.mark.parametrize("stage, ranks", LAYOUTS)
 @pytest.mark.parametrize("ema", [False, True])
-def test_partitions_become_the_whole_weights_or_their_average(tmp_path, stage, ranks, ema):
-    files = {0: stage_0, 1: lambda: stage_1_2(ranks), 2: lambda: stage_1_2(ranks), 3: lambda: stage_3(ranks)}[stage]()
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("piece", [8, 1 << 20])
+def test_partitions_become_the_whole_weights_or_their_average(tmp_path, monkeypatch, stage, ranks, ema, dtype, piece):
+    """However the pieces lie in them; buffers of whole numbers keep their type."""
+    monkeypatch.setattr(tensor_files, "PIECE_BYTES", piece)
+    files, count = files_of(stage, ranks), torch.tensor([1 << 40])
+    model = files[MODEL_FILE[3 if stage == 3 else 0]]
+    model["module"]["count"] = count
+    model["buffer_names"].append("count")
     folder = write(tmp_path / "c", files, info(zero_stage=stage, world_size=ranks))
-    consolidate(folder, tmp_path / "w.safetensors", ema=ema)
+    consolidate(folder, tmp_path / "w.safetensors", ema=ema, dtype=dtype)
     found, expected = load_file(tmp_path / "w.safetensors"), (AVERAGE if ema else WEIGHTS) | {"scale": BUFFER}
+    assert found.pop("count").equal(count)
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
-        assert found[name].dtype == torch.float32 and torch.equal(found[name], weight), name
+        assert found[name].dtype == DTYPES[dtype] and torch.equal(found[name], weight.to(DTYPES[dtype])), name
+
+
+@pytest.mark.parametrize("stage, ranks", [layout for layout in LAYOUTS if layout[0]])
+def test_they_are_those_of_zero_to_fp32_with_frozen_and_shared_parameters(tmp_path, stage, ranks):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    files, frozen = files_of(stage, ranks), torch.arange(7.0).bfloat16() / 3
+    piece = -(-7 // ranks)
+    padded = torch.cat([frozen, torch.zeros(piece * ranks - 7).bfloat16()])
+    for rank in range(ranks if stage == 3 else 1):
+        name = MODEL_FILE[0] if stage < 3 else f"zero_pp_rank_{rank}_{MODEL_FILE[0]}"
+        files[name] = dict(files[MODEL_FILE[3 if stage == 3 else 0]]) | {
+            "frozen": ["c"], "frozen_param_shapes": {"c": frozen.shape},
+            "frozen_param_fragments": {"c": frozen if stage < 3 else padded[rank * piece:(rank + 1) * piece]},
+            "shared_params": {"head.weight": "a.weight", "head.c": "c", "again": "head.weight", "gone": "not there"}}
+        files[name]["module"] = files[name]["module"] | {"c": frozen}
+    folder = write(tmp_path / "c", files, info(zero_stage=stage, world_size=ranks))
+    consolidate(folder, tmp_path / "w.safetensors")
+    found, expected = load_file(tmp_path / "w.safetensors"), get_fp32_state_dict_from_zero_checkpoint(tmp_path, "c")
+    assert found.keys() == expected.keys() > {"head.weight", "head.c", "c", "scale"}
+    for name, tensor in found.items():
+        assert tensor.shape == expected[name].shape and torch.equal(tensor, expected[name].float()), name
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_without_zero_a_shared_parameter_is_known_by_its_numbers(tmp_path, ema):
+    (content,) = stage_0().values()
+    content["module"] |= {"tied": content["module"]["b.weight"], "scale.again": content["module"]["scale"]}
+    content["buffer_names"] = ["scale", "scale.again"]
+    consolidate(write(tmp_path / "c", {MODEL_FILE[0]: content}), tmp_path / "w.safetensors", ema=ema)
+    found = load_file(tmp_path / "w.safetensors")
+    assert found.keys() == {*WEIGHTS, "scale", "scale.again", "tied"}
+    assert torch.equal(found["tied"], (AVERAGE if ema else WEIGHTS)["b.weight"])
 
 
 @pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 2), (2, 3), (3, 1), (3, 2), (3, 3)])
@@ -176,6 +235,52 @@ def test_the_file_says_what_the_checkpoint_said(tmp_path):
     assert (image.size, image.crop_pct, image.interpolation) == ((3, 28, 28), 0.9, "bicubic")
     assert (said.step, said.samples_seen, said.ema, said.dtype) == (10, 640, True, "bf16")
     assert load_file(tmp_path / "w.safetensors")["a.weight"].dtype == torch.bfloat16
+
+
+def test_the_file_says_where_its_numbers_come_from(tmp_path):
+    config = {"optim": {"lr": 0.1}, "data": {"train": "t"}}
+    said = consolidate(write(tmp_path / "c", stage_0(), info(config=config)), tmp_path / "w.safetensors")
+    assert said == read_metadata(tmp_path / "w.safetensors") and said.data_fingerprint == "f"
+    other = consolidate(write(tmp_path / "d", stage_0(), info(config=dict(reversed(config.items())))),
+                        tmp_path / "v.safetensors")
+    assert said.config_hash == other.config_hash == hashlib.sha256(
+        b'{"data": {"train": "t"}, "optim": {"lr": 0.1}}').hexdigest()
+
+
+# ---- several files
+
+
+def test_a_large_model_becomes_several_files_with_an_index(tmp_path, capsys):
+    run, output = in_run(tmp_path / "run"), tmp_path / "out" / "w.safetensors"
+    assert main([str(run), "--output", str(output), "--max-shard-size", "70"]) == 0
+    index = json.loads((tmp_path / "out" / "w.safetensors.index.json").read_text())
+    parts = sorted(set(index["weight_map"].values()))
+    assert parts == [f"w-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    assert sorted(os.listdir(output.parent)) == [*parts, "w.safetensors.index.json"]
+    total = sum((output.parent / name).stat().st_size for name in parts)
+    assert capsys.readouterr().out == (f"{output}.index.json: vir_tiny_patch16_224, raw weights of step 10 in fp32, "
+                                       f"{total / 1e6:.1f} MB in 2 files\n")
+    found = {name: tensor for part in parts for name, tensor in load_file(output.parent / part).items()}
+    assert found.keys() == index["weight_map"].keys() == {*WEIGHTS, "scale"}
+    assert all(torch.equal(found[name], weight) for name, weight in WEIGHTS.items())
+    assert all(read_metadata(output.parent / part).step == 10 for part in parts)
+
+
+def test_what_is_no_size_is_told(tmp_path, capsys):
+    assert main([str(tmp_path), "--output", str(tmp_path / "w.safetensors"), "--max-shard-size", "5 apples"]) == 2
+    assert "--max-shard-size is '5 apples'; give a number of bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", ["w.safetensors.index.json", "w-00002-of-00009.safetensors"])
+def test_any_file_of_several_is_replaced_only_by_force(tmp_path, there):
+    run, output = in_run(tmp_path / "run"), tmp_path / "out" / "w.safetensors"
+    output.parent.mkdir()
+    (output.parent / there).write_text("precious")
+    with pytest.raises(SettingsError, match=f"{there} exists; .*--force"):
+        consolidate(run, output)
+    assert (output.parent / there).read_text() == "precious"
+    consolidate(run, output, force=True)
+    assert os.listdir(output.parent) == ["w.safetensors"]
 
 
 # ---- nothing in a file runs
@@ -239,6 +344,82 @@ def test_a_file_of_the_right_size_that_is_damaged_is_named(tmp_path):
     path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(DataError, match=f"{MODEL_FILE[0]} has changed since it was written"):
         consolidate(run, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("of", ["another step", "another run"])
+@pytest.mark.parametrize("stage, victim", [(0, MODEL_FILE[0]), (2, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+                                           (3, "zero_pp_rank_0_mp_rank_00_optim_states.pt"), (3, MODEL_FILE[3])])
+def test_a_file_of_another_step_or_run_is_refused_by_name(tmp_path, monkeypatch, of, stage, victim):
+    """It is as long as the right one."""
+    run = in_run(tmp_path / "run", files_of(stage, 2), described=info(zero_stage=stage))
+    for name in WEIGHTS:
+        monkeypatch.setitem(WEIGHTS, name, WEIGHTS[name] + 1)
+    monkeypatch.setattr(sys.modules[__name__], "BUFFER", BUFFER + 1)
+    place = run / "checkpoints" / "step-00000009" if of == "another step" else tmp_path / "other"
+    other = write(place, files_of(stage, 2), info(zero_stage=stage, step=9))
+    path = run / "checkpoints" / "step-00000010" / victim
+    size = path.stat().st_size
+    shutil.copy(other / victim, path)
+    assert path.stat().st_size == size
+    with pytest.raises(DataError, match=f"{victim} has changed since it was written"):
+        consolidate(path.parent, tmp_path / "w.safetensors")
+    assert not (tmp_path / "w.safetensors").exists()
+
+
+# ---- what it costs
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_each_file_is_opened_as_often_whatever_it_holds_and_folders_are_listed_once_for_all_ranks(tmp_path, stage):
+    def seen(ranks, more):
+        names = [f"m{number}" for number in range(more)]
+        with pytest.MonkeyPatch.context() as patch:
+            for name in names:
+                for values in (WEIGHTS, AVERAGE, SHAPES):
+                    patch.setitem(values, name, (7,) if values is SHAPES else torch.ones(7))
+            patch.setattr(sys.modules[__name__], "GROUPS", [*GROUPS[:1], GROUPS[1] + names] if stage == 3 else GROUPS)
+            folder = write(tmp_path / f"{stage} {ranks} {more}", files_of(stage, ranks),
+                           info(zero_stage=stage, world_size=ranks))
+        script = ("import collections, sys\nfrom pathlib import Path\n"
+                  "from vir.checkpoints.consolidate import consolidate\nseen = collections.Counter()\n"
+                  "sys.addaudithook(lambda event, of: event in ('open', 'os.scandir', 'os.listdir')"
+                  " and seen.update([f'{event} {of[0]}']))\n"
+                  "consolidate(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+                  "print(*(f'{count} {what}' for what, count in seen.items() if sys.argv[1] in what), sep='\\n')")
+        done = call(sys.executable, "-c", script, folder, tmp_path / f"{stage} {ranks} {more}.safetensors")
+        assert done.returncode == 0, done.stdout
+        lines = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line[0].isdigit()]
+        opened = {Path(of).name: int(count) for count, event, of in lines if event == "open" and of.endswith(".pt")}
+        assert len(opened) == ranks + 1
+        return opened, sum(int(count) for count, event, _ in lines if event != "open")
+
+    opened, listed = seen(2, 0)
+    assert set(opened.values()) == {2} and listed <= 1  # once for its checksum, once to be mapped
+    if stage == 3:
+        assert seen(2, 40) == (opened, listed)
+    many, listed_for_many = seen(9, 0)
+    assert set(many.values()) == {2} and listed_for_many == listed
+
+
+@pytest.mark.timeout(180)
+def test_memory_does_not_grow_with_the_model_under_a_limit_that_the_system_holds(tmp_path):
+    """Of 8 tensors of 64 MB, which would need 512 MB; the limit leaves 400 beside what the imports have reserved."""
+    names = [f"w{number}" for number in range(8)]
+    size, ranks = 1 << 24, 2
+    flat = torch.zeros(8 * size // ranks)
+    files = {MODEL_FILE[3]: {"module": {}, "buffer_names": [], "shared_params": {},
+                             "param_shapes": [{name: torch.Size([size]) for name in names}]}}
+    for rank in range(ranks):
+        files[f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"] = {"optimizer_state_dict": {
+            "fp32_flat_groups": [flat], "optimizer_state_dict": {"state": {}}}}
+    folder = write(tmp_path / "c", files, info(zero_stage=3, world_size=ranks))
+    reserved = int(call(sys.executable, "-c", "import vir.checkpoints.consolidate; print(next(line.split()[1] for line "
+                        "in open('/proc/self/status') if line.startswith('VmData')))").stdout.split()[-1]) * 1024
+    measured = turn(OURS, folder, tmp_path / "out", limit=reserved + 400 * 10**6)
+    assert measured["peak_bytes"] - measured["import_bytes"] < 64e6
+    assert load_file(tmp_path / "out" / "model.safetensors")["w7"].count_nonzero() == 0
+    with pytest.raises(DataError, match="vir-consolidate ended with"):  # the limit is held
+        turn(OURS, folder, tmp_path / "again", limit=reserved // 2)
 
 
 def test_an_optimizer_file_of_a_rank_that_is_not_there_is_told(tmp_path):

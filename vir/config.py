@@ -22,6 +22,7 @@ RetentionMode = Literal["auto", "parallel", "chunkwise", "recurrent"]
 CropMode = Literal["center", "squash", "border"]
 PRECISIONS = ("fp32", "bf16", "fp16")
 """Names of the floating-point types."""
+_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def _free(default: Any) -> Any:
@@ -441,6 +442,21 @@ def folder_of(config: RunConfig) -> Path:
 def trains(config: RunConfig) -> bool:
     """Whether this is a run, and not a look at one."""
     return not (config.dry_run or config.validate_only)
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """The bytes of "200GB", "1.5 TiB" or "1000000".
+
+    Raises:
+        SettingsError: it is nothing of that kind, or less than one byte; the flag is named.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text, re.IGNORECASE)
+    unit = (found[2] or "").upper() if found else "?"
+    size = int(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
+    if size < 1:
+        raise SettingsError(f"{flag} is {text!r}; give a number of bytes above 0, or one with MB, GB, TB, MiB, GiB or "
+                            "TiB, such as 200GB")
+    return size
 
 
 def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:

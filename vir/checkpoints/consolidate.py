@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
-from typing import Iterator
 
+import torch
 from torch import Tensor
 
 from vir.checkpoints.info import CheckpointInfo, read_info
@@ -14,35 +16,47 @@ from vir.checkpoints.partitions import EMA, WEIGHT, Partitions
 from vir.checkpoints.store import select
 from vir.errors import CheckpointError, SettingsError
 from vir.files import try_to_write
+from vir.log import progress_bar, shows_bars
 from vir.models.metadata import DTYPES, WeightsMetadata
-from vir.models.weights import save_weights
+from vir.models.tensor_files import ENDING, TensorEntry, existing, of_tensor
+from vir.models.weights import write_weights
 from vir.run_folder import CHECKPOINTS, METRICS
 
-ENDING = ".safetensors"
+MAX_SHARD_BYTES = 5 * 10**9
+"""What Hugging Face's tools take."""
 
 
 def consolidate(source: Path, output: Path, *, which: str = LATEST, ema: bool = False, dtype: str = "fp32",
-                force: bool = False) -> WeightsMetadata:
-    """Write the weights of a checkpoint, or their average, as one safetensors file that names its model.
+                max_shard_bytes: int | None = MAX_SHARD_BYTES, force: bool = False) -> WeightsMetadata:
+    """Write the weights of a checkpoint, or their average, as a safetensors file that names its model.
+
+    They go from memory-mapped files to the file in pieces: memory does not grow with the model.
 
     Args:
         source, which: as of `select`: what a resume would take.
         output: NAME.safetensors; folders are made as needed.
         dtype: fp32, bf16 or fp16, of the tensors in the file.
-        force: replace an existing file.
+        max_shard_bytes: more than this becomes several files with an index, as `write_tensors` names them.
+        force: replace what is there under this name.
 
     Raises:
         SettingsError: the file exists, cannot be written or has another ending; the checkpoint has no EMA; `which`
             does not fit.
         CheckpointError: no complete checkpoint, or only damaged ones.
+        DataError: too little space, or the file did not read back.
     """
     _check_output(output, force)
     folder, info = _checkpoint(source, which)
     if ema and not info.ema:
         raise SettingsError(f"{folder} was trained without an average of weights (--ema.decay 0); leave --ema out")
-    metadata = WeightsMetadata(model=info.model, step=info.step, samples_seen=info.samples_seen, ema=ema, dtype=dtype)
-    save_weights(output, {name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
-                          for name, tensor in full_tensors(folder, info, ema)}, metadata)
+    metadata = WeightsMetadata(
+        model=info.model, step=info.step, samples_seen=info.samples_seen, ema=ema, dtype=dtype,
+        config_hash=hashlib.sha256(json.dumps(info.config, sort_keys=True).encode()).hexdigest(),
+        data_fingerprint=info.data_fingerprint)
+    entries = full_tensors(folder, info, ema, DTYPES[dtype])
+    with progress_bar(sum(entry.nbytes for entry in entries), "B", unit_scale=True, desc=output.name, leave=False,
+                      disable=not shows_bars()) as progress:
+        write_weights(output, entries, metadata, max_file_bytes=max_shard_bytes, progress=progress)
     return metadata
 
 
@@ -55,9 +69,11 @@ def _check_output(output: Path, force: bool) -> None:
                             f"it; give --output {better}{ENDING}")
     there = next(folder for folder in output.absolute().parents if os.path.lexists(folder))
     try:
-        if output.is_file() and not force:
-            raise SettingsError(f"{output} exists; give another --output, or --force to replace it")
-        try_to_write(output if output.exists() else there / output.name)
+        found = existing(output)
+        for path in found or [there / output.name]:
+            if path.is_file() and not force:
+                raise SettingsError(f"{path} exists; give another --output, or --force to replace it")
+            try_to_write(path)
     except OSError as error:
         raise SettingsError(f"--output {output} cannot be written: {error.strerror}; give another file") from error
 
@@ -76,12 +92,18 @@ def _checkpoint(source: Path, which: str) -> tuple[Path, CheckpointInfo]:
     return source, read_info(source)  # raises: it is neither a run nor a checkpoint
 
 
-def full_tensors(folder: Path, info: CheckpointInfo, ema: bool) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of each weight (float32 masters, or their average) and each saved buffer."""
-    partitions = Partitions(folder, info)
-    yield from ({**partitions.buffers, **partitions.ema_buffers} if ema else partitions.buffers).items()
-    for name in partitions.shapes:
-        yield name, partitions.whole(name, EMA if ema else WEIGHT)
+def full_tensors(folder: Path, info: CheckpointInfo, ema: bool, dtype: torch.dtype) -> list[TensorEntry]:
+    """Each weight (its float32 master, or its average), under each of its names, and each saved buffer."""
+    partitions, key = Partitions(folder, info), EMA if ema else WEIGHT
+    buffers = {**partitions.buffers, **partitions.ema_buffers} if ema else partitions.buffers
+    entries = [of_tensor(name, buffer.to(dtype) if buffer.is_floating_point() else buffer)
+               for name, buffer in buffers.items()]
+    for name, known in {**{name: name for name in partitions.shapes}, **partitions.shared}.items():
+        def read(start: int, stop: int, known: str = known) -> Tensor:
+            return partitions.read(known, key, start, stop).to(dtype)
+
+        entries.append(TensorEntry(name, tuple(partitions.shapes[known]), dtype, read))
+    return entries
 
 
 if __name__ == "__main__":

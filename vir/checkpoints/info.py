@@ -7,12 +7,14 @@ RUN/checkpoints/latest names the newest one, best the one with the best validati
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vir import files
 from vir.errors import CheckpointError
+from vir.launcher import cores
 from vir.models.spec import InputSpec, ModelSpec
 from vir.run_folder import CHECKPOINTS
 
@@ -101,10 +103,12 @@ def verify(folder: Path, info: CheckpointInfo, share: int = 0, of: int = 1) -> N
     Raises:
         CheckpointError: a file that has changed since, or cannot be read.
     """
-    for name in sorted(info.files)[share::of]:
-        if sha256(folder / name) != info.files[name]["sha256"]:
-            raise CheckpointError(f"{folder / name} has changed since it was written (sha256 differs); take another "
-                                  "checkpoint")
+    names = sorted(info.files)[share::of]
+    with ThreadPoolExecutor(cores()) as threads:  # hashing lets other threads run
+        for name, found in zip(names, threads.map(lambda name: sha256(folder / name), names)):
+            if found != info.files[name]["sha256"]:
+                raise CheckpointError(f"{folder / name} has changed since it was written (sha256 differs); take "
+                                      "another checkpoint")
 
 
 def sha256(path: Path) -> str:

@@ -8,9 +8,10 @@ nothing in the files can run code.
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Container, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -68,14 +69,15 @@ class Partitions:
         if info.zero_stage == 0:
             self._places = _unsharded(model, info)
         else:
-            ranks = [read_file(_optimizer_file(folder, rank))["optimizer_state_dict"]
-                     for rank in range(info.world_size)]
+            ranks = [read_file(path)["optimizer_state_dict"] for path in _optimizer_files(folder, info.world_size)]
             self._places = (_stage3 if info.zero_stage == 3 else _stage1_2)(model["param_shapes"], ranks)
         if info.zero_stage == 3 and self.frozen:
-            models = [read_file(_model_file(folder, rank)) for rank in range(info.world_size)]
-            self._places |= _frozen_stage3(self.frozen, models)
+            others = [read_file(_model_file(folder, rank)) for rank in range(1, info.world_size)]
+            self._places |= _frozen_stage3(self.frozen, [model, *others])
         else:
             self._places |= _frozen(self.frozen, model["module"])
+        self.shared: dict[str, str] = _shared(model, self._places)
+        """Of each further name of a parameter that several modules share, the one by which it is known here."""
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -130,12 +132,31 @@ def _model_file(folder: Path, rank: int | None) -> Path:
     return folder / f"{'' if rank is None else f'zero_pp_rank_{rank}_'}mp_rank_00_model_states.pt"
 
 
-def _optimizer_file(folder: Path, rank: int) -> Path:
-    paths = [path for path in folder.glob("*_optim_states.pt") if f"zero_pp_rank_{rank}_mp_rank_00_" in path.name]
-    if len(paths) != 1:
-        raise CheckpointError(f"{folder} has {len(paths)} optimizer files of rank {rank}, it must have one; take "
-                              "another checkpoint")
-    return paths[0]
+def _optimizer_files(folder: Path, ranks: int) -> list[Path]:
+    """Of each rank; the folder is listed once."""
+    found: dict[int, list[Path]] = {rank: [] for rank in range(ranks)}
+    for path in folder.iterdir():
+        if name := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$", path.name):
+            found.setdefault(int(name[1]), []).append(path)
+    for rank in range(ranks):
+        if len(found[rank]) != 1:
+            raise CheckpointError(f"{folder} has {len(found[rank])} optimizer files of rank {rank}, it must have one; "
+                                  "take another checkpoint")
+    return [found[rank][0] for rank in range(ranks)]
+
+
+def _shared(model: dict[str, Any], places: Container[str]) -> dict[str, str]:
+    """As DeepSpeed has listed them; without ZeRO it lists none, but there the module holds the same numbers twice."""
+    if model.get("shared_params") is not None:
+        shared: dict[str, str] = {}
+        for name, first in model["shared_params"].items():
+            if (first := shared.get(first, first)) in places:
+                shared[name] = first
+        return shared
+    module = {name: (value.data_ptr(), value.shape, value.stride()) for name, value in model["module"].items()
+              if isinstance(value, Tensor) and name not in model["buffer_names"]}
+    known = {place: name for name, place in module.items() if name in places}
+    return {name: known[place] for name, place in module.items() if name not in places and place in known}
 
 
 def _unsharded(model: dict[str, Any], info: CheckpointInfo) -> dict[str, _Place]:
@@ -198,12 +219,13 @@ def _stage3(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[dict[str, A
 
         def read(key: str, start: int, stop: int, offset: int = offset, piece: int = piece) -> Tensor:
             slices = []
-            for rank, flat in enumerate(ranks):
+            for rank in range(start // piece, -(-stop // piece)) if piece else ():
+                flat = ranks[rank]
                 first, last = max(start - rank * piece, 0), min(stop - rank * piece, piece)
                 if first < last:
                     parts = flat["fp32_flat_groups"] if key == WEIGHT else [part[key] for part in states[rank]]
                     slices.append(_slice(parts, offset + first, last - first))
-            return torch.cat(slices) if slices else torch.empty(0)
+            return slices[0] if len(slices) == 1 else torch.cat(slices) if slices else torch.empty(0)
 
         places[name] = _Place(shape, read, *_flat(states[0][0] if states[0] else {}, {}))
         offset += piece

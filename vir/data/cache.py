@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 from vir.addresses import place
 from vir.data.stores.store import Identity
-from vir.errors import DataError, SettingsError
+from vir.errors import DataError
 from vir.files import TEMPORARY, lock, open_regular, replacing, unlock
 
 SHARD = ".tar"
@@ -30,7 +30,6 @@ SHARD = ".tar"
 RECENT_S = 3600.0
 """A file that was opened within this time may be in use by another run."""
 
-_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 # Its own files, as cache_name names them: a user may keep others in the folder.
 _WHOLE = re.compile(rf"[0-9a-f]{{32}}{re.escape(SHARD)}")
 _PART = re.compile(rf"\.({_WHOLE.pattern})\..*{re.escape(TEMPORARY)}", re.DOTALL)
@@ -44,21 +43,6 @@ class ChecksumError(DataError):
 
 class NoRoomError(DataError):
     """What is needed sooner, or being written, leaves no room for this shard now."""
-
-
-def parse_bytes(text: str) -> int:
-    """The bytes of "200GB", "1.5 TiB" or "1000000".
-
-    Raises:
-        SettingsError: it is nothing of that kind, or less than one byte.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text, re.IGNORECASE)
-    unit = (found[2] or "").upper() if found else "?"
-    size = int(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
-    if size < 1:
-        raise SettingsError(f"--data.cache_bytes is {text!r}; give a number of bytes above 0, or one with MB, GB, TB, "
-                            "MiB, GiB or TiB, such as 200GB")
-    return size
 
 
 def cache_name(url: str, identity: Identity, sha256: str | None = None) -> str:

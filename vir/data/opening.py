@@ -10,9 +10,8 @@ from pathlib import Path
 
 from vir import distributed
 from vir.addresses import expand, is_remote, shown
-from vir.config import DataConfig
+from vir.config import DataConfig, parse_bytes
 from vir.data.access import Access, LocalShards
-from vir.data.cache import parse_bytes
 from vir.data.folder_reader import FolderReader
 from vir.data.foreign import find_paths, is_glob
 from vir.data.index_folder import (
@@ -63,8 +62,8 @@ def places(data: DataConfig, is_stopping: Callable[[], bool] = lambda: False) ->
         if is_remote(getattr(data, name)):
             raise SettingsError(f"--data.{name} {shown(getattr(data, name))} is a URL; give a folder of this machine")
     return Places(index_dir=Path(data.index_dir) if data.index_dir else default_index_dir(), timeout=data.timeout,
-                  cache=Path(data.cache) if data.cache else None, cache_bytes=parse_bytes(data.cache_bytes),
-                  is_stopping=is_stopping)
+                  cache=Path(data.cache) if data.cache else None,
+                  cache_bytes=parse_bytes(data.cache_bytes, "--data.cache_bytes"), is_stopping=is_stopping)
 
 
 def open_reader(spec: str, places: Places, *, first: bool) -> Reader:

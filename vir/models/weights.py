@@ -9,24 +9,23 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from vir.errors import DataError
-from vir.files import read_regular, replacing
+from vir.files import read_regular
 from vir.models.fields import is_list_of_texts, is_text_map, some, strict_json
 from vir.models.metadata import FutureError, WeightsMetadata
+from vir.models.tensor_files import INDEX_ENDING, TensorEntry, index_of, of_tensor, write_tensors
 
 METADATA_KEY = "vir"
-INDEX_ENDING = ".index.json"
-"""What the name of weights in several files is followed by: X.safetensors.index.json says which tensor is where."""
 
 _MOST_JSON = 100_000_000
 """Bytes of an index; safetensors takes headers of as many."""
@@ -36,17 +35,23 @@ _PART = re.compile(r"[^/\\\0]+\.safetensors")
 
 def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
     """Write the file so that `path` is either as before or complete and on disk; folders are made as needed."""
-    path = Path(path)
+    write_weights(Path(path), [of_tensor(name, tensor) for name, tensor in state_dict.items()], metadata)
+
+
+def write_weights(path: Path, entries: Sequence[TensorEntry], metadata: WeightsMetadata, *,
+                  max_file_bytes: int | None = None, progress: tqdm[Any] | None = None) -> list[Path]:
+    """The same, from tensors that are read as they are written, in as many files as `write_tensors` makes."""
     header = {"format": "pt", METADATA_KEY: metadata.to_json()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            save_file(_separate(state_dict), temporary, metadata=header)
-            temporary.chmod(mode)  # as the umask says; safetensors leaves 0600, and clusters share folders
-    except (OSError, SafetensorError) as error:
+        return write_tensors(path, entries, header, max_file_bytes=max_file_bytes, progress=progress)
+    except OSError as error:
         raise DataError(f"cannot write {path}: {error}; free some space or choose another file") from error
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file of that name, or one of weights in several files."""
+    return os.path.isfile(path) or _index_of(path) is not None
 
 
 def read_metadata(path: str | os.PathLike[str]) -> WeightsMetadata:
@@ -144,7 +149,7 @@ def _index_of(path: str | os.PathLike[str]) -> Path | None:
     """The index of weights that lie in several files; None where they are in one, or there are none."""
     if os.fspath(path).endswith(INDEX_ENDING):
         return Path(path)
-    index = Path(f"{os.fspath(path)}{INDEX_ENDING}")
+    index = index_of(Path(path))
     return index if not os.path.exists(path) and os.path.isfile(index) else None
 
 
@@ -213,16 +218,3 @@ def _parse(path: str | os.PathLike[str], header: dict[str, str]) -> WeightsMetad
         raise DataError(f"{path} has {error}") from error
     except ValueError as error:
         raise DataError(f"{path} has damaged metadata: {error}; make it anew with vir-consolidate") from error
-
-
-def _separate(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, none sharing memory (safetensors refuses tied weights and views of one buffer)."""
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in state_dict.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        tensors[name] = tensor
-    return tensors

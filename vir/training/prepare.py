@@ -24,6 +24,7 @@ from vir.engine import ds_config, optimizer
 from vir.errors import SettingsError, VirError
 from vir.models.build import FORBIDDEN_ARGS  # and vir.models registers our models with timm
 from vir.models.initialize import check_pretrained
+from vir.models.weights import is_there
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, CONFIG, METRICS
 from vir.training.schedule import check_schedule, total_steps
@@ -106,7 +107,7 @@ def _check_model(config: RunConfig) -> None:
     if forbidden := sorted(FORBIDDEN_ARGS & config.model.args.keys()):
         raise SettingsError(f"--model.args sets {', '.join(forbidden)}; a run begins with random weights, or with "
                             "those of --model.init_from or --model.pretrained: leave them out")
-    if config.model.init_from and not Path(config.model.init_from).is_file() and not continues(config):
+    if config.model.init_from and not is_there(config.model.init_from) and not continues(config):
         raise SettingsError(f"--model.init_from {shown(config.model.init_from)}: no such file; give a .safetensors "
                             "file of vir-consolidate or a timm checkpoint")
     if not timm.is_model(config.model.name):
