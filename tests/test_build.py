@@ -11,7 +11,7 @@ import vir.models  # noqa: F401  registers the models
 from vir.config import ModelConfig
 from vir.errors import SettingsError
 from vir.models.build import FORBIDDEN_ARGS, NotBuiltError, architecture, build, create
-from vir.models.spec import InputSpec, input_of
+from vir.weights.spec import InputSpec, input_of
 
 torch.set_num_threads(1)
 VIR = "vir_tiny_patch16_224"

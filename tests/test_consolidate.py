@@ -19,8 +19,8 @@ from vir.checkpoints.info import CheckpointInfo, sha256
 from vir.consolidate import main
 from vir.errors import DataError, SettingsError
 from vir.models import read_metadata, tensor_files
-from vir.models.spec import InputSpec, ModelSpec
-from vir.models.weights import DTYPES
+from vir.weights.portable import DTYPES
+from vir.weights.spec import InputSpec, ModelSpec
 
 torch.set_num_threads(1)
 SHAPES = {"a.weight": (3, 5), "b.weight": (7,), "a.bias": (1,)}  # none divides by 2 or 3 ranks

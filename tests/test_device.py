@@ -12,7 +12,7 @@ from vir.config import AugmentConfig
 from vir.data import device
 from vir.data.device import Preparation
 from vir.data.loader import Batch
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 torch.set_num_threads(1)
 INPUT = InputSpec(size=(3, 16, 16), mean=(0.5, 0.25, 0.1), std=(0.5, 0.2, 0.4), interpolation="bilinear",

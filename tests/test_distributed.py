@@ -26,8 +26,8 @@ from vir.config import DataConfig, RunConfig
 from vir.engine.batch_norm import RunningStatistics
 from vir.errors import SettingsError, VirError
 from vir.launcher import Place
-from vir.models.spec import InputSpec, ModelSpec
 from vir.training.prepare import prepare
+from vir.weights.spec import InputSpec, ModelSpec
 
 INFO = CheckpointInfo(
     samples_seen=0, step=1, updates=0, world_size=2, zero_stage=2, precision="bf16", ema=False, loss_scaler={},

@@ -27,9 +27,9 @@ from support.small_disk import small_disk  # noqa: F401  a fixture
 from vir import evaluate
 from vir.data.shards import read_manifest
 from vir.evaluation import outputs
-from vir.models.metadata import WeightsMetadata
-from vir.models.spec import InputSpec, ModelSpec
-from vir.models.weights import save_weights
+from vir.weights.metadata import WeightsMetadata
+from vir.weights.portable import save_weights
+from vir.weights.spec import InputSpec, ModelSpec
 
 ARGS = dict(img_size=28, patch_size=14, embed_dim=16, depth=1, num_heads=1, num_classes=10)
 

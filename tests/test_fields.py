@@ -2,7 +2,7 @@
 
 import pytest
 
-from vir.models.fields import is_count, is_list_of_texts, is_text, is_text_map, some, strict_json
+from vir.weights.fields import is_count, is_list_of_texts, is_text, is_text_map, some, strict_json
 
 
 def test_json_is_read_as_it_is_written_here():

@@ -26,7 +26,7 @@ from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.data.sources import reading
 from vir.errors import DataError
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 torch.set_num_threads(1)
 CLASSES = [f"n{number:02d}" for number in range(12)]

@@ -8,7 +8,7 @@ import pytest
 from vir.checkpoints import info
 from vir.checkpoints.info import CheckpointInfo
 from vir.errors import CheckpointError
-from vir.models.spec import InputSpec, ModelSpec
+from vir.weights.spec import InputSpec, ModelSpec
 
 INFO = CheckpointInfo(
     samples_seen=640, step=10, updates=9, world_size=2, zero_stage=3, precision="fp16", ema=True,

@@ -22,7 +22,7 @@ from vir.models import WeightsMetadata, save_weights
 from vir.models.build import build
 from vir.models.initialize import check_pretrained, initialize_from
 from vir.models.network import mismatches, network_of, resampled, timm_cfg
-from vir.models.spec import ModelSpec, input_of
+from vir.weights.spec import ModelSpec, input_of
 
 torch.set_num_threads(1)
 VIR = "vir_tiny_patch16_224"

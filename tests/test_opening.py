@@ -25,7 +25,7 @@ from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.errors import DataError, SettingsError
 from vir.index import main as index_main
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

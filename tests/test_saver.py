@@ -12,9 +12,9 @@ from vir.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, Sch
 from vir.distributed import World
 from vir.errors import CheckpointError
 from vir.launcher import Place
-from vir.models.spec import InputSpec, ModelSpec
 from vir.training.plan import Plan
 from vir.training.saver import Saver
+from vir.weights.spec import InputSpec, ModelSpec
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 HEARTBEAT = Heartbeat(Place(0, 1, 0, "", 0), 60.0)

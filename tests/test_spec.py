@@ -7,8 +7,8 @@ import pytest
 import timm
 
 import vir.models  # noqa: F401  registers the models
-from vir.models.fields import check_fields
-from vir.models.spec import CROP_MODES, INPUT_RULES, INTERPOLATIONS, InputSpec, input_of
+from vir.weights.fields import check_fields
+from vir.weights.spec import CROP_MODES, INPUT_RULES, INTERPOLATIONS, InputSpec, input_of
 
 TINY = dict(embed_dim=16, depth=1, num_heads=1, patch_size=4, num_classes=2)
 

@@ -16,7 +16,7 @@ from vir.checkpoints.names import newest
 from vir.checkpoints.store import Kept, best_so_far, save, select
 from vir.distributed import World
 from vir.errors import CheckpointError, SettingsError
-from vir.models.spec import InputSpec, ModelSpec
+from vir.weights.spec import InputSpec, ModelSpec
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 FILES = ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"]

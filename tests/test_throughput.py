@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 
-from vir.models.spec import InputSpec, ModelSpec
 from vir.reports.throughput import (
     PEAK_TFLOPS,
     Stopwatch,
@@ -19,6 +18,7 @@ from vir.reports.throughput import (
     utilisation,
 )
 from vir.training.plan import model_state_bytes
+from vir.weights.spec import InputSpec, ModelSpec
 
 
 def of(name):

@@ -14,7 +14,7 @@ from vir.data.decode import decode_image
 from vir.data.device import normalize
 from vir.data.folder_reader import FolderReader
 from vir.data.loader import eval_batches
-from vir.models.spec import CROP_MODES, InputSpec
+from vir.weights.spec import CROP_MODES, InputSpec
 
 torch.set_num_threads(1)
 INPUT = InputSpec(size=(3, 16, 16), mean=(0.5, 0.25, 0.1), std=(0.5, 0.2, 0.4), interpolation="bilinear",

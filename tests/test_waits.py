@@ -13,8 +13,8 @@ from vir.config import AugmentConfig, TrainConfig
 from vir.data.device import Preparation, normalize
 from vir.data.loader import Batch
 from vir.evaluation.classify import classify, tally
-from vir.models.spec import InputSpec
 from vir.training.loss import training_loss
+from vir.weights.spec import InputSpec
 
 CPU = torch.device("cpu")
 INPUT = InputSpec(size=(3, 32, 24), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0)

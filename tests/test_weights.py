@@ -19,8 +19,8 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 import vir.models
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, load, network, read_metadata, save_weights
-from vir.models.spec import InputSpec, ModelSpec, input_of
-from vir.models.weights import read, stated_metadata
+from vir.weights.portable import read, stated_metadata
+from vir.weights.spec import InputSpec, ModelSpec, input_of
 
 torch.set_num_threads(1)
 

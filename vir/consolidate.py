@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = parse_bytes(args.max_shard_size, "--max-shard-size")
 
         from vir.checkpoints.consolidate import consolidate
-        from vir.models.tensor_files import existing
+        from vir.weights.tensor_files import existing
 
         metadata = consolidate(args.source, args.output, which=args.which, ema=args.ema, dtype=args.dtype,
                                max_shard_bytes=limit, force=args.force)

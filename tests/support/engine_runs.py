@@ -103,7 +103,7 @@ def counting(kept: list[int]) -> torch.autograd.graph.saved_tensors_hooks:
 def save(engine, job: Job, done: int, world) -> None:
     from vir.checkpoints import store
     from vir.checkpoints.info import CheckpointInfo
-    from vir.models.spec import InputSpec, ModelSpec
+    from vir.weights.spec import InputSpec, ModelSpec
 
     spec = ModelSpec(name=job.model, args={**job.args, "num_classes": job.classes}, classes=(), input=InputSpec(
         size=(3, SIZE, SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0))

@@ -30,9 +30,9 @@ from vir.errors import DataError, SettingsError
 from vir.evaluation.run import How, evaluate
 from vir.files import replace_text
 from vir.models import load
-from vir.models.metadata import WeightsMetadata
-from vir.models.spec import ModelSpec, input_of
-from vir.models.weights import save_weights
+from vir.weights.metadata import WeightsMetadata
+from vir.weights.portable import save_weights
+from vir.weights.spec import ModelSpec, input_of
 
 _HOW = How(mode="auto", compare_modes=False, dtype="fp32", hflip_tta=False, img_size=None, crop_pct=None,
            crop_mode=None, batch_size=0, workers=None)

@@ -34,7 +34,7 @@ from vir.data.order import SampleOrder
 from vir.data.reader import Reader, ShardReader
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 _BATCH = 64
 _PREFETCH = 2

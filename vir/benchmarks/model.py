@@ -26,7 +26,7 @@ from vir.models import RETENTION_MODES, VisionRetention, retain, retention_decay
 from vir.models.block import Block, Retention
 from vir.models.build import create
 from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
-from vir.models.metadata import DTYPES
+from vir.weights.metadata import DTYPES
 
 MODEL_ROWS = ("vit", *RETENTION_MODES, "free mixer", "stream")
 KERNEL_ROWS = ("fused", "fla", "2-D fused")

@@ -25,7 +25,7 @@ from vir.data.reader import Reader
 from vir.data.traffic import LANES, WINDOW, choose, downloads, working_set
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 _IMAGE_BYTES = 110_000
 """Of an image of ImageNet, on average."""

@@ -17,10 +17,10 @@ from vir.checkpoints.store import select
 from vir.errors import CheckpointError, SettingsError
 from vir.files import try_to_write
 from vir.log import progress_bar, shows_bars
-from vir.models.metadata import DTYPES, WeightsMetadata
-from vir.models.tensor_files import ENDING, TensorEntry, existing, of_tensor
-from vir.models.weights import write_weights
 from vir.run_folder import CHECKPOINTS, METRICS
+from vir.weights.metadata import DTYPES, WeightsMetadata
+from vir.weights.portable import write_weights
+from vir.weights.tensor_files import ENDING, TensorEntry, existing, of_tensor
 
 MAX_SHARD_BYTES = 5 * 10**9
 """What Hugging Face's tools take."""

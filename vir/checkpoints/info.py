@@ -15,8 +15,8 @@ from typing import Any
 from vir import files
 from vir.errors import CheckpointError
 from vir.launcher import cores
-from vir.models.spec import InputSpec, ModelSpec
 from vir.run_folder import CHECKPOINTS
+from vir.weights.spec import InputSpec, ModelSpec
 
 DESCRIPTION = "checkpoint.json"
 FORMAT = 2

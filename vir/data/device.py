@@ -18,7 +18,7 @@ from vir.config import AugmentConfig
 from vir.data.loader import Batch
 from vir.data.noise import normal_noise
 from vir.log import log
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 
 class Preparation:

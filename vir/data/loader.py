@@ -31,7 +31,7 @@ from vir.data.order import InOrder, SampleOrder
 from vir.data.prefetch import Prefetcher, prefetcher_of
 from vir.data.reader import Reader
 from vir.errors import DataError, VirError
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 Transform = Callable[[Image.Image], np.ndarray]
 Request = tuple[np.ndarray, np.ndarray]

@@ -19,8 +19,8 @@ from PIL import Image
 
 from vir.config import AugmentConfig
 from vir.errors import SettingsError
-from vir.models.spec import InputSpec
 from vir.streams import ERASE, MIX, NOISE, SAMPLE, generator
+from vir.weights.spec import InputSpec
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vir import distributed
 from vir.data.device import normalize
 from vir.data.loader import Batch, Batches
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from vir.data.device import normalize
 from vir.data.loader import Batches
 from vir.evaluation.classes import Shared
 from vir.evaluation.classify import in_turn
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 Forward = Callable[[Tensor], Tensor]
 TOP = 5

@@ -24,9 +24,9 @@ from vir.evaluation.real_labels import real_accuracy
 from vir.evaluation.summary import summary
 from vir.log import log
 from vir.models import load
-from vir.models.metadata import DTYPES, WeightsMetadata
-from vir.models.spec import InputSpec, ModelSpec, input_of
-from vir.models.weights import files_of, read_metadata
+from vir.weights.metadata import DTYPES, WeightsMetadata
+from vir.weights.portable import files_of, read_metadata
+from vir.weights.spec import InputSpec, ModelSpec, input_of
 
 MODES = get_args(RetentionMode)
 FORMS = MODES[1:]

@@ -3,7 +3,6 @@
 from vir.models.build import load
 from vir.models.forms import RETENTION_MODES, retain
 from vir.models.initialize import initialize_from
-from vir.models.metadata import WeightsMetadata
 from vir.models.retention import (
     chunkwise_retention,
     parallel_retention,
@@ -13,7 +12,8 @@ from vir.models.retention import (
 )
 from vir.models.retention_2d import chunkwise_retention_2d, parallel_retention_2d, recurrent_retention_2d
 from vir.models.vision_retention import VisionRetention
-from vir.models.weights import read_metadata, save_weights
+from vir.weights.metadata import WeightsMetadata
+from vir.weights.portable import read_metadata, save_weights
 
 __all__ = [
     "RETENTION_MODES", "VisionRetention", "WeightsMetadata", "chunkwise_retention", "chunkwise_retention_2d",

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
-from vir.models.fields import some
 from vir.models.initialize import initialize_from, initialize_pretrained
-from vir.models.metadata import DTYPES
 from vir.models.network import (
     FORBIDDEN_ARGS,
     UNREADABLE,
@@ -29,8 +27,10 @@ from vir.models.network import (
     resampled,
     timm_cfg,
 )
-from vir.models.spec import InputSpec, ModelSpec, input_of
-from vir.models.weights import outline, read
+from vir.weights.fields import some
+from vir.weights.metadata import DTYPES
+from vir.weights.portable import outline, read
+from vir.weights.spec import InputSpec, ModelSpec, input_of
 
 __all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "load"]
 

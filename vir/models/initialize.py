@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vir.errors import DataError, SettingsError, VirError
 from vir.log import log
-from vir.models.fields import some
 from vir.models.network import UNREADABLE, described, differences, mismatches, resampled
-from vir.models.spec import input_of
-from vir.models.weights import outline, read, stated_metadata
+from vir.weights.fields import some
+from vir.weights.portable import outline, read, stated_metadata
+from vir.weights.spec import input_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from torch.nn.modules.module import (
 )
 
 from vir.errors import DataError, SettingsError
-from vir.models.fields import some
-from vir.models.spec import ModelSpec
+from vir.weights.fields import some
+from vir.weights.spec import ModelSpec
 
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
               pickle.UnpicklingError, SafetensorError)

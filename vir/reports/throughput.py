@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vir.log import log
 from vir.models.build import NotBuiltError, create
-from vir.models.spec import ModelSpec
+from vir.weights.spec import ModelSpec
 
 # Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, summed in float32, from the vendor's
 # data sheets and architecture papers. Whole names, as torch.cuda.get_device_name gives them: a part of one also fits

@@ -15,10 +15,10 @@ from vir.data.traffic import working_set
 from vir.distributed import World
 from vir.engine import optimizer
 from vir.engine.engine import Engine
-from vir.models.spec import ModelSpec
 from vir.reports.throughput import forward_flops, peak_flops
 from vir.run_folder import CHECKPOINTS
 from vir.training.schedule import cooldown_steps, learning_rate, total_steps, warmup_steps, weight_decay
+from vir.weights.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)

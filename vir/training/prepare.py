@@ -24,10 +24,10 @@ from vir.engine import ds_config, optimizer
 from vir.errors import SettingsError, VirError
 from vir.models.build import FORBIDDEN_ARGS  # and vir.models registers our models with timm
 from vir.models.initialize import check_pretrained
-from vir.models.weights import is_there
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, CONFIG, METRICS
 from vir.training.schedule import check_schedule, total_steps
+from vir.weights.portable import is_there
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from vir.distributed import World
 from vir.engine.engine import Engine
 from vir.errors import CheckpointError, SettingsError
 from vir.log import log
-from vir.models.spec import ModelSpec
 from vir.run_folder import CHECKPOINTS
+from vir.weights.spec import ModelSpec
 
 
 def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint: str,

@@ -27,7 +27,6 @@ from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError, VirError
 from vir.files import replace_text
 from vir.log import log
 from vir.models.build import build
-from vir.models.spec import ModelSpec
 from vir.reports.curves import plot_runs
 from vir.reports.environment import describe_environment
 from vir.reports.metrics import MetricsWriter, read_metrics
@@ -40,6 +39,7 @@ from vir.training.profiler import Profiler
 from vir.training.resume import resume
 from vir.training.saver import Saver
 from vir.training.validator import Validator
+from vir.weights.spec import ModelSpec
 
 _DEV_STEPS = 10
 """Of fast_dev_run."""

@@ -11,9 +11,9 @@ from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig, to_dict
 from vir.distributed import World
 from vir.engine.engine import Engine
-from vir.models.spec import ModelSpec
 from vir.training.plan import Plan
 from vir.training.validator import Results
+from vir.weights.spec import ModelSpec
 
 
 class Saver:

@@ -17,7 +17,7 @@ from vir.distributed import World
 from vir.engine.engine import Engine
 from vir.evaluation.classify import Accuracy, classify
 from vir.log import log, shows_bars
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 _DEV_BATCHES = 10
 """That fast_dev_run evaluates."""

@@ -21,7 +21,7 @@ from vir.data.order import SampleOrder
 from vir.data.reader import ShardReader
 from vir.data.traffic import LANES, WINDOW
 from vir.flags import parse
-from vir.models.spec import InputSpec
+from vir.weights.spec import InputSpec
 
 QUALITY = 90
 

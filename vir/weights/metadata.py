@@ -10,7 +10,7 @@ import torch
 
 from vir.config import PRECISIONS
 from vir.errors import SettingsError
-from vir.models.fields import (
+from vir.weights.fields import (
     Rules,
     check_fields,
     is_count,
@@ -19,7 +19,7 @@ from vir.models.fields import (
     is_text_map,
     strict_json,
 )
-from vir.models.spec import INPUT_RULES, InputSpec, ModelSpec
+from vir.weights.spec import INPUT_RULES, InputSpec, ModelSpec
 
 DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16)))
 FORMAT_VERSION = 2

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from vir.errors import DataError
 from vir.files import read_regular
-from vir.models.fields import is_list_of_texts, is_text_map, some, strict_json
-from vir.models.metadata import FutureError, WeightsMetadata
-from vir.models.tensor_files import INDEX_ENDING, TensorEntry, index_of, of_tensor, write_tensors
+from vir.weights.fields import is_list_of_texts, is_text_map, some, strict_json
+from vir.weights.metadata import FutureError, WeightsMetadata
+from vir.weights.tensor_files import INDEX_ENDING, TensorEntry, index_of, of_tensor, write_tensors
 
 METADATA_KEY = "vir"
 

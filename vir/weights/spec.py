@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from vir.errors import SettingsError
-from vir.models.fields import Rules, check_fields, is_count
+from vir.weights.fields import Rules, check_fields, is_count
 
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 """Filters that timm resizes images with in evaluation."""
