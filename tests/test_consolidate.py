@@ -18,8 +18,9 @@ from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import CheckpointInfo, sha256
 from vir.consolidate import main
 from vir.errors import DataError, SettingsError
-from vir.models import read_metadata, tensor_files
-from vir.weights.portable import DTYPES
+from vir.models import read_metadata
+from vir.weights import tensor_files
+from vir.weights.metadata import DTYPES
 from vir.weights.spec import InputSpec, ModelSpec
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from support.small_disk import small_disk  # noqa: F401
 from vir.errors import DataError
-from vir.models import tensor_files
+from vir.weights import tensor_files
 from vir.weights.tensor_files import TensorEntry, existing, of_tensor, write_tensors
 
 torch.set_num_threads(1)
