@@ -199,8 +199,8 @@ def pread(descriptor: int, size: int, offset: int) -> bytes:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content in hexadecimal. Raises OSError where it cannot be read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
     return digest.hexdigest()
