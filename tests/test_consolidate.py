@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -573,3 +574,15 @@ def test_the_command_says_what_it_wrote_and_returns_the_code_of_an_error(tmp_pat
     assert ", raw weights of step 10 in fp32, " in capsys.readouterr().out
     assert main([str(tmp_path / "nowhere"), "--output", str(tmp_path / "other.safetensors")]) == 3
     assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_leaves_what_was_there_and_no_other_file(tmp_path, capsys, monkeypatch, number):
+    run, output = in_run(tmp_path / "run"), tmp_path / "w.safetensors"
+    output.write_text("precious")
+    monkeypatch.setattr(tensor_files, "_compare", lambda *args: os.kill(os.getpid(), number))
+    assert main([str(run), "--output", str(output), "--force"]) == 128 + number
+    assert capsys.readouterr().err == f"vir-consolidate: interrupted before {output} was whole\n"
+    assert output.read_text() == "precious" and sorted(path.name for path in tmp_path.iterdir()) == [
+        "run", "w.safetensors"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

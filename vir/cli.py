@@ -70,6 +70,32 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
+class Interrupted(BaseException):
+    """A signal has asked this program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal raise Interrupted in the block, which can so take away what it has begun.
+
+    For programs that have nothing to go on from. What was ignored before stays so.
+    """
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class QuickEnd:
     """Once `code` is set, with that this process ends as soon as all functions are called that atexit was given after
     this one: Python would still take apart all that was imported, which takes torch over a second."""

@@ -42,10 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         from vir.checkpoints.consolidate import consolidate
         from vir.weights.tensor_files import existing
 
-        metadata = consolidate(args.source, args.output, which=args.which, ema=args.ema, dtype=args.dtype,
-                               max_shard_bytes=limit, force=args.force)
+        with cli.interruptible():
+            metadata = consolidate(args.source, args.output, which=args.which, ema=args.ema, dtype=args.dtype,
+                                   max_shard_bytes=limit, force=args.force)
     except VirError as error:
         return cli.tell(error, "vir-consolidate")
+    except cli.Interrupted as end:
+        print(f"vir-consolidate: interrupted before {args.output} was whole", file=sys.stderr)
+        return end.exit_code
     first, *others = existing(args.output)  # the file, or the index and its files
     print(f"{first}: {metadata.model.name}, {'EMA' if metadata.ema else 'raw'} weights of step {metadata.step} "
           f"in {metadata.dtype}, {sum(path.stat().st_size for path in others or [first]) / 1e6:.1f} MB"

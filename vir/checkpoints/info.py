@@ -15,6 +15,7 @@ from typing import Any
 from vir import files
 from vir.errors import CheckpointError
 from vir.launcher import cores
+from vir.log import progress_bar, shows_bars
 from vir.run_folder import CHECKPOINTS
 from vir.weights.spec import InputSpec, ModelSpec
 
@@ -104,11 +105,15 @@ def verify(folder: Path, info: CheckpointInfo, share: int = 0, of: int = 1) -> N
         CheckpointError: a file that has changed since, or cannot be read.
     """
     names = sorted(info.files)[share::of]
-    with ThreadPoolExecutor(cores()) as threads:  # hashing lets other threads run
-        for name, found in zip(names, threads.map(lambda name: sha256(folder / name), names)):
-            if found != info.files[name]["sha256"]:
-                raise CheckpointError(f"{folder / name} has changed since it was written (sha256 differs); take "
-                                      "another checkpoint")
+    size = sum(info.files[name]["bytes"] for name in names)
+    with progress_bar(size, "B", unit_scale=True, desc=f"checking {folder.name}", leave=False,
+                      disable=share > 0 or not shows_bars()) as bar:
+        with ThreadPoolExecutor(cores()) as threads:  # hashing lets other threads run
+            for name, found in zip(names, threads.map(lambda name: sha256(folder / name), names)):
+                if found != info.files[name]["sha256"]:
+                    raise CheckpointError(f"{folder / name} has changed since it was written (sha256 differs); take "
+                                          "another checkpoint")
+                bar.update(info.files[name]["bytes"])
 
 
 def sha256(path: Path) -> str:
