@@ -297,7 +297,8 @@ def test_consolidated_weights_are_those_of_the_optimizers_and_of_zero_to_fp32(ca
         consolidate(Path(job.output), tmp_path / "w.safetensors", force=True)
         found = load_file(tmp_path / "w.safetensors")
         expected = get_fp32_state_dict_from_zero_checkpoint(str(Path(job.output) / "checkpoints"))
-        assert found.keys() == expected.keys()
+        # Of stage 1 DeepSpeed's tool leaves out what is frozen, without a word.
+        assert found.keys() - expected.keys() == (partitions(job).frozen if job.stage == 1 else set())
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 

@@ -76,7 +76,7 @@ def predict(forwards: Mapping[str, Forward], batches: Batches, model_input: Inpu
         for name, forward in forwards.items():
             start = _now(device, len(forwards))
             logits = forward(images).float()
-            records[name].append(_records(logits, labels[batch.labels], batch.positions.to(device), batch.valid))
+            records[name].append(_records(logits, labels[batch.labels], batch.positions, batch.valid))
             seconds[name] += _now(device, len(forwards)) - start
             first = logits if first is None else first
             differences[name] = torch.maximum(differences[name], (logits - first).abs().max())
@@ -96,8 +96,8 @@ def _now(device: torch.device, ways: int) -> float:
 
 
 def _records(logits: Tensor, labels: Tensor, positions: Tensor, valid: Tensor) -> list[Tensor]:
-    """For a batch, on its device: places in the split, the fields of Predictions, and which of its samples are valid.
-    """
+    """For a batch: places in the split, the fields of Predictions, and which of its samples are valid. Nothing here waits
+    for the device."""
     probabilities = logits.softmax(dim=1)
     top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
