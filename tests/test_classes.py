@@ -57,6 +57,10 @@ def test_weights_without_names_are_judged_by_their_count():
     assert (found.names, found.columns, found.labels.tolist()) == (("x", "y", "z"), None, [0, 1, 2])
     assert found.said == ("the weights name no classes: their 3 logits are taken for those of the data, in the order "
                           "of their names")
+    names = [str(number) for number in range(12)]
+    numbered = shared_classes((), 12, sorted(names))  # 0, 1, 10, 11, 2, …
+    assert list(numbered.names) == names and numbered.labels.tolist() == [0, 1, 10, 11, *range(2, 10)]
+    assert numbered.said.endswith("in the order of their numbers")
     with pytest.raises(SettingsError, match="name no classes and have 3 logits, the data has 2 classes"):
         shared_classes((), 3, ("x", "y"))
 

@@ -30,5 +30,10 @@ def test_a_share_is_of_all_images_of_the_class_and_names_are_text():
     assert labels.count("0") == 1  # that of the scale
 
 
+def test_dollars_in_a_name_are_no_formula():
+    text = drawn([r"a$\x0$", "$5"], [[1, 0], [0, 1]], [1, 1], "svg").getvalue().decode()
+    assert r"<!-- a$\x0$ -->" in text and "<!-- $5 -->" in text
+
+
 def test_a_class_without_images_divides_by_nothing():
     assert Image.open(drawn(["a", "b"], [[0, 0], [1, 1]], [0, 2])).size[0] > 100

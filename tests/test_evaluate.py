@@ -19,14 +19,19 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from timm.data import ImageNetInfo, RealLabelsImagenet
 
 from support.forked import forked
 from support.http_server import HttpServer
+from support.imagenet import jpeg, write_folders
 from support.launchers import HANGS, call, torchrun
 from support.small_disk import small_disk  # noqa: F401  a fixture
 from vir import evaluate
 from vir.data.shards import read_manifest
-from vir.evaluation import outputs
+from vir.evaluation import outputs, run
+from vir.evaluation.classes import shared_classes
+from vir.models import RETENTION_MODES, read_metadata
 from vir.weights.metadata import WeightsMetadata
 from vir.weights.portable import save_weights
 from vir.weights.spec import InputSpec, ModelSpec
@@ -105,7 +110,8 @@ def test_the_result_tells_all_that_is_needed_to_repeat_it(result, given, shards,
                 "hflip_tta": False, "batch_size": 128, "processes": 1, "images": 130, "images_left_out": 0,
                 "classes": 10, "classes_of_model": 10, "classes_of_data": 10}
     assert {name: found[name] for name in expected} == expected
-    assert found["versions"].keys() == {"vir", "torch", "timm", "python"} and found["images_per_second"] > 0
+    assert found["versions"].keys() == {"vir", "torch", "torchvision", "timm", "pillow", "python"}
+    assert found["images_per_second"] > 0
 
 
 def test_each_file_says_what_the_result_says(result, classes, tmp_path):
@@ -132,7 +138,7 @@ def test_several_files_make_one_table_and_a_list(given, classes, tmp_path, capsy
     first, second = json.loads((tmp_path / "r.json").read_text())
     assert [first["weights"], second["weights"]] == [given[1], str(other)] and first["loss"] != second["loss"]
     assert first == json.loads(lines[-1])[0] and [line.split()[0] for line in lines[-4:-1]] == [
-        "weights", "w.safetensors", "another"]
+        "weights", given[1], str(other).split()[0]]
     assert f"{second['top1']:.2f}" in lines[-2] and f"{second['loss']:.4f}" in lines[-2]
 
 
@@ -185,7 +191,7 @@ def test_forms_of_retention_and_both_halves_of_a_mirror_agree(result):
     assert list(compared["modes"]) == ["chunkwise", "parallel", "recurrent"] and compared["mode"] == "chunkwise"
     for of_mode in compared["modes"].values():
         assert of_mode["top1"] == plain["top1"] and of_mode["largest_logit_difference"] < 1e-4
-        assert of_mode["images_per_second"] > 0
+        assert of_mode["forward_images_per_second"] > 0
     assert result("--mode", "recurrent")["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     mirrored = result("--hflip-tta")
     assert mirrored["hflip_tta"] and mirrored["loss"] != plain["loss"]
@@ -200,6 +206,59 @@ def test_a_flag_changes_the_result_and_is_told_in_it(result, flags, changed):
     assert {name: found[name] for name in changed} == changed and found["loss"] != plain["loss"]
     if "--dtype" in flags:
         assert found["loss"] == pytest.approx(plain["loss"], rel=0.02)
+
+
+class Recorder(torch.nn.Module):
+    """Its logits say in which form it was asked."""
+
+    def set_retention_mode(self, mode):
+        self.mode = mode
+
+    def forward(self, images):
+        return torch.full((len(images), 2), float(RETENTION_MODES.index(self.mode)))
+
+
+@pytest.mark.parametrize("mode, compares, forms", [
+    ("auto", False, ["auto"]), ("recurrent", False, ["recurrent"]),
+    ("auto", True, ["parallel", "chunkwise", "recurrent"]),
+    ("recurrent", True, ["recurrent", "parallel", "chunkwise"])])
+def test_each_form_is_chosen_before_it_computes(mode, compares, forms):
+    how = run.How(mode=mode, compare_modes=compares, dtype="fp32", hflip_tta=False, img_size=None, crop_pct=None,
+                  crop_mode=None, batch_size=1, workers=1)
+    shared = shared_classes("ab", 2, "ab")
+    forwards = run._forwards(Recorder(), how, shared, torch.device("cpu"))
+    assert list(forwards) == forms
+    for form in [*forms, *reversed(forms)]:
+        assert forwards[form](torch.zeros(1, 3, 4, 4))[0, 0] == RETENTION_MODES.index(form)
+
+
+def test_logits_that_are_not_finite_are_told_and_leave_a_json(given, classes, tmp_path, capsys, caplog):
+    state = load_file(given[1])
+    state["head.weight"] *= 1e6  # more than fp16 holds
+    path = tmp_path / "w.safetensors"
+    save_weights(path, state, read_metadata(given[1]))
+    assert evaluate.main([*given, "--weights", str(path), "--dtype", "fp16", "--compare-modes", "--json",
+                          str(tmp_path / "r.json")]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["not_finite"] > 0 and found["loss"] is found["ece"] is None
+    assert found["modes"]["recurrent"]["largest_logit_difference"] is None
+    assert "loss not finite, ECE not finite %" in capsys.readouterr().out
+    assert f"{found['not_finite']} images have logits that are not finite" in caplog.text
+
+
+def test_validation_images_of_imagenet_get_their_accuracy_by_real_labels(tmp_path, result, capsys):
+    """Two of each of three classes, and one that has no such label."""
+    wnids, labels = ImageNetInfo().label_names(), RealLabelsImagenet([""] * 50000).real_labels
+    few = {wnid: {} for wnid in wnids[:3]}
+    for label, wnid in enumerate(few):
+        names = [name for name, others in labels.items() if label in others][:2]
+        few[wnid] = {name: jpeg(name) for name in names}
+    few[wnids[0]] |= {name: jpeg(name) for name in [name for name, others in labels.items() if not others][:1]}
+    write_folders(tmp_path / "val", few)
+    path = write_weights(tmp_path / "w.safetensors", classes=tuple(wnids), args=ARGS | {"num_classes": 1000})
+    found = result("--weights", path, "--data", tmp_path / "val", "--confusion", tmp_path / "c.svg")
+    assert (found["images"], found["real_images"], found["classes"]) == (7, 6, 3)
+    assert found["real_top5"] == 100 and "tench (3)" in (tmp_path / "c.svg").read_text()
 
 
 @pytest.mark.launcher
@@ -270,13 +329,13 @@ def test_a_full_disk_leaves_what_was_there(given, small_disk, capsys):  # noqa: 
     """And what fits is written."""
     path, picture = small_disk / "p.npz", small_disk / "c.png"
     path.write_text("precious")
-    (small_disk / "full").write_bytes(b"0" * (2**20 - 3 * 4096))
+    (small_disk / "full").write_bytes(b"0" * (2**20 - 2 * 4096))
     assert evaluate.main([*given, "--save-predictions", str(path), "--per-class", str(small_disk / "c.csv"),
                           "--confusion", str(picture), "--force"]) == 3
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1])["images"] == 130
     full = "could not be written: No space left on device"
-    assert said.err.splitlines()[-1] == (f"vir-evaluate: --confusion {picture} {full}; --save-predictions {path} "
+    assert said.err.splitlines()[-1] == (f"vir-evaluate: --save-predictions {path} {full}; --confusion {picture} "
                                          f"{full}; the last line on stdout is the result")
     assert path.read_text() == "precious"
     assert sorted(each.name for each in small_disk.iterdir()) == ["c.csv", "full", "p.npz"]
@@ -295,6 +354,25 @@ def test_the_second_of_several_files_is_looked_at_before_the_first_is_evaluated(
     stranger = write_weights(tmp_path / "s.safetensors", classes=tuple("abcdefghij"))
     said = refusal(2, "--weights", given[1], stranger)
     assert f"--weights {stranger} and --data {given[3]} do not fit" in said and "none is in both" in said
+
+
+def test_what_is_done_is_not_lost_where_a_later_file_is_refused(given, classes, tmp_path, capsys):
+    """Here for its images, which only its own turn shows."""
+    args = {"num_classes": 10, "img_size": 28, "patch_size": 14}
+    path = write_weights(tmp_path / "v.safetensors", classes=classes, args=ARGS | {"patch_size": 7, "img_size": 28})
+    whole = write_weights(tmp_path / "x.safetensors", name="test_vit", classes=classes, args=args)
+    assert evaluate.main([*given, "--weights", str(path), str(whole), "--img-size", "21", "--json",
+                          str(tmp_path / "r.json")]) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == (f"vir-evaluate: {whole} takes no images of --img-size 21: Input height (21) "
+                                         "should be divisible by patch size (14).")
+    assert json.loads((tmp_path / "r.json").read_text())["weights"] == str(path)
+
+
+def test_files_that_would_replace_each_other_or_the_weights_are_refused(refusal, given, tmp_path):
+    one = tmp_path / "one.csv"
+    assert f"--per-class {one} is --json too; give another" in refusal(2, "--json", one, "--per-class", one)
+    assert f"--json {given[1]} is one of --weights too" in refusal(2, "--json", given[1], "--force")
 
 
 def test_retention_is_not_asked_of_a_network_without_it(refusal, classes, tmp_path):
@@ -331,8 +409,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_evaluation(given, t
     (tmp_path / "null").symlink_to("/dev/null")
     assert evaluate.main([*given, "--json", str(tmp_path / name)]) == 2
     error = capsys.readouterr()
-    assert (error.out, error.err) == ("", f"vir-evaluate: --json {tmp_path / name} cannot be written: {said}; give a "
-                                          "file in a folder that is there\n")
+    assert (error.out, error.err) == ("", f"vir-evaluate: --json {tmp_path / name} cannot be written: {said}; give "
+                                          "another file, in a folder that is there\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "null"]
 
 

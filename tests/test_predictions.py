@@ -46,7 +46,8 @@ def test_each_image_against_a_loop_in_the_order_of_the_split():
 def test_of_fewer_classes_the_others_logits_count_for_nothing():
     of_data = ("f", "b")  # labels 0 and 1 of the data, columns 5 and 1 of the model
     shared, given = shared_classes(NAMES, 7, of_data), batches(classes=2)
-    found = predict({"": of_shared(forward, shared)}, given, INPUT, shared, CPU, tqdm(disable=True))[""].predictions
+    measured = predict({"": of_shared(forward, shared, CPU)}, given, INPUT, shared, CPU, tqdm(disable=True))
+    found = measured[""].predictions
     first = forward(normalize(given[0].images, INPUT))[0, [1, 5]].double()
     label = {0: 1, 1: 0}[int(given[0].labels[0])]  # in the order of the model: b, f
     assert found.labels[0] == label and found.top.shape == (9, 2)
@@ -74,6 +75,18 @@ def test_several_ways_are_compared_on_every_batch():
     assert found["parallel"].difference == 0 and found["recurrent"].difference == pytest.approx(0.25, rel=1e-4)
     assert np.array_equal(found["parallel"].predictions.losses, run({"": forward}, batches())[""].predictions.losses)
     assert all(way.seconds > 0 for way in found.values())
+
+
+def test_a_difference_that_is_no_number_is_told_as_such():
+    found = run({"a": forward, "b": lambda images: forward(images) * float("nan")}, batches())
+    assert math.isnan(found["b"].difference) and np.isnan(found["b"].predictions.losses).all()
+    assert np.isfinite(found["a"].predictions.losses).all()
+
+
+def test_each_of_several_ways_runs_once_before_its_time_is_taken():
+    calls = []
+    run({name: lambda images, name=name: calls.append(name) or forward(images) for name in "ab"}, batches())
+    assert calls == ["a", "b"] * 4  # three batches
 
 
 def test_images_have_the_type_that_the_weights_have():

@@ -40,9 +40,10 @@ def test_calibration_against_a_loop_over_the_bins_of_the_paper():
 
 @pytest.mark.parametrize("confidence, right, expected", [
     ([1.0] * 4, [True] * 4, 0), ([1.0] * 4, [False] * 4, 100), ([0.5] * 4, [True, False] * 2, 0),
-    ([0.75] * 4, [True] * 4, 25), ([0.0] * 2, [False] * 2, 0)])
+    ([0.75] * 4, [True] * 4, 25), ([0.0] * 2, [False] * 2, 0), ([0.5, float("nan")], [True, False], float("nan"))])
 def test_calibration_at_its_ends(confidence, right, expected):
-    assert calibration_error(np.array(confidence, np.float32), np.array(right)) == pytest.approx(expected, abs=1e-6)
+    found = calibration_error(np.array(confidence, np.float32), np.array(right))
+    assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 def test_each_class_against_a_loop():

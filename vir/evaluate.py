@@ -12,31 +12,25 @@ of ImageNet get their ReaL accuracy too. Exit codes: 0 done, 2 settings, 3 data.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from vir import cli, launcher
+from vir import __version__, cli, launcher
 from vir.addresses import shown
 from vir.config import PRECISIONS, CropMode, DataConfig, RetentionMode
 from vir.errors import DataError, SettingsError, VirError
+from vir.evaluation.outputs import OUTPUTS, check_outputs, json_of, write_outputs
+from vir.log import progress_bar
 
 if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is imported
-    from tqdm import tqdm
-
     from vir.data.opening import Places
     from vir.data.reader import Reader
-    from vir.distributed import World
     from vir.evaluation.run import Evaluation
-
-OUTPUTS = {"json": "the results and all that is needed to repeat them", "per_class": "a CSV table of the classes",
-           "confusion": "a picture of the classes that are confused most", "save_predictions": "what the model says of "
-           "each image, as NumPy arrays"}
-"""The files that are written where they are asked for."""
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -74,9 +68,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     computing.add_argument("--device", choices=("auto", "cpu"), default="auto",
                            help="auto takes a GPU, and the CPU on a machine without one (default: auto)")
     outputs = parser.add_argument_group("files to write")
-    for name, what in OUTPUTS.items():
-        outputs.add_argument(f"--{name.replace('_', '-')}", type=Path, help=what, metavar={
-            "json": "FILE.json", "per_class": "FILE.csv", "confusion": "FILE.png"}.get(name, "FILE.npz"))
+    for flag, output in OUTPUTS.items():
+        outputs.add_argument(flag, type=Path, metavar=f"FILE{output.endings[0] if output.endings else ''}",
+                             help=output.help)
     outputs.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     for name in ("batch_size", "workers", "img_size"):
@@ -85,15 +79,15 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f"--crop-pct is {args.crop_pct:g}; it must be in (0, 1]")
-    if len(args.weights) > 1 and (of_one := [flag for flag in _outputs(args) if flag != "--json"]):
-        parser.error(f"{of_one[0]} is of one weights file, and {len(args.weights)} are given; give one, or leave "
-                     f"{of_one[0]} out")
+    if len(args.weights) > 1 and (of_one := _asked_for(args).keys() - {"--json"}):
+        flag = sorted(of_one)[0]
+        parser.error(f"{flag} is of one weights file, and {len(args.weights)} are given; give one, or leave {flag} out")
     return args
 
 
-def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+def _asked_for(args: argparse.Namespace) -> dict[str, Path]:
     """The files to write, by flag."""
-    given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in OUTPUTS}
+    given = {flag: getattr(args, flag.removeprefix("--").replace("-", "_")) for flag in OUTPUTS}
     return {flag: path for flag, path in given.items() if path is not None}
 
 
@@ -104,11 +98,15 @@ def main(argv: list[str] | None = None) -> int:
     if launcher.wants_cpu(args.device):
         launcher.hide_gpus()
     try:
-        return _evaluate(args, argv)
+        with cli.interruptible():
+            return _evaluate(args, argv)
     except VirError as error:  # every process meets it at the door; later, maybe one alone
         from torch import distributed
 
         return cli.tell(error, "vir-evaluate", every_rank=distributed.is_initialized())
+    except cli.Interrupted as end:
+        print("vir-evaluate: interrupted", file=sys.stderr)
+        cli.end_now(end.exit_code)  # others, and loaders, may be waited for for ever
 
 
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
@@ -118,8 +116,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     from vir import arithmetic, distributed
     from vir.data.opening import check_agreement
     from vir.distributed import World
-    from vir.evaluation.outputs import check_outputs, json_of, write_outputs
     from vir.evaluation.run import How, check_weights, evaluate
+    from vir.weights.portable import files_of
 
     distributed.check_driver()
     kept, is_first = _places(args), launcher.local_rank() == 0
@@ -133,25 +131,39 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     if reader is None:  # the first process of the machine has made what this one takes
         reader = _open(args.data, kept, first=False)
     check_agreement("--data", reader)
-    distributed.at_the_door(lambda: check_weights(args.weights, reader))
-    distributed.at_the_door(lambda: check_outputs(_outputs(args) if world.is_main else {}, args.force))
     how = How(mode=args.mode, compare_modes=args.compare_modes, dtype=args.dtype, hflip_tta=args.hflip_tta,
               img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode, batch_size=args.batch_size,
               workers=args.workers)
-    evaluations = []
+    distributed.at_the_door(lambda: check_weights(args.weights, reader, how))
+    outputs = _asked_for(args) if world.is_main else {}
+    read = [file for weights in args.weights for file in (weights, *files_of(weights))]
+    distributed.at_the_door(lambda: check_outputs(outputs, args.force, read))
+    evaluations: list[Evaluation] = []
+    refused: VirError | None = None
     for weights in args.weights:
-        found = evaluate(weights, reader, how, world, lambda total, title: _bar(total, title, world))
+        try:
+            found = evaluate(weights, reader, how, world, lambda total, title: progress_bar(
+                total, "image", desc=title, disable=not world.is_main, dynamic_ncols=True))
+        except VirError as error:
+            if not evaluations:
+                raise
+            refused = error  # what is done is not lost
+            break
         found.fields.update(data=shown(args.data), versions=_versions(),
                             command=f"vir-evaluate {shlex.join(map(shown, argv))}")
-        evaluations.append(found)
+        evaluations.append(found if len(args.weights) == 1 else found.without_records())
         if world.is_main:
-            _print(found)
-    state.destroy_process_group()
+            _print(found.fields)
+    distributed.stop()
     if world.is_main:
+        problem = write_outputs(outputs, evaluations, reader)
         if len(evaluations) > 1:
-            _print_table(evaluations)
-        print(json.dumps(json_of(evaluations)), flush=True)
-        write_outputs(_outputs(args), evaluations, reader)
+            _print_table([evaluation.fields for evaluation in evaluations])
+        print(json_of(evaluations), flush=True)
+        if problem:
+            raise DataError(f"{problem}; the last line on stdout is the result")
+    if refused is not None:
+        raise refused
     return 0
 
 
@@ -176,45 +188,38 @@ def _open(data: str, kept: Places, *, first: bool) -> Reader:
         raise DataError(f"--data: {error}") from error
 
 
-def _bar(total: int, title: str, world: World) -> tqdm[Any]:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=title, unit="image", disable=not world.is_main, dynamic_ncols=True)
-
-
 def _versions() -> dict[str, str]:
-    import timm
-    import torch
-
-    import vir
-
-    return {"vir": vir.__version__, "torch": torch.__version__, "timm": timm.__version__,
+    """Of what decides the numbers, the pixels among them."""
+    return {"vir": __version__, **{name: version(name) for name in ("torch", "torchvision", "timm", "pillow")},
             "python": platform.python_version()}
 
 
-def _print(evaluation: Evaluation) -> None:
-    fields = evaluation.fields
-    loss = "not finite" if fields["loss"] is None else f"{fields['loss']:.4f}"
+def _print(fields: dict[str, Any]) -> None:
+    count = fields["processes"]
     print(f"{fields['model']}{' EMA' if fields['ema'] else ''}, step {fields['step']}, {fields['images']} images, "
-          f"{fields['processes']} processes: top-1 {fields['top1']:.2f} %, top-5 {fields['top5']:.2f} %, loss {loss}, "
-          f"ECE {fields['ece']:.2f} %, {fields['images_per_second']:.1f} images/s", flush=True)
+          f"{count} process{'' if count == 1 else 'es'}: top-1 {fields['top1']:.2f} %, top-5 {fields['top5']:.2f} %, "
+          f"loss {_number(fields['loss'], 4)}, ECE {_number(fields['ece'], 2)} %, "
+          f"{fields['images_per_second']:.1f} images/s", flush=True)
     if "real_top1" in fields:
         print(f"ReaL: top-1 {fields['real_top1']:.2f} %, top-5 {fields['real_top5']:.2f} % of {fields['real_images']} "
               "images", flush=True)
     for mode, of_mode in fields.get("modes", {}).items():
-        print(f"{mode:>9}: top-1 {of_mode['top1']:.2f} %, {of_mode['images_per_second']:.1f} images/s without the "
-              f"loader, largest logit difference {of_mode['largest_logit_difference']:.2e}", flush=True)
+        difference = _number(of_mode["largest_logit_difference"], 2, "e")
+        print(f"{mode:>9}: top-1 {of_mode['top1']:.2f} %, {of_mode['forward_images_per_second']:.1f} images/s without "
+              f"the loader, largest logit difference {difference}", flush=True)
 
 
-def _print_table(evaluations: list[Evaluation]) -> None:
+def _print_table(results: list[dict[str, Any]]) -> None:
     rows: list[tuple[str, ...]] = [("weights", "top-1 %", "top-5 %", "loss", "ECE %", "images/s")]
-    for fields in (evaluation.fields for evaluation in evaluations):
-        rows.append((Path(fields["weights"]).name, *("-" if fields[name] is None else f"{fields[name]:.{digits}f}"
-                     for name, digits in (("top1", 2), ("top5", 2), ("loss", 4), ("ece", 2),
-                                          ("images_per_second", 1)))))
+    rows += [(fields["weights"], *(_number(fields[name], digits) for name, digits in (
+        ("top1", 2), ("top5", 2), ("loss", 4), ("ece", 2), ("images_per_second", 1)))) for fields in results]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *others in rows:
         print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:])), sep="  ")
+
+
+def _number(value: float | None, digits: int, kind: str = "f") -> str:
+    return "not finite" if value is None else f"{value:.{digits}{kind}}"
 
 
 if __name__ == "__main__":

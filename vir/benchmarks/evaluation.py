@@ -124,9 +124,9 @@ def _timms(weights: Path, folder: Path, settings: Settings, device: torch.device
     """From the start of the loader to the last result, as ours: the model is loaded before."""
     model, criterion = load(weights, device), nn.CrossEntropyLoss().to(device)
     config = resolve_model_data_config(model)
-    began = time.monotonic()
+    dataset, began = create_dataset("", str(folder)), time.monotonic()
     loader = create_loader(
-        create_dataset("", str(folder)), batch_size=settings.batch_size, num_workers=settings.workers,
+        dataset, batch_size=settings.batch_size, num_workers=settings.workers,
         use_prefetcher=device.type == "cuda", device=device, pin_memory=device.type == "cuda",
         **{key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")})
     losses, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()

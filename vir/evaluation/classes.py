@@ -46,9 +46,11 @@ def shared_classes(of_model: Sequence[str], num_logits: int, of_data: Sequence[s
         if num_logits != len(of_data):
             raise SettingsError(f"the weights name no classes and have {num_logits} logits, the data has "
                                 f"{len(of_data)} classes; give data of the classes that they were trained on")
-        return Shared(tuple(of_data), None, np.arange(num_logits),
+        by_number = sorted(of_data, key=int) if all(name.isdecimal() for name in of_data) else of_data
+        label_of = {name: label for label, name in enumerate(by_number)}
+        return Shared(tuple(by_number), None, np.array([label_of[name] for name in of_data]),
                       f"the weights name no classes: their {num_logits} logits are taken for those of the data, in "
-                      "the order of their names")
+                      f"the order of their n{'umbers' if by_number is not of_data else 'ames'}")
     if tuple(of_model) == tuple(of_data):
         return Shared(tuple(of_model), None, np.arange(num_logits))
     numbered = all(name.isdecimal() and int(name) < num_logits for name in of_data) and not {*of_data} & {*of_model}

@@ -49,8 +49,8 @@ class Measured:
 
     predictions: Predictions
     seconds: float
-    """From the start of the loader to the last result; of one of several ways those that it computed, by the slowest
-    process."""
+    """Of the slowest process: from the start of the loader to the last result; of one of several ways those that it
+    computed."""
     difference: float
     """The largest absolute difference of a logit from that of the first way, over all images."""
 
@@ -67,37 +67,44 @@ def predict(forwards: Mapping[str, Forward], batches: Batches, model_input: Inpu
     records: dict[str, list[list[Tensor]]] = {name: [] for name in forwards}
     seconds = dict.fromkeys(forwards, 0.0)
     differences = {name: torch.zeros((), dtype=torch.float64, device=device) for name in forwards}
-    labels = torch.from_numpy(shared.labels).to(device)
+    labels, is_compared = torch.from_numpy(shared.labels).to(device), len(forwards) > 1
     began = time.monotonic()
     for batch in in_turn(batches, progress):
         assert batch is not None, "only a stop cuts it short, and none was given"
         images = normalize(batch.images, model_input).to(dtype)
+        if is_compared and not any(seconds.values()):  # the first pass of a form compiles, or reserves memory
+            for forward in forwards.values():
+                forward(images)
         first: Tensor | None = None
         for name, forward in forwards.items():
-            start = _now(device, len(forwards))
+            start = _now(device) if is_compared else 0.0
             logits = forward(images).float()
+            seconds[name] += _now(device) - start if is_compared else 0.0
             records[name].append(_records(logits, labels[batch.labels], batch.positions, batch.valid))
-            seconds[name] += _now(device, len(forwards)) - start
-            first = logits if first is None else first
-            differences[name] = torch.maximum(differences[name], (logits - first).abs().max())
+            if first is None:
+                first = logits
+            else:
+                differences[name] = torch.maximum(differences[name], (logits - first).abs().max())
     whole = {name: _gathered(of_form) for name, of_form in records.items()}  # waits for the device
     progress.update(len(next(iter(whole.values())).labels) - progress.n)
-    if len(forwards) == 1:
+    if not is_compared:
         seconds = dict.fromkeys(forwards, time.monotonic() - began)
-    return {name: Measured(whole[name], *map(max, zip(*distributed.gather((seconds[name], float(differences[name]))))))
-            for name in forwards}
+    found = {}
+    for name in forwards:
+        of_ranks = np.array(distributed.gather((seconds[name], float(differences[name]))))
+        found[name] = Measured(whole[name], *of_ranks.max(axis=0).tolist())  # which is NaN where one is
+    return found
 
 
-def _now(device: torch.device, ways: int) -> float:
-    """The time; where it is taken of several ways, once the device has done what it was given."""
-    if ways > 1 and device.type != "cpu":
+def _now(device: torch.device) -> float:
+    """The time at which the device has done what it was given."""
+    if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.monotonic()
 
 
 def _records(logits: Tensor, labels: Tensor, positions: Tensor, valid: Tensor) -> list[Tensor]:
-    """For a batch: places in the split, the fields of Predictions, and which of its samples are valid. Nothing here waits
-    for the device."""
+    """For a batch: places in the split, the fields of Predictions, which samples are valid. Waits for no device."""
     probabilities = logits.softmax(dim=1)
     top = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
     losses = nn.functional.cross_entropy(logits, labels, reduction="none")
@@ -114,12 +121,12 @@ def _gathered(batches: list[list[Tensor]]) -> Predictions:
     return Predictions(*(column[order] for column in whole))
 
 
-def of_shared(forward: Forward, shared: Shared) -> Forward:
+def of_shared(forward: Forward, shared: Shared, device: torch.device) -> Forward:
     """The same with the logits of the shared classes alone."""
     if shared.columns is None:
         return forward
-    columns = torch.from_numpy(shared.columns)
-    return lambda images: forward(images).index_select(1, columns.to(images.device))
+    columns = torch.from_numpy(shared.columns).to(device)
+    return lambda images: forward(images).index_select(1, columns)
 
 
 def with_mirror_images(forward: Forward) -> Forward:

@@ -27,13 +27,16 @@ class Summary:
     """Mean cross-entropy."""
     ece: float
     """Expected calibration error, see calibration_error."""
+    not_finite: int
+    """Images with logits that are not."""
 
 
 def summary(predictions: Predictions) -> Summary:
     right = predictions.top == predictions.labels[:, None]
     return Summary(images=len(right), top1=_percent(right[:, 0]), top5=_percent(right.any(axis=1)),
                    loss=float(predictions.losses.mean(dtype=np.float64)),
-                   ece=calibration_error(predictions.probabilities[:, 0], right[:, 0]))
+                   ece=calibration_error(predictions.probabilities[:, 0], right[:, 0]),
+                   not_finite=int(np.count_nonzero(~np.isfinite(predictions.losses))))
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
@@ -43,8 +46,13 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
         confidence: [N], the probability of the class that was chosen.
         right: [N] bool.
 
+    Returns:
+        NaN where a confidence is.
+
     Source: arXiv:1706.04599, section 2, with BINS bins of equal width, each without its lower end.
     """
+    if not np.isfinite(confidence).all():
+        return float("nan")
     bins = np.clip(np.ceil(confidence.astype(np.float64) * BINS).astype(np.int64) - 1, 0, BINS - 1)
     surplus = np.bincount(bins, right.astype(np.float64) - confidence, minlength=BINS)
     return 100 * float(np.abs(surplus).sum()) / len(right)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -32,14 +32,15 @@ def draw_confusion(file: IO[bytes], kind: str, names: Sequence[str], counts: np.
     axis = figure.subplots()
     picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
     short = [name if len(name) <= _LETTERS else name[:_LETTERS - 1] + "…" for name in names]
-    axis.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
-    axis.set_yticks(range(len(names)), [f"{name} ({count})" for name, count in zip(short, images)], fontsize=8)
+    as_it_is: dict[str, Any] = {"fontsize": 8, "parse_math": False}  # a name may have dollars
+    axis.set_xticks(range(len(names)), short, rotation=90, **as_it_is)
+    axis.set_yticks(range(len(names)), [f"{name} ({count})" for name, count in zip(short, images)], **as_it_is)
     for row, column in zip(*np.nonzero(counts)):
         is_dark, is_right = share[row, column] > 55, row == column
         axis.text(column, row, f"{share[row, column]:.0f}", ha="center", va="center", fontsize=7,
                   color="white" if is_dark else "black" if is_right else "firebrick")
     axis.set_xlabel("taken for")
     axis.set_ylabel("class (images)")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, parse_math=False)
     figure.colorbar(picture, ax=axis, shrink=0.6, label="% of the images of the class")
     figure.savefig(file, format=kind, dpi=120)
