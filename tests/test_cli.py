@@ -134,3 +134,24 @@ def test_a_second_signal_ends_at_once_what_a_first_one_only_asks(pause, code):
     done = subprocess.run([sys.executable, "-c", TWO_SIGNALS, str(pause)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code and done.stderr == ""  # one that comes with the first is the same request twice
     assert ("went on" in done.stdout) == (code == 0) and done.stdout.startswith("[<Signals.SIGINT: 2>]")
+
+
+TWO_INTERRUPTS = """
+import os, signal, time
+from vir import cli
+try:
+    with cli.interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            print("took away what it had begun", flush=True)
+except cli.Interrupted as end:
+    raise SystemExit(end.exit_code)
+"""
+
+
+def test_a_second_signal_does_not_come_between_what_the_first_takes_away():
+    done = subprocess.run([sys.executable, "-c", TWO_INTERRUPTS], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "took away what it had begun\n", "")

@@ -251,7 +251,8 @@ def test_sizes(text, size):
     assert parse_bytes(text, "--f") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "200QB", "-1GB", "0", "0GB", "1e9", "nan", "200 G B", "1,5GB", "5KB"])
+@pytest.mark.parametrize("text", ["", "GB", "200QB", "-1GB", "0", "0GB", "1e9", "nan", "200 G B", "1,5GB", "5XB",
+                                  "9" * 400 + "GB"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(SettingsError, match=r"^--f is .* give a number of bytes .* such as 200GB"):
         parse_bytes(text, "--f")

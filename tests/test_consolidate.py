@@ -586,3 +586,22 @@ def test_a_signal_leaves_what_was_there_and_no_other_file(tmp_path, capsys, monk
     assert output.read_text() == "precious" and sorted(path.name for path in tmp_path.iterdir()) == [
         "run", "w.safetensors"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_number_that_fp16_cannot_hold_is_told_with_its_tensor(tmp_path):
+    for name in ("a.weight", "scale"):
+        (content,) = stage_0().values()
+        content["module"] = dict(content["module"]) | {name: content["module"][name] * 0 + 7e4}
+        folder = write(tmp_path / name, {MODEL_FILE[0]: content})
+        with pytest.raises(SettingsError, match=f"no more than 65504, and {name} has 70000; give --dtype bf16"):
+            consolidate(folder, tmp_path / "w.safetensors", dtype="fp16")
+        assert not (tmp_path / "w.safetensors").exists()
+        consolidate(folder, tmp_path / f"{name}.safetensors", dtype="bf16")
+
+
+def test_a_link_that_leads_nowhere_is_something_that_exists(tmp_path):
+    output = tmp_path / "w.safetensors"
+    output.symlink_to(tmp_path / "unmounted" / "w.safetensors")
+    with pytest.raises(SettingsError, match="w.safetensors exists; .*--force"):
+        consolidate(in_run(tmp_path / "run"), output)
+    assert output.is_symlink()

@@ -56,11 +56,12 @@ def test_fields_of_json_come_back():
 
 @pytest.mark.parametrize("changed, said", [
     ({"sise": 1}, "it has unknown fields: sise; known are size, mean, std, interpolation, crop_pct, crop_mode"),
-    ({"size": [3, 16]}, r"size is \[3, 16\]; it must be \[channels, height, width\], three whole numbers above 0"),
+    ({"size": [3, 16, 10**9]}, "size is .*1000000000"), ({"crop_pct": 1e-9}, "crop_pct is 1e-09; it must be"),
+    ({"size": [3, 16]}, r"size is \[3, 16\]; it must be \[channels, height, width\], three whole numbers from 1"),
     ({"mean": [0.5] * 4}, "mean has 4 and std has 3 numbers for 3 channels"),
     ({"std": [0.5, -1, 0.5]}, r"std is \[0.5, -1, 0.5\]; it must be a list of numbers above 0, one of each channel"),
     ({"mean": [float("nan")] * 3}, r"mean is \[nan, nan, nan\]; it must be a list of numbers"),
-    ({"crop_pct": float("inf")}, "crop_pct is inf; it must be a number above 0"),
+    ({"crop_pct": float("inf")}, "crop_pct is inf; it must be a number from 0.01 to 10"),
     ({"crop_mode": "fill"}, "crop_mode is 'fill'; it must be one of center, squash, border"),
 ], ids=str)
 def test_fields_that_are_none_are_told(changed, said):

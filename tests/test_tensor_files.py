@@ -190,6 +190,34 @@ def test_a_disk_that_fills_half_way_changes_nothing(tmp_path, monkeypatch, limit
     assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_failure_while_names_change_leaves_no_mixture_that_a_reader_would_take(tmp_path, monkeypatch, at, before):
+    """Three files and their index, in the place of none, of one, and of as many."""
+    path, tensors = tmp_path / "x.safetensors", {name: torch.ones(2) for name in "abc"}
+    if before:
+        write_tensors(path, entries({name: torch.zeros(2) for name in "abc"}), HEADER, max_file_bytes=24 // before)
+    there, calls, replace = {one: (tmp_path / one).read_bytes() for one in listed(tmp_path)}, [], os.replace
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == at:
+            raise OSError(errno.EIO, "it fails")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="it fails"):
+        write_tensors(path, entries(tensors), HEADER, max_file_bytes=8)
+    left = {one: (tmp_path / one).read_bytes() for one in listed(tmp_path)}
+    if before < 3:
+        assert left == there
+    else:
+        assert left.keys() == there.keys() - {"x.safetensors.index.json"}
+    monkeypatch.undo()
+    write_tensors(path, entries(tensors), HEADER, max_file_bytes=8)  # the next try is not disturbed
+    assert len(listed(tmp_path)) == 4
+
+
 def test_a_disk_with_too_little_space_is_told_before_anything_is_written(small_disk):  # noqa: F811
     path, before = whole(small_disk, None)
     big = of_tensor("a", torch.zeros(1 << 18))

@@ -19,8 +19,9 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 import vir.models
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, load, network, read_metadata, save_weights
-from vir.weights.portable import read, stated_metadata
+from vir.weights.portable import is_there, outline, read, stated_metadata
 from vir.weights.spec import InputSpec, ModelSpec, input_of
+from vir.weights.tensor_files import CODES
 
 torch.set_num_threads(1)
 
@@ -115,10 +116,41 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(path):
     before = path.read_bytes()
     with pytest.raises(AttributeError):
         save_weights(path, {"a": "no tensor"}, METADATA)
-    with pytest.raises(TypeError):
-        save_weights(path, {}, dataclasses.replace(METADATA, model=dataclasses.replace(MODEL, args={"a": object()})))
+    for value, said in ((object(), "is not JSON serializable"), ("\ud800", "model_args is "), (["\ud800"], "model_arg")):
+        with pytest.raises(SettingsError, match=f"these weights cannot be saved: .*{said}"):
+            save_weights(path, {}, dataclasses.replace(METADATA, model=dataclasses.replace(MODEL, args={"a": value})))
+    with pytest.raises(SettingsError, match="a is torch.complex128, which safetensors cannot hold"):
+        save_weights(path, {"a": torch.zeros(1, dtype=torch.complex128)}, METADATA)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_weights_in_several_files_of_that_name_are_not_replaced(tmp_path):
+    """They may be of others: readers would take the one file for them."""
+    names = ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json"]
+    for name in names:
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(SettingsError, match="m.safetensors is the name of weights in several files, m.safetensors.in"):
+        save_weights(tmp_path / "m.safetensors", {}, METADATA)
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_what_is_there_is_told_by_the_files(tmp_path):
+    assert not is_there(tmp_path / "x.safetensors.index.json") and not is_there(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors.index.json").touch()
+    assert is_there(tmp_path / "x.safetensors.index.json") and is_there(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_each_type_that_is_written_is_read_again(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    save_weights(path, {"a": torch.ones(3).to(dtype)}, METADATA)
+    assert outline(path)[1]["a"].dtype == read(path)[1]["a"].dtype == dtype
+
+
+def test_a_device_that_is_not_there_is_told_before_anything_is_built(path):
+    with pytest.raises(SettingsError, match="^device is 'nope', which torch cannot use here: "):
+        load(path, "nope")
 
 
 def test_the_final_name_appears_only_when_the_file_is_whole(tmp_path, monkeypatch):
@@ -197,8 +229,8 @@ def nested(depth, value=1):
     ({"std": [10**400, 1, 1]}, r"std is \[100.*, 1, 1\]; it must be a list of numbers"),
     ({"interpolation": "random"}, "interpolation is 'random'; it must be one of bicubic, bilinear, box, hamming, lanc"),
     ({"interpolation": ["box"]}, r"interpolation is \['box'\]; it must be one of"),
-    ({"crop_pct": 0}, "crop_pct is 0; it must be a number above 0"),
-    ({"crop_pct": "1"}, "crop_pct is '1'; it must be a number above 0"),
+    ({"crop_pct": 0}, "crop_pct is 0; it must be a number from 0.01 to 10"),
+    ({"crop_pct": "1"}, "crop_pct is '1'; it must be a number from 0.01 to 10"),
     ({"crop_mode": "stretch"}, "crop_mode is 'stretch'; it must be one of center, squash, border"),
     ({"crop_mode": None}, "crop_mode is None; it must be one of"),
     ({"step": -1}, "step is -1; it must be a whole number, 0 or more"),
@@ -332,7 +364,7 @@ def test_pipes_and_devices_are_no_weights(tmp_path):
 
 def test_tensors_that_no_state_dict_has_are_refused(tmp_path):
     header = {"__metadata__": {"vir": METADATA.to_json()}}
-    for entry, said in ((tensor(0, 1, (1,), "F8_E8M0"), r"a is F8_E8M0 of shape \[1\] \(which PyTorch does not know"),
+    for entry, said in ((tensor(0, 1, (1,), "F8_E8M0"), r"a is F8_E8M0 of shape \[1\] \(which is not read here"),
                         (tensor(0, 0, (0, 2**62, 2**62)), r"a is F32 of shape \[0, .*overflow")):
         data = b"0" * entry["data_offsets"][1]
         (tmp_path / "w").write_bytes(raw(header | {"a": entry}, data))
@@ -406,12 +438,12 @@ def test_a_network_that_cannot_be_built_without_numbers_is_built_with_them(path,
 
 
 def test_masks_that_no_file_holds_are_counted_too(tmp_path):
-    """Swin's weights are the same for images of any size, its masks of windows are not: 0.3 GB here."""
+    """Swin's weights are the same for images of any size, its masks of windows are not: 4 GB here."""
     args = dict(img_size=32, window_size=4, patch_size=4, embed_dim=8, depths=(2, 1), num_heads=(2, 2), num_classes=3)
     stored(tmp_path / "w", "swin_tiny_patch4_window7_224", **args)
     load(rewritten(tmp_path / "w", model_args=args | {"img_size": 64}))
     with pytest.raises(DataError, match="that network has several times as many"):
-        load(rewritten(tmp_path / "w", model_args=args | {"img_size": 8192}))
+        load(rewritten(tmp_path / "w", model_args=args | {"img_size": 32768}))
 
 
 def peak():

@@ -85,6 +85,8 @@ def interruptible() -> Iterator[None]:
     For programs that have nothing to go on from. What was ignored before stays so.
     """
     def interrupt(number: int, frame: object) -> NoReturn:
+        for again in before:  # a second one would come between what the first is to take away
+            signal.signal(again, signal.SIG_IGN)
         raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

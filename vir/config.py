@@ -22,7 +22,8 @@ RetentionMode = Literal["auto", "parallel", "chunkwise", "recurrent"]
 CropMode = Literal["center", "squash", "border"]
 PRECISIONS = ("fp32", "bf16", "fp16")
 """Names of the floating-point types."""
-_UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS = {"": 1, "KB": 10**3, "KIB": 1 << 10,
+          "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def _free(default: Any) -> Any:
@@ -448,15 +449,15 @@ def parse_bytes(text: str, flag: str) -> int:
     """The bytes of "200GB", "1.5 TiB" or "1000000".
 
     Raises:
-        SettingsError: it is nothing of that kind, or less than one byte; the flag is named.
+        SettingsError: it is nothing of that kind, or less than one byte or more than any disk has; the flag is named.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)?\s*", text, re.IGNORECASE)
     unit = (found[2] or "").upper() if found else "?"
-    size = int(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
-    if size < 1:
+    size = float(found[1]) * _UNITS[unit] if found and unit in _UNITS else 0
+    if not 1 <= size < 1 << 63:
         raise SettingsError(f"{flag} is {text!r}; give a number of bytes above 0, or one with MB, GB, TB, MiB, GiB or "
                             "TiB, such as 200GB")
-    return size
+    return int(size)
 
 
 def plan_accumulation(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:

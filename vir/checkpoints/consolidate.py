@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,9 +73,9 @@ def _check_output(output: Path, force: bool) -> None:
     try:
         found = existing(output)
         for path in found or [there / output.name]:
-            if path.is_file() and not force:
-                raise SettingsError(f"{path} exists; give another --output, or --force to replace it")
             try_to_write(path)
+            if path in found and not force:
+                raise SettingsError(f"{path} exists; give another --output, or --force to replace it")
     except OSError as error:
         raise SettingsError(f"--output {output} cannot be written: {error.strerror}; give another file") from error
 
@@ -96,14 +98,26 @@ def full_tensors(folder: Path, info: CheckpointInfo, ema: bool, dtype: torch.dty
     """Each weight (its float32 master, or its average), under each of its names, and each saved buffer."""
     partitions, key = Partitions(folder, info), EMA if ema else WEIGHT
     buffers = {**partitions.buffers, **partitions.ema_buffers} if ema else partitions.buffers
-    entries = [of_tensor(name, buffer.to(dtype) if buffer.is_floating_point() else buffer)
-               for name, buffer in buffers.items()]
+    entries = []
+    for entry in (of_tensor(name, buffer) for name, buffer in buffers.items()):
+        entries.append(_rounded(entry, dtype) if entry.dtype.is_floating_point else entry)
     for name, known in {**{name: name for name in partitions.shapes}, **partitions.shared}.items():
-        def read(start: int, stop: int, known: str = known) -> Tensor:
-            return partitions.read(known, key, start, stop).to(dtype)
-
-        entries.append(TensorEntry(name, tuple(partitions.shapes[known]), dtype, read))
+        read = partial(partitions.read, known, key)
+        entries.append(_rounded(TensorEntry(name, tuple(partitions.shapes[known]), torch.float32, read), dtype))
     return entries
+
+
+def _rounded(entry: TensorEntry, dtype: torch.dtype) -> TensorEntry:
+    """The same in another type; reading it raises SettingsError where that cannot hold a number."""
+    def read(start: int, stop: int) -> Tensor:
+        exact = entry.read(start, stop)
+        found = exact.to(dtype)
+        if dtype == torch.float16 and (found.isinf() & exact.isfinite()).any():
+            raise SettingsError(f"--dtype fp16 holds no more than 65504, and {entry.name} has {exact.abs().max():g}; "
+                                "give --dtype bf16")
+        return found
+
+    return replace(entry, dtype=dtype, read=read)
 
 
 if __name__ == "__main__":

@@ -95,9 +95,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype
         DataError: the file cannot be read or does not hold what it says.
         SettingsError: the model does not take `args`, or the file's weights do not fit it then; or no such dtype.
     """
-    number = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+    of_model = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if of_model not in {*DTYPES.values(), torch.float64}:
         raise SettingsError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or such a dtype of torch")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device is {device!r}, which torch cannot use here: {str(error).splitlines()[0]}"
+                            ) from error
     metadata, outlines = outline(path)
     spec = metadata.model
     network = described(path, spec, outlines)
@@ -112,7 +117,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype
         model = network_of(path, spec)
     model.load_state_dict(state_dict)
     setattr(model, "weights_metadata", replace(metadata, model=spec))
-    return model.to(device, number).eval()
+    return model.to(device, of_model).eval()
 
 
 def _changed(path: str | os.PathLike[str], source: nn.Module, spec: ModelSpec, state_dict: dict[str, Tensor],

@@ -16,8 +16,9 @@ from vir.errors import DataError, SettingsError, VirError
 from vir.log import log
 from vir.models.network import UNREADABLE, described, differences, mismatches, resampled
 from vir.weights.fields import some
-from vir.weights.portable import outline, read, stated_metadata
+from vir.weights.portable import is_there, outline, read, stated_metadata
 from vir.weights.spec import input_of
+from vir.weights.tensor_files import INDEX_ENDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,9 @@ def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Seq
                          network=network)
         _begin(model, classes, read(path)[1], source)
         return
+    if is_there(path) and (not os.path.isfile(path) or os.fspath(path).endswith(INDEX_ENDING)):
+        raise DataError(f"{path} stands for weights in several files that do not say which model they hold; join them "
+                        "into one, which timm can read")
     if not os.path.isfile(path):
         raise DataError(f"no weights file at {path}; vir-consolidate makes one from a run folder")
     try:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm
@@ -38,6 +39,9 @@ _NETWORK_TENSORS = 1000
 """A network may register so many times the numbers and tensors of its file, and so many beside, while it is built: some
 replace layers as they go on, and masks and tables of indices are not in files."""
 
+_BUFFERS = 1 << 28
+"""Numbers of buffers that any network may have: Swin's indexes of large windows are more than its weights."""
+
 _ARGS_SUM = (1 << 16, 1 << 22)
 """Of the integers in model_args: as many as the file has numbers, within these two. timm makes a list as long as the
 network is deep before it makes a layer."""
@@ -45,7 +49,7 @@ network is deep before it makes a layer."""
 _REGULARISATION = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath, DropBlock2d, PatchDropout,
                    PatchDropoutWithIndices)
 
-_COMPARED = ("num_heads", "dims", "groups", "num_groups", "stride", "dilation", "approximate")
+_COMPARED = ("eps", "num_heads", "dims", "groups", "num_groups", "stride", "dilation", "approximate")
 """What modules of one kind compute by, and no shape shows."""
 
 
@@ -133,17 +137,20 @@ class _TooLargeError(Exception):
 @contextmanager
 def _counted(numbers: int, tensors: int) -> Iterator[None]:
     """Networks that this thread builds meanwhile end with _TooLargeError where they are not of that many."""
-    left = [_NETWORK_TIMES * numbers + _NETWORK_NUMBERS, _NETWORK_TIMES * tensors + _NETWORK_TENSORS]
+    allowed = _NETWORK_TIMES * numbers + _NETWORK_NUMBERS
+    left = {"parameters": allowed, "buffers": max(allowed, _BUFFERS),
+            "tensors": _NETWORK_TIMES * tensors + _NETWORK_TENSORS}
     thread = threading.get_ident()
 
-    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    def count(kind: str, module: nn.Module, name: str, tensor: Tensor | None) -> None:
         if tensor is not None and threading.get_ident() == thread:
-            left[0] -= tensor.numel()
-            left[1] -= 1
-            if min(left) < 0:
+            left[kind] -= tensor.numel()
+            left["tensors"] -= 1
+            if min(left.values()) < 0:
                 raise _TooLargeError
 
-    hooks = register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)
+    hooks = (register_module_parameter_registration_hook(partial(count, "parameters")),
+             register_module_buffer_registration_hook(partial(count, "buffers")))
     try:
         yield
     finally:

@@ -54,14 +54,15 @@ class WeightsMetadata:
 
     def to_json(self) -> str:
         """The header, flat. Raises SettingsError where from_json would not take it again."""
-        text = json.dumps({
+        fields = {
             "model_name": self.model.name, "model_args": self.model.args, "classes": self.model.classes,
             **self.model.input.timm_cfg(), "step": self.step, "samples_seen": self.samples_seen, "ema": self.ema,
             "dtype": self.dtype, "config_hash": self.config_hash, "data_fingerprint": self.data_fingerprint,
-            "format_version": self.format_version}, ensure_ascii=False)
+            "format_version": self.format_version}
         try:
+            text = json.dumps(fields, ensure_ascii=False)
             self.from_json(text)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the latter of an argument that JSON has not
             raise SettingsError(f"these weights cannot be saved: {error}") from error
         return text
 
@@ -93,9 +94,10 @@ def _are_args(value: Any) -> bool:
 
 
 def _is_flat(value: Any, depth: int) -> bool:
-    """Whether lists and objects stand in each other no deeper than that."""
+    """Whether lists and objects stand in each other no deeper than that, and all texts are some."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > 0 and all(_is_flat(one, depth - 1) for one in inner)
+    is_no_text = isinstance(value, str) and not is_text(value)
+    return depth > 0 and not is_no_text and all(_is_flat(one, depth - 1) for one in inner)
 
 
 _ADDED = {"crop_mode", "config_hash", "data_fingerprint"}

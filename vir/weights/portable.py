@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from vir.errors import DataError
+from vir.errors import DataError, SettingsError
 from vir.files import read_regular
 from vir.weights.fields import is_list_of_texts, is_text_map, some, strict_json
 from vir.weights.metadata import FutureError, WeightsMetadata
-from vir.weights.tensor_files import INDEX_ENDING, TensorEntry, index_of, of_tensor, write_tensors
+from vir.weights.tensor_files import CODES, INDEX_ENDING, TensorEntry, existing, index_of, of_tensor, write_tensors
 
 METADATA_KEY = "vir"
 
@@ -34,7 +34,16 @@ _PART = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 def save_weights(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor], metadata: WeightsMetadata) -> None:
-    """Write the file so that `path` is either as before or complete and on disk; folders are made as needed."""
+    """Write the file so that `path` is either as before or complete and on disk; folders are made as needed.
+
+    Raises:
+        SettingsError: the metadata is not what a file can say; a type that a file cannot hold; weights in several files
+            have this name.
+        DataError: it cannot be written.
+    """
+    if several := [file for file in existing(Path(path)) if file != Path(path)]:
+        raise SettingsError(f"{path} is the name of weights in several files, {several[0].name} among them; give "
+                            "another name, or remove these")
     write_weights(Path(path), [of_tensor(name, tensor) for name, tensor in state_dict.items()], metadata)
 
 
@@ -51,7 +60,7 @@ def write_weights(path: Path, entries: Sequence[TensorEntry], metadata: WeightsM
 
 def is_there(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file of that name, or one of weights in several files."""
-    return os.path.isfile(path) or _index_of(path) is not None
+    return os.path.isfile(_index_of(path) or path)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> WeightsMetadata:
@@ -60,8 +69,11 @@ def read_metadata(path: str | os.PathLike[str]) -> WeightsMetadata:
 
 
 def stated_metadata(path: str | os.PathLike[str]) -> WeightsMetadata | None:
-    """What the header says; None where the file is of another kind and names no model."""
-    if _index_of(path) is None:
+    """What the header says; None where the file, or those of an index, are of another kind and name no model."""
+    if _index_of(path) is not None:
+        if METADATA_KEY not in _stored(path).header:
+            return None
+    else:
         if not os.path.isfile(path):  # opening a pipe would wait
             return None
         try:
@@ -80,10 +92,10 @@ def outline(path: str | os.PathLike[str]) -> tuple[WeightsMetadata, dict[str, Te
     outlines: dict[str, Tensor] = {}
     for file, tensors in stored.files.items():
         for name, fields in tensors.items():
-            dtype, shape = _TORCH_TYPES.get(fields["dtype"]), fields["shape"]
+            dtype, shape = _TYPES.get(fields["dtype"]), fields["shape"]
             try:
                 if dtype is None:
-                    raise ValueError("which PyTorch does not know")
+                    raise ValueError("which is not read here")
                 outlines[name] = torch.empty(shape, dtype=dtype, device="meta")
             except (RuntimeError, TypeError, ValueError) as error:  # sides whose product no computer can count
                 raise DataError(f"{file}: {name[:100]} is {fields['dtype']} of shape {reprlib.repr(shape)} "
@@ -107,10 +119,7 @@ def files_of(path: str | os.PathLike[str]) -> list[Path]:
     return list(_stored(path).files)
 
 
-_TORCH_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-"""By the names that safetensors gives them; those that a state_dict of a model has."""
+_TYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from vir.config import CropMode
 from vir.errors import SettingsError
 from vir.weights.fields import Rules, check_fields, is_count
 
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 """Filters that timm resizes images with in evaluation."""
 
-CROP_MODES = ("center", "squash", "border")
+CROP_MODES = get_args(CropMode)
+
+_LARGEST_SIDE = 1 << 16
 
 
 def _is_number(value: Any) -> bool:
@@ -22,7 +25,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(is_count(side) and side for side in value)
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(
+        is_count(side) and 0 < side <= _LARGEST_SIDE for side in value)
 
 
 def _are_numbers(value: Any, least: float = -math.inf) -> bool:
@@ -30,11 +34,11 @@ def _are_numbers(value: Any, least: float = -math.inf) -> bool:
 
 
 INPUT_RULES: Rules = {
-    "size": (_is_size, "[channels, height, width], three whole numbers above 0"),
+    "size": (_is_size, f"[channels, height, width], three whole numbers from 1 to {_LARGEST_SIDE}"),
     "mean": (_are_numbers, "a list of numbers, one of each channel"),
     "std": (lambda value: _are_numbers(value, least=0), "a list of numbers above 0, one of each channel"),
     "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
-    "crop_pct": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "crop_pct": (lambda value: _is_number(value) and 0.01 <= value <= 10, "a number from 0.01 to 10"),
     "crop_mode": (lambda value: value in CROP_MODES, f"one of {', '.join(CROP_MODES)}")}
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from vir.errors import DataError
+from vir.errors import DataError, SettingsError
 from vir.files import flush, replacing
 
 ENDING = ".safetensors"
@@ -32,10 +32,11 @@ INDEX_ENDING = ".index.json"
 PIECE_BYTES = 1 << 20
 """Of a tensor, read and written at once. Measured: in pieces of 4 MB and more, writing is up to 3 times slower."""
 
-_CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64",
-          torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL"}
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+         torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+         torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint64: "U64",
+         torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL"}
+"""Names of types in a file."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class TensorEntry:
 
 
 def of_tensor(name: str, tensor: Tensor) -> TensorEntry:
-    """The entry of a tensor that is at hand, on any device."""
+    """The entry of a tensor that is at hand, on any device. Raises SettingsError where a file cannot hold its type."""
+    if tensor.dtype not in CODES:
+        raise SettingsError(f"{name} is {tensor.dtype}, which safetensors cannot hold; leave it out or convert it")
     flat = tensor.detach().contiguous().view(-1)
     return TensorEntry(name, tuple(tensor.shape), tensor.dtype, lambda start, stop: flat[start:stop].cpu())
 
@@ -92,7 +95,8 @@ def write_tensors(path: Path, entries: Sequence[TensorEntry], header: Mapping[st
     """Write them as one file, or as several with an index, in place of all that is there under that name.
 
     Nothing takes its name before all files are written, read back by the safetensors library, compared bit for bit, and
-    on disk; the index comes last. An error leaves what was there, and nothing else.
+    on disk; the index comes last. An error leaves what was there, and nothing else; where as many files take the place
+    of several, one that comes while the names change leaves no index, so that no reader takes a mixture for a whole.
 
     Args:
         path: NAME.safetensors in a folder that is there.
@@ -118,18 +122,25 @@ def write_tensors(path: Path, entries: Sequence[TensorEntry], header: Mapping[st
                         "or choose another folder")
     before, written = existing(path), list(names)
     # Renames from the last to the first. The disk works while what it was given is compared.
-    with _one_thread(), ExitStack() as renaming, ThreadPoolExecutor(1) as disk:
-        if len(parts) > 1:
-            written.append(index_of(path))
-            renaming.enter_context(replacing(written[-1])).write_text(_index(names, parts), encoding="utf-8")
-        for name, part, head in zip(names, parts, heads):
-            temporary = renaming.enter_context(replacing(name))
-            _write(temporary, part, head, progress)
-            flushed = disk.submit(flush, temporary)
-            _compare(temporary, name, part, header)
-            flushed.result()
-        if len(parts) > 1 and set(names) & set(before):  # an index must not point at files of two writings
-            index_of(path).unlink(missing_ok=True)
+    try:
+        with _one_thread(), ExitStack() as renaming, ThreadPoolExecutor(1) as disk:
+            if len(parts) > 1:
+                written.append(index_of(path))
+                renaming.enter_context(replacing(written[-1])).write_text(_index(names, parts), encoding="utf-8")
+            for name, part, head in zip(names, parts, heads):
+                temporary = renaming.enter_context(replacing(name))
+                _write(temporary, part, head, progress)
+                flushed = disk.submit(flush, temporary)
+                _compare(temporary, name, part, header)
+                flushed.result()
+            if len(parts) > 1 and set(names) & set(before):  # an index must not point at files of two writings
+                index_of(path).unlink(missing_ok=True)
+                flush(path.parent)
+    except BaseException:
+        for name in written:
+            if name not in before:
+                name.unlink(missing_ok=True)
+        raise
     for stale in before:
         if stale not in written:
             stale.unlink(missing_ok=True)
@@ -176,7 +187,7 @@ def _head(part: Sequence[TensorEntry], header: Mapping[str, str]) -> bytes:
     fields: dict[str, Any] = {"__metadata__": dict(header)}
     offset = 0
     for entry in part:
-        fields[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape),
+        fields[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape),
                               "data_offsets": [offset, offset + entry.nbytes]}
         offset += entry.nbytes
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
@@ -211,7 +222,7 @@ def _compare(path: Path, name: Path, part: Sequence[TensorEntry], header: Mappin
             slices = {key: file.get_slice(key) for key in file.keys()}
             found = {key: (one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
             is_right = file.metadata() == dict(header) and found == {
-                entry.name: (_CODES[entry.dtype], entry.shape) for entry in part}
+                entry.name: (CODES[entry.dtype], entry.shape) for entry in part}
             wrong = "" if is_right else "its header"
     except SafetensorError as error:
         wrong = f"its header ({error})"
