@@ -20,7 +20,7 @@ from vir.errors import CheckpointError
 from vir.launcher import cores
 from vir.log import progress_bar, shows_bars
 from vir.run_folder import CHECKPOINTS
-from vir.weights.fields import Rules, check_fields, is_count, is_text, is_text_map
+from vir.weights.fields import Rules, check_fields, is_count, is_list_of_texts, is_text, is_text_map
 from vir.weights.metadata import MODEL_RULES
 from vir.weights.spec import INPUT_RULES, InputSpec, ModelSpec
 
@@ -48,6 +48,7 @@ _RULES: Rules = {
     "metrics": (_are_numbers, "an object of numbers by their names"),
     "config": (MODEL_RULES["model_args"][0], "an object of settings by their names, nested 16 deep at most"),
     **MODEL_RULES,
+    "classes": (is_list_of_texts, "a list of names"),  # some of them twice in runs of old
     "model_input": (is_text_map, "an object of fields"),
     "data_fingerprint": (is_text, "a text"),
     "files": (_are_files, "an object of files by their names, which name no other folder")}
