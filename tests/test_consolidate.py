@@ -18,7 +18,7 @@ from vir.benchmarks.consolidation_run import OURS
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import CheckpointInfo, sha256
 from vir.consolidate import main
-from vir.errors import DataError, SettingsError
+from vir.errors import CheckpointError, DataError, SettingsError
 from vir.models import read_metadata
 from vir.weights import tensor_files
 from vir.weights.metadata import DTYPES
@@ -605,3 +605,77 @@ def test_a_link_that_leads_nowhere_is_something_that_exists(tmp_path):
     with pytest.raises(SettingsError, match="w.safetensors exists; .*--force"):
         consolidate(in_run(tmp_path / "run"), output)
     assert output.is_symlink()
+
+
+# ---- files of a stranger, whose checksums are right
+
+
+OPTIMIZER = {1: "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", 3: "zero_pp_rank_1_mp_rank_00_optim_states.pt"}
+
+
+@pytest.mark.parametrize("content", [[], "text", {}, {"module": 3, "buffer_names": 3, "param_shapes": [3]},
+                                     {"module": {}, "buffer_names": [], "optimizer": 3, "param_shapes": 3},
+                                     {"module": {"x": 3}, "buffer_names": ["x"]}, {"optimizer_state_dict": []}],
+                         ids=str)
+@pytest.mark.parametrize("stage, victim", [(0, MODEL_FILE[0]), (1, MODEL_FILE[0]), (1, OPTIMIZER[1]),
+                                           (3, MODEL_FILE[3]), (3, OPTIMIZER[3])])
+def test_a_file_that_holds_something_else_is_told_with_its_path(tmp_path, stage, victim, content):
+    folder = write(tmp_path / "c", files_of(stage, 2) | {victim: content}, info(zero_stage=stage))
+    with pytest.raises(CheckpointError, match=f"{folder / victim} does not hold what a file of a checkpoint must"):
+        consolidate(folder, tmp_path / "w.safetensors")
+
+
+def test_a_file_of_a_rank_without_its_share_of_the_frozen_weights_is_told_with_its_path(tmp_path):
+    files, second = stage_3(2), "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    files[MODEL_FILE[3]] |= {"frozen": ["c"], "frozen_param_shapes": {"c": torch.Size([2])},
+                             "frozen_param_fragments": {"c": torch.ones(1)}}
+    folder = write(tmp_path / "c", files, info(zero_stage=3))
+    with pytest.raises(CheckpointError, match=f"no model file of rank 1: checkpoint.json does not list {second}"):
+        consolidate(folder, tmp_path / "w.safetensors")
+    folder = write(tmp_path / "d", files | {second: {"frozen": ["c"]}}, info(zero_stage=3))
+    with pytest.raises(CheckpointError, match=f"{folder / second} does not hold what a file of a checkpoint must"):
+        consolidate(folder, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_a_rank_lacks_of_a_parameter_is_told_by_name_and_folder(tmp_path, stage):
+    files = files_of(stage, 2)
+    saved = files[OPTIMIZER[stage]]["optimizer_state_dict"]
+    saved["single_partition_of_fp32_groups" if stage == 1 else "fp32_flat_groups"] = [torch.ones(0)] * 2
+    saved["base_optimizer_state" if stage == 1 else "optimizer_state_dict"]["state"] = {0: {}, 1: {}}
+    folder = write(tmp_path / "c", files, info(zero_stage=stage))
+    with pytest.raises(CheckpointError, match=f"^{folder}: weight of a.weight cannot be read: the partitions hold "):
+        consolidate(folder, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=f"^{folder}: ema of a.(bias|weight) cannot be read: KeyError"):
+        consolidate(folder, tmp_path / "w.safetensors", ema=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_file_that_is_not_listed_is_never_opened_and_hinders_nothing(tmp_path, stage):
+    folder = write(tmp_path / "c", files_of(stage, 2), info(zero_stage=stage))
+    strays = [folder / f"{kind}{OPTIMIZER[3]}" for kind in ("copy_of_", "fp16_")] + [
+        folder / f"zero_pp_rank_{rank}_{MODEL_FILE[0]}" for rank in (1, 2)]
+    for stray in strays:
+        stray.write_bytes(b"damaged")
+    consolidate(folder, tmp_path / "w.safetensors")
+    assert load_file(tmp_path / "w.safetensors").keys() == {*WEIGHTS, "scale"}
+
+
+@pytest.mark.parametrize("stage, victim, said", [
+    (0, MODEL_FILE[0], "no model file of rank 0: checkpoint.json does not list mp_rank_00_model_states.pt"),
+    (3, MODEL_FILE[3], "no model file of rank 0: checkpoint.json does not list zero_pp_rank_0_mp_rank_00_model_states"),
+    (1, OPTIMIZER[1], "0 optimizer files of rank 1, it must have one: checkpoint.json lists none"),
+    (3, OPTIMIZER[3], "0 optimizer files of rank 1, it must have one: checkpoint.json lists none")])
+def test_a_needed_file_that_lies_there_unlisted_is_not_taken(tmp_path, stage, victim, said):
+    files = files_of(stage, 2)
+    content = files.pop(victim)
+    folder = write(tmp_path / "c", files, info(zero_stage=stage))
+    torch.save(content, folder / victim)
+    with pytest.raises(CheckpointError, match=f"^{folder} has {said}"):
+        consolidate(folder, tmp_path / "w.safetensors")
+
+
+def test_a_world_of_more_ranks_than_memory_has_room_for_is_told(tmp_path):
+    folder = write(tmp_path / "c", stage_1_2(2), info(zero_stage=1, world_size=2**62))
+    with pytest.raises(CheckpointError, match="has 0 optimizer files of rank 2, it must have one"):
+        consolidate(folder, tmp_path / "w.safetensors")

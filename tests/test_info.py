@@ -1,6 +1,8 @@
 """What a checkpoint says of itself. Damaged folders and other formats are in test_consolidate.py."""
 
 import json
+import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -62,3 +64,85 @@ def test_a_description_that_is_none_is_told(tmp_path, text):
     (tmp_path / info.DESCRIPTION).write_text(text)
     with pytest.raises(CheckpointError, match="checkpoint.json cannot be read"):
         info.read_info(tmp_path)
+
+
+def described(path, **changed):
+    """A checkpoint whose description says something else, or lacks what is None."""
+    folder = folder_with(path, a=b"12")
+    fields = json.loads((folder / info.DESCRIPTION).read_text()) | changed
+    (folder / info.DESCRIPTION).write_text(json.dumps({name: value for name, value in fields.items()
+                                                       if value is not None}))
+    return folder
+
+
+WHOLE = {"bytes": 2, "sha256": "0"}
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"files": {"a": WHOLE | {"bytes": math.inf}}}, "files, a: bytes is inf; it must be a whole number"),
+    ({"files": {"a": WHOLE | {"bytes": "2"}}}, "files, a: bytes is '2'; it must be a whole number"),
+    ({"files": {"a": {"bytes": 2}}}, "files, a: it lacks fields: sha256"),
+    ({"files": {"a": 2}}, "files, a: it is 2, not an object of fields"),
+    ({"files": {"../a": WHOLE}}, "files is .*; it must be an object of files by their names"),
+    ({"files": {"..": WHOLE}}, "files is .*; it must be an object of files by their names"),
+    ({"files": {"a\0": WHOLE}}, "files is .*; it must be an object of files by their names"),
+    ({"files": ["a"]}, "files is .*; it must be an object of files"),
+    ({"files": None}, "it lacks fields: files"),
+    ({"format": None}, "it lacks fields: format"),
+    ({"step": "10"}, "step is '10'; it must be a whole number"),
+    ({"samples_seen": 2**63}, "samples_seen is 9223372036854775808; it must be a whole number"),
+    ({"updates": -1}, "updates is -1; it must be a whole number"),
+    ({"world_size": 0}, "world_size is 0; it must be a whole number, 1 or more"),
+    ({"zero_stage": True}, "zero_stage is True; it must be 0, 1, 2 or 3"),
+    ({"precision": ["fp32"]}, "precision is .*; it must be one of fp32, bf16, fp16"),
+    ({"ema": 1}, "ema is 1; it must be true or false"),
+    ({"loss_scaler": {"cur_scale": "x"}}, "loss_scaler is .*; it must be an object of numbers"),
+    ({"metrics": {"top1": "x"}}, "metrics is .*; it must be an object of numbers"),
+    ({"config": []}, "config is .*; it must be an object of settings"),
+    ({"model_name": 3}, "model_name is 3; it must be the name of a model"),
+    ({"model_args": []}, "model_args is .*; it must be an object of arguments"),
+    ({"classes": "ab"}, "classes is 'ab'; it must be a list of names"),
+    ({"model_input": 3}, "model_input is 3; it must be an object of fields"),
+    ({"model_input": {"cls": 3}}, "model_input: it has unknown fields: cls"),
+    ({"data_fingerprint": 3}, "data_fingerprint is 3; it must be a text"),
+], ids=str)
+def test_a_field_that_is_not_what_it_must_be_is_told_with_its_file(tmp_path, changed, said):
+    folder = described(tmp_path / "c", **changed)
+    with pytest.raises(CheckpointError, match=f"^{folder / info.DESCRIPTION} cannot be read: {said}"):
+        info.read_info(folder)
+
+
+@pytest.mark.parametrize("text, said", [("[" * 200_000, "it is nested too deeply"), ("[]", "it is .*, not an object"),
+                                        ('{"step": ' + "1" * 5000 + "}", "Exceeds the limit"), ("\xff", ".*codec")])
+def test_a_text_that_no_reader_takes_is_told(tmp_path, text, said):
+    (tmp_path / info.DESCRIPTION).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=f"^{tmp_path / info.DESCRIPTION} cannot be read: {said}"):
+        info.read_info(tmp_path)
+
+
+def test_a_checkpoint_of_a_run_whose_loss_is_no_number_and_of_old_is_read(tmp_path):
+    image = json.loads(INFO.to_json())["model_input"]
+    del image["crop_mode"]
+    found = info.read_info(described(tmp_path / "c", metrics={"loss": math.nan, "ema_loss": math.inf},
+                                     config={"eval": {"every_epochs": math.inf}}, model_input=image,
+                                     classes=["crane", "crane"]))
+    assert math.isnan(found.metrics["loss"]) and found.metrics["ema_loss"] == math.inf
+    assert found.config == {"eval": {"every_epochs": math.inf}}
+    assert found.model == replace(INFO.model, classes=("crane", "crane"))
+
+
+def test_after_a_file_that_has_changed_no_other_is_begun(tmp_path, monkeypatch):
+    folder = folder_with(tmp_path / "c", **{f"f{number}": b"1" for number in range(9)})
+    said, begun = info.read_info(folder), []
+
+    def slow(path):
+        begun.append(path.name)
+        if len(begun) > 1:
+            time.sleep(0.5)  # in which the first is found out
+        return "another"
+
+    monkeypatch.setattr(info, "sha256", slow)
+    monkeypatch.setattr(info, "cores", lambda: 1)
+    with pytest.raises(CheckpointError, match="/f0 has changed"):
+        info.verify(folder, said)
+    assert begun in (["f0"], ["f0", "f1"])

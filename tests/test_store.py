@@ -495,3 +495,9 @@ def test_the_best_so_far_is_that_of_the_checkpoint_which_was_kept_for_it(tmp_pat
     assert best_so_far(tmp_path, None) == best_so_far(tmp_path, "top5") == float("-inf")
     (tmp_path / "checkpoints" / "step-00000001" / store.DESCRIPTION).write_text("damaged")
     assert best_so_far(tmp_path, "top1") == float("-inf")
+
+
+def test_a_number_that_no_step_has_is_refused_in_a_short_sentence(run):
+    with pytest.raises(SettingsError, match="^--which '1.*' is not latest, best or the number of a step") as error:
+        select(run, WORLD, "1" * 5000)
+    assert len(str(error.value)) < 200

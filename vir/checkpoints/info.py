@@ -7,20 +7,51 @@ RUN/checkpoints/latest names the newest one, best the one with the best validati
 from __future__ import annotations
 
 import json
+import reprlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vir import files
+from vir.config import PRECISIONS
 from vir.errors import CheckpointError
 from vir.launcher import cores
 from vir.log import progress_bar, shows_bars
 from vir.run_folder import CHECKPOINTS
-from vir.weights.spec import InputSpec, ModelSpec
+from vir.weights.fields import Rules, check_fields, is_count, is_text, is_text_map
+from vir.weights.metadata import MODEL_RULES
+from vir.weights.spec import INPUT_RULES, InputSpec, ModelSpec
 
 DESCRIPTION = "checkpoint.json"
 FORMAT = 2
+
+
+def _are_numbers(value: Any) -> bool:
+    """NaN and Infinity among them: the loss of a validation may be one, and so may settings."""
+    return is_text_map(value) and all(type(number) in (int, float) for number in value.values())
+
+
+def _are_files(value: Any) -> bool:
+    return is_text_map(value) and all(Path(name).name == name != ".." and "\0" not in name for name in value)
+
+
+_COUNT = (lambda value: is_count(value) and value < 2**63, "a whole number, 0 or more and below 2^63")
+_RULES: Rules = {
+    "samples_seen": _COUNT, "step": _COUNT, "updates": _COUNT,
+    "world_size": (lambda value: is_count(value) and 0 < value < 2**63, "a whole number, 1 or more and below 2^63"),
+    "zero_stage": (lambda value: is_count(value) and value <= 3, "0, 1, 2 or 3"),
+    "precision": (lambda value: value in tuple(PRECISIONS), f"one of {', '.join(PRECISIONS)}"),
+    "ema": (lambda value: isinstance(value, bool), "true or false"),
+    "loss_scaler": (_are_numbers, "an object of numbers by their names"),
+    "metrics": (_are_numbers, "an object of numbers by their names"),
+    "config": (MODEL_RULES["model_args"][0], "an object of settings by their names, nested 16 deep at most"),
+    **MODEL_RULES,
+    "model_input": (is_text_map, "an object of fields"),
+    "data_fingerprint": (is_text, "a text"),
+    "files": (_are_files, "an object of files by their names, which name no other folder")}
+_FILE_RULES: Rules = {"bytes": _COUNT, "sha256": (is_text, "a text")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +91,23 @@ class CheckpointInfo:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> CheckpointInfo:
-        """From the object that to_json writes, without its format. Raises KeyError, TypeError or ValueError."""
+        """From the object that to_json writes, without its format. Raises ValueError, a sentence on the field."""
+        check_fields(fields, _RULES)
+        image = fields.pop("model_input")
+        _check_within("model_input", image, INPUT_RULES, optional={"crop_mode"})
+        for name, entry in fields["files"].items():
+            _check_within(f"files, {name}", entry, _FILE_RULES)
         model = ModelSpec(name=fields.pop("model_name"), args=fields.pop("model_args"),
-                          input=InputSpec.from_json(**fields.pop("model_input")), classes=tuple(fields.pop("classes")))
+                          input=InputSpec.from_json(**image), classes=tuple(fields.pop("classes")))
         return cls(model=model, **fields)
+
+
+def _check_within(name: str, fields: Any, rules: Rules, optional: Collection[str] = ()) -> None:
+    """As check_fields, of an object within another, which the message names."""
+    try:
+        check_fields(fields, rules, optional)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def read_info(folder: Path) -> CheckpointInfo:
@@ -73,18 +117,26 @@ def read_info(folder: Path) -> CheckpointInfo:
         CheckpointError: no checkpoint, an incomplete one, or one of another format.
     """
     try:
+        # Not strict_json, which refuses NaN and Infinity.
         fields = json.loads((folder / DESCRIPTION).read_text())
-        version = fields.pop("format")
-        if version != FORMAT:
-            raise CheckpointError(f"{folder}: format {version} is not known here ({FORMAT}); use the version that "
-                                  "wrote it")
+        if isinstance(fields, dict):
+            if "format" not in fields:
+                raise ValueError("it lacks fields: format")
+            version = fields.pop("format")
+            if version != FORMAT:
+                raise CheckpointError(f"{folder}: format {reprlib.repr(version)} is not known here ({FORMAT}); use the "
+                                      "version that wrote it")
         info = CheckpointInfo.from_json(fields)
-        sizes = {name: int(entry["bytes"]) for name, entry in info.files.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no {DESCRIPTION}: it is not a complete checkpoint; name a run folder or "
                               f"one of its {CHECKPOINTS}/step-… folders") from None
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / DESCRIPTION} cannot be read: {error!r}") from error
+    except RecursionError:
+        raise CheckpointError(f"{folder / DESCRIPTION} cannot be read: it is nested too deeply") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} cannot be read: {error}") from error
+    sizes = {name: entry["bytes"] for name, entry in info.files.items()}
     for name, size in sizes.items():
         path = folder / name
         try:
@@ -108,12 +160,15 @@ def verify(folder: Path, info: CheckpointInfo, share: int = 0, of: int = 1) -> N
     size = sum(info.files[name]["bytes"] for name in names)
     with progress_bar(size, "B", unit_scale=True, desc=f"checking {folder.name}", leave=False,
                       disable=share > 0 or not shows_bars()) as bar:
-        with ThreadPoolExecutor(cores()) as threads:  # hashing lets other threads run
+        threads = ThreadPoolExecutor(cores())  # hashing lets other threads run
+        try:
             for name, found in zip(names, threads.map(lambda name: sha256(folder / name), names)):
                 if found != info.files[name]["sha256"]:
                     raise CheckpointError(f"{folder / name} has changed since it was written (sha256 differs); take "
                                           "another checkpoint")
                 bar.update(info.files[name]["bytes"])
+        finally:
+            threads.shutdown(cancel_futures=True)  # after an error no other file is begun
 
 
 def sha256(path: Path) -> str:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import pickle
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Container, Iterable, Sequence
+from typing import Any, Callable, Container, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.info import DESCRIPTION, CheckpointInfo
 from vir.errors import CheckpointError
 
 WEIGHT = "weight"
@@ -40,6 +41,10 @@ _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, 
     "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")]
 
 
+_WRONG = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What comes of objects that are not what they should be."""
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a parameter lies and what the optimizer keeps for it."""
@@ -51,33 +56,59 @@ class _Place:
     counters: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a rank keeps under ZeRO: flat vectors."""
+
+    weights: list[Tensor]
+    """float32, of each group."""
+    states: list[dict[str, Any]]
+    """Of the optimizer, of each group; empty where it never stepped."""
+    counters: list[dict[str, Any]]
+    """Of each group of parameters; not in stage 3."""
+    paddings: list[list[int]]
+    """Numbers behind each parameter of each group; not in stage 3."""
+
+
 class Partitions:
     """The parameters of a checkpoint, their optimizer state and the model's saved buffers.
 
     Args:
         folder: a checkpoint whose files are known to be whole.
+        info: its description; no file is opened that it does not list.
 
     Raises:
         CheckpointError: a file that cannot be read, refers to code, or does not hold what the others say.
     """
 
     def __init__(self, folder: Path, info: CheckpointInfo) -> None:
-        model = read_file(_model_file(folder, 0 if info.zero_stage == 3 else None))
-        self.buffers: dict[str, Tensor] = {name: model["module"][name] for name in model["buffer_names"]}
-        self.ema_buffers: dict[str, Tensor] = model.get(EMA_BUFFERS, {})
-        self.frozen: frozenset[str] = frozenset(model.get(FROZEN, ()))
-        if info.zero_stage == 0:
-            self._places = _unsharded(model, info)
-        else:
-            ranks = [read_file(path)["optimizer_state_dict"] for path in _optimizer_files(folder, info.world_size)]
-            self._places = (_stage3 if info.zero_stage == 3 else _stage1_2)(model["param_shapes"], ranks)
+        self._folder = folder
+        path = _model_file(folder, info, 0)
+        model = read_file(path)
+        with _holding_what_it_should(path):
+            self.buffers: dict[str, Tensor] = _tensors(
+                {name: model["module"][name] for name in model["buffer_names"]})
+            self.ema_buffers: dict[str, Tensor] = _tensors(model.get(EMA_BUFFERS, {}))
+            self.frozen: frozenset[str] = frozenset(model.get(FROZEN, ()))
+            if info.zero_stage == 0:
+                self._places = _unsharded(model, info)
+            else:
+                shapes = [_shapes(group) for group in model["param_shapes"]]
+        if info.zero_stage:
+            ranks = []
+            for path_of_rank in _optimizer_files(folder, info):
+                saved = read_file(path_of_rank)
+                with _holding_what_it_should(path_of_rank):
+                    ranks.append((_of_stage3 if info.zero_stage == 3 else _of_stage1_2)(saved, len(shapes)))
+            with _holding_what_it_should(path):
+                self._places = (_stage3 if info.zero_stage == 3 else _stage1_2)(shapes, ranks)
         if info.zero_stage == 3 and self.frozen:
-            others = [read_file(_model_file(folder, rank)) for rank in range(1, info.world_size)]
-            self._places |= _frozen_stage3(self.frozen, [model, *others])
-        else:
-            self._places |= _frozen(self.frozen, model["module"])
-        self.shared: dict[str, str] = _shared(model, self._places)
-        """Of each further name of a parameter that several modules share, the one by which it is known here."""
+            self._places |= _frozen_stage3(self.frozen, folder, info, model)
+        with _holding_what_it_should(path):
+            if info.zero_stage != 3:
+                self._places |= _frozen(self.frozen, model["module"])
+            self.shared: dict[str, str] = _shared(model, self._places)
+            """Of each further name of a parameter that several modules share, the one by which it is known here."""
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -102,7 +133,12 @@ class Partitions:
         stop = place.shape.numel() if stop is None else stop
         if key == EMA and key not in place.keys:
             key = WEIGHT
-        return place.read(key, start, stop)
+        try:
+            return place.read(key, start, stop)
+        except _WRONG as error:
+            reason = error if isinstance(error, ValueError) else repr(error)
+            raise CheckpointError(f"{self._folder}: {key} of {name} cannot be read: {reason}; take another checkpoint"
+                                  ) from error
 
     def whole(self, name: str, key: str) -> Tensor:
         return self.read(name, key).view(self._places[name].shape)
@@ -123,26 +159,52 @@ def read_file(path: Path) -> dict[str, Any]:
         reason = str(error).split("GLOBAL ")[-1].split(" ")[0]
         raise CheckpointError(f"{path} refers to {reason}, which no checkpoint of ours does; it was not loaded, "
                               "because loading it could run code") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except (RuntimeError, EOFError, OSError, *_WRONG) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; take another checkpoint") from error
 
 
-def _model_file(folder: Path, rank: int | None) -> Path:
+@contextmanager
+def _holding_what_it_should(path: Path) -> Iterator[None]:
+    """Raises CheckpointError where the content of a file, which is looked at within, is of another kind."""
+    try:
+        yield
+    except (RuntimeError, *_WRONG) as error:
+        raise CheckpointError(f"{path} does not hold what a file of a checkpoint must ({error!r}); take another "
+                              "checkpoint") from error
+
+
+def _tensors(found: dict[str, Any]) -> dict[str, Tensor]:
+    """Raises TypeError where one is none."""
+    if others := [name for name, value in found.items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"{others[0]} is no tensor")
+    return found
+
+
+def _shapes(found: dict[str, Any]) -> dict[str, torch.Size]:
+    return {name: torch.Size(shape) for name, shape in found.items()}
+
+
+def _model_file(folder: Path, info: CheckpointInfo, rank: int) -> Path:
     """Of a rank under ZeRO 3, else of all."""
-    return folder / f"{'' if rank is None else f'zero_pp_rank_{rank}_'}mp_rank_00_model_states.pt"
+    name = f"{f'zero_pp_rank_{rank}_' if info.zero_stage == 3 else ''}mp_rank_00_model_states.pt"
+    if name not in info.files:
+        raise CheckpointError(f"{folder} has no model file of rank {rank}: {DESCRIPTION} does not list {name}; take "
+                              "another checkpoint")
+    return folder / name
 
 
-def _optimizer_files(folder: Path, ranks: int) -> list[Path]:
-    """Of each rank; the folder is listed once."""
-    found: dict[int, list[Path]] = {rank: [] for rank in range(ranks)}
-    for path in folder.iterdir():
-        if name := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$", path.name):
-            found.setdefault(int(name[1]), []).append(path)
-    for rank in range(ranks):
-        if len(found[rank]) != 1:
-            raise CheckpointError(f"{folder} has {len(found[rank])} optimizer files of rank {rank}, it must have one; "
-                                  "take another checkpoint")
-    return [found[rank][0] for rank in range(ranks)]
+def _optimizer_files(folder: Path, info: CheckpointInfo) -> list[Path]:
+    """Of each rank."""
+    listed: dict[int, list[str]] = {}
+    for name in info.files:
+        if match := re.search(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$", name):
+            listed.setdefault(int(match[1]), []).append(name)
+    for rank in range(info.world_size):
+        names = listed.get(rank, [])
+        if len(names) != 1:
+            raise CheckpointError(f"{folder} has {len(names)} optimizer files of rank {rank}, it must have one: "
+                                  f"{DESCRIPTION} lists {', '.join(names) or 'none'}; take another checkpoint")
+    return [folder / listed[rank][0] for rank in range(info.world_size)]
 
 
 def _shared(model: dict[str, Any], places: Container[str]) -> dict[str, str]:
@@ -183,36 +245,49 @@ def _counters(group: dict[str, Any]) -> dict[str, Any]:
     return {"step": group["step"]} if "step" in group else {}
 
 
-def _flat(state: dict[str, Any], group: dict[str, Any]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """keys, scalars and counters of a flat group: what has as many numbers as the group is kept for each of them."""
+def _flat(state: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """keys and scalars of a flat group: what has as many numbers as the group is kept for each of them."""
     keys = [key for key, value in state.items() if isinstance(value, Tensor) and value.ndim]
-    return keys, {key: state[key] for key in state.keys() - set(keys)}, _counters(group)
+    return keys, {key: state[key] for key in state.keys() - set(keys)}
 
 
-def _stage1_2(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[dict[str, Any]]) -> dict[str, _Place]:
+def _of_stage1_2(saved: dict[str, Any], groups: int) -> _Part:
+    saved = saved["optimizer_state_dict"]
+    optimizer, every = saved["base_optimizer_state"], range(groups)
+    return _Part([saved["single_partition_of_fp32_groups"][index] for index in every],
+                 [dict(optimizer["state"].get(index, {})) for index in every],
+                 [_counters(optimizer["param_groups"][index]) for index in every],
+                 [[int(padding) for padding in saved["param_alignment_paddings"][index]] for index in every])
+
+
+def _of_stage3(saved: dict[str, Any], groups: int) -> _Part:
+    """Of its own groups, whose number is not that of the parameters' groups."""
+    saved = saved["optimizer_state_dict"]
+    state = saved["optimizer_state_dict"]["state"]
+    return _Part(list(saved["fp32_flat_groups"]), [dict(state[index]) for index in sorted(state)], [], [])
+
+
+def _stage1_2(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[_Part]) -> dict[str, _Place]:
     """Each group of parameters is one flat vector, cut into one partition per rank."""
     places = {}
     for index, group in enumerate(shapes):
-        saved = [rank["base_optimizer_state"] for rank in ranks]
-        states = [one["state"].get(index, {}) for one in saved]
-        weights = [rank["single_partition_of_fp32_groups"][index] for rank in ranks]
+        states = [rank.states[index] for rank in ranks]
+        weights = [rank.weights[index] for rank in ranks]
         offset = 0
-        for (name, shape), padding in zip(group.items(), ranks[0]["param_alignment_paddings"][index]):
+        for (name, shape), padding in zip(group.items(), ranks[0].paddings[index]):
 
             def read(key: str, start: int, stop: int, offset: int = offset, weights: list[Tensor] = weights,
                      states: list[dict[str, Any]] = states) -> Tensor:
                 parts = weights if key == WEIGHT else [state[key] for state in states]
                 return _slice(parts, offset + start, stop - start)
 
-            places[name] = _Place(shape, read, *_flat(states[0], saved[0]["param_groups"][index]))
+            places[name] = _Place(shape, read, *_flat(states[0]), ranks[0].counters[index])
             offset += shape.numel() + padding
     return places
 
 
-def _stage3(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[dict[str, Any]]) -> dict[str, _Place]:
+def _stage3(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[_Part]) -> dict[str, _Place]:
     """Each parameter is cut into one piece per rank, the last padded; a rank keeps its pieces one after another."""
-    saved = [rank["optimizer_state_dict"]["state"] for rank in ranks]
-    states = [[state[index] for index in sorted(state)] for state in saved]
     places, offset = {}, 0
     for name, shape in (item for group in shapes for item in group.items()):
         piece = -(-shape.numel() // len(ranks))
@@ -220,14 +295,14 @@ def _stage3(shapes: Sequence[dict[str, torch.Size]], ranks: Sequence[dict[str, A
         def read(key: str, start: int, stop: int, offset: int = offset, piece: int = piece) -> Tensor:
             slices = []
             for rank in range(start // piece, -(-stop // piece)) if piece else ():
-                flat = ranks[rank]
                 first, last = max(start - rank * piece, 0), min(stop - rank * piece, piece)
                 if first < last:
-                    parts = flat["fp32_flat_groups"] if key == WEIGHT else [part[key] for part in states[rank]]
+                    own = ranks[rank]
+                    parts = own.weights if key == WEIGHT else [state[key] for state in own.states]
                     slices.append(_slice(parts, offset + first, last - first))
             return slices[0] if len(slices) == 1 else torch.cat(slices) if slices else torch.empty(0)
 
-        places[name] = _Place(shape, read, *_flat(states[0][0] if states[0] else {}, {}))
+        places[name] = _Place(shape, read, *_flat(ranks[0].states[0] if ranks[0].states else {}), {})
         offset += piece
     return places
 
@@ -237,10 +312,19 @@ def _frozen(names: Iterable[str], module: dict[str, Tensor]) -> dict[str, _Place
     return {name: _without_state(module[name].shape, [module[name].reshape(-1)]) for name in names}
 
 
-def _frozen_stage3(names: Iterable[str], models: Sequence[dict[str, Any]]) -> dict[str, _Place]:
-    """Cut into one piece per rank, the last padded, in the training precision."""
-    return {name: _without_state(models[0]["frozen_param_shapes"][name],
-                                 [model["frozen_param_fragments"][name] for model in models]) for name in names}
+def _frozen_stage3(names: Iterable[str], folder: Path, info: CheckpointInfo, model: dict[str, Any]
+                   ) -> dict[str, _Place]:
+    """Cut into one piece per rank, the last padded, in the training precision; `model` is what rank 0 has written."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for rank in range(info.world_size):
+        path = _model_file(folder, info, rank)
+        of_rank = read_file(path) if rank else model
+        with _holding_what_it_should(path):
+            for name, pieces in parts.items():
+                pieces.append(of_rank["frozen_param_fragments"][name])
+    with _holding_what_it_should(_model_file(folder, info, 0)):
+        shapes = _shapes(model["frozen_param_shapes"])
+        return {name: _without_state(shapes[name], pieces) for name, pieces in parts.items()}
 
 
 def _without_state(shape: torch.Size, parts: Sequence[Tensor]) -> _Place:
@@ -260,6 +344,5 @@ def _slice(parts: Sequence[Tensor], start: int, length: int) -> Tensor:
         before += part.numel()
     whole = overlaps[0] if len(overlaps) == 1 else torch.cat(overlaps) if overlaps else torch.empty(0)
     if whole.numel() != length:
-        raise CheckpointError(f"a checkpoint's partitions hold {before} numbers, {start + length} are needed; take "
-                              "another")
+        raise ValueError(f"the partitions hold {before} numbers, {start + length} are needed")
     return whole

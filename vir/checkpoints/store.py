@@ -20,6 +20,7 @@ from vir.errors import CheckpointError, SettingsError, VirError
 from vir.files import flush, replace_text
 from vir.log import log
 from vir.run_folder import CHECKPOINTS
+from vir.weights.fields import some
 
 REMOVED = ".removed.part"
 
@@ -204,8 +205,8 @@ def select(source: Path, world: World | None = None, which: str = LATEST) -> tup
         CheckpointError: the one that is meant is damaged or not there, but others are; or all are damaged.
         SettingsError: `which` is none of these, or contradicts `source`.
     """
-    if which not in (LATEST, BEST) and not which.isdecimal():
-        raise SettingsError(f"--which {which} is not {LATEST}, {BEST} or the number of a step, such as 1000")
+    if which not in (LATEST, BEST) and not (which.isdecimal() and len(which) <= 18):
+        raise SettingsError(f"--which {some([which])} is not {LATEST}, {BEST} or the number of a step, such as 1000")
     meant = _meant_for_all(source, world, which)
     damaged: list[str] = []
     for folder in meant.folders:
