@@ -463,8 +463,8 @@ def test_two_ranks_have_one_bar_of_all_images_and_one_refusal(given, tmp_path):
 def test_the_command_finds_on_a_gpu_what_it_finds_on_cpu(given, tmp_path):
     results = []
     for device in ("auto", "cpu"):
-        done = call(sys.executable, "-m", "vir.evaluate", *given, "--device", device, "--compare-modes", "--json",
-                    tmp_path / "r.json", timeout=HANGS)
+        done = call(sys.executable, "-m", "vir.evaluate", *given, "--device", device, "--compare-modes", "--hflip-tta",
+                    "--json", tmp_path / "r.json", "--force", timeout=HANGS)
         assert done.returncode == 0, done.stdout
         results.append(json.loads((tmp_path / "r.json").read_text()))
     on_gpu, on_cpu = results

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import socket
 import sys
 import threading
@@ -72,12 +71,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.node is not None:
             _be_asked(Question(**json.loads(args.node)), AskedBySsh())
             cli.end_now(0)  # a part that hangs is not waited for
-        return _check(args, options)
+        with cli.interruptible():
+            return _check(args, options)
     except VirError as error:
         return cli.tell(error, PROGRAM)
-    except KeyboardInterrupt as stop:
+    except cli.Interrupted as stop:
         print("stopped", file=sys.stderr)
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        return stop.exit_code
 
 
 def _check(args: argparse.Namespace, options: list[str]) -> int:
@@ -141,7 +141,7 @@ def _try_to_write(path: Path) -> None:
 @contextmanager
 def _shared(options: list[str], output: str) -> Iterator[tuple[Path, str]]:
     """The folder of checkpoints with a token in it that all machines must see; it is gone after the block, however that
-    ends: SIGTERM and a closed terminal are a KeyboardInterrupt in it.
+    ends.
 
     Args:
         output: the folder where there are no options to tell it.
@@ -151,12 +151,11 @@ def _shared(options: list[str], output: str) -> Iterator[tuple[Path, str]]:
     """
     folder = nearest(folder_of(parse(options)) if options else Path(output or "runs"))
     token = f".shared-{os.urandom(8).hex()}"
-    with _interrupted_by(signal.SIGTERM, signal.SIGHUP):
-        try:
-            _write(folder / token, token)
-            yield folder, token
-        finally:
-            (folder / token).unlink(missing_ok=True)
+    try:
+        _write(folder / token, token)
+        yield folder, token
+    finally:
+        (folder / token).unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:
@@ -165,21 +164,6 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         raise SettingsError(f"--output {path.parent} cannot be written to: {error.strerror}; give another folder"
                             ) from error
-
-
-@contextmanager
-def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
-    """These are in the block as Ctrl-C is, but for those that are ignored, as nohup does with a closed terminal."""
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt(number)
-
-    before = {number: signal.signal(number, interrupt) for number in signals
-              if signal.getsignal(number) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def ask(machines: Machines, interface: str, port: int, facts_s: float = _FACTS_S) -> Result:
