@@ -4,15 +4,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_classify import Given
 from tqdm import tqdm
 
+from support.batches import Given
 from support.dispatches import Dispatches
 from support.tiny_models import tiny
 from vir.config import AugmentConfig, TrainConfig
 from vir.data.device import Preparation, normalize
 from vir.data.loader import Batch
+from vir.evaluation.classes import shared_classes
 from vir.evaluation.classify import classify, tally
+from vir.evaluation.predictions import of_shared, predict, with_mirror_images
 from vir.training.loss import training_loss
 from vir.weights.spec import InputSpec
 
@@ -65,6 +67,20 @@ def test_no_wait_in_an_evaluation(number):
         classify(model, given, INPUT, CPU, tqdm(disable=True))
     assert found.waits == 0, found.operators
     assert found.operators["aten::topk"] == number
+
+
+def test_the_records_of_single_images_are_waited_for_once_for_all_batches():
+    """With fewer classes than the model has, and mirror images."""
+    model, shared = tiny().eval(), shared_classes("abcde", 5, "ebdc")
+    for number in (1, 4):
+        given = Given(batch() for _ in range(number))
+        for each in given:
+            each.labels %= 4
+        with Dispatches() as found:
+            predict({"": with_mirror_images(of_shared(model, shared, CPU))}, given, INPUT, shared, CPU,
+                    tqdm(disable=True))
+        assert found.operators["aten::topk"] == number and found.waits == 0, found.operators
+        assert found.operators["aten::item"] == 1  # so is a wait called in inference mode: the largest difference
 
 
 @contextmanager
