@@ -23,6 +23,11 @@ def test_data_of_fewer_classes_restricts_what_the_model_chooses_from():
     assert found.samples(np.array([1, 0])) is None
 
 
+def test_shared_classes_stand_in_the_order_of_the_model():
+    found = shared_classes("abcdefghi", 9, ("i", "b"))  # 8 and 1, which a set of Python would give in this order
+    assert (found.names, found.columns.tolist(), found.labels.tolist()) == (("b", "i"), [1, 8], [1, 0])
+
+
 def test_images_of_classes_that_the_model_does_not_know_are_left_out():
     found = shared_classes(MODEL, 4, ("ant", "ape", "bee", "cat", "dog", "eel"))
     assert (found.names, found.columns, found.labels.tolist()) == (MODEL, None, [0, -1, 1, 2, 3, -1])

@@ -29,6 +29,7 @@ def test_the_whole_split_against_a_loop():
 def test_calibration_against_a_loop_over_the_bins_of_the_paper():
     draw = np.random.default_rng(1)
     confidence, right = draw.random(500).astype(np.float32), draw.random(500) < 0.3
+    right &= confidence > 1 / 15  # or the first two bins might be one
     expected = 0.0
     for m in range(15):
         inside = [i for i in range(500) if m / 15 < float(confidence[i]) <= (m + 1) / 15]
