@@ -1,6 +1,7 @@
 """Checkpoint folders made by hand: what is refused, that nothing in them runs, how partitions become whole weights."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -12,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.launchers import call
+from support.launchers import ROOT, call
 from vir.benchmarks.consolidation import turn
-from vir.benchmarks.consolidation_run import OURS
+from vir.benchmarks.consolidation_run import OURS, SIDES
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import CheckpointInfo, sha256
 from vir.consolidate import main
@@ -679,3 +680,33 @@ def test_a_world_of_more_ranks_than_memory_has_room_for_is_told(tmp_path):
     folder = write(tmp_path / "c", stage_1_2(2), info(zero_stage=1, world_size=2**62))
     with pytest.raises(CheckpointError, match="has 0 optimizer files of rank 2, it must have one"):
         consolidate(folder, tmp_path / "w.safetensors")
+
+
+# ---- tools/benchmark_consolidation.py
+
+
+@pytest.fixture
+def benchmark_consolidation(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("benchmark_consolidation").main
+
+
+def test_the_time_and_memory_beside_zero_to_fp32(tmp_path, benchmark_consolidation, capsys):
+    run, output = in_run(tmp_path / "run", files_of(2, 2), described=info(zero_stage=2)), tmp_path / "c.json"
+    assert benchmark_consolidation([str(run), "--folder", str(tmp_path), "--rounds", "1", "--json", str(output)]) == 0
+    content = json.loads(output.read_text())
+    assert [row[3] for row in content["rows"]] == [*SIDES, f"{OURS}, RLIMIT_DATA 2000 MB"]
+    (of_run,) = content["runs"]
+    (measured,) = of_run["rounds"]
+    assert of_run["stage"] == 2 and of_run["largest_bytes"] == 4 * 15 and measured.keys() == set(SIDES)
+    assert all(0 < side["import_bytes"] <= side["peak_bytes"] for side in measured.values())
+    assert f"| {' | '.join(content['rows'][0])} |" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "run"]
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (["none", "--rounds", "0"], 2, "--rounds is 0"), (["none", "--folder", "nowhere"], 3, "no such folder: nowhere"),
+    (["none"], 3, "none has no checkpoint; make one as the head of tools/benchmark_consolidation.py says")])
+def test_what_cannot_be_measured_is_told(words, code, said, benchmark_consolidation, capsys):
+    assert benchmark_consolidation(words) == code
+    assert said in capsys.readouterr().err

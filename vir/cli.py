@@ -12,7 +12,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, NoReturn
+from typing import Callable, Iterator, NoReturn
 
 from vir.errors import VirError
 from vir.launcher import local_rank
@@ -61,13 +61,8 @@ def stop_requests() -> Iterator[list[signal.Signals]]:
         began = began or time.monotonic()
         received.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-              if signal.getsignal(number) is not signal.SIG_IGN}
-    try:
+    with _calling(note):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Interrupted(BaseException):
@@ -85,17 +80,28 @@ def interruptible() -> Iterator[None]:
     For programs that have nothing to go on from. What was ignored before stays so.
     """
     def interrupt(number: int, frame: object) -> NoReturn:
-        for again in before:  # a second one would come between what the first is to take away
+        for again in _ENDS:  # a second one would come between what the first is to take away
             signal.signal(again, signal.SIG_IGN)
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with _calling(interrupt):
+        yield
+
+
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, what other programs send, and a closed terminal."""
+
+
+@contextmanager
+def _calling(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """These signals call it in the block, but for those that were ignored before."""
+    before = {number: signal.signal(number, handler) for number in _ENDS
               if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 class QuickEnd:

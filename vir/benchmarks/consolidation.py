@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vir.benchmarks.checkpoint_size import folder_bytes, newest
+from vir.benchmarks.checkpoint_size import folder_bytes
 from vir.benchmarks.consolidation_run import OURS, SAFE, SIDES, anonymous
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import markdown
 from vir.checkpoints.info import read_info
+from vir.checkpoints.names import newest
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
 
@@ -67,6 +68,8 @@ def benchmark(settings: Settings, command: str) -> str:
 
 def _of_run(run: Path, settings: Settings) -> dict[str, Any]:
     checkpoint = newest(run)
+    if checkpoint is None:
+        raise DataError(f"{run} has no checkpoint; make one as the head of tools/benchmark_consolidation.py says")
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(settings.rounds):
         with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:

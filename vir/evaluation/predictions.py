@@ -49,8 +49,7 @@ class Measured:
 
     predictions: Predictions
     seconds: float
-    """Of the slowest process: from the start of the loader to the last result; of one of several ways those that it
-    computed."""
+    """That it computed, by the slowest process; 0, for nobody waited to know, where it is the only way."""
     difference: float
     """The largest absolute difference of a logit from that of the first way, over all images."""
 
@@ -68,7 +67,6 @@ def predict(forwards: Mapping[str, Forward], batches: Batches, model_input: Inpu
     seconds = dict.fromkeys(forwards, 0.0)
     differences = {name: torch.zeros((), dtype=torch.float64, device=device) for name in forwards}
     labels, is_compared = torch.from_numpy(shared.labels).to(device), len(forwards) > 1
-    began = time.monotonic()
     for batch in in_turn(batches, progress):
         assert batch is not None, "only a stop cuts it short, and none was given"
         images = normalize(batch.images, model_input).to(dtype)
@@ -87,8 +85,6 @@ def predict(forwards: Mapping[str, Forward], batches: Batches, model_input: Inpu
                 differences[name] = torch.maximum(differences[name], (logits - first).abs().max())
     whole = {name: _gathered(of_form) for name, of_form in records.items()}  # waits for the device
     progress.update(len(next(iter(whole.values())).labels) - progress.n)
-    if not is_compared:
-        seconds = dict.fromkeys(forwards, time.monotonic() - began)
     found = {}
     for name in forwards:
         of_ranks = np.array(distributed.gather((seconds[name], float(differences[name]))))

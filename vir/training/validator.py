@@ -57,8 +57,7 @@ class Validator:
         batches = eval_batches(
             self._reader, self._input, batch_size=self._config.eval.batch_size, rank=self._world.rank,
             world_size=self._world.size, workers=self._config.data.workers, device=self._world.device,
-            patience=self._patience,
-            chosen=np.arange(self.images))
+            patience=self._patience, chosen=np.arange(self.images))
 
         def stop() -> bool:
             self._heartbeat.at(f"evaluating after step {step}")

@@ -70,19 +70,18 @@ def read_metadata(path: str | os.PathLike[str]) -> WeightsMetadata:
 
 def stated_metadata(path: str | os.PathLike[str]) -> WeightsMetadata | None:
     """What the header says; None where the file, or those of an index, are of another kind and name no model."""
-    if _index_of(path) is not None:
-        if METADATA_KEY not in _stored(path).header:
-            return None
-    else:
+    if _index_of(path) is None:
         if not os.path.isfile(path):  # opening a pipe would wait
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                if METADATA_KEY not in (file.metadata() or {}):
-                    return None
+                header = file.metadata() or {}
         except (SafetensorError, OSError):
             return None
-    return read_metadata(path)
+        if METADATA_KEY not in header:
+            return None
+    header = _stored(path).header
+    return _parse(path, header) if METADATA_KEY in header else None
 
 
 def outline(path: str | os.PathLike[str]) -> tuple[WeightsMetadata, dict[str, Tensor]]:
