@@ -108,7 +108,7 @@ def _convert(place: Path, images: int) -> Path:
 
 
 def _rows(place: Path, shards: Path, url: str, settings: Settings) -> list[_Row]:
-    transform = transforms.train_transform(AugmentConfig(), _INPUT)
+    transform = transforms.TrainTransform(AugmentConfig(), _INPUT)
     local = {"folder": FolderReader(place / "src" / "train"), "shards": ShardReader(shards)}
     places = Places(index_dir=place / "indexes", timeout=60)
     rows = []

@@ -17,6 +17,8 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from vir.data import jpeg
+from vir.data.jpeg import Box
 from vir.errors import DataError
 
 
@@ -99,6 +101,43 @@ def read_header(data: bytes) -> Header:
     return header
 
 
+class EncodedImage:
+    """An image file whose header was read; its pixels are decoded when and where they are asked for.
+
+    Made by open_image, which see.
+    """
+
+    def __init__(self, data: bytes, width: int, height: int, is_for_pillow: bool) -> None:
+        self.width, self.height = width, height
+        self._data, self._is_for_pillow = data, is_for_pillow
+
+    def pixels(self, box: Box | None = None) -> np.ndarray:
+        """Those that decode_image gives, [h, w, 3] uint8, of the box or of the whole image.
+
+        Raises:
+            BadSampleError: as decode_image, also where only pixels outside the box are missing.
+        """
+        box = box or Box(0, 0, self.height, self.width)
+        if not self._is_for_pillow and (found := jpeg.decode(self._data, box)) is not None:
+            return found
+        with decode_image(self._data) as image:
+            return np.array(image.crop((box.left, box.top, box.left + box.width, box.top + box.height)))
+
+
+def open_image(data: bytes) -> EncodedImage:
+    """Reads the header of an image of one of FORMATS.
+
+    Raises:
+        BadSampleError: the header is broken, or says more than MAX_PIXELS.
+    """
+    kind = _kind(data, FORMATS)
+    if kind.extension == "jpg" and (size := jpeg.size_of(data)):
+        _check_size(*size)
+        return EncodedImage(data, *size, is_for_pillow=False)
+    with _open(data, kind) as image:
+        return EncodedImage(data, *image.size, is_for_pillow=True)
+
+
 def decode_image(data: bytes, formats: tuple[ImageFormat, ...] = FORMATS) -> Image.Image:
     """All pixels as RGB; of several frames or pages the first.
 
@@ -137,10 +176,14 @@ def _open(data: bytes, kind: ImageFormat) -> ImageFile:
         raise
     except Exception as error:
         raise BadSampleError(f"the image header is broken: {error}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise BadSampleError(f"the image has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}; it could "
-                             "be a decompression bomb")
+    _check_size(*image.size)
     return image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadSampleError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}; it could be a "
+                             "decompression bomb")
 
 
 def _ends_well(extension: str, data: bytes) -> bool:

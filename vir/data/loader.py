@@ -6,6 +6,7 @@ training, and validation counts every image once."""
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,27 +14,28 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Callable, Generator, Iterator, NoReturn, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vir import launcher
 from vir.config import AugmentConfig
 from vir.data import transforms, worker
-from vir.data.decode import BadSampleError, decode_image
+from vir.data import order as orders
+from vir.data.decode import BadSampleError, open_image
 from vir.data.order import InOrder, SampleOrder
 from vir.data.prefetch import Prefetcher, prefetcher_of
 from vir.data.reader import Reader
+from vir.data.stages import Laps, Spent
+from vir.data.transforms import EvalTransform, TrainTransform, Transform
 from vir.errors import DataError, VirError
 from vir.weights.spec import InputSpec
 
-Transform = Callable[[Image.Image], np.ndarray]
 Request = tuple[np.ndarray, np.ndarray]
 """Positions and samples of a micro-batch."""
 
@@ -53,6 +55,8 @@ class Batch:
     lam: Tensor  # [B] float32 share that a sample keeps of itself
     cut: Tensor  # [B, 4] int64 box taken from the partner
     bad: list[str]
+    spent: Spent = field(default_factory=Spent)
+    """What making it took."""
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         tensors: dict[str, Any] = {
@@ -77,17 +81,19 @@ class Batch:
         return self._map(lambda tensor: tensor if tensor is self.positions else tensor.to(device, non_blocking=True))
 
 
-def read_image(reader: Reader, sample: int, read: Callable[[], bytes]) -> tuple[Image.Image, int, list[str]]:
-    """The image at `sample`, or of its first good substitute; its label; what was wrong with those passed over.
+def first_good(reader: Reader, sample: int, read: Callable[[], bytes], use: Callable[[bytes], Tensor]
+               ) -> tuple[Tensor, int, list[str]]:
+    """What `use` makes of `sample`, or of its first good substitute; the label; what was wrong with those passed over.
 
     Args:
         read: gives the bytes of `sample`, or raises what reading them did.
+        use: raises BadSampleError where they are no good.
     """
     bad: list[str] = []
     substitutes = reader.substitutes(sample)
     for _ in range(_SUBSTITUTE_TRIES):
         try:
-            return decode_image(read()), int(reader.labels[sample]), bad
+            return use(read()), int(reader.labels[sample]), bad
         except BadSampleError as error:
             bad.append(f"{reader.where(sample)}: {error}")
         sample = next(substitutes, -1)
@@ -113,49 +119,83 @@ class _Requests(Dataset["Batch | VirError"]):
             return error.with_traceback(None)
 
 
+def _pixels(data: bytes, transform: Transform, laps: Laps) -> Tensor:
+    """The sample [C, H, W] uint8 that an image file becomes. Raises BadSampleError."""
+    image = open_image(data)
+    laps.end_of("decode")
+    crop = transform.crop(image.width, image.height)
+    laps.end_of("augment")
+    pixels = image.pixels(crop.box)
+    laps.end_of("decode")
+    sample = transform.apply(pixels, crop)
+    laps.end_of("augment")
+    return sample
+
+
+def _shared(size: int, shape: Sequence[int]) -> Tensor:
+    """[size, *shape] uint8 in memory that the trainer sees without a copy."""
+    storage = torch.UntypedStorage._new_shared(size * math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(size, *shape)
+
+
 def _train_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, augment: AugmentConfig, seed: int,
-                 mix_until: float, positions: np.ndarray, samples: np.ndarray) -> Batch:
+                 mix_until: float, shape: Sequence[int], positions: np.ndarray, samples: np.ndarray) -> Batch:
     _advance(ahead, int(positions[0]))
-    pixels, labels, bad = [], [], []
+    laps = Laps()
+    images, labels, bad = _shared(len(positions), shape), [], []
     reads = worker.here().read(reader, samples.tolist())
-    for position, sample, read in zip(positions.tolist(), samples.tolist(), reads):
-        image, label, passed_over = read_image(reader, sample, read)
-        transforms.seed_draws(seed, position)
-        pixels.append(torch.as_tensor(transform(image)))
+    for place, (position, sample, read) in enumerate(zip(positions.tolist(), samples.tolist(), reads)):
+
+        def use(data: bytes, position: int = position) -> Tensor:
+            laps.end_of("read")
+            laps.spent.bytes += len(data)
+            transforms.seed_draws(seed, position)
+            return _pixels(data, transform, laps)
+
+        found, label, passed_over = first_good(reader, sample, read, use)
+        images[place] = found
         labels.append(label)
         bad += passed_over
-    images = torch.stack(pixels)
-    height, width = images.shape[2:]
+        laps.end_of("collate")
+    height, width = shape[1:]
     boxes = [transforms.erase_box(seed, position, augment, height, width) for position in positions.tolist()]
-    noise = [transforms.noise_seed(seed, position) for position in positions.tolist()]
+    noise = [transforms.noise_seed(seed, position) if box[2] else 0
+             for position, box in zip(positions.tolist(), boxes)]
     mixes = [(1.0, (0, 0, 0, 0))] * len(positions)
     for i in range(0, len(positions) - 1, 2):
         if positions[i:i + 2].max() < mix_until:
             mixes[i] = mixes[i + 1] = transforms.mix_parameters(seed, int(positions[i]), augment, height, width)
     lam, cut = zip(*mixes)
+    laps.end_of("collate")
+    laps.spent.images = len(positions)
     return Batch(images=images, labels=torch.tensor(labels), positions=torch.from_numpy(positions),
                  valid=torch.ones(len(positions), dtype=torch.bool), erase=torch.tensor(boxes),
-                 noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad)
+                 noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad,
+                 spent=laps.done())
 
 
-def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, positions: np.ndarray,
-                samples: np.ndarray) -> Batch:
+def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, shape: Sequence[int],
+                positions: np.ndarray, samples: np.ndarray) -> Batch:
     _advance(ahead, max(int(positions[0]), 0))
-    pixels, labels = [], []
-    for sample, read in zip(samples.tolist(), worker.here().read(reader, samples.tolist())):
+    laps, size = Laps(), len(positions)
+    images, labels = _shared(size, shape), []
+    for place, (sample, read) in enumerate(zip(samples.tolist(), worker.here().read(reader, samples.tolist()))):
         # No substitute here: an accuracy that silently counts another image would be false.
         try:
-            image = decode_image(read())
+            data = read()
+            laps.end_of("read")
+            laps.spent.bytes += len(data)
+            images[place] = _pixels(data, transform, laps)
         except BadSampleError as error:
             raise DataError(f"validation image {reader.where(sample)} of {reader.name}: {error}; restore it from a "
                             "good copy, or convert the split again") from error
-        pixels.append(torch.as_tensor(transform(image)))
         labels.append(int(reader.labels[sample]))
-    size = len(positions)
-    return Batch(images=torch.stack(pixels), labels=torch.tensor(labels),
+        laps.end_of("collate")
+    laps.spent.images = size
+    return Batch(images=images, labels=torch.tensor(labels),
                  positions=torch.from_numpy(np.maximum(positions, 0)), valid=torch.from_numpy(positions >= 0),
                  erase=torch.zeros(size, 4, dtype=torch.long), noise=torch.zeros(size, dtype=torch.int32),
-                 lam=torch.ones(size), cut=torch.zeros(size, 4, dtype=torch.long), bad=[])
+                 lam=torch.ones(size), cut=torch.zeros(size, 4, dtype=torch.long), bad=[], spent=laps.done())
 
 
 def _advance(ahead: Prefetcher | None, position: int) -> None:
@@ -316,6 +356,7 @@ def _let_threads_settle() -> None:
     Up to Python 3.11 a child waits for ever in PyOS_AfterFork_Child if at that moment a thread was about to enter the
     interpreter. Seen 2 times in 3,600 forks right after a collective of gloo; never in 4,800 after a pause of 5 ms.
     """
+    orders.settle()
     if sys.version_info < (3, 12):
         time.sleep(0.02)
 
@@ -357,11 +398,12 @@ def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
             for first in range(0, per_rank, micro_batch_size):
                 positions = mine[first:first + micro_batch_size]
                 yield positions, order.samples(positions)
+            order.prepare((step + 1) * global_batch_size)
 
     ahead = prefetcher_of(reader, order, last_step=last_step, global_batch_size=global_batch_size, rank=rank,
                           world_size=world_size)
-    make = partial(_train_batch, reader, ahead, transforms.train_transform(augment, model_input), augment, seed,
-                   mix_until)
+    make = partial(_train_batch, reader, ahead, TrainTransform(augment, model_input), augment, seed, mix_until,
+                   model_input.size)
     # A step takes all its micro-batches at once, and meanwhile those of the next one are made.
     prefetch = max(prefetch, 1 + -(-per_rank // (micro_batch_size * workers)))
     return Batches(make, requests, workers, prefetch, device, patience)
@@ -389,7 +431,7 @@ def eval_batches(reader: Reader, model_input: InputSpec, *, batch_size: int, ran
 
     ahead = prefetcher_of(reader, order, last_step=batches, global_batch_size=batch_size * world_size,
                           rank=rank, world_size=world_size)
-    make = partial(_eval_batch, reader, ahead, transforms.eval_transform(model_input))
+    make = partial(_eval_batch, reader, ahead, EvalTransform(model_input), model_input.size)
     return Batches(make, requests, processes_for(workers), 2, device, patience)
 
 
