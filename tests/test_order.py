@@ -1,9 +1,13 @@
 """The order: every sample once per epoch, the same for every world size and resume point."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
-from vir.data.order import SampleOrder, epoch_order
+import vir.data.order as order_module
+from vir.data.order import SampleOrder, epoch_order, settle
 
 CASES = [  # shard sizes, lanes, window
     ([1], 1, 1),
@@ -44,7 +48,7 @@ def expected_epoch(seed, epoch, sizes, lanes, window):
 def test_an_epoch_is_a_permutation_and_equals_the_rule_in_plain_python(sizes, lanes, window):
     for epoch in range(3):
         found = epoch_order(7, epoch, sizes, lanes, window)
-        assert found.dtype == np.int64 and sorted(found.tolist()) == list(range(sum(sizes)))
+        assert found.dtype == np.int32 and sorted(found.tolist()) == list(range(sum(sizes)))
         assert found.tolist() == expected_epoch(7, epoch, sizes, lanes, window)
 
 
@@ -119,3 +123,46 @@ def test_resuming_at_any_position_continues_the_uninterrupted_sequence(first):
     resumed = SampleOrder(*rule)
     assert [resumed.samples(resumed.global_batch(position, 6)).tolist()
             for position in range(first, 60, 6)] == everything[first // 6:]
+
+
+def test_the_next_epoch_is_made_beside_the_second_half_of_this_one(monkeypatch):
+    made = []
+
+    def making(seed, epoch, **rule):
+        made.append((epoch, threading.current_thread() is threading.main_thread()))
+        return epoch_order(seed, epoch, **rule)
+
+    monkeypatch.setattr(order_module, "epoch_order", making)
+    order, expected = SampleOrder(5, [6, 7], 3, 4), SampleOrder(5, [6, 7], 3, 4)
+    for position in range(40):
+        assert order.samples(np.array([position])) == epoch_order(5, position // 13, [6, 7], 3, 4)[position % 13]
+        order.prepare(position + 1)
+        settle()
+        assert made[-1][0] == (position + 1 + 6) // 13
+    assert made == [(0, True), (1, False), (2, False), (3, False)]
+    assert expected.samples(np.arange(40)).tolist() == order.samples(np.arange(40)).tolist()
+
+
+def test_what_fails_while_an_order_is_made_is_told_where_it_is_needed(monkeypatch):
+    order = SampleOrder(5, [6, 7], 3, 4)
+    order.samples(np.array([0]))
+
+    def failing(*rule, **names):
+        raise MemoryError("no room for an order")
+
+    monkeypatch.setattr(order, "_make", failing)
+    order.prepare(12)
+    settle()
+    assert len(order.samples(np.arange(13))) == 13
+    with pytest.raises(MemoryError, match="no room for an order"):
+        order.samples(np.array([13]))
+
+
+def test_a_fork_waits_for_the_order_that_is_being_made(monkeypatch):
+    """Loader processes would wait for ever for a thread that they do not have."""
+    order = SampleOrder(5, [6, 7], 3, 4)
+    make = order._make
+    monkeypatch.setattr(order, "_make", lambda epoch: (time.sleep(0.2), make(epoch))[1])
+    order.prepare(7)
+    settle()
+    assert not [thread for thread in threading.enumerate() if thread in order_module._making]

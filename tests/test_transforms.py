@@ -14,7 +14,7 @@ from vir.data.decode import decode_image
 from vir.data.device import normalize
 from vir.data.folder_reader import FolderReader
 from vir.data.loader import eval_batches
-from vir.weights.spec import CROP_MODES, InputSpec
+from vir.weights.spec import CROP_MODES, INTERPOLATIONS, InputSpec
 
 torch.set_num_threads(1)
 INPUT = InputSpec(size=(3, 16, 16), mean=(0.5, 0.25, 0.1), std=(0.5, 0.2, 0.4), interpolation="bilinear",
@@ -59,6 +59,30 @@ def is_like(found, expected):
 def test_with_everything_off_training_is_a_plain_resize():
     found = apply(OFF, picture())
     assert found.dtype == np.uint8 and is_like(found, resized(picture()))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_a_resize_is_pillows_within_one_level_in_999_of_1000_numbers(interpolation):
+    """Of what torch resizes; the other filters are Pillow's own."""
+    rng, off = np.random.default_rng(0), []
+    smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).resize((500, 375), Image.BICUBIC))
+    for height, width in [(1, 1), (2, 500), (375, 3), (100, 100), (224, 224), (375, 500), *rng.integers(2, 375, (9, 2))]:
+        part = smooth[375 - height:, 500 - width:]
+        for size in [(224, 224), (16, 16), (97, 31)]:
+            expected = Image.fromarray(part).resize(size[::-1], Image.Resampling[interpolation.upper()])
+            found = transforms.resize(part.copy(), size, interpolation)
+            assert found.dtype == torch.uint8 and found.shape == (3, *size)
+            off.append(np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).ravel())
+    off = np.concatenate(off)
+    assert (off > 1).mean() < 1e-3 and off.max() <= 2
+    assert interpolation in transforms._OF_TORCH or not off.any()
+
+
+def test_a_resize_takes_a_part_of_an_image_as_it_lies_in_it():
+    whole = pixels(40, 60, 3).numpy()
+    for interpolation in ("bilinear", "bicubic"):
+        assert torch.equal(transforms.resize(whole[3:21, 7:40], (16, 16), interpolation),
+                           transforms.resize(whole[3:21, 7:40].copy(), (16, 16), interpolation))
 
 
 def test_hflip_1_mirrors():
@@ -127,9 +151,9 @@ def test_evaluation_is_that_of_timms_validate(folder, crop_mode, crop_pct, size)
     ours = torch.cat([normalize(batch.images, given) for batch in batches])
     assert torch.equal(torch.cat([batch.labels for batch in batches]), their_labels[order])
     assert ours.shape == (6, 3, *size)
-    # One level of 255 in a few numbers, whose least std is 0.2; and a few roundings of numbers up to 5.
-    off = (ours - theirs[order]).abs()
-    assert off.max() < 1 / 255 / 0.2 + 2e-6 and (off > 2e-6).float().mean() < 0.01
+    # Levels of 255, of the least std 0.2: of these images of noise bicubic overshoots most.
+    off = (ours - theirs[order]).abs() * 0.2 * 255
+    assert off.max() < 2.01 and (off > 1.01).float().mean() < 1e-3 and (off > 0.01).float().mean() < 0.01
     with torch.no_grad():
         assert torch.allclose(model(ours), model(theirs[order]), rtol=0, atol=1e-3)
     other = transforms.EvalTransform(replace(given, crop_mode=CROP_MODES[CROP_MODES.index(crop_mode) - 1]))

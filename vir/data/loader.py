@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vir import launcher
 from vir.config import AugmentConfig
-from vir.data import transforms, worker
 from vir.data import order as orders
+from vir.data import transforms, worker
 from vir.data.decode import BadSampleError, open_image
 from vir.data.order import InOrder, SampleOrder
 from vir.data.prefetch import Prefetcher, prefetcher_of

@@ -25,7 +25,6 @@ from vir.errors import SettingsError
 from vir.streams import ERASE, MIX, NOISE, SAMPLE, generator
 from vir.weights.spec import InputSpec
 
-
 _OF_TORCH = ("bilinear", "bicubic")
 
 

@@ -1,0 +1,202 @@
+"""Every decoder gives the same pixels or the same refusal, whatever happened to the file."""
+
+import os
+import random
+import subprocess
+import sys
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vir.data import jpeg
+from vir.data.decode import MAX_PIXELS, BadSampleError, decode_image, open_image
+from vir.data.jpeg import DECODERS, VARIABLE, Box
+from vir.errors import SettingsError
+
+INSTALLED = [name for name in DECODERS if name != "nvimgcodec" or jpeg._has_nvimgcodec()]
+
+
+def photograph(width=193, height=131, seed=0):
+    """Smooth shapes, edges and grain, so that all coefficients occur."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+    grain = rng.integers(-12, 13, (height, width, 3))
+    smooth = np.asarray(image.resize((width, height), Image.BICUBIC)).astype(int) + grain
+    smooth[height // 3:height // 2, width // 4:width // 2] = (200, 30, 90)
+    return Image.fromarray(smooth.clip(0, 255).astype(np.uint8))
+
+
+def encode(image, **options):
+    file = BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def arithmetic(data, tmp_path):
+    (tmp_path / "in.jpg").write_bytes(data)
+    return subprocess.run(["jpegtran", "-arithmetic", "-copy", "all", str(tmp_path / "in.jpg")], check=True,
+                          capture_output=True).stdout
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+GOOD = {
+    "4:4:4": encode(photograph(), subsampling=0),
+    "4:2:2": encode(photograph(), subsampling=1),
+    "4:2:0": encode(photograph(), subsampling=2),
+    "progressive": encode(photograph(), progressive=True),
+    "restarts": encode(photograph(), restart_marker_rows=1),
+    "RGB": encode(photograph(), keep_rgb=True),
+    "grey": encode(photograph().convert("L")),
+    "CMYK": encode(photograph().convert("CMYK")),
+    "quality 100": encode(photograph(), quality=100),
+    "quality 5": encode(photograph(), quality=5),
+    "turned by EXIF": encode(photograph(), exif=exif(6)),
+    "followed by bytes": encode(photograph()) + b"tail",
+    "followed by zeros": encode(photograph()) + bytes(9),
+    "one pixel": encode(photograph(16, 16).resize((1, 1))),
+    "one row": encode(photograph(333, 8).resize((333, 1))),
+    "40,000 pixels wide": encode(photograph(400, 16).resize((40_000, 16))),
+    "40,000 pixels high": encode(photograph(16, 400).resize((16, 40_000))),
+}
+
+
+def told(data, box=None):
+    """The pixels, or the refusal."""
+    try:
+        image = open_image(data)
+        return image.width, image.height, image.pixels(box).tobytes()
+    except BadSampleError as error:
+        return str(error)
+
+
+def boxes(width, height):
+    rng = random.Random(width)
+    yield None
+    for _ in range(6):
+        h, w = rng.randint(1, height), rng.randint(1, width)
+        yield Box(rng.randint(0, height - h), rng.randint(0, width - w), h, w)
+
+
+@pytest.fixture(params=INSTALLED)
+def decoder(request, monkeypatch):
+    monkeypatch.setenv(VARIABLE, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_part_of_a_good_file_is_pillows_to_the_bit(decoder, name):
+    whole = np.asarray(decode_image(GOOD[name]))
+    for box in boxes(whole.shape[1], whole.shape[0]):
+        top, left, height, width = box or (0, 0, *whole.shape[:2])
+        expected = whole[top:top + height, left:left + width]
+        found = open_image(GOOD[name]).pixels(box)
+        assert found.flags.writeable and np.array_equal(found, expected)
+
+
+def test_arithmetic_coding_is_decoded_as_by_pillow(decoder, tmp_path):
+    if subprocess.run(["which", "jpegtran"], capture_output=True).returncode:
+        pytest.skip("jpegtran is not installed (libjpeg-turbo-progs)")
+    data = arithmetic(GOOD["4:2:0"], tmp_path)
+    assert data[:2] == b"\xff\xd8" and b"\xff\xc9" in data
+    assert np.array_equal(open_image(data).pixels(), np.asarray(decode_image(data)))
+
+
+@pytest.mark.parametrize("name", ["4:2:0", "progressive", "grey", "CMYK"])
+def test_a_file_that_is_truncated_at_any_tenth_is_refused_also_where_the_crop_is_there(decoder, name):
+    data, box = GOOD[name], Box(0, 0, 8, 8)
+    for tenth in range(10):
+        part = data[:len(data) * tenth // 10]
+        with pytest.raises(BadSampleError):
+            open_image(part).pixels(box)
+        os.environ[VARIABLE], before = "pillow", os.environ[VARIABLE]
+        expected = told(part)
+        os.environ[VARIABLE] = before
+        assert told(part, box) == expected  # the same refusal, in the same words
+
+
+def test_a_size_that_is_no_image_is_refused_before_anything_is_decoded(decoder):
+    data = bytearray(GOOD["4:2:0"])
+    at = data.index(b"\xff\xc0") + 5
+    data[at:at + 4] = (40_000).to_bytes(2, "big") * 2
+    with pytest.raises(BadSampleError, match=f"40000 x 40000 pixels, more than {MAX_PIXELS:,}.*bomb"):
+        open_image(bytes(data))
+
+
+def damage(data, rng):
+    data, kind = bytearray(data), rng.choice(["bit", "bytes", "cut", "early end", "zeros", "whole"])
+    if kind == "bit":
+        data[rng.randrange(2, len(data))] ^= 1 << rng.randrange(8)
+    elif kind == "bytes":
+        for _ in range(5):
+            data[rng.randrange(len(data) // 3, len(data))] = rng.randrange(256)
+    elif kind == "cut":
+        data = data[:rng.randrange(4, len(data))]
+    elif kind == "early end":
+        data = data[:rng.randrange(4, len(data))] + b"\xff\xd9"
+    elif kind == "zeros":
+        at = rng.randrange(len(data) // 3, len(data) - 40)
+        data[at:at + 40] = bytes(40)
+    return bytes(data)
+
+
+def test_damaged_files_give_the_same_pixels_or_the_same_refusal(monkeypatch):
+    """The decoders differ there by themselves: strict ones refuse, regions do not see what lies beyond them."""
+    rng, seen, names = random.Random(0), set(), [name for name in GOOD if not name.startswith("40")]
+    for _ in range(1_500):
+        data = damage(GOOD[rng.choice(names)], rng)
+        found, box = set(), None
+        for name in INSTALLED:
+            monkeypatch.setenv(VARIABLE, name)
+            if box is None:
+                try:
+                    image = open_image(data)
+                except BadSampleError:
+                    break
+                if image.width * image.height > 10**6:
+                    break
+                box = list(boxes(image.width, image.height))[1 + rng.randrange(6)]
+            found.add(told(data, box))
+        assert len(found) < 2
+        seen |= {type(answer) for answer in found}
+    assert seen == {str, tuple}
+
+
+def test_a_region_is_asked_for_where_the_scan_is_seen_to_be_whole():
+    whole = {name for name, data in GOOD.items() if jpeg.is_one_whole_scan(data)}
+    assert set(GOOD) - whole == {"progressive", "followed by bytes", "followed by zeros"}
+    assert not any(jpeg.is_one_whole_scan(GOOD["4:2:0"][:end]) for end in range(2, len(GOOD["4:2:0"]), 97))
+
+
+def test_the_quickest_decoder_that_is_there_is_chosen(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert jpeg.decoder() == INSTALLED[-1]
+    monkeypatch.setattr(jpeg, "_has_nvimgcodec", lambda: False)
+    assert jpeg.decoder() == "simplejpeg"
+    monkeypatch.setenv(VARIABLE, "nvimgcodec")
+    with pytest.raises(SettingsError, match=r"VIR_DECODER is nvimgcodec, which is not installed: .*\[fast\].*pillow"):
+        jpeg.decoder()
+    monkeypatch.setenv(VARIABLE, "libjpeg")
+    with pytest.raises(SettingsError, match="must be one of pillow, simplejpeg, nvimgcodec, got 'libjpeg'"):
+        jpeg.decoder()
+
+
+@pytest.mark.skipif("nvimgcodec" not in INSTALLED, reason="nvidia-nvimgcodec is not installed (extra: fast)")
+def test_nvimgcodec_decodes_the_region_and_says_nothing(tmp_path):
+    """It speaks of CUDA's libraries when it is loaded, and of each file that it refuses."""
+    (tmp_path / "a.jpg").write_bytes(GOOD["4:2:0"])
+    (tmp_path / "b.jpg").write_bytes(GOOD["4:2:0"][:-300] + bytes(298) + b"\xff\xd9")
+    run = subprocess.run([sys.executable, "-c", f"""
+from vir.data import jpeg
+read = lambda name: open({str(tmp_path)!r} + "/" + name, "rb").read()
+assert jpeg._by_nvimgcodec(read("a.jpg"), jpeg.Box(3, 5, 7, 11)).shape == (7, 11, 3)
+jpeg._by_nvimgcodec(read("b.jpg"), jpeg.Box(3, 5, 7, 11))
+assert jpeg._by_nvimgcodec(read("a.jpg")[:500], jpeg.Box(3, 5, 7, 11)) is None
+"""], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
