@@ -21,6 +21,7 @@ from vir.benchmarks import evaluation, loader, traffic
 from vir.benchmarks.file_server import Answer, answers, serving
 from vir.benchmarks.model import free_mixer
 from vir.benchmarks.stopwatch import Limits, Stopwatch
+from vir.data.jpeg import DECODERS, has_nvimgcodec
 
 torch.set_num_threads(1)
 
@@ -194,15 +195,25 @@ def test_the_loader_by_source_and_latency_beside_others(tmp_path, benchmark_load
     assert benchmark_loader(["--folder", str(tmp_path), "--images", "40", "--image_bytes", "9000", "--rounds", "1",
                              "--workers", "2", "--latency", "0,50", "--json", str(tmp_path / "loader.json")]) == 0
     content = json.loads((tmp_path / "loader.json").read_text())
-    names = ["folder", "shards", "http", "ImageFolder"]
-    assert [row[:3] for row in content["rows"]] == [
-        *([name, "2", "0"] for name in [*names, "webdataset"]), *([name, "2", "50"] for name in names)]
-    (fast, *_, slow, slow_shards, slow_http, slow_peer), = content["rates"]
+    names, ours = ["folder", "shards", "http"], [f"shards, {decoder}" for decoder in reversed(DECODERS)
+                                                 if decoder != "nvimgcodec" or has_nvimgcodec()]
+    peers = ["webdataset", "timm's reader of shards", "ImageFolder"]
+    expected = [[augmentation, name, "2", "0"] for augmentation in ("crop and flip", "RandAugment")
+                for name in [*ours, *peers]]
+    expected += [["crop and flip", name, "2", "0"] for name in names]
+    expected += [["crop and flip", name, "2", "50"] for name in [*names, "ImageFolder"]]
+    assert [row[:4] for row in content["rows"]] == expected
+    rates, = content["rates"]
+    (fast, *_, slow, slow_shards, slow_http, slow_peer) = rates[-7:]
     # Two workers wait 50 ms for each of: the 4 images of a batch side by side, or one image after another.
-    assert fast[1] > 1.5 * 2 * 4 / 0.050 > slow[1] > slow[0] and max(slow_shards[1], slow_http[1]) < 1.5 * 2 * 4 / 0.050
-    assert slow_peer[0] < 1.5 * 2 / 0.050 < 1.5 * slow[1]
-    assert content["rows"][0][3].startswith(f"{fast[0]:,.0f} (") and content["rows"][3][4] == ""
-    assert f"| folder | 2 | 0 | {content['rows'][0][3]} |" in capsys.readouterr().out
+    assert fast[1][0] > 1.5 * 2 * 4 / 0.050 > slow[1][0] > slow[0][0]
+    assert max(slow_shards[1][0], slow_http[1][0]) < 1.5 * 2 * 4 / 0.050
+    assert slow_peer[0][0] < 1.5 * 2 / 0.050 < 1.5 * slow[1][0]
+    first, peer = content["rows"][0], content["rows"][len(ours)]
+    assert first[4].startswith(f"{rates[0][0][0]:,.0f} (")
+    assert first[6] == f"{rates[0][0][1] / rates[len(ours)][0][1]:.2f}"
+    assert first[8] == f"{rates[0][1][1] / rates[len(ours)][1][1]:.2f}" and peer[6] == peer[8] == ""
+    assert f"| crop and flip | {ours[0]} | 2 | 0 | {first[4]} |" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["loader.json"]
 
 

@@ -31,15 +31,22 @@ SILENCE = 8
 READ_THAT_HANGS = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 /* A network mount whose server is gone for rank 1: while the file $HANG is there, a read of a large enough piece never
    returns. Rank 0 waits for rank 1 in a collective. */
 static int hangs(void) {
     const char *rank = getenv("SLURM_PROCID"), *hang = getenv("HANG");
     return rank && hang && strcmp(rank, "1") == 0 && access(hang, F_OK) == 0;
+}
+/* It cannot tell what it has at hand. */
+ssize_t preadv64v2(int file, const struct iovec *into, int count, off64_t offset, int flags) {
+    errno = EOPNOTSUPP;
+    return -1;
 }
 ssize_t pread64(int file, void *into, size_t size, off64_t offset) {
     ssize_t (*real)(int, void *, size_t, off64_t) = dlsym(RTLD_NEXT, "pread64");

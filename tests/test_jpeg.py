@@ -15,7 +15,7 @@ from vir.data.decode import MAX_PIXELS, BadSampleError, decode_image, open_image
 from vir.data.jpeg import DECODERS, VARIABLE, Box
 from vir.errors import SettingsError
 
-INSTALLED = [name for name in DECODERS if name != "nvimgcodec" or jpeg._has_nvimgcodec()]
+INSTALLED = [name for name in DECODERS if name != "nvimgcodec" or jpeg.has_nvimgcodec()]
 
 
 def photograph(width=193, height=131, seed=0):
@@ -177,7 +177,7 @@ def test_a_region_is_asked_for_where_the_scan_is_seen_to_be_whole():
 def test_the_quickest_decoder_that_is_there_is_chosen(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert jpeg.decoder() == INSTALLED[-1]
-    monkeypatch.setattr(jpeg, "_has_nvimgcodec", lambda: False)
+    monkeypatch.setattr(jpeg, "has_nvimgcodec", lambda: False)
     assert jpeg.decoder() == "simplejpeg"
     monkeypatch.setenv(VARIABLE, "nvimgcodec")
     with pytest.raises(SettingsError, match=r"VIR_DECODER is nvimgcodec, which is not installed: .*\[fast\].*pillow"):

@@ -294,6 +294,9 @@ class Slow(ShardReader):
 
     before = staticmethod(lambda sample: None)
 
+    def read_at_hand(self, i):
+        return None
+
     def read(self, i):
         self.before(i)
         return super().read(i)
@@ -308,6 +311,13 @@ def test_the_samples_of_a_request_are_read_at_the_same_time(slow):
     together = threading.Barrier(4)
     slow.before = lambda sample: together.wait(60)  # returns when four are waiting, so never where one waits alone
     assert len(train(slow, micro_batch_size=4)) == 7
+
+
+def test_what_is_at_hand_is_read_without_a_thread(shards, uninterrupted, monkeypatch):
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda number, into, offset, flags: preadv(number, into, offset))
+    monkeypatch.setattr(ShardReader, "read_group", None)
+    assert_same(train(ShardReader(shards / "train")), uninterrupted)
 
 
 def test_threads_that_draw_random_numbers_change_no_pixel(slow, uninterrupted):

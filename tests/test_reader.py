@@ -397,6 +397,46 @@ def test_palettes_become_their_colours():
         assert decode_image(encode(image, "PNG", **options)).getpixel((0, 0)) == (200, 100, 50)
 
 
+# ---- what the system has in its memory
+
+
+def test_what_is_at_hand_is_the_file_or_nothing(folder, monkeypatch):
+    reader, preadv = ShardReader(folder), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda number, into, offset, flags: preadv(number, into, offset))
+    assert [reader.read_at_hand(i) for i in range(len(IMAGES))] == IMAGES
+
+    for found in (OSError(95, "Operation not supported"), BlockingIOError(11, "not yet"), 5):
+        def part(*arguments, found=found):
+            if isinstance(found, OSError):
+                raise found
+            return found
+
+        monkeypatch.setattr(os, "preadv", part)
+        assert reader.read_at_hand(0) is None and reader.read(0) == IMAGES[0]
+
+
+def test_what_is_at_hand_and_damaged_is_read_again(folder, monkeypatch):
+    """From the disk, which may have the right bytes."""
+    preadv = os.preadv
+
+    def damaged(number, into, offset, flags):
+        count = preadv(number, into, offset)
+        into[0][3] ^= 1
+        return count
+
+    monkeypatch.setattr(os, "preadv", damaged)
+    reader = ShardReader(folder)
+    assert reader.read_at_hand(2) is None and reader.read(2) == IMAGES[2]
+
+
+def test_a_checksum_is_computed_once(folder, monkeypatch):
+    import zlib
+    crc32, seen = zlib.crc32, []
+    monkeypatch.setattr(reader_module.zlib, "crc32", lambda data: (seen.append(len(data)), crc32(data))[1])
+    ShardReader(folder).read(1)
+    assert seen == [len(IMAGES[1])]
+
+
 # ---- parts that are read together
 
 

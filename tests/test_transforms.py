@@ -66,7 +66,8 @@ def test_a_resize_is_pillows_within_one_level_in_999_of_1000_numbers(interpolati
     """Of what torch resizes; the other filters are Pillow's own."""
     rng, off = np.random.default_rng(0), []
     smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).resize((500, 375), Image.BICUBIC))
-    for height, width in [(1, 1), (2, 500), (375, 3), (100, 100), (224, 224), (375, 500), *rng.integers(2, 375, (9, 2))]:
+    sizes = [(1, 1), (2, 500), (375, 3), (100, 100), (224, 224), (375, 500), *rng.integers(2, 375, (9, 2))]
+    for height, width in sizes:
         part = smooth[375 - height:, 500 - width:]
         for size in [(224, 224), (16, 16), (97, 31)]:
             expected = Image.fromarray(part).resize(size[::-1], Image.Resampling[interpolation.upper()])

@@ -1,8 +1,8 @@
-"""Images per second of the loader from a folder, shards and a server, by the latency of a read, beside other loaders.
+"""Images per second of the loader by augmentation, decoder, source and latency of a read, beside other loaders.
 
     python tools/benchmark_loader.py --folder /data --json loader.json
 
-Writes an image folder of 2,000 JPEGs of 110 KB and its shards; they stay in the system's memory, so --latency alone
+Writes an image folder of 2,000 JPEGs of 71 KB and its shards; they stay in the system's memory, so --latency alone
 tells what a disk would add. The folder is left as it was. Prints a Markdown table.
 """
 
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(), help="where to write (default: this one)")
     parser.add_argument("--images", type=int, default=2_000, help="default 2,000")
-    parser.add_argument("--image_bytes", type=int, default=110_000, help="of each file, at least (default 110,000)")
+    parser.add_argument("--image_bytes", type=int, default=71_000, help="of each file, at least (default 71,000)")
     parser.add_argument("--workers", type=counts, default=[1, 2], metavar="N,...",
                         help="loader processes (default 1,2)")
     parser.add_argument("--latency", type=milliseconds, default=[0, 2, 20], metavar="MS,...",

@@ -32,6 +32,9 @@ class Access(Protocol):
             DataError: what can be tried was tried.
         """
 
+    def read_at_hand(self, shard: int, offset: int, size: int) -> bytes | None:
+        """The bytes, where the system has them in memory; else None. Never raises; waits at most for the opening."""
+
     def expect(self, shard: int, offset: int, size: int) -> None:
         """A hint that these bytes will be read soon. Never raises."""
 
@@ -40,6 +43,10 @@ class Access(Protocol):
 
     def where(self, shard: int) -> str:
         """The place of a shard, for messages, without secrets."""
+
+
+_NO_WAIT = getattr(os, "RWF_NOWAIT", 0)
+"""Of Linux."""
 
 
 class LocalShards:
@@ -65,6 +72,14 @@ class LocalShards:
         # Kept in a variable while reading: another thread may remove it from the cache, which would close it.
         descriptor = self._descriptor(shard)
         return pread(descriptor.number, size, offset)
+
+    def read_at_hand(self, shard: int, offset: int, size: int) -> bytes | None:
+        try:
+            descriptor, found = self._descriptor(shard), bytearray(size)
+            count = os.preadv(descriptor.number, [found], offset, _NO_WAIT) if _NO_WAIT else 0
+        except OSError:  # EAGAIN: it would have to be waited for; EOPNOTSUPP: this file system cannot tell
+            return None
+        return bytes(found) if count == size else None
 
     def expect(self, shard: int, offset: int, size: int) -> None:
         with suppress(OSError):  # the read itself will tell

@@ -49,7 +49,7 @@ def decoder() -> str:
     Raises:
         SettingsError: the environment asks for another one, or for one that is not installed.
     """
-    best = DECODERS[-1] if _has_nvimgcodec() else DECODERS[-2]
+    best = DECODERS[-1] if has_nvimgcodec() else DECODERS[-2]
     asked = os.environ.get(VARIABLE) or best
     if asked not in DECODERS:
         raise SettingsError(f"{VARIABLE} must be one of {', '.join(DECODERS)}, got {asked!r}")
@@ -117,7 +117,8 @@ def _by_nvimgcodec(data: bytes, box: Box) -> np.ndarray | None:
 
 
 @functools.cache
-def _has_nvimgcodec() -> bool:
+def has_nvimgcodec() -> bool:
+    """Whether the extra `fast` is installed."""
     try:
         return importlib.util.find_spec(_NVIMGCODEC) is not None
     except ModuleNotFoundError:  # of the package that it is in

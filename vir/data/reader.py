@@ -85,6 +85,10 @@ class Reader(ABC):
             BadSampleError: it was read, and it is damaged.
         """
 
+    def read_at_hand(self, i: int) -> bytes | None:
+        """As read(), where it can be had at once and is sound; else None. Never raises."""
+        return None
+
     def together(self, samples: Sequence[int]) -> list[list[int]]:
         """The samples, each once, in groups that are best read by one call each, in the best order for a disk."""
         return [[i] for i in sorted(set(samples))]
@@ -218,13 +222,17 @@ class ShardReader(Reader):
                 indexed without checksums have none.
         """
         row = self._index[i]
-        data = self._read_with_retries(i, row)
-        if not self._is_sound(row, data):
-            self.access.forget()
-            data = self._read_with_retries(i, row)
-        if not self._is_sound(row, data):
-            raise BadSampleError(f"wrong checksum, {self.access.where(row['shard'])} is damaged")
-        return data
+        if self._is_sound(row, data := self._read_with_retries(i, row)):
+            return data
+        self.access.forget()
+        if self._is_sound(row, data := self._read_with_retries(i, row)):
+            return data
+        raise BadSampleError(f"wrong checksum, {self.access.where(row['shard'])} is damaged")
+
+    def read_at_hand(self, i: int) -> bytes | None:
+        row = self._index[i]
+        data = self.access.read_at_hand(int(row["shard"]), int(row["offset"]), int(row["size"]))
+        return data if data is not None and self._is_sound(row, data) else None
 
     def together(self, samples: Sequence[int]) -> list[list[int]]:
         """In order of shards and offsets, which is that of the numbers; neighbours that are worth one read together."""

@@ -86,6 +86,9 @@ class RemoteShards:
         """All bytes of a shard; see Store.blocks."""
         return self._store(shard).blocks(self.urls[shard], self.identities[shard])
 
+    def read_at_hand(self, shard: int, offset: int, size: int) -> bytes | None:
+        return None
+
     def expect(self, shard: int, offset: int, size: int) -> None:
         """Nothing: a server has no read-ahead."""
 
@@ -144,6 +147,9 @@ class CachedShards:
             return self._read_whole(shard, offset, size)
         data = None if self._take_doubt() else self._cached(shard, offset, size)
         return self.remote.read(shard, offset, size) if data is None else data
+
+    def read_at_hand(self, shard: int, offset: int, size: int) -> bytes | None:
+        return None
 
     def expect(self, shard: int, offset: int, size: int) -> None:
         if (descriptor := self._descriptors.get(shard)) is not None:

@@ -46,19 +46,27 @@ class Worker:
     def read(self, reader: Reader, samples: Sequence[int]) -> Iterator[Callable[[], bytes]]:
         """Read all samples at once; for each in turn a function that waits for its bytes and raises what reading did.
 
-        They are read in the order of their places, and given in that of `samples`.
+        They are read in the order of their places, and given in that of `samples`. Threads read what has to be waited
+        for; handing it to them takes twice as long as reading what the system has in its memory.
         """
-        groups = reader.together(samples)
         found: dict[int, Callable[[], bytes]] = {}
+        for sample in samples:
+            self._tell(reader, sample)  # its shard may have to be opened
+            if (data := reader.read_at_hand(sample)) is not None:
+                found[sample] = partial(bytes, data)
+        groups = reader.together([sample for sample in samples if sample not in found])
         for number, group in enumerate(groups):
             later = groups[number + _READERS:number + _READERS + 1]
             reads = self._pool.submit(_read_group, reader, group, later)
             found.update((sample, partial(_result, reads, place)) for place, sample in enumerate(group))
         for sample in samples:
-            # The text, not the number: to look it up, the trainer would read the index, on a disk that may hang.
-            where = f"{reader.where(sample)} of {reader.name}".encode(errors="replace")
-            self._reading[self._number].value = where[:_WHERE_BYTES - 1]
+            self._tell(reader, sample)
             yield found[sample]
+
+    def _tell(self, reader: Reader, sample: int) -> None:
+        # The text, not the number: to look it up, the trainer would read the index, on a disk that may hang.
+        where = f"{reader.where(sample)} of {reader.name}".encode(errors="replace")
+        self._reading[self._number].value = where[:_WHERE_BYTES - 1]
 
 
 def _read_group(reader: Reader, group: Sequence[int], later: Sequence[Sequence[int]]) -> list[bytes | VirError]:
