@@ -1,9 +1,13 @@
-"""Images per second of the loader by augmentation, decoder, source and latency of a read, beside other loaders.
+"""Speed of the loader beside timm's reader of shards, webdataset and torchvision's ImageFolder, on the same images.
 
-    python tools/benchmark_loader.py --folder /data --json loader.json
+    python tools/benchmark_loader.py --folder /data --json pixels.json --plot loader.png   # decoded and augmented
+    python tools/benchmark_loader.py reading --folder /data --json reading.json            # samples read, not decoded
+    python tools/benchmark_loader.py latency --folder /data --json latency.json            # by the latency of a read
+    python tools/benchmark_loader.py order --json order.json                               # the order of an epoch
 
-Writes an image folder of 2,000 JPEGs of 71 KB and its shards; they stay in the system's memory, so --latency alone
-tells what a disk would add. The folder is left as it was. Prints a Markdown table.
+Writes an image folder of 2,000 JPEGs of 500 x 375 pixels and 71 KB and its shards; they stay in the system's memory, so
+--latency alone tells what a disk would add. The folder is left as it was. Prints a Markdown table. All rows take turns
+in each round; CPU seconds are those of the loader processes and of the one that takes their batches.
 """
 
 import argparse
@@ -13,6 +17,8 @@ from pathlib import Path
 
 from vir import cli
 from vir.errors import VirError
+
+_KINDS = ("pixels", "reading", "latency", "order")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,15 +44,19 @@ def milliseconds(text: str) -> list[float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=_KINDS, nargs="?", default="pixels", help="default pixels")
     parser.add_argument("--folder", type=Path, default=Path(), help="where to write (default: this one)")
     parser.add_argument("--images", type=int, default=2_000, help="default 2,000")
-    parser.add_argument("--image_bytes", type=int, default=71_000, help="of each file, at least (default 71,000)")
+    parser.add_argument("--image_bytes", type=int, default=71_000, help="of each file, at most (default 71,000)")
     parser.add_argument("--workers", type=counts, default=[1, 2], metavar="N,...",
                         help="loader processes (default 1,2)")
     parser.add_argument("--latency", type=milliseconds, default=[0, 2, 20], metavar="MS,...",
-                        help="added to each read (default 0,2,20)")
+                        help="of latency: added to each read (default 0,2,20)")
+    parser.add_argument("--samples", type=counts, default=[1_281_167, 14_197_122], metavar="N,...",
+                        help="of order: in an epoch (default those of ImageNet-1k and ImageNet-21k)")
     parser.add_argument("--rounds", type=int, default=3, help="default 3")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="of pixels: a picture of the rates")
     return parser
 
 

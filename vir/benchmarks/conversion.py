@@ -23,7 +23,7 @@ from vir.errors import DataError, SettingsError
 from vir.files import replace_text
 
 _CLASSES = 50
-_PICTURES = 100
+PICTURES = 100
 """Different pictures; the files differ in a comment of each."""
 
 
@@ -61,25 +61,32 @@ def benchmark(settings: Settings, command: str) -> str:
     return markdown(columns, rows)
 
 
-def make_images(folder: Path, images: int, image_bytes: int, size: tuple[int, int] = (500, 375)) -> int:
+def make_images(folder: Path, images: int, image_bytes: int, size: tuple[int, int] = (500, 375),
+                pictures: Sequence[bytes] = ()) -> int:
     """Writes FOLDER/train/CLASS/IMAGE, JPEGs of about `image_bytes` each, and gives the bytes of all.
 
     Args:
         size: width and height in pixels.
+        pictures: JPEGs that the files are made of in turn; blurred noise where none are given.
     """
-    rng = np.random.default_rng(0)
-    pictures = []
-    for _ in range(min(_PICTURES, images)):
-        file = BytesIO()
-        coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
-        coarse.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        pictures.append(file.getvalue())
+    pictures = pictures or _noise(min(PICTURES, images), size)
     total = 0
     for number in range(images):
         path = folder / "train" / f"n{number % _CLASSES:08d}" / f"n{number % _CLASSES:08d}_{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         total += path.write_bytes(_padded(pictures[number % len(pictures)], number, image_bytes))
     return total
+
+
+def _noise(count: int, size: tuple[int, int]) -> list[bytes]:
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(count):
+        file = BytesIO()
+        coarse = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        pictures.append(file.getvalue())
+    return pictures
 
 
 def _padded(jpeg: bytes, number: int, size: int) -> bytes:

@@ -1,66 +1,51 @@
-"""Images per second of the loader from each kind of source, by the latency of a read, beside the loaders of peers."""
+"""Our loader beside others on the same photographs: whole samples, samples read alone, slow disks, orders of epochs."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
-import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import psutil
 import torch
-import webdataset
-from PIL import Image
-from timm.data import create_dataset, create_transform
-from torch.utils.data import DataLoader, RandomSampler
-from torchvision.datasets.folder import ImageFolder, default_loader  # type: ignore[import-untyped]
 
-from vir.benchmarks.conversion import make_images
+from vir.benchmarks import feeds, order, photographs
+from vir.benchmarks.conversion import PICTURES, make_images
+from vir.benchmarks.feeds import Feed, Rate
 from vir.benchmarks.file_server import serving
+from vir.benchmarks.plot import plot_rates
+from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import markdown
 from vir.config import AugmentConfig
-from vir.data import convert, jpeg, worker
+from vir.data import convert, jpeg
 from vir.data.folder_reader import FolderReader
-from vir.data.jpeg import DECODERS, VARIABLE
-from vir.data.loader import Batches, Request, train_batches
 from vir.data.opening import Places, open_reader
-from vir.data.order import SampleOrder
 from vir.data.reader import Reader, ShardReader
+from vir.data.sidecars import write_sidecars
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
-from vir.weights.spec import InputSpec
 
-_BATCH = 64
-_PREFETCH = 2
-"""Batches that each worker makes ahead."""
 _SHARDS = 20
 """About; every worker of a peer must have some."""
-_LANES, _WINDOW = 64, 2500
-_READ_ALONE = 5
-"""Times as many images are read alone: CPU time is counted in hundredths of a second."""
-_INPUT = InputSpec(size=(3, 224, 224), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.875)
-
+_SIZE = (500, 375)
+"""Width and height of the images: the most frequent of ImageNet."""
 AUGMENTATIONS = {
-    "crop and flip": AugmentConfig(auto_augment=None, color_jitter=0.0, reprob=0.0, mixup=0.0, cutmix=0.0),
-    "RandAugment": AugmentConfig(),
-}
-_PEER = "webdataset"
-
-Run = Callable[[], Iterator[Any]]
-"""Starts loader processes; the batches that they make, without end."""
+    "crop, flip": AugmentConfig(auto_augment=None, color_jitter=0, reprob=0, mixup=0, cutmix=0),
+    "RandAugment": AugmentConfig()}
+_LIBRARIES = ("pillow", "simplejpeg", "nvidia-nvimgcodec-cu13", "webdataset", "torchvision")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    kind: str = "pixels"
+    """pixels, reading, latency or order."""
     folder: Path
     """Everything is written in a new folder in it, and removed again."""
     images: int = 2_000
@@ -69,30 +54,39 @@ class Settings:
     workers: Sequence[int] = (1, 2)
     latency: Sequence[float] = (0, 2, 20)
     """Milliseconds that are added to each read."""
+    samples: Sequence[int] = (1_281_167, 14_197_122)
+    """Of an epoch whose order is made."""
     rounds: int = 3
     json: Path | None = None
+    plot: Path | None = None
+
+
+class Row(NamedTuple):
+    augmentation: str
+    workers: int
+    loader: str
+    start: Callable[[], Feed]
+    is_ours: bool
 
 
 @dataclass(frozen=True)
-class _Row:
-    augmentation: str
-    name: str
-    workers: int
-    latency: float
-    """Milliseconds."""
-    whole: Run
-    """Batches that are read, decoded and transformed."""
-    reading: Run | None = None
-    """Batches that are read alone."""
-    decoder: str | None = None
-    """Of JPEGs, in our loader."""
+class _Images:
+    place: Path
+    shards: Path
+    title: str
+
+    @property
+    def folder(self) -> Path:
+        return self.place / "src" / "train"
 
 
-class _Rate(NamedTuple):
-    wall: float
-    """Images a second."""
-    cpu: float
-    """Images a second of CPU time, of the loader processes and of the one that takes their batches."""
+@dataclass(frozen=True)
+class _Table:
+    title: str
+    columns: Sequence[str]
+    cells: list[list[str]]
+    rounds: Sequence[Any]
+    """What was measured, as numbers."""
 
 
 def benchmark(settings: Settings, command: str) -> str:
@@ -101,202 +95,179 @@ def benchmark(settings: Settings, command: str) -> str:
     Raises:
         SettingsError, DataError: numbers that are too small, or no such folder.
     """
-    if min(settings.images, settings.image_bytes, settings.rounds, *settings.workers) < 1:
-        raise SettingsError("--images, --image_bytes, --workers and --rounds must be at least 1")
+    if min(settings.images, settings.image_bytes, settings.rounds, *settings.workers, *settings.samples) < 1:
+        raise SettingsError("--images, --image_bytes, --workers, --samples and --rounds must be at least 1")
     if min(settings.latency) < 0:
         raise SettingsError(f"--latency must be at least 0 ms, got {min(settings.latency):g}")
+    if settings.plot is not None and settings.kind != "pixels":
+        raise SettingsError(f"--plot shows the rates of pixels, not of {settings.kind}; leave it out")
     if not settings.folder.is_dir():
         raise DataError(f"no such folder: {settings.folder}")
-    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
-        total = make_images(Path(place) / "src", settings.images, settings.image_bytes)
-        shards = _convert(Path(place), settings.images)
-        with serving(shards) as url:
-            rows = list(_rows(Path(place), shards, url, settings))
-            rates = [[_rates(row, settings.images) for row in rows] for _ in range(settings.rounds)]
-    columns = ("augmentation", "loader", "workers", "ms a read", "images/s (least to most)", "of a CPU second",
-               "× webdataset", "read alone, of a CPU second", "× webdataset")
-    cells = list(_cells(rows, rates))
+    table = {"pixels": _pixels, "reading": _reading, "latency": _latency, "order": _order}[settings.kind](settings)
     if settings.json is not None:
         replace_text(settings.json, json.dumps({
-            "title": f"{settings.images:,} files of {total / settings.images / 1000:.0f} KB", "command": command,
-            "machine": f"{os.cpu_count()} cores", "columns": columns, "rows": cells, "rates": rates}, indent=1) + "\n")
-    return markdown(columns, cells)
+            "title": table.title, "command": command, "machine": f"{machine(torch.device('cpu'))}; {_versions()}",
+            "columns": table.columns, "rows": table.cells, "rounds": table.rounds}, indent=1) + "\n")
+    return f"{table.title}.\n\n{markdown(table.columns, table.cells)}"
 
 
-def _cells(rows: Sequence[_Row], rates: Sequence[Sequence[tuple[_Rate, _Rate | None]]]) -> Iterator[list[str]]:
-    peers = {(row.augmentation, row.workers): at for at, row in enumerate(rows) if row.name == _PEER}
-    for at, row in enumerate(rows):
-        peer = peers.get((row.augmentation, row.workers))
-        measured = [(turn[at], turn[at] if peer is None else turn[peer]) for turn in rates]
-        whole = [(ours[0], theirs[0]) for ours, theirs in measured]
-        alone = [(ours[1], theirs[1]) for ours, theirs in measured if ours[1] is not None and theirs[1] is not None]
-        is_beside = peer not in (None, at) and not row.latency
-        yield [row.augmentation, row.name, str(row.workers), f"{row.latency:g}",
-               _spread([ours.wall for ours, _ in whole]), f"{statistics.median(ours.cpu for ours, _ in whole):,.0f}",
-               _ratio(whole) if is_beside else "",
-               f"{statistics.median(ours.cpu for ours, _ in alone):,.0f}" if alone else "",
-               _ratio(alone) if alone and is_beside else ""]
+def _versions() -> str:
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    return ", ".join(f"{name} {installed[name]}" for name in _LIBRARIES if name in installed)
 
 
-def _ratio(pairs: Sequence[tuple[_Rate, _Rate]]) -> str:
-    """Of CPU time, by rounds."""
-    return f"{statistics.median(ours.cpu / theirs.cpu for ours, theirs in pairs):.2f}"
+@contextmanager
+def _images(settings: Settings) -> Iterator[_Images]:
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as name:
+        place = Path(name)
+        pictures = photographs.make_jpegs(min(PICTURES, settings.images), settings.image_bytes, _SIZE)
+        total = make_images(place / "src", settings.images, 0, pictures=pictures)
+        shards = convert.convert(
+            place / "src", "train", place / "shards",
+            convert.Settings(samples_per_shard=max(1, settings.images // _SHARDS)), workers=1).folder
+        write_sidecars(shards, ["timm"])
+        yield _Images(place, shards, f"{settings.images:,} JPEGs of {_SIZE[0]} x {_SIZE[1]} pixels and "
+                                     f"{total / settings.images / 1000:.0f} KB, of which Pillow decodes one in "
+                                     f"{photographs.decoding_us(pictures):,.0f} us")
 
 
-def _convert(place: Path, images: int) -> Path:
-    settings = convert.Settings(samples_per_shard=max(1, images // _SHARDS))
-    return convert.convert(place / "src", "train", place / "shards", settings, workers=1).folder
+# ---- whole samples
 
 
-def _rows(place: Path, shards: Path, url: str, settings: Settings) -> Iterator[_Row]:
-    readers: dict[str, Reader] = {"folder": FolderReader(place / "src" / "train"), "shards": ShardReader(shards)}
-    decoders = [name for name in reversed(DECODERS) if name != "nvimgcodec" or jpeg.has_nvimgcodec()]
-    for workers, (name, augment) in itertools.product(settings.workers, AUGMENTATIONS.items()):
-        transform = _timms(augment)
-        row = partial(_Row, name, workers=workers, latency=0)
-        for decoder in decoders:
-            reading = partial(_read_alone, readers["shards"], workers) if decoder == decoders[0] else None
-            yield row(f"shards, {decoder}", whole=partial(_ours, readers["shards"], workers, augment), reading=reading,
-                      decoder=decoder)
-        yield row(_PEER, whole=partial(_webdataset, shards, transform, workers),
-                  reading=partial(_webdataset, shards, None, workers))
-        yield row("timm's reader of shards", whole=partial(_timm, shards, transform, workers))
-        yield row("ImageFolder", whole=partial(_image_folder, place / "src" / "train", transform, workers, 0))
-    name, augment = next(iter(AUGMENTATIONS.items()))
+def _pixels(settings: Settings) -> _Table:
+    with _images(settings) as images:
+        rows = _rows(images, settings.workers)
+        rounds = [[feeds.rate(row.start, row.workers, settings.images) for row in rows]
+                  for _ in range(settings.rounds)]
+    if settings.plot is not None:
+        rates = {(row.augmentation, row.workers, row.loader): [rate.wall for rate in measured]
+                 for row, measured in zip(rows, zip(*rounds))}
+        plot_rates(rates, settings.plot, "images/s", images.title)
+    columns = ("augmentation", "workers", "loader", "images/s (least to most)", "images per CPU second",
+               "× best other", "× best other, per CPU second", "× 1 worker")
+    return _Table(images.title, columns, cells_of_pixels(rows, rounds), rounds)
+
+
+def _rows(images: _Images, workers: Sequence[int]) -> list[Row]:
+    reader = ShardReader(images.shards)
+    rows = []
+    for (name, augment), count in itertools.product(AUGMENTATIONS.items(), workers):
+        found: dict[str, Callable[[], Feed]] = {
+            f"ours, {decoder}": partial(feeds.ours, reader, augment, count, decoder) for decoder in _decoders()}
+        peers: dict[str, Callable[[], Feed]] = {
+            "timm's wds reader": partial(feeds.timm_wds, images.shards, augment, count),
+            "webdataset, timm's transforms": partial(feeds.webdataset_timm, images.shards, augment, count),
+            "ImageFolder, timm's transforms": partial(feeds.image_folder, images.folder, augment, count)}
+        rows += [Row(name, count, loader, start, loader in found) for loader, start in {**found, **peers}.items()]
+    return rows
+
+
+def _decoders() -> tuple[str, ...]:
+    """Those that are quicker than Pillow, up to the one that a run would have."""
+    return jpeg.DECODERS[1:jpeg.DECODERS.index(jpeg.decoder()) + 1] or jpeg.DECODERS[:1]
+
+
+def cells_of_pixels(rows: Sequence[Row], rounds: Sequence[Sequence[Rate]]) -> list[list[str]]:
+    """Each ratio is the median of those in the single rounds; 'best other' is the quickest loader that is not ours, of
+    the same augmentation and workers, in that round."""
+    cells = []
+    for place, row in enumerate(rows):
+        others = [at for at, other in enumerate(rows)
+                  if other[:2] == row[:2] and not other.is_ours]
+        single = [at for at, other in enumerate(rows)
+                  if (other.augmentation, other.workers, other.loader) == (row.augmentation, 1, row.loader)]
+        measured = [of_round[place] for of_round in rounds]
+        cells.append([
+            row.augmentation, str(row.workers), row.loader, _spread([rate.wall for rate in measured]),
+            f"{statistics.median(rate.cpu for rate in measured):,.0f}",
+            _ratio([of_round[place].wall / max(of_round[at].wall for at in others) for of_round in rounds]),
+            _ratio([of_round[place].cpu / max(of_round[at].cpu for at in others) for of_round in rounds]),
+            _ratio([of_round[place].wall / of_round[at].wall for of_round in rounds for at in single])])
+    return cells
+
+
+# ---- samples that are read, not decoded
+
+
+def _reading(settings: Settings) -> _Table:
+    with _images(settings) as images:
+        starts: dict[str, Callable[[int], Feed]] = {
+            "ours, shards, crc32 checked": partial(feeds.ours_read, ShardReader(images.shards)),
+            "ours, folder": partial(feeds.ours_read, FolderReader(images.folder)),
+            "webdataset": partial(feeds.webdataset_read, images.shards),
+            "webdataset, shuffled": partial(feeds.webdataset_read, images.shards, window=feeds.WINDOW),
+            "ImageFolder, bytes": partial(feeds.image_folder_read, images.folder)}
+        rows = list(itertools.product(settings.workers, starts))
+        rounds = [{row: feeds.rate(partial(starts[row[1]], row[0]), row[0], settings.images) for row in rows}
+                  for _ in range(settings.rounds)]
+    columns = ("workers", "reader", "samples/s (least to most)", "samples per CPU second (least to most)",
+               "× webdataset, per CPU second")
+    cells = [[str(workers), name, _spread([of_round[workers, name].wall for of_round in rounds]),
+              _spread([of_round[workers, name].cpu for of_round in rounds]),
+              _ratio([of_round[workers, name].cpu / of_round[workers, "webdataset"].cpu for of_round in rounds])]
+             for workers, name in rows]
+    return _Table(images.title, columns, cells, [list(of_round.values()) for of_round in rounds])
+
+
+# ---- by what each read waits for
+
+
+class _SlowRow(NamedTuple):
+    loader: str
+    workers: int
+    latency: float
+    """Milliseconds."""
+    whole: Callable[[], Feed]
+    reading: Callable[[], Feed] | None = None
+
+
+def _latency(settings: Settings) -> _Table:
+    with _images(settings) as images, serving(images.shards) as url:
+        rows = _slow_rows(images, url, settings)
+        rounds = [[_slow_rates(row, settings.images) for row in rows] for _ in range(settings.rounds)]
+    columns = ("loader", "workers", "ms a read", "images/s (least to most)", "read alone, images/s")
+    cells = [[row.loader, str(row.workers), f"{row.latency:g}", *map(_spread, zip(*measured))]
+             for row, measured in zip(rows, zip(*rounds))]
+    return _Table(images.title, columns, cells, rounds)
+
+
+def _slow_rows(images: _Images, url: str, settings: Settings) -> list[_SlowRow]:
+    augment = AUGMENTATIONS["RandAugment"]
+    local: Mapping[str, Reader] = {"folder": FolderReader(images.folder), "shards": ShardReader(images.shards)}
+    places = Places(index_dir=images.place / "indexes", timeout=60)
+    rows = []
     for workers, latency in itertools.product(settings.workers, settings.latency):
-        readers["http"] = open_reader(f"{url}/{latency:g}", Places(index_dir=place / "indexes", timeout=60), first=True)
-        for source, reader in readers.items():
-            yield _Row(name, source, workers, latency, partial(_ours, reader, workers, augment),
-                       partial(_read_alone, reader, workers))
-        if latency:
-            yield _Row(name, "ImageFolder", workers, latency,
-                       partial(_image_folder, place / "src" / "train", _timms(augment), workers, latency))
+        readers = {**local, "http": open_reader(f"{url}/{latency:g}", places, first=True)}
+        rows += [_SlowRow(name, workers, latency, partial(feeds.ours, reader, augment, workers),
+                          partial(feeds.ours_read, reader, workers)) for name, reader in readers.items()]
+        rows.append(_SlowRow("ImageFolder", workers, latency,
+                             partial(feeds.image_folder, images.folder, augment, workers, latency / 1000)))
+        if not latency:  # it reads shards from end to end, not image by image
+            rows.append(_SlowRow("webdataset", workers, latency,
+                                 partial(feeds.webdataset_timm, images.shards, augment, workers)))
+    return rows
 
 
-def _timms(augment: AugmentConfig) -> Callable[[Image.Image], Any]:
-    jitter: Any = augment.color_jitter or None
-    return create_transform(
-        _INPUT.size, is_training=True, use_prefetcher=True, scale=augment.scale, ratio=augment.ratio,
-        hflip=augment.hflip, color_jitter=jitter, auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation, mean=_INPUT.mean, std=_INPUT.std)
+def _slow_rates(row: _SlowRow, images: int) -> tuple[float, float | None]:
+    """Images/s of all the work, and of reading alone."""
+    with feeds.slow_reads(row.latency / 1000):
+        return (feeds.rate(row.whole, row.workers, images).wall,
+                None if row.reading is None else feeds.rate(row.reading, row.workers, images).wall)
 
 
-def _ours(reader: Reader, workers: int, augment: AugmentConfig) -> Iterator[Any]:
-    order = SampleOrder(0, reader.shard_sizes, _LANES, _WINDOW)
-    return train_batches(
-        reader, order, augment, _INPUT, seed=0, first_step=0, last_step=1 << 40, global_batch_size=_BATCH,
-        micro_batch_size=_BATCH, rank=0, world_size=1, workers=workers, prefetch=_PREFETCH, device=torch.device("cpu"))
+# ---- orders
 
 
-def _read_alone(reader: Reader, workers: int) -> Iterator[Any]:
-    order = SampleOrder(0, reader.shard_sizes, _LANES, _WINDOW)
-
-    def requests() -> Iterator[Request]:
-        for first in itertools.count(0, _BATCH):
-            positions = order.global_batch(first, _BATCH)
-            yield positions, order.samples(positions)
-
-    def read(positions: np.ndarray, samples: np.ndarray) -> Any:
-        return sum(len(bytes_of()) for bytes_of in worker.here().read(reader, samples.tolist()))
-
-    return Batches(read, requests, workers, _PREFETCH, torch.device("cpu"), None)
+def _order(settings: Settings) -> _Table:
+    rounds = [[order.measure(count, epoch) for count in settings.samples] for epoch in range(settings.rounds)]
+    cells = [order.row(count, measured) for count, measured in zip(settings.samples, zip(*rounds))]
+    return _Table("The order of an epoch", order.COLUMNS, cells, rounds)
 
 
-def _image_folder(folder: Path, transform: Callable[[Image.Image], Any], workers: int, latency: float
-                  ) -> Iterator[Any]:
-    def load(path: str) -> Any:
-        time.sleep(latency / 1000)
-        return default_loader(path)
-
-    dataset = ImageFolder(str(folder), transform, loader=load)
-    sampler = RandomSampler(dataset, replacement=True, num_samples=1 << 20)
-    return _served(dataset, workers, sampler=sampler)
+def _spread(rates: Sequence[float | None]) -> str:
+    known = [rate for rate in rates if rate is not None]
+    return f"{statistics.median(known):,.0f} ({min(known):,.0f}–{max(known):,.0f})" if known else ""
 
 
-def _webdataset(folder: Path, transform: Callable[[Image.Image], Any] | None, workers: int) -> Iterator[Any]:
-    """Without a transform images are read alone, and only how many bytes they have is handed over, as by ours."""
-    dataset = webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=_SHARDS).shuffle(_WINDOW)
-    if transform is None:
-        return _served(dataset.to_tuple("jpg").map_tuple(len).repeat(), workers)
-    return _served(dataset.decode("pilrgb").to_tuple("jpg", "cls").map_tuple(transform).repeat(), workers)
-
-
-def _timm(folder: Path, transform: Callable[[Image.Image], Any], workers: int) -> Iterator[Any]:
-    shards = sorted(path.name for path in folder.glob("*.tar"))
-    first, last = (Path(name).stem.rsplit("-", 1) for name in (shards[0], shards[-1]))
-    name = f"{first[0]}-{{{first[1]}..{last[1]}}}.tar"
-    dataset = create_dataset("wds/benchmark", str(folder), split=name, is_training=True, batch_size=_BATCH,
-                             num_samples=1 << 20, target_key="label")
-    dataset.transform = transform
-    return _served(dataset, workers)
-
-
-def _served(dataset: Any, workers: int, **options: Any) -> Iterator[Any]:
-    return iter(DataLoader(dataset, _BATCH, num_workers=workers, prefetch_factor=_PREFETCH, **options))
-
-
-def _rates(row: _Row, images: int) -> tuple[_Rate, _Rate | None]:
-    """Of all the work, and of reading alone."""
-    with _slow_reads(row.latency / 1000), _decoding_by(row.decoder):
-        return (_rate(row.whole, row.workers, images),
-                None if row.reading is None else _rate(row.reading, row.workers, _READ_ALONE * images))
-
-
-def _rate(run: Run, workers: int, images: int) -> _Rate:
-    batches = run()
-    warm = workers * (1 + _PREFETCH)  # now as many are being made as there will be at the end
-    count = -(-images // (_BATCH * workers)) * workers  # workers in step give theirs at the same time
-    for _ in range(warm):
-        next(batches)
-    processes = [psutil.Process(), *psutil.Process().children()]
-    began, cpu = time.perf_counter(), _cpu_seconds(processes)
-    for _ in range(count):
-        next(batches)
-    seconds, cpu = time.perf_counter() - began, _cpu_seconds(processes) - cpu
-    if isinstance(batches, Batches):
-        batches.close()
-    return _Rate(count * _BATCH / seconds, count * _BATCH / cpu)
-
-
-def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
-
-
-@contextmanager
-def _decoding_by(decoder: str | None) -> Iterator[None]:
-    """Our loader processes that are forked meanwhile."""
-    before = os.environ.pop(VARIABLE, None)
-    if decoder is not None:
-        os.environ[VARIABLE] = decoder
-    try:
-        yield
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
-
-
-@contextmanager
-def _slow_reads(seconds: float) -> Iterator[None]:
-    """Each read of our loader processes that are forked meanwhile takes so much longer."""
-    read, read_at_hand = os.pread, os.preadv
-
-    def slow(descriptor: int, size: int, offset: int) -> bytes:
-        time.sleep(seconds)
-        return read(descriptor, size, offset)
-
-    def not_at_hand(*arguments: Any) -> int:
-        raise BlockingIOError
-
-    if seconds:
-        setattr(os, "pread", slow)
-        setattr(os, "preadv", not_at_hand)
-    try:
-        yield
-    finally:
-        setattr(os, "pread", read)
-        setattr(os, "preadv", read_at_hand)
-
-
-def _spread(rates: Sequence[float]) -> str:
-    return f"{statistics.median(rates):,.0f} ({min(rates):,.0f}–{max(rates):,.0f})"
+def _ratio(of_rounds: Sequence[float]) -> str:
+    return f"{statistics.median(of_rounds):.2f}" if of_rounds else ""

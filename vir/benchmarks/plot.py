@@ -1,7 +1,9 @@
-"""A picture of speed and memory against size."""
+"""Pictures of what was measured: speed and memory against size, and rates beside each other."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vir.benchmarks.results import Result
@@ -35,5 +37,38 @@ def plot(results: list[Result], path: Path, unit: str, title: str) -> None:
         axes[1][column].set_xlabel(unit)
     axes[0][0].legend()
     figure.suptitle(title.replace(" on ", "\non ", 1).replace("; ", "\n", 1), fontsize="medium")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_rates(rates: Mapping[tuple[str, int, str], Sequence[float]], path: Path, unit: str, title: str) -> None:
+    """A PNG: for each augmentation a panel of bars, in groups by workers; medians, with lines from least to most.
+
+    Args:
+        rates: of all rounds, by augmentation, workers and loader.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = list(dict.fromkeys(panel for panel, _, _ in rates))
+    groups = list(dict.fromkeys(workers for _, workers, _ in rates))
+    loaders = list(dict.fromkeys(loader for _, _, loader in rates))
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 5), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels):
+        for number, loader in enumerate(loaders):
+            measured = [rates[panel, workers, loader] for workers in groups]
+            middles = [statistics.median(of_rounds) for of_rounds in measured]
+            ends = [[middle - min(of_rounds) for middle, of_rounds in zip(middles, measured)],
+                    [max(of_rounds) - middle for middle, of_rounds in zip(middles, measured)]]
+            places = [group + (number - (len(loaders) - 1) / 2) * 0.8 / len(loaders) for group in range(len(groups))]
+            bars = axis.bar(places, middles, 0.75 / len(loaders), yerr=ends, capsize=2, label=loader)
+            axis.bar_label(bars, fmt="%.0f", fontsize="x-small", padding=2)
+        axis.set(title=panel, ylabel=unit, xticks=range(len(groups)),
+                 xticklabels=[f"{workers} worker{'s' * (workers > 1)}" for workers in groups])
+        axis.grid(alpha=0.3, axis="y")
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(title.replace(", of which", "\nof which", 1), fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
