@@ -1,4 +1,4 @@
-"""tools/benchmark_loader.py on tiny sizes: each loader has its row, makes whole samples, and ratios follow from rates."""
+"""tools/benchmark_loader.py on tiny sizes: each loader has its row and gives whole samples, ratios follow."""
 
 import importlib
 import io
