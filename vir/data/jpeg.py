@@ -28,6 +28,7 @@ VARIABLE = "VIR_DECODER"
 DECODERS = ("pillow", "simplejpeg", "nvimgcodec")
 
 _NVIMGCODEC = "nvidia.nvimgcodec"
+_ITS_CODECS = "NVIMGCODEC_EXTENSIONS_PATH"
 _OTHER_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 """Of those that do not belong into a scan."""
 _SOS, _SEQUENTIAL, _TABLES = 0xDA, (0xC0, 0xC1), 0xC4
@@ -139,18 +140,18 @@ def _import_nvimgcodec() -> ModuleType:
     """It loads all codecs of its folder, and prints which of them lack CUDA's libraries; shown one, it loads one."""
     spec = importlib.util.find_spec(_NVIMGCODEC)
     assert spec is not None and spec.origin is not None
-    folder, old = Path(spec.origin).parent / "extensions", dict(os.environ)
+    folder, before = Path(spec.origin).parent / "extensions", os.environ.get(_ITS_CODECS)
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # what does not decode is told by us
     with tempfile.TemporaryDirectory() as one:
         for library in folder.glob("libjpeg_turbo_ext.so*"):
             Path(one, library.name).symlink_to(library)
-        os.environ["NVIMGCODEC_EXTENSIONS_PATH"] = one
+        os.environ[_ITS_CODECS] = one
         try:
             return importlib.import_module(_NVIMGCODEC)
         finally:
-            os.environ.pop("NVIMGCODEC_EXTENSIONS_PATH")
-            if "NVIMGCODEC_EXTENSIONS_PATH" in old:
-                os.environ["NVIMGCODEC_EXTENSIONS_PATH"] = old["NVIMGCODEC_EXTENSIONS_PATH"]
+            del os.environ[_ITS_CODECS]
+            if before is not None:
+                os.environ[_ITS_CODECS] = before
 
 
 if __name__ == "__main__":
