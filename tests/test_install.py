@@ -13,7 +13,7 @@ import pytest
 
 from support.launchers import ROOT
 
-PROGRAMS = ["vir-check", "vir-consolidate", "vir-convert", "vir-evaluate", "vir-index", "vir-launch", "vir-train",
+PROGRAMS = ["vir-check", "vir-consolidate", "vir-convert", "vir-evaluate", "vir-explain", "vir-index", "vir-launch", "vir-train",
             "vir-verify"]
 ASK = """
 import contextlib, io, json, sys

@@ -114,12 +114,16 @@ class SampleOrder:
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """Sample index at each position."""
+        return self.exclusion.applied(self.before_exclusion(positions))
+
+    def before_exclusion(self, positions: np.ndarray) -> np.ndarray:
+        """Sample index at each position, as if none were excluded."""
         epochs, places = np.divmod(positions, self.num_samples)
         indices = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             indices[here] = self._epoch(int(epoch))[places[here]]
-        return self.exclusion.applied(indices)
+        return indices
 
 
 class InOrder:
