@@ -5,19 +5,21 @@
     vir-explain runs/a --spikes
     vir-explain runs/a 1207 --json --data.train /elsewhere/shards/train
 
-STEP counts from 1, as metrics.jsonl and the log do. Settings come from the run's config.yaml; any flag of vir-train given
-here replaces one. Paths in there are taken from this folder: begin where the run began, or give --data.train. Numbers of
-ranks and of samples in a batch are those that metrics.jsonl has of that step; --ranks replaces the first.
+STEP counts from 1, as metrics.jsonl and the log do. Settings come from the run's config.yaml; any flag of vir-train
+given here replaces one. Paths in there are taken from this folder: begin where the run began, or give --data.train.
+Numbers of ranks and of samples in a batch are those that metrics.jsonl has of that step; --ranks replaces the first.
 
---spikes lists the intervals of metrics.jsonl whose loss or gradient norm stands out, the furthest first, and their steps
-in short: more than 6 robust standard deviations (1.4826 x the median distance from the median) above the median of the
-20 intervals before, or no finite loss. Keys found so go into a file for vir-train --data.exclude.
+--spikes lists the intervals of metrics.jsonl whose loss or gradient norm stands out, the furthest first, and their
+steps in short: more than 6 robust standard deviations (1.4826 x the median distance from the median) above the median
+of the 20 intervals before, or no finite loss. Keys found so go into a file for vir-train --data.exclude.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -57,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         return cli.tell(error, PROGRAM)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -124,8 +128,8 @@ def _open(folder: Path, settings: Sequence[str], step: int | None, ranks: int | 
         raise SettingsError(f"{folder} has no {CONFIG}: it is not a run folder, or the run has not begun")
     config = parse(["--config", str(folder / CONFIG), *settings])
     if config.data.lanes is None or config.data.window is None:
-        raise SettingsError(f"{folder / CONFIG} has no lanes and window: it was not written by a run; give --data.lanes "
-                            "and --data.window")
+        raise SettingsError(f"{folder / CONFIG} has no lanes and window: it was not written by a run; give "
+                            "--data.lanes and --data.window")
     from vir.data.exclusion import read_exclusion
     from vir.data.opening import open_reader, places
     from vir.data.order import SampleOrder
@@ -219,8 +223,8 @@ def _tell_step(run: _Run, args: argparse.Namespace) -> None:
 def _headline(run: _Run, step: int, accumulation: int) -> str:
     size, micro = run.config.train.global_batch_size, run.config.train.micro_batch_size
     first = (step - 1) * size
-    return (f"step {step}: positions {first} to {first + size - 1}, epoch {first / len(run.reader):.3f}; {size} samples "
-            f"= {accumulation} x {micro} x {run.ranks} ranks")
+    return (f"step {step}: positions {first} to {first + size - 1}, epoch {first / len(run.reader):.3f}; {size} "
+            f"samples = {accumulation} x {micro} x {run.ranks} ranks")
 
 
 def _line(sample: Explained, batch: Sequence[Explained]) -> str:
@@ -254,7 +258,7 @@ def _plain(sample: Explained) -> dict[str, Any]:
         return None if value is None else value._asdict()
 
     fields = asdict(sample)
-    fields["crop"] = {"box": box(sample.crop.box), "interpolation": sample.crop.interpolation, "flip": sample.crop.flip}
+    fields["crop"] = {**sample.crop._asdict(), "box": box(sample.crop.box)}
     return fields | {"erase": box(sample.erase), "cut": box(sample.cut),
                      "policy": [op._asdict() for op in sample.policy]}
 

@@ -216,7 +216,7 @@ class ShardReader(Reader):
                             "split again or convert it again") from error
 
     def find(self, keys: Container[str]) -> dict[str, int]:
-        found = {}
+        found: dict[str, int] = {}
         for first in range(0, len(self), _ROWS_AT_ONCE):
             part = self._index["key"][first:first + _ROWS_AT_ONCE].tolist()
             found.update((name, first + place) for place, key in enumerate(part)

@@ -103,8 +103,8 @@ def _check_agreement(prepared: Prepared) -> None:
     if prepared.val is not None:
         check_agreement("--data.val", prepared.val)
     fingerprints = distributed.gather(prepared.fingerprint)
-    if other := [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]:
-        raise SettingsError(f"--data.exclude {prepared.config.data.exclude} names other samples for rank {other[0]} "
+    if unlike := [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]:
+        raise SettingsError(f"--data.exclude {prepared.config.data.exclude} names other samples for rank {unlike[0]} "
                             "than for rank 0; see that the file is the same on all machines")
     orders = distributed.gather(prepared.config.data.order)
     if other := set(orders) - {orders[0]}:
