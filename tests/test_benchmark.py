@@ -17,11 +17,10 @@ from PIL import Image
 
 import vir.models  # noqa: F401, registers the models
 from support.launchers import ROOT, call
-from vir.benchmarks import evaluation, loader, traffic
+from vir.benchmarks import evaluation, traffic
 from vir.benchmarks.file_server import Answer, answers, serving
 from vir.benchmarks.model import free_mixer
 from vir.benchmarks.stopwatch import Limits, Stopwatch
-from vir.data.jpeg import DECODERS, has_nvimgcodec
 
 torch.set_num_threads(1)
 
@@ -179,50 +178,6 @@ def test_conversion_beside_tar_and_sha256sum(tmp_path):
     assert content["rows"][2][3] == f"{ratio:.2f}" and content["rows"][0][3] == content["rows"][3][3] == "1.00"
     assert f"| vir-convert --workers 2 | {content['rows'][2][1]} |" in done.stdout
     assert os.listdir(tmp_path) == ["convert.json"]
-
-
-# ---- tools/benchmark_loader.py
-
-
-@pytest.fixture
-def benchmark_loader(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    return importlib.import_module("benchmark_loader").main
-
-
-def test_the_loader_by_source_and_latency_beside_others(tmp_path, benchmark_loader, monkeypatch, capsys):
-    monkeypatch.setattr(loader, "_BATCH", 4)
-    assert benchmark_loader(["--folder", str(tmp_path), "--images", "40", "--image_bytes", "9000", "--rounds", "1",
-                             "--workers", "2", "--latency", "0,50", "--json", str(tmp_path / "loader.json")]) == 0
-    content = json.loads((tmp_path / "loader.json").read_text())
-    names, ours = ["folder", "shards", "http"], [f"shards, {decoder}" for decoder in reversed(DECODERS)
-                                                 if decoder != "nvimgcodec" or has_nvimgcodec()]
-    peers = ["webdataset", "timm's reader of shards", "ImageFolder"]
-    expected = [[augmentation, name, "2", "0"] for augmentation in ("crop and flip", "RandAugment")
-                for name in [*ours, *peers]]
-    expected += [["crop and flip", name, "2", "0"] for name in names]
-    expected += [["crop and flip", name, "2", "50"] for name in [*names, "ImageFolder"]]
-    assert [row[:4] for row in content["rows"]] == expected
-    rates, = content["rates"]
-    (fast, *_, slow, slow_shards, slow_http, slow_peer) = rates[-7:]
-    # Two workers wait 50 ms for each of: the 4 images of a batch side by side, or one image after another.
-    assert fast[1][0] > 1.5 * 2 * 4 / 0.050 > slow[1][0] > slow[0][0]
-    assert max(slow_shards[1][0], slow_http[1][0]) < 1.5 * 2 * 4 / 0.050
-    assert slow_peer[0][0] < 1.5 * 2 / 0.050 < 1.5 * slow[1][0]
-    first, peer = content["rows"][0], content["rows"][len(ours)]
-    assert first[4].startswith(f"{rates[0][0][0]:,.0f} (")
-    assert first[6] == f"{rates[0][0][1] / rates[len(ours)][0][1]:.2f}"
-    assert first[8] == f"{rates[0][1][1] / rates[len(ours)][1][1]:.2f}" and peer[6] == peer[8] == ""
-    assert f"| crop and flip | {ours[0]} | 2 | 0 | {first[4]} |" in capsys.readouterr().out
-    assert os.listdir(tmp_path) == ["loader.json"]
-
-
-@pytest.mark.parametrize("words, message", [
-    (["--latency=-1"], "--latency must be at least 0 ms, got -1"), (["--workers", "0"], "must be at least 1"),
-    (["--folder", "nowhere"], "no such folder: nowhere")])
-def test_a_loader_that_cannot_be_measured_is_told(words, message, benchmark_loader, capsys):
-    assert benchmark_loader(words) in (2, 3)
-    assert message in capsys.readouterr().err
 
 
 # ---- tools/benchmark_evaluation.py

@@ -1,6 +1,6 @@
 """Speed of the loader beside timm's reader of shards, webdataset and torchvision's ImageFolder, on the same images.
 
-    python tools/benchmark_loader.py --folder /data --json pixels.json --plot loader.png   # decoded and augmented
+    python tools/benchmark_loader.py pixels --folder /data --json pixels.json --plot x.png # decoded and augmented
     python tools/benchmark_loader.py reading --folder /data --json reading.json            # samples read, not decoded
     python tools/benchmark_loader.py latency --folder /data --json latency.json            # by the latency of a read
     python tools/benchmark_loader.py order --json order.json                               # the order of an epoch

@@ -48,5 +48,5 @@ def _seen(shard_sizes: Sequence[int], seconds: float) -> tuple[float, float]:
         longest, last = max(longest, now - last), now
     settle()
     began = time.perf_counter()
-    order.samples(order.global_batch(num_samples, _BATCH))
+    order.samples(order.global_batch(num_samples, min(_BATCH, num_samples)))
     return time.perf_counter() - began, longest

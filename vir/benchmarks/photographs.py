@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ _ROUNDS = 3
 
 
 def make_jpegs(count: int, image_bytes: int, size: tuple[int, int]) -> list[bytes]:
-    """Different pictures, each of the quality at which it has just not more than so many bytes.
+    """Different pictures, each of the quality that brings it nearest to so many bytes.
 
     Parts of the two photographs that scikit-learn brings, where it is installed, else synthetic ones. Decoding them
     with Pillow costs the same within a tenth at the same number of bytes.
@@ -73,12 +74,9 @@ def _part_of(photograph: Image.Image, size: tuple[int, int], rng: np.random.Gene
 
 
 def _of_size(picture: Image.Image, image_bytes: int) -> bytes:
-    """At the best quality that fits; at the worst where none does."""
-    low, high = 1, 100
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(_encoded(picture, middle)) <= image_bytes else (low, middle - 1)
-    return _encoded(picture, low)
+    quality = bisect.bisect_left(range(1, 100), image_bytes, key=lambda quality: len(_encoded(picture, quality))) + 1
+    around = [_encoded(picture, near) for near in (max(1, quality - 1), quality)]
+    return min(around, key=lambda jpeg: abs(len(jpeg) - image_bytes))
 
 
 def _encoded(picture: Image.Image, quality: int) -> bytes:

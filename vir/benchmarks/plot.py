@@ -68,7 +68,7 @@ def plot_rates(rates: Mapping[tuple[str, int, str], Sequence[float]], path: Path
         axis.set(title=panel, ylabel=unit, xticks=range(len(groups)),
                  xticklabels=[f"{workers} worker{'s' * (workers > 1)}" for workers in groups])
         axis.grid(alpha=0.3, axis="y")
-    axes[0][0].legend(fontsize="small")
-    figure.suptitle(title.replace(", of which", "\nof which", 1), fontsize="medium")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(title.replace(", of which", ",\nof which", 1), fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
