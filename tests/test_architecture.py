@@ -65,6 +65,7 @@ TESTED_ELSEWHERE = {
     "vir.data.sources.reading": "test_convert.py: of files and disks that fail",
     "vir.data.damage": "test_verify.py: by what is found in a split",
     "vir.data.access": "test_reader.py: what is open, and what is read again",
+    "vir.data.explanation": "test_explain.py: beside the batches of the loader",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",
     "vir.engine.engine": "test_engine.py: in processes of its own",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",

@@ -6,6 +6,7 @@
     vir-check         finds what is wrong with machines                python -m vir.check
     vir-train         trains, continues and validates a backbone     python -m vir.train
     vir-launch        starts that by a launcher, on many machines    python -m vir.launch
+    vir-explain       tells which samples a step had                 python -m vir.explain
     vir-consolidate   makes one weights file of a checkpoint         python -m vir.consolidate
     vir-evaluate      tells the accuracy of a weights file           python -m vir.evaluate
 

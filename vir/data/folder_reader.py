@@ -67,6 +67,9 @@ class FolderReader(Reader):
     def key(self, i: int) -> str:
         return self._sample(i).key
 
+    def file_of(self, i: int) -> tuple[str, int]:
+        return self._sample(i).path, 0
+
     def where(self, i: int) -> str:
         """CLASS/IMAGE."""
         return self._sample(i).path

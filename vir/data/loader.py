@@ -16,6 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import filterfalse
 from typing import Any, Callable, Generator, Iterator, NoReturn, Sequence
 
 import numpy as np
@@ -28,6 +29,7 @@ from vir.config import AugmentConfig
 from vir.data import order as orders
 from vir.data import transforms, worker
 from vir.data.decode import BadSampleError, open_image
+from vir.data.exclusion import NOTHING, Exclusion
 from vir.data.order import InOrder, SampleOrder
 from vir.data.prefetch import Prefetcher, prefetcher_of
 from vir.data.reader import Reader
@@ -81,8 +83,8 @@ class Batch:
         return self._map(lambda tensor: tensor if tensor is self.positions else tensor.to(device, non_blocking=True))
 
 
-def first_good(reader: Reader, sample: int, read: Callable[[], bytes], use: Callable[[bytes], Tensor]
-               ) -> tuple[Tensor, int, list[str]]:
+def first_good(reader: Reader, sample: int, read: Callable[[], bytes], use: Callable[[bytes], Tensor],
+               exclusion: Exclusion = NOTHING) -> tuple[Tensor, int, list[str]]:
     """What `use` makes of `sample`, or of its first good substitute; the label; what was wrong with those passed over.
 
     Args:
@@ -90,7 +92,7 @@ def first_good(reader: Reader, sample: int, read: Callable[[], bytes], use: Call
         use: raises BadSampleError where they are no good.
     """
     bad: list[str] = []
-    substitutes = reader.substitutes(sample)
+    substitutes = filterfalse(exclusion.holds, reader.substitutes(sample))
     for _ in range(_SUBSTITUTE_TRIES):
         try:
             return use(read()), int(reader.labels[sample]), bad
@@ -138,8 +140,9 @@ def _shared(size: int, shape: Sequence[int]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(size, *shape)
 
 
-def _train_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, augment: AugmentConfig, seed: int,
-                 mix_until: float, shape: Sequence[int], positions: np.ndarray, samples: np.ndarray) -> Batch:
+def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None, transform: Transform,
+                 augment: AugmentConfig, seed: int, mix_until: float, shape: Sequence[int], positions: np.ndarray,
+                 samples: np.ndarray) -> Batch:
     _advance(ahead, int(positions[0]))
     laps = Laps()
     images, labels, bad = _shared(len(positions), shape), [], []
@@ -152,7 +155,7 @@ def _train_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform,
             transforms.seed_draws(seed, position)
             return _pixels(data, transform, laps)
 
-        found, label, passed_over = first_good(reader, sample, read, use)
+        found, label, passed_over = first_good(reader, sample, read, use, exclusion)
         images[place] = found
         labels.append(label)
         bad += passed_over
@@ -377,6 +380,24 @@ def processes_for(workers: int | None) -> int:
     return workers or min(16, max(1, launcher.cores() - 1))
 
 
+def requests_of(order: SampleOrder, step: int, global_batch_size: int, micro_batch_size: int, rank: int,
+                world_size: int) -> Iterator[Request]:
+    """A rank's micro-batches of a step, from 0."""
+    per_rank = global_batch_size // world_size
+    mine = order.global_batch(step * global_batch_size, global_batch_size)[rank * per_rank:(rank + 1) * per_rank]
+    for first in range(0, per_rank, micro_batch_size):
+        positions = mine[first:first + micro_batch_size]
+        yield positions, order.samples(positions)
+
+
+def train_maker(reader: Reader, order: SampleOrder, transform: Transform, augment: AugmentConfig,
+                model_input: InputSpec, seed: int, ahead: Prefetcher | None = None
+                ) -> Callable[[np.ndarray, np.ndarray], Batch]:
+    """From positions and samples to the training batch of them, in a loader process."""
+    mix_until = augment.mixup_off_epoch * order.num_samples or float("inf")
+    return partial(_train_batch, reader, order.exclusion, ahead, transform, augment, seed, mix_until, model_input.size)
+
+
 def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
                   model_input: InputSpec, *, seed: int, first_step: int, last_step: int,
                   global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int | None,
@@ -388,24 +409,17 @@ def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
     computes which differs.
     """
     workers = processes_for(workers)
-    mix_until = augment.mixup_off_epoch * order.num_samples or float("inf")
-    per_rank = global_batch_size // world_size
 
     def requests() -> Iterator[Request]:
         for step in range(first_step, last_step):
-            batch = order.global_batch(step * global_batch_size, global_batch_size)
-            mine = batch[rank * per_rank:(rank + 1) * per_rank]
-            for first in range(0, per_rank, micro_batch_size):
-                positions = mine[first:first + micro_batch_size]
-                yield positions, order.samples(positions)
+            yield from requests_of(order, step, global_batch_size, micro_batch_size, rank, world_size)
             order.prepare((step + 1) * global_batch_size)
 
     ahead = prefetcher_of(reader, order, last_step=last_step, global_batch_size=global_batch_size, rank=rank,
                           world_size=world_size)
-    make = partial(_train_batch, reader, ahead, TrainTransform(augment, model_input), augment, seed, mix_until,
-                   model_input.size)
+    make = train_maker(reader, order, TrainTransform(augment, model_input), augment, model_input, seed, ahead)
     # A step takes all its micro-batches at once, and meanwhile those of the next one are made.
-    prefetch = max(prefetch, 1 + -(-per_rank // (micro_batch_size * workers)))
+    prefetch = max(prefetch, 1 + -(-global_batch_size // (world_size * micro_batch_size * workers)))
     return Batches(make, requests, workers, prefetch, device, patience)
 
 

@@ -3,8 +3,8 @@
 Training is one endless sequence of positions 0, 1, 2, ... With N samples, position P is place P mod N of epoch P div N.
 Each epoch puts the shards in a new random order and joins them end to end. It cuts this sequence of samples into lanes,
 shuffles each lane within a window, and interleaves the lanes. At any moment a reader uses only a few shards per lane.
-Every sample comes exactly once per epoch. Nothing depends on the number of ranks or workers, so one integer, the
-position, is enough to resume.
+Every sample comes exactly once per epoch; in the place of one that is excluded comes another. Nothing depends on the
+number of ranks or workers, so one integer, the position, is enough to resume.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from functools import partial
 
 import numpy as np
+
+from vir.data.exclusion import NOTHING, Exclusion
 
 
 def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], lanes: int, window: int) -> np.ndarray:
@@ -76,9 +78,10 @@ def settle() -> None:
 class SampleOrder:
     """The samples at given positions; the orders of the last two epochs are kept in memory."""
 
-    def __init__(self, seed: int, shard_sizes: Sequence[int], lanes: int, window: int) -> None:
+    def __init__(self, seed: int, shard_sizes: Sequence[int], lanes: int, window: int,
+                 exclusion: Exclusion = NOTHING) -> None:
         self.num_samples = int(sum(shard_sizes))
-        self.lanes = lanes
+        self.lanes, self.exclusion = lanes, exclusion
         self._make = partial(epoch_order, seed, shard_sizes=tuple(shard_sizes), lanes=lanes, window=window)
         self._made: dict[int, Future[np.ndarray]] = {}
 
@@ -111,6 +114,10 @@ class SampleOrder:
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """Sample index at each position."""
+        return self.exclusion.applied(self.before_exclusion(positions))
+
+    def before_exclusion(self, positions: np.ndarray) -> np.ndarray:
+        """Sample index at each position, as if none were excluded."""
         epochs, places = np.divmod(positions, self.num_samples)
         indices = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):

@@ -8,7 +8,7 @@ import shlex
 import stat
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -71,6 +71,14 @@ class Reader(ABC):
     @abstractmethod
     def key(self, i: int) -> str:
         """The sample's name, unique in the split."""
+
+    def find(self, keys: Container[str]) -> dict[str, int]:
+        """The number of each sample whose key is among these, by its key."""
+        return {key: i for i in range(len(self)) if (key := self.key(i)) in keys}
+
+    @abstractmethod
+    def file_of(self, i: int) -> tuple[str, int]:
+        """The name of the shard or image file that sample i lies in, and the byte where its image begins there."""
 
     @abstractmethod
     def where(self, i: int) -> str:
@@ -206,6 +214,18 @@ class ShardReader(Reader):
         except UnicodeDecodeError as error:
             raise DataError(f"{self.folder / INDEX}: the key of sample {i}, {key[:100]!r}, is not UTF-8; copy the "
                             "split again or convert it again") from error
+
+    def find(self, keys: Container[str]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for first in range(0, len(self), _ROWS_AT_ONCE):
+            part = self._index["key"][first:first + _ROWS_AT_ONCE].tolist()
+            found.update((name, first + place) for place, key in enumerate(part)
+                         if (name := key.decode("utf-8", "replace")) in keys)
+        return found
+
+    def file_of(self, i: int) -> tuple[str, int]:
+        row = self._index[i]
+        return self._manifest.shards[row["shard"]].name, int(row["offset"])
 
     def where(self, i: int) -> str:
         """SHARD:KEY@OFFSET: enough to cut the sample out with dd."""

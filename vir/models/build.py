@@ -32,7 +32,7 @@ from vir.weights.metadata import DTYPES
 from vir.weights.portable import outline, read
 from vir.weights.spec import InputSpec, ModelSpec, input_of
 
-__all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "load"]
+__all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "input_for", "load"]
 
 
 def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True) -> tuple[nn.Module, ModelSpec]:
@@ -61,6 +61,24 @@ def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True) -> tup
         getattr(network, "set_retention_mode")(model.retention_mode, model.chunk_size)
     spec = ModelSpec(name=model.name, args=args, input=_input_as_set(model, input_of(network)), classes=tuple(classes))
     return network, spec
+
+
+def input_for(model: ModelConfig, num_classes: int) -> InputSpec:
+    """The images that the network of a run takes. It is built without memory for its numbers, where that can be.
+
+    Raises:
+        SettingsError: it cannot be built.
+    """
+    args = architecture(model, num_classes)
+    try:
+        try:
+            with torch.device("meta"):
+                network = create(model.name, args)
+        except NotBuiltError:  # some networks compute with numbers while they are built
+            network = create(model.name, args)
+    except NotBuiltError as error:
+        raise SettingsError(f"--model.name {model.name} cannot be built with {args}: {error}") from error
+    return _input_as_set(model, input_of(network))
 
 
 def architecture(model: ModelConfig, num_classes: int) -> dict[str, Any]:

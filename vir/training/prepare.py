@@ -16,6 +16,7 @@ from vir.addresses import shown
 from vir.checkpoints.info import DESCRIPTION, read_info
 from vir.checkpoints.names import BEST, LATEST, candidates
 from vir.config import DataConfig, RunConfig, differences, folder_of, plan_accumulation, to_dict
+from vir.data.exclusion import Exclusion, read_exclusion
 from vir.data.opening import Places, open_reader, places
 from vir.data.reader import Reader
 from vir.data.traffic import choose
@@ -39,6 +40,13 @@ class Prepared:
     train: Reader
     val: Reader | None
     """None: nothing is evaluated."""
+    exclusion: Exclusion
+    """What of the training samples is left out."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training data as it is served."""
+        return self.exclusion.fingerprint(self.train.fingerprint)
 
 
 def prepare(config: RunConfig, is_stopping: Callable[[], bool] = lambda: False) -> Prepared:
@@ -71,9 +79,10 @@ def prepare(config: RunConfig, is_stopping: Callable[[], bool] = lambda: False) 
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise SettingsError(f"--train.wandb {config.train.wandb}: wandb is not installed; pip install wandb, or leave "
                             "it out")
+    exclusion = read_exclusion(config.data.exclude, train)
     config = replace(config, data=_with_order(config, train))
     _check_folder(config)
-    return Prepared(config, deepspeed_json, train, val)
+    return Prepared(config, deepspeed_json, train, val, exclusion)
 
 
 def _open(flag: str, spec: str, kept: Places, first: bool) -> Reader:

@@ -78,8 +78,10 @@ def _check_model(folder: Path, info: CheckpointInfo, spec: ModelSpec) -> None:
 
 def _check_data(config: RunConfig, folder: Path, info: CheckpointInfo, fingerprint: str) -> None:
     if info.data_fingerprint != fingerprint and not config.accept_config_change:
-        raise SettingsError(f"{folder} was trained on other shards than --data.train {shown(config.data.train)}; give "
-                            "those, or --accept_config_change true")
+        raise SettingsError(f"{folder} was trained on other shards than --data.train {shown(config.data.train)}" + (
+            f", or without other samples than --data.exclude {config.data.exclude or '(not given)'} names"
+            if config.data.exclude or info.config.get("data", {}).get("exclude") else "") +
+            "; give those, or --accept_config_change true")
     if info.samples_seen % config.train.global_batch_size:
         raise SettingsError(f"{folder} has seen {info.samples_seen} samples, not a multiple of "
                             f"--train.global_batch_size {config.train.global_batch_size}; choose one that divides it")

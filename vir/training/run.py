@@ -102,6 +102,10 @@ def _check_agreement(prepared: Prepared) -> None:
     check_agreement("--data.train", prepared.train)
     if prepared.val is not None:
         check_agreement("--data.val", prepared.val)
+    fingerprints = distributed.gather(prepared.fingerprint)
+    if unlike := [rank for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]:
+        raise SettingsError(f"--data.exclude {prepared.config.data.exclude} names other samples for rank {unlike[0]} "
+                            "than for rank 0; see that the file is the same on all machines")
     orders = distributed.gather(prepared.config.data.order)
     if other := set(orders) - {orders[0]}:
         raise SettingsError(f"lanes and window are {orders[0]} for rank 0 and {min(other)} for another: as many ranks "
@@ -135,7 +139,7 @@ def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbe
 def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World,
                stop: StopRequest) -> Ending:
     config = prepared.config
-    info = resume(config, engine, spec, prepared.train.fingerprint, world)
+    info = resume(config, engine, spec, prepared.fingerprint, world)
     if stop.agree():
         return Ending.STOPPED
     _describe(prepared, plan, engine, spec, world)
@@ -149,6 +153,9 @@ def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, w
     if world.is_main:  # it looks at the disk
         for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world):
             log.info(line)
+        if prepared.exclusion:
+            log.info("%d samples are left out, as --data.exclude %s says", len(prepared.exclusion),
+                     prepared.config.data.exclude)
 
 
 def _patience(config: RunConfig, stop: StopRequest, world: World) -> Patience:
@@ -159,7 +166,7 @@ def _patience(config: RunConfig, stop: StopRequest, world: World) -> Patience:
 def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World, stop: StopRequest,
               heartbeat: Heartbeat) -> Ending:
     config = prepared.config
-    info = resume(config, engine, spec, prepared.train.fingerprint, world)
+    info = resume(config, engine, spec, prepared.fingerprint, world)
     if info is None and not (config.model.init_from or config.model.pretrained):
         raise SettingsError(f"--validate_only: --output {config.output} has no checkpoint to evaluate; name a run "
                             "folder by it or by --resume, or weights by --model.init_from")
@@ -173,15 +180,15 @@ def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World,
 def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World, stop: StopRequest,
            heartbeat: Heartbeat) -> Ending:
     config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
-    info = resume(config, engine, spec, reader.fingerprint, world)
+    info = resume(config, engine, spec, prepared.fingerprint, world)
     first = info.samples_seen // plan.global_batch_size if info else 0
-    saver = Saver(config, plan, engine, spec, reader.fingerprint, world, heartbeat, first)
+    saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first)
     writer = _begin_writing(prepared, plan, first, world)
     with closing(writer) if writer else nullcontext():
         _describe(prepared, plan, engine, spec, world)
         if first:
             log.info("continuing after step %d", first)
-        order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order)
+        order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order, prepared.exclusion)
         patience = _patience(config, stop, world)
         batches = train_batches(
             reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,

@@ -1,0 +1,77 @@
+"""Lines of metrics.jsonl that stand out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vir.errors import DataError
+
+BEFORE = 20
+"""Intervals that one is compared with."""
+LEAST = 5
+"""Fewer are too few to judge by."""
+TIMES = 6.0
+"""Robust standard deviations above which an interval stands out."""
+_FLOOR = 0.01
+"""Of the median: the least that counts as such a deviation; or the last digits of a run that stands still stand out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spike:
+    """An interval of training whose loss or gradient norm stands out."""
+
+    name: str
+    """loss or grad_norm."""
+    first: int
+    """The interval's first step, from 1."""
+    last: int
+    value: float
+    """NaN: no finite one."""
+    median: float
+    """Of the intervals before."""
+    times: float
+    """Robust standard deviations above it; infinite where the value is not finite."""
+
+
+def find_spikes(events: Sequence[dict[str, Any]]) -> list[Spike]:
+    """The intervals that stand out, the furthest first.
+
+    The rule: `loss` or `grad_norm` lies more than TIMES robust standard deviations above the median of up to BEFORE
+    intervals before it, of which LEAST must be there. Such a deviation is 1.4826 times the median distance of those
+    from their median, and at least a hundredth of it. What comes after is not asked: a run that jumps and stays there
+    is told at the jump. An interval without a finite loss stands out in any case.
+
+    Raises:
+        DataError: an event without an epoch's loss, of another version.
+    """
+    train = [event for event in events if event["kind"] == "train"]
+    if broken := [event["step"] for event in train if "loss" not in event]:
+        raise DataError(f"the train event of step {broken[0]} has no loss; it is not of a run of this version")
+    spikes = []
+    for name in ("loss", "grad_norm"):
+        values = np.array([math.nan if event.get(name) is None else event[name] for event in train], float)
+        for place, value in enumerate(values):
+            before = values[max(0, place - BEFORE):place]
+            before = before[np.isfinite(before)]
+            median = float(np.median(before)) if len(before) else math.nan
+            if not math.isfinite(value):
+                times = math.inf if name == "loss" else 0.0  # some engines tell no norm
+            elif len(before) < LEAST:
+                continue
+            else:
+                deviation = max(1.4826 * float(np.median(abs(before - median))), _FLOOR * abs(median), 1e-12)
+                times = (value - median) / deviation
+            if times > TIMES:
+                first = train[place - 1]["step"] + 1 if place else 1
+                spikes.append(Spike(name=name, first=min(first, train[place]["step"]), last=train[place]["step"],
+                                    value=float(value), median=median, times=times))
+    return sorted(spikes, key=lambda spike: (-spike.times, spike.last))
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.reports.spikes is a part of the library; the program is vir-explain")
