@@ -220,7 +220,12 @@ class Nodes:
 
     def pythons(self, node: str, module: str) -> list[psutil.Process]:
         """Those that run a module by `python -m` there, and no shell, ssh or pdsh that is told to."""
-        return [process for process in self.processes(node, module) if "python" in process.cmdline()[0]]
+        found = []
+        for process in self.processes(node, module):
+            with suppress(psutil.Error, IndexError):  # it ended meanwhile
+                if "python" in process.cmdline()[0]:
+                    found.append(process)
+        return found
 
     def everything(self, nodes: Iterable[str]) -> dict[str, list[str]]:
         """What runs on some of the nodes, but for their sshd."""
