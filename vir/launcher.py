@@ -142,7 +142,7 @@ def share_of_machine() -> int:
 
 def _cores_of_node() -> int:
     """Those that the processes of the run may use here together: of the affinity, no more than a container's time."""
-    return max(1, min(len(os.sched_getaffinity(0)), int(cpu_limit())))
+    return max(1, int(min(len(os.sched_getaffinity(0)), cpu_limit())))
 
 
 def cpu_limit(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:

@@ -118,8 +118,9 @@ def diagnose(figures: Figures) -> Diagnosis:
     if f.each("read") >= _WAITS * total:
         return _of_reading(f, total)
     if f.workers < f.room and f.busy < _BUSY * f.cores:
-        return Diagnosis(Bound.WORKERS, f"{_processes(f.workers)} of {_ms(total)} an image for {f.cores} cores, of which "
-                         f"{max(0.0, f.cores - f.busy):.1f} are idle", f"--data.workers {_workers(f, total)}")
+        idle = max(0.0, f.cores - f.busy)
+        return Diagnosis(Bound.WORKERS, f"{_processes(f.workers)} of {_ms(total)} an image for {f.cores} cores, of "
+                                        f"which {idle:.1f} are idle", f"--data.workers {_workers(f, total)}")
     if f.cores < f.share or f.workers > f.cores:
         return _of_cores(f, total)
     return _of_stage(f, total)
@@ -146,19 +147,17 @@ def _of_reading(f: Figures, total: float) -> Diagnosis:
         return Diagnosis(Bound.READ, why, f"--data.workers {_workers(f, total)} reads more at the same time; else copy "
                                           "the shards to a faster disk and name them by --data.train")
     return Diagnosis(Bound.READ, why, "copy the shards to a faster disk and name them by --data.train" + (
-        f", made smaller by vir-convert --resize_short {_LARGE}" if _is_large(f) else ""))
+        f", made smaller by vir-convert --resize-short {_LARGE}" if _is_large(f) else ""))
 
 
 def _of_cores(f: Figures, total: float) -> Diagnosis:
     wanted = f.workers + 1 if f.needed is None else 1 + math.ceil(f.needed * total)
-    many = f.workers > f.cores
     why = (f"{_processes(f.workers)} of {_ms(f.each('cpu'))} of CPU time an image share {_cores(f.cores)} with the "
            "trainer" + (f", of {f.share} that the machine has for it" if f.share > f.cores else ""))
     if f.share > f.cores:
         most = min(max(wanted, f.cores + 1), f.share)
         return Diagnosis(Bound.CORES, why, f"give it {most}: srun --cpus-per-task {most}, docker run --cpus {most}, "
                                            f"taskset, or the limit of the pod" + _or_less(f))
-    assert many, "or it is not the cores"
     return Diagnosis(Bound.CORES, why, f"--data.workers {f.room}{_or_less(f)}")
 
 
@@ -182,7 +181,7 @@ def _of_stage(f: Figures, total: float) -> Diagnosis:
 def _less_decoding(f: Figures) -> str:
     ways = []
     if _is_large(f):
-        ways.append(f"images have {f.side:,.0f} pixels on their shorter side: vir-convert --resize_short {_LARGE}")
+        ways.append(f"images have {f.side:,.0f} pixels on their shorter side: vir-convert --resize-short {_LARGE}")
     if not f.decodes_fast:
         ways.append("pip install 'vir-at-scale[fast]'")
     return ", and ".join(ways) or "more cores for each rank, or fewer ranks on the machine"
@@ -190,8 +189,8 @@ def _less_decoding(f: Figures) -> str:
 
 def _less_augmentation(f: Figures) -> str:
     if f.policy:
-        return (f"fewer operations than --augment.auto_augment {f.policy} has, as rand-m9-n1, or null for none; or more "
-                "cores for each rank")
+        return (f"fewer operations than --augment.auto_augment {f.policy} has, as rand-m9-n1, or null for none; or "
+                "more cores for each rank")
     return "--augment.color_jitter 0 where it is not needed, or more cores for each rank"
 
 
