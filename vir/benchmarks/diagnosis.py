@@ -76,7 +76,7 @@ class Loaded(NamedTuple):
     trainer: float
     """CPU seconds per second of this process."""
     hand_over: float
-    """Seconds per image."""
+    """Seconds per image; the least, for on busy cores it waits for one."""
     next_position: int
     batch: Batch
 
@@ -195,7 +195,7 @@ def _load(config: RunConfig, reader: Reader, order: SampleOrder, spec: ModelSpec
     finally:
         batches.close()
     steps = -(-taken // plan.accumulation)
-    return Loaded(spent, spent.images / passed, cpu / passed, statistics.median(hand_overs) / len(batch.images),
+    return Loaded(spent, spent.images / passed, cpu / passed, min(hand_overs) / len(batch.images),
                   steps * plan.global_batch_size, batch)
 
 

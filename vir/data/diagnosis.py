@@ -15,9 +15,9 @@ ENOUGH = 0.95
 _BUSY = 0.85
 """The share of the cores above which more loader processes would only take them from each other."""
 _WAITS = 0.5
-"""The share of a loader process's time above which its waiting for bytes is what counts."""
+"""The share of a process's time above which it is what counts: a loader process's wait for bytes, a trainer's work."""
 _TRAINER = 0.8
-"""The share of its time above which the trainer's process does nothing but take batches."""
+"""The share of the time above which taking or copying batches leaves none for anything else."""
 _LARGE = 512
 """Pixels of the shorter side that training at 224 has use for."""
 
@@ -113,8 +113,13 @@ def diagnose(figures: Figures) -> Diagnosis:
         return Diagnosis(Bound.MODEL, f"the loader gives {f.rate:,.0f} images/s, training takes {f.needed:,.0f}",
                          "nothing of the loader to change; a smaller model or a larger --train.micro_batch_size may "
                          "train faster")
-    if (f.hand_over + f.copy) * f.rate >= _TRAINER:
-        return _of_trainer(f)
+    if f.copy * f.rate >= _TRAINER:
+        return Diagnosis(Bound.COPY, f"{_ms(f.copy)} an image, {f.rate:,.0f} images/s",
+                         "look at the link to the device (nvidia-smi -q -d PERFORMANCE, PCIe width), or lower "
+                         "--model.img_size")
+    if f.hand_over * f.rate >= _TRAINER and f.trainer >= _WAITS:  # else it waited for a core
+        return Diagnosis(Bound.HAND_OVER, f"{_ms(f.hand_over)} an image in the trainer's process, {f.rate:,.0f} "
+                                          "images/s", f"--train.micro_batch_size {2 * f.micro_batch_size}")
     if f.each("read") >= _WAITS * total:
         return _of_reading(f, total)
     if f.workers < f.room and f.busy < _BUSY * f.cores:
@@ -124,16 +129,6 @@ def diagnose(figures: Figures) -> Diagnosis:
     if f.cores < f.share or f.workers > f.cores:
         return _of_cores(f, total)
     return _of_stage(f, total)
-
-
-def _of_trainer(f: Figures) -> Diagnosis:
-    if f.copy > f.hand_over:
-        return Diagnosis(Bound.COPY, f"{_ms(f.copy)} an image, {f.rate:,.0f} images/s",
-                         "look at the link to the device (nvidia-smi -q -d PERFORMANCE, PCIe width), or lower "
-                         "--model.img_size")
-    return Diagnosis(Bound.HAND_OVER, f"{_ms(f.hand_over)} an image in the trainer's process, {f.rate:,.0f} images/s",
-                     f"--train.micro_batch_size {2 * max(1, f.micro_batch_size)}" if f.micro_batch_size else
-                     "a larger --train.micro_batch_size")
 
 
 def _of_reading(f: Figures, total: float) -> Diagnosis:
