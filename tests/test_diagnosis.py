@@ -64,8 +64,8 @@ BASE = Figures(spent=spent(), workers=7, cores=8, share=8, rate=1700.0, trainer=
     ({"workers": 2, "rate": 480.0, "needed": 490.0, "trainer": 0.1}, Bound.MODEL, ""),
     ({"workers": 2, "rate": 480.0, "needed": None}, Bound.WORKERS, "--data.workers 7"),
     ({"workers": 1, "cores": 2, "share": 16}, Bound.CORES, "give it 14: srun --cpus-per-task 14"),
-    ({"workers": 1, "cores": 1, "share": 2, "needed": None}, Bound.CORES, "1 loader process of 3 ms of CPU time an image "
-     "share 1 core with the trainer, of 2 that the machine has for it; give it 2"),
+    ({"workers": 1, "cores": 1, "share": 2, "needed": None}, Bound.CORES, "1 loader process of 3 ms of CPU time an "
+     "image share 1 core with the trainer, of 2 that the machine has for it; give it 2"),
     ({"workers": 12}, Bound.CORES, "--data.workers 7"),
     ({}, Bound.DECODE, "2 ms of 4.1 ms an image, in 7 loader processes on 8 cores; more cores for each rank"),
     ({"decodes_fast": False}, Bound.DECODE, "pip install 'vir-at-scale[fast]'"),
