@@ -49,12 +49,12 @@ class Script:
         return Path(self._log.name).read_text(errors="replace")
 
     def of_this_start(self) -> list[psutil.Process]:
-        return [process for process in psutil.process_iter(["environ", "status"])
+        return [process for process in psutil.process_iter(["cmdline", "environ", "status"])
                 if str(self.run) in (process.info["environ"] or {}).get(status.FILE, "")
                 and process.info["status"] != psutil.STATUS_ZOMBIE]
 
     def named(self, words: str) -> psutil.Process:
-        found = [process for process in self.of_this_start() if words in " ".join(process.cmdline())]
+        found = [process for process in self.of_this_start() if words in " ".join(process.info["cmdline"] or [])]
         return min(found, key=lambda process: process.pid)
 
     def wait_until(self, holds, what: str):

@@ -1,5 +1,6 @@
 """The place of a process among those of a run, from what torchrun, deepspeed, accelerate or srun says."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_the_first_host_of_a_compressed_list(nodes, first):
     ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": ""}, 8),
 ])
 def test_the_cores_of_a_rank(environment, monkeypatch, said, cores):
+    monkeypatch.setattr(launcher, "cpu_limit", lambda: math.inf)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_CPUS_PER_TASK", "VIR_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
@@ -113,6 +115,35 @@ def test_the_cores_of_a_rank(environment, monkeypatch, said, cores):
         monkeypatch.setenv(name, value)
     assert launcher.cores() == cores
     assert processes_for(None) == min(16, max(1, cores - 1)) and processes_for(3) == 3
+
+
+@pytest.mark.parametrize("lines, files, limit", [
+    ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": "400000 100000"}, 1.5),
+    ("0::/host/docker-1", {"cpu.max": "250000 100000"}, 2.5),  # a container sees its own group at the root
+    ("0::/", {}, math.inf), ("", {}, math.inf), ("0::/", {"cpu.max": "broken"}, math.inf),
+    ("0::/\n2:cpu,cpuacct:/x", {"cpu/x/cpu.cfs_quota_us": "300000", "cpu/x/cpu.cfs_period_us": "100000"}, 3.0),
+    ("2:cpu,cpuacct:/x", {"cpu,cpuacct/cpu.cfs_quota_us": "50000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 0.5),
+    ("2:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    ("3:cpuset:/", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+])
+def test_what_control_groups_grant(tmp_path, lines, files, limit):
+    (tmp_path / "cgroup").write_text(lines + "\n")
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text + "\n")
+    assert launcher.cpu_limit(tmp_path / "cgroup", tmp_path / "fs") == limit
+    assert launcher.cpu_limit(tmp_path / "no such file", tmp_path / "fs") == math.inf
+
+
+@pytest.mark.parametrize("limit, cores", [(math.inf, 16), (6.5, 6), (0.5, 1), (64.0, 16)])
+def test_ranks_share_what_the_container_may_use(environment, monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr(launcher, "cpu_limit", lambda: limit)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_CPUS_PER_TASK", "VIR_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher.cores() == cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launcher.cores() == max(1, cores // 2)
 
 
 @pytest.mark.parametrize("said, number", [({}, 0), ({"LOCAL_RANK": "3"}, 3), ({"SLURM_LOCALID": "2"}, 2),

@@ -4,6 +4,10 @@
     python tools/benchmark_loader.py reading --folder /data --json reading.json            # samples read, not decoded
     python tools/benchmark_loader.py latency --folder /data --json latency.json            # by the latency of a read
     python tools/benchmark_loader.py order --json order.json                               # the order of an epoch
+    python tools/benchmark_loader.py --diagnose --config vir/recipes/vir_small_in1k.yaml --data.train SHARDS/train
+
+The last one tells what bounds the images per second of a run, and what to change: its flags are those of vir-train, and
+--seconds, --loader_only and --json FILE. It leaves nothing behind. Under a launcher each rank measures.
 
 Writes an image folder of 2,000 JPEGs of 500 x 375 pixels and 71 KB and its shards; they stay in the system's memory, so
 --latency alone tells what a disk would add. The folder is left as it was. Prints a Markdown table. All rows take turns
@@ -22,6 +26,8 @@ _KINDS = ("pixels", "reading", "latency", "order")
 
 
 def main(argv: list[str] | None = None) -> int:
+    if "--diagnose" in (words := sys.argv[1:] if argv is None else argv):
+        return _diagnose(words)
     args = _parser().parse_args(argv)
 
     from vir.benchmarks import loader
@@ -29,6 +35,27 @@ def main(argv: list[str] | None = None) -> int:
     command = f"python tools/benchmark_loader.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
     try:
         print(loader.benchmark(loader.Settings(**vars(args)), command))
+    except VirError as error:
+        return cli.tell(error, "error")
+    return 0
+
+
+def _diagnose(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, add_help=False, usage="benchmark_loader.py --diagnose [--seconds S] [--loader_only] "
+                                                  "[--json FILE] [flags of vir-train]")
+    parser.add_argument("--diagnose", action="store_true")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--loader_only", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args, flags = parser.parse_known_args(words)
+
+    from vir.benchmarks import diagnosis
+
+    try:
+        settings = diagnosis.Settings(seconds=args.seconds, loader_only=args.loader_only, json=args.json)
+        if said := diagnosis.run(flags, settings, f"python tools/benchmark_loader.py {shlex.join(words)}"):
+            print(said)
     except VirError as error:
         return cli.tell(error, "error")
     return 0

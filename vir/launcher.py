@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -124,7 +125,7 @@ def nodes() -> int:
 
 def cores() -> int:
     """How many cores this process may use: its share of those of its machine, or what srun has given it alone."""
-    allowed = len(os.sched_getaffinity(0))
+    allowed = _cores_of_node()
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if given.isdigit() and int(given):
         allowed = min(allowed, int(given))
@@ -132,6 +133,52 @@ def cores() -> int:
         if os.environ.get(RUN_ID, "").startswith(_BY_SRUN):
             return allowed
     return max(1, allowed // local_size())
+
+
+def share_of_machine() -> int:
+    """How many cores this process would have if nothing but the other processes of the run kept it from any."""
+    return max(1, (os.cpu_count() or 1) // local_size())
+
+
+def _cores_of_node() -> int:
+    """Those that the processes of the run may use here together: of the affinity, no more than a container's time."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), cpu_limit())))
+
+
+def cpu_limit(proc: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPU seconds per second that the control groups of this process grant it (docker --cpus, Kubernetes' limits).
+
+    Infinite where none of them says so. Version 1 and 2; a group that is not mounted here is looked for at the root,
+    which is where a container sees its own.
+    """
+    try:
+        lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return math.inf
+    limits = [math.inf]
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if not controllers:
+            limits += [_quota(group / "cpu.max") for group in _groups(mounted, path)]
+        elif "cpu" in controllers.split(","):
+            for mount in {mounted / "cpu", mounted / controllers}:
+                limits += [_quota(group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
+                           for group in _groups(mount, path)]
+    return min(limits)
+
+
+def _groups(mount: Path, path: str) -> list[Path]:
+    """A control group and those around it, which limit it as well."""
+    group = mount / path.lstrip("/")
+    return [group, *(around for around in group.parents if around == mount or mount in around.parents)]
+
+
+def _quota(*files: Path) -> float:
+    """`max 100000` or `150000 100000` of one file, -1 or 150000 and 100000 of two."""
+    try:
+        quota, period, *_ = " ".join(file.read_text() for file in files).split()
+        return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else math.inf
+    except (OSError, ValueError):  # not there; max
+        return math.inf
 
 
 def threads_are_said() -> bool:

@@ -44,6 +44,11 @@ class Box(NamedTuple):
     width: int
 
 
+def decodes_fast() -> bool:
+    """Whether JPEGs are decoded here by the quickest of DECODERS."""
+    return decoder() == DECODERS[-1]
+
+
 def decoder() -> str:
     """The one of DECODERS that JPEGs are decoded by here.
 

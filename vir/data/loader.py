@@ -144,6 +144,7 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
                  augment: AugmentConfig, seed: int, mix_until: float, shape: Sequence[int], positions: np.ndarray,
                  samples: np.ndarray) -> Batch:
     _advance(ahead, int(positions[0]))
+    reader.checking()  # that of before is another's
     laps = Laps()
     images, labels, bad = _shared(len(positions), shape), [], []
     reads = worker.here().read(reader, samples.tolist())
@@ -170,7 +171,7 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
             mixes[i] = mixes[i + 1] = transforms.mix_parameters(seed, int(positions[i]), augment, height, width)
     lam, cut = zip(*mixes)
     laps.end_of("collate")
-    laps.spent.images = len(positions)
+    laps.spent.images, laps.spent.check = len(positions), reader.checking()
     return Batch(images=images, labels=torch.tensor(labels), positions=torch.from_numpy(positions),
                  valid=torch.ones(len(positions), dtype=torch.bool), erase=torch.tensor(boxes),
                  noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad,
@@ -180,6 +181,7 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
 def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, shape: Sequence[int],
                 positions: np.ndarray, samples: np.ndarray) -> Batch:
     _advance(ahead, max(int(positions[0]), 0))
+    reader.checking()
     laps, size = Laps(), len(positions)
     images, labels = _shared(size, shape), []
     for place, (sample, read) in enumerate(zip(samples.tolist(), worker.here().read(reader, samples.tolist()))):
@@ -194,7 +196,7 @@ def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, 
                             "good copy, or convert the split again") from error
         labels.append(int(reader.labels[sample]))
         laps.end_of("collate")
-    laps.spent.images = size
+    laps.spent.images, laps.spent.check = size, reader.checking()
     return Batch(images=images, labels=torch.tensor(labels),
                  positions=torch.from_numpy(np.maximum(positions, 0)), valid=torch.from_numpy(positions >= 0),
                  erase=torch.zeros(size, 4, dtype=torch.long), noise=torch.zeros(size, dtype=torch.int32),

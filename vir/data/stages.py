@@ -16,7 +16,7 @@ class Spent:
     read: float = 0.0
     """Waited for bytes that were not there yet."""
     check: float = 0.0
-    """Checksums. In the threads that read, beside the other stages."""
+    """Checksums, in CPU seconds. No stage of its own: within `read`, or in threads beside all stages."""
     decode: float = 0.0
     """Headers and pixels."""
     augment: float = 0.0

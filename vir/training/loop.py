@@ -77,6 +77,7 @@ class GlobalStep:
             record.losses.append(loss.detach())
             record.positions.append(batch.positions)
             record.bad += batch.bad
+            record.spent += batch.spent
         assert record.update is not Update.ACCUMULATING, "the accumulation of the plan and of DeepSpeed differ"
         if record.update is Update.APPLIED:
             self._guard.applied()

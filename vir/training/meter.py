@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vir import distributed
+from vir import distributed, launcher
+from vir.addresses import is_remote
 from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig
+from vir.data.diagnosis import Figures, diagnose
+from vir.data.jpeg import decodes_fast
+from vir.data.loader import processes_for
+from vir.data.stages import Spent
 from vir.distributed import World
 from vir.engine.engine import Engine, Update
 from vir.log import log, shows_bars
@@ -24,6 +29,11 @@ from vir.reports.throughput import Stopwatch, far_away, latecomers, peak_memory,
 from vir.training.guard import check_bad_samples
 from vir.training.plan import Plan
 from vir.training.validator import Results
+
+_WAITS = 0.05
+"""The share of an interval, waited for data, that deserves a word."""
+_TELLS_EVERY = 20
+"""Intervals."""
 
 
 @dataclass
@@ -38,6 +48,8 @@ class StepRecord:
     """Samples that were replaced, and why."""
     waited: float
     """Seconds for data."""
+    spent: Spent = field(default_factory=Spent)
+    """In the loader processes, by this rank's batches."""
 
 
 @dataclass
@@ -53,6 +65,8 @@ class _Interval:
     steps: int = 0
     skipped: int = 0
     bad: list[str] = field(default_factory=list)
+    spent: Spent = field(default_factory=Spent)
+    cpu_before: float = field(default_factory=time.process_time)
 
 
 @dataclass
@@ -105,6 +119,7 @@ class Meter:
         self._bar = tqdm(total=plan.total_steps, initial=first, unit="step", dynamic_ncols=True,
                          disable=not (world.is_main and self._terminal))
         self._summary = _Summary()
+        self._intervals, self._told_at = 0, -_TELLS_EVERY
         self.begin()
 
     def begin(self) -> None:
@@ -121,6 +136,7 @@ class Meter:
         interval.steps += 1
         interval.waited += record.waited
         interval.bad += record.bad
+        interval.spent += record.spent
         if record.update is Update.APPLIED:
             interval.losses += record.losses
         else:
@@ -188,11 +204,33 @@ class Meter:
         said = (f"loss {totals.loss:.3f} lr {plan.learning_rate(done - 1):.2e} {rate:.0f} images/s data wait "
                 f"{100 * totals.waited / totals.seconds:.0f} %" + ("" if mfu is None else f" MFU {100 * mfu:.1f} %") +
                 f" {totals.memory / 1e9:.1f} GB")
+        if self._world.is_main and (why := self._waits(totals.seconds)):
+            log.info("data wait %s", why)
         if self._terminal:
             self._bar.set_postfix_str(said)
         else:
             left = (plan.total_steps - done) * summary.seconds / (done - self._first)
             log.info("step %d/%d %s, %s left", done, plan.total_steps, said, timedelta(seconds=round(left)))
+
+    def _waits(self, seconds: float) -> str:
+        """Why this rank has waited for data in the interval, and what to change; empty where that needs no word.
+
+        The first interval has the start of the loader processes in it, and the same is not said over and over.
+        """
+        interval, self._intervals = self._interval, self._intervals + 1
+        waited = interval.waited / seconds
+        if waited <= _WAITS or self._intervals == 1 or self._intervals - self._told_at < _TELLS_EVERY:
+            return ""
+        self._told_at = self._intervals
+        config = self._config
+        rate = interval.spent.images / seconds
+        found = diagnose(Figures(
+            spent=interval.spent, workers=processes_for(config.data.workers), cores=launcher.cores(),
+            share=launcher.share_of_machine(), rate=rate, needed=rate / max(1 - waited, 0.01),
+            trainer=(time.process_time() - interval.cpu_before) / seconds, policy=config.augment.auto_augment,
+            is_remote=is_remote(config.data.train) and not config.data.cache, decodes_fast=decodes_fast(),
+            micro_batch_size=config.train.micro_batch_size))
+        return f"{100 * waited:.0f} %, by {found} (more: tools/benchmark_loader.py --diagnose)"
 
     def _write(self, done: int, totals: _Totals, rate: float, mfu: float | None) -> None:
         if self._writer is None:

@@ -1,0 +1,235 @@
+"""Which part of loading bounds a run: tables of figures, and bottlenecks that are planted and measured."""
+
+import json
+import logging
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support.forked import forked
+from support.launchers import ROOT, TINY
+from vir import launcher
+from vir.benchmarks import diagnosis as measured
+from vir.benchmarks.feeds import slow_reads
+from vir.benchmarks.file_server import serving
+from vir.config import RunConfig
+from vir.data import transforms
+from vir.data.diagnosis import Bound, Figures, diagnose
+from vir.data.opening import Places, open_reader
+from vir.data.order import SampleOrder
+from vir.data.reader import ShardReader
+from vir.data.stages import Spent
+from vir.distributed import World
+from vir.engine.engine import Update
+from vir.flags import parse
+from vir.training.meter import _TELLS_EVERY, Meter, StepRecord
+from vir.training.prepare import prepare
+
+ALONE = World(0, 1, torch.device("cpu"))
+BATCH = 8
+PLAIN = ["--augment.auto_augment", "null", "--augment.color_jitter", "0"]
+
+
+def spent(read=1.0, decode=2.0, augment=1.0, collate=0.1, cpu=3.0, images=1000):
+    """Of so many images; milliseconds of each."""
+    ms = images / 1e3
+    return Spent(images=images, bytes=images * 100_000, read=read * ms, decode=decode * ms, augment=augment * ms,
+                 collate=collate * ms, total=(read + decode + augment + collate) * ms, cpu=cpu * ms)
+
+
+BASE = Figures(spent=spent(), workers=7, cores=8, share=8, rate=1700.0, trainer=1.0, needed=3000.0)
+
+
+@pytest.mark.parametrize("changes, bound, says", [
+    ({"rate": 2900.0}, Bound.MODEL, "the loader gives 2,900 images/s, training takes 3,000"),
+    ({"hand_over": 5e-4, "trainer": 0.3}, Bound.DECODE, ""),  # it waited for a core
+    ({"hand_over": 5e-4, "micro_batch_size": 64}, Bound.HAND_OVER, "--train.micro_batch_size 128"),
+    ({"hand_over": 1e-4, "copy": 5e-4}, Bound.COPY, "PCIe"),
+    ({"spent": spent(read=9)}, Bound.READ, "wait 9 ms of 12.1 ms an image for bytes; copy the shards to a faster disk"),
+    ({"spent": spent(read=9), "is_remote": True}, Bound.READ, "--data.cache FOLDER"),
+    ({"spent": spent(read=9), "storage": 170e6}, Bound.READ, "gives 170 MB/s of 300 needed"),
+    ({"spent": spent(read=9), "workers": 2, "rate": 160.0}, Bound.READ, "--data.workers 7"),
+    ({"spent": spent(read=9), "side": 2000.0}, Bound.READ, "vir-convert --resize-short 512"),
+    ({"workers": 2, "rate": 480.0}, Bound.WORKERS, "2 loader processes of 4.1 ms an image for 8 cores, "
+     "of which 5.6 are idle"),
+    ({"workers": 2, "rate": 480.0}, Bound.WORKERS, "--data.workers 7"),
+    ({"workers": 2, "rate": 480.0, "needed": 1000.0}, Bound.WORKERS, "--data.workers 5"),
+    ({"workers": 2, "rate": 480.0, "needed": 490.0, "trainer": 0.1}, Bound.MODEL, ""),
+    ({"workers": 2, "rate": 480.0, "needed": None}, Bound.WORKERS, "--data.workers 7"),
+    ({"workers": 1, "cores": 2, "share": 16}, Bound.CORES, "give it 14: srun --cpus-per-task 14"),
+    ({"workers": 1, "cores": 1, "share": 2, "needed": None}, Bound.CORES, "1 loader process of 3 ms of CPU time an "
+     "image share 1 core with the trainer, of 2 that the machine has for it; give it 2"),
+    ({"workers": 12}, Bound.CORES, "--data.workers 7"),
+    ({}, Bound.DECODE, "2 ms of 4.1 ms an image, in 7 loader processes on 8 cores; more cores for each rank"),
+    ({"decodes_fast": False}, Bound.DECODE, "pip install 'vir-at-scale[fast]'"),
+    ({"side": 1500.0}, Bound.DECODE, "images have 1,500 pixels on their shorter side: vir-convert --resize-short 512"),
+    ({"side": 500.0}, Bound.DECODE, "more cores for each rank"),
+    ({"spent": spent(augment=5), "policy": "rand-m9"}, Bound.AUGMENT, "fewer operations than --augment.auto"),
+    ({"spent": spent(augment=5)}, Bound.AUGMENT, "--augment.color_jitter 0"),
+    ({"spent": spent(collate=5)}, Bound.COLLATE, "--shm-size"),
+])
+def test_from_figures_to_what_bounds_and_what_to_change(changes, bound, says):
+    found = diagnose(replace(BASE, **changes))
+    assert found.bound is bound and says in str(found)
+
+
+def test_figures_of_nothing_are_no_error():
+    assert diagnose(Figures(spent=Spent(), workers=1, cores=1, share=1, rate=0.0)).bound
+
+
+# ---- planted and measured
+
+
+def measure(data, *flags, workers=1, seconds=1.0, output="unused"):
+    """Figures and bound of a loader of small images."""
+    config = parse([*TINY, *PLAIN, "--data.train", str(data), "--output", str(output), "--train.global_batch_size",
+                    str(BATCH), "--train.micro_batch_size", str(BATCH), "--data.workers", str(workers),
+                    "--data.prefetch", "1", "--deepspeed_config", "zero0_fp32", *flags])
+    figures, read = measured.measure(prepare(config), ALONE, measured.Settings(seconds=seconds, loader_only=True))
+    return figures, read, diagnose(figures)
+
+
+@contextmanager
+def slow_policy(seconds):
+    apply = transforms.TrainTransform.apply
+
+    def slow(*arguments):
+        time.sleep(seconds)
+        return apply(*arguments)
+
+    transforms.TrainTransform.apply = slow
+    try:
+        yield
+    finally:
+        transforms.TrainTransform.apply = apply
+
+
+def test_a_slow_disk(shards, tmp_path):
+    delay = 0.2
+    with slow_reads(delay):
+        figures, read, found = measure(shards / "train", output=tmp_path / "run")
+    assert found.bound is Bound.READ
+    # All reads of a batch wait at the same time.
+    assert figures.each("read") == pytest.approx(delay / BATCH, rel=0.1)
+    assert figures.rate == pytest.approx(BATCH / delay, rel=0.1)
+    assert read.rate == pytest.approx(figures.each("bytes") * BATCH / delay, rel=0.15)  # other images than those
+    assert read.requests == 0 and not read.from_server()
+
+
+def test_a_slow_policy(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "cores", lambda: 2)
+    monkeypatch.setattr(launcher, "share_of_machine", lambda: 2)
+    with slow_policy(0.05):
+        figures, _, found = measure(shards / "train", output=tmp_path / "run")
+    assert found.bound is Bound.AUGMENT
+    assert figures.each("augment") == pytest.approx(0.05, rel=0.1)
+    assert figures.rate == pytest.approx(1 / 0.05, rel=0.1)
+    assert sum(figures.each(stage) for stage in ("read", "decode", "augment", "collate")) == pytest.approx(
+        figures.each("total"))
+
+
+def test_too_few_workers_and_what_the_advice_brings(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "cores", lambda: 4)
+    monkeypatch.setattr(launcher, "share_of_machine", lambda: 4)
+    with slow_policy(0.05):
+        figures, _, found = measure(shards / "train", output=tmp_path / "run")
+        assert found.bound is Bound.WORKERS and found.change == "--data.workers 3"
+        more, _, _ = measure(shards / "train", workers=3, output=tmp_path / "run")
+    assert more.rate == pytest.approx(3 * figures.rate, rel=0.1)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a machine of which a part can be kept from it")
+def test_one_core(shards, tmp_path):
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        figures, _, found = measure(shards / "train", output=tmp_path / "run")
+    finally:
+        os.sched_setaffinity(0, before)
+    assert found.bound is Bound.CORES and figures.cores == 1 and "srun --cpus-per-task" in found.change
+    assert figures.busy < 1.1
+
+
+def test_huge_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "cores", lambda: 2)
+    monkeypatch.setattr(launcher, "share_of_machine", lambda: 2)
+    pixels = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((2000, 1500))
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(BATCH):
+            image.save(tmp_path / "train" / name / f"{number}.jpg", quality=95)
+    figures, _, found = measure(tmp_path / "train", output=tmp_path / "run")
+    assert found.bound is Bound.DECODE and "vir-convert --resize-short 512" in found.change
+    assert figures.side == 1500 and figures.each("decode") > 0.5 * figures.each("total")
+
+
+def test_checksums_are_timed(shards):
+    reader = ShardReader(shards / "train")
+    assert reader.checking() == 0
+    reader.read(0)
+    assert 0 < reader.checking() < 0.01 and reader.checking() == 0
+
+
+def test_requests_to_a_server(shards, tmp_path):
+    with serving(shards / "train") as url:
+        places = Places(index_dir=tmp_path / "indexes", timeout=60)
+        reader = open_reader(f"{url}/0", places, first=True)
+        order = SampleOrder(0, reader.shard_sizes, 4, 100)
+        read = measured._read(reader, order, 0, BATCH, 1, 0.3)
+    assert read.requests > 0 and read.requested >= read.total > 0
+    assert f"{read.requests:,} requests of" in read.from_server() and "cache" not in read.from_server()
+
+
+def test_the_tool_under_a_launcher(shards, tmp_path):
+    (tmp_path / "left").mkdir()
+    flags = [*TINY, *PLAIN, "--data.train", shards / "train", "--output", tmp_path / "left", "--deepspeed_config",
+             "zero0_fp32", "--train.global_batch_size", "48", "--train.micro_batch_size", "12"]
+    done = forked(ROOT / "tools" / "benchmark_loader.py", "--diagnose", "--seconds", "0.5", "--json",
+                  tmp_path / "found.json", *flags, ranks=2)
+    assert done.returncode == 0, done.stdout
+    for said in ("| decode |", "| hand-over, in the trainer's process |", "Storage:", "Cores:", "What bounds it is"):
+        assert done.stdout.count(said) == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    figures = found["figures"]
+    assert figures["needed"] > 0 and figures["cores"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (found["bound"] == "model") == (figures["rate"] >= 0.95 * figures["needed"])
+    assert not list((tmp_path / "left").iterdir())
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--seconds", "0"], "--seconds must be more than 0"), (["--no.such", "1"], "--no.such")])
+def test_flags_that_are_refused(flags, says):
+    done = forked(ROOT / "tools" / "benchmark_loader.py", "--diagnose", *flags, ranks=1)
+    assert done.returncode == 2 and says in done.stdout
+
+
+# ---- in the log of a run
+
+
+def test_a_run_says_why_it_waits_but_not_all_the_time(caplog):
+    plan = SimpleNamespace(total_steps=1000, samples=lambda steps: BATCH * steps, forward_flops=None, peak_flops=None,
+                           learning_rate=lambda step: 0.1)
+    config = parse(["--data.train", "unused", "--train.log_every", "1", "--data.workers", "1"])
+    assert isinstance(config, RunConfig)
+    meter = Meter(config, plan, None, ALONE, None, SimpleNamespace(round_trip=0.0), 0)
+    lines = []
+    with caplog.at_level(logging.INFO, logger="vir"):
+        for done in range(1, 2 * _TELLS_EVERY + 3):
+            time.sleep(0.002)
+            share = 0.0 if done == 2 else 0.5
+            waited = share * (time.monotonic() - meter._interval.began)
+            meter.stepped(done, StepRecord(Update.APPLIED, [torch.ones(())], [], [], waited, spent(read=50.0)))
+            lines.append([record.getMessage() for record in caplog.records if "data wait" in record.getMessage()
+                          and "by reading" in record.getMessage()])
+            caplog.clear()
+    told = [number for number, found in enumerate(lines, start=1) if found]
+    assert told == [3, 3 + _TELLS_EVERY]  # not of the first interval, nor where nothing was waited for
+    assert "loader processes wait 50 ms of 53.1 ms an image for bytes" in lines[2][0]
