@@ -11,7 +11,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor, device
+import torch
+from torch import Tensor
 
 from vir.config import AugmentConfig, TrainConfig
 from vir.data import worker
@@ -149,7 +150,8 @@ def explain_step(reader: Reader, order: SampleOrder, augment: AugmentConfig, mod
     """
     worker.begin_in_this_process()
     recording = Recording(TrainTransform(augment, model_input))
-    make = train_maker(reader, order, recording, augment, model_input, train.seed)
+    make = train_maker(reader, order, recording, augment, train.seed,
+                       lambda size: torch.empty(size, *model_input.size, dtype=torch.uint8))
     for rank in ranks:
         requests = requests_of(order, step, train.global_batch_size, train.micro_batch_size, rank, world_size)
         for number, (positions, samples) in enumerate(requests):
@@ -188,7 +190,7 @@ def _box(sides: Sequence[int]) -> Box | None:
 def pixels_seen(batch: Batch, augment: AugmentConfig, model_input: InputSpec) -> np.ndarray:
     """[B, H, W, C] uint8: what the model was given, erased and mixed, back from normalised numbers."""
     prepare = Preparation(model_input=model_input, augment=augment, smoothing=0.0,
-                          num_classes=int(batch.labels.max()) + 1, device=device("cpu"))
+                          num_classes=int(batch.labels.max()) + 1, device=torch.device("cpu"))
     images = prepare(batch)[0].permute(0, 2, 3, 1).double().numpy()
     pixels = (images * model_input.std + model_input.mean) * 255
     return np.round(pixels).clip(0, 255).astype(np.uint8)

@@ -6,7 +6,6 @@ training, and validation counts every image once."""
 from __future__ import annotations
 
 import atexit
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -27,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from vir import launcher
 from vir.config import AugmentConfig
 from vir.data import order as orders
-from vir.data import transforms, worker
+from vir.data import ring, transforms, worker
 from vir.data.decode import BadSampleError, open_image
 from vir.data.exclusion import NOTHING, Exclusion
 from vir.data.order import InOrder, SampleOrder
@@ -42,6 +41,7 @@ Request = tuple[np.ndarray, np.ndarray]
 """Positions and samples of a micro-batch."""
 
 _SUBSTITUTE_TRIES = 100
+_EVAL_PREFETCH = 2
 
 
 @dataclass
@@ -66,14 +66,21 @@ class Batch:
         return replace(self, **tensors)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A tensor leaves a loader process as shared memory, with a socket connection of its own (0.5 ms on each side);
-        # what is small is quicker by value.
-        return {name: value.numpy() if isinstance(value, Tensor) and name != "images" else value
+        # torch would send each tensor as a file, over a connection of its own (0.5 ms on each side).
+        return {name: ring.place_of(value) or value.numpy() if isinstance(value, Tensor) else value
                 for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update((name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
-                          for name, value in state.items())
+        for name, value in state.items():
+            if isinstance(value, ring.Place):
+                value = value.tensor()
+            elif isinstance(value, np.ndarray):
+                value = torch.from_numpy(value)
+            setattr(self, name, value)
+
+    def kept(self) -> Batch:
+        """This batch, in memory that is its own."""
+        return replace(self, images=self.images.clone())
 
     def pin_memory(self) -> Batch:
         return self._map(lambda tensor: tensor.pin_memory())
@@ -122,7 +129,9 @@ class _Requests(Dataset["Batch | VirError"]):
 
 
 def _pixels(data: bytes, transform: Transform, laps: Laps) -> Tensor:
-    """The sample [C, H, W] uint8 that an image file becomes. Raises BadSampleError."""
+    """The sample [C, H, W] uint8 that an image file becomes, just read. Raises BadSampleError."""
+    laps.end_of("read")
+    laps.spent.bytes += len(data)
     image = open_image(data)
     laps.end_of("decode")
     crop = transform.crop(image.width, image.height)
@@ -134,25 +143,17 @@ def _pixels(data: bytes, transform: Transform, laps: Laps) -> Tensor:
     return sample
 
 
-def _shared(size: int, shape: Sequence[int]) -> Tensor:
-    """[size, *shape] uint8 in memory that the trainer sees without a copy."""
-    storage = torch.UntypedStorage._new_shared(size * math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(size, *shape)
-
-
 def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None, transform: Transform,
-                 augment: AugmentConfig, seed: int, mix_until: float, shape: Sequence[int], positions: np.ndarray,
-                 samples: np.ndarray) -> Batch:
+                 augment: AugmentConfig, seed: int, mix_until: float, memory: Callable[[int], Tensor],
+                 positions: np.ndarray, samples: np.ndarray) -> Batch:
     _advance(ahead, int(positions[0]))
     reader.checking()  # that of before is another's
     laps = Laps()
-    images, labels, bad = _shared(len(positions), shape), [], []
+    images, labels, bad = memory(len(positions)), [], []
     reads = worker.here().read(reader, samples.tolist())
     for place, (position, sample, read) in enumerate(zip(positions.tolist(), samples.tolist(), reads)):
 
         def use(data: bytes, position: int = position) -> Tensor:
-            laps.end_of("read")
-            laps.spent.bytes += len(data)
             transforms.seed_draws(seed, position)
             return _pixels(data, transform, laps)
 
@@ -161,7 +162,7 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
         labels.append(label)
         bad += passed_over
         laps.end_of("collate")
-    height, width = shape[1:]
+    height, width = images.shape[2:]
     boxes = [transforms.erase_box(seed, position, augment, height, width) for position in positions.tolist()]
     noise = [transforms.noise_seed(seed, position) if box[2] else 0
              for position, box in zip(positions.tolist(), boxes)]
@@ -178,19 +179,16 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
                  spent=laps.done())
 
 
-def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, shape: Sequence[int],
+def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, memory: Callable[[int], Tensor],
                 positions: np.ndarray, samples: np.ndarray) -> Batch:
     _advance(ahead, max(int(positions[0]), 0))
     reader.checking()
     laps, size = Laps(), len(positions)
-    images, labels = _shared(size, shape), []
+    images, labels = memory(size), []
     for place, (sample, read) in enumerate(zip(samples.tolist(), worker.here().read(reader, samples.tolist()))):
         # No substitute here: an accuracy that silently counts another image would be false.
         try:
-            data = read()
-            laps.end_of("read")
-            laps.spent.bytes += len(data)
-            images[place] = _pixels(data, transform, laps)
+            images[place] = _pixels(read(), transform, laps)
         except BadSampleError as error:
             raise DataError(f"validation image {reader.where(sample)} of {reader.name}: {error}; restore it from a "
                             "good copy, or convert the split again") from error
@@ -204,7 +202,7 @@ def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, 
 
 
 def _advance(ahead: Prefetcher | None, position: int) -> None:
-    if ahead is not None and worker.here().is_first:
+    if ahead is not None and worker.here().number == 0:
         ahead.advance(position)
 
 
@@ -321,7 +319,8 @@ class Batches:
                     yield None
                 continue
             self._came += 1
-            yield batch
+            on_cpu = isinstance(batch, Batch) and self._device.type != "cuda"  # for a GPU it was pinned: copied
+            yield batch.kept() if on_cpu else batch
             asked = told = time.monotonic()
 
     def _raise_death_of_a_worker(self, error: Exception) -> NoReturn:
@@ -392,12 +391,16 @@ def requests_of(order: SampleOrder, step: int, global_batch_size: int, micro_bat
         yield positions, order.samples(positions)
 
 
-def train_maker(reader: Reader, order: SampleOrder, transform: Transform, augment: AugmentConfig,
-                model_input: InputSpec, seed: int, ahead: Prefetcher | None = None
+def train_maker(reader: Reader, order: SampleOrder, transform: Transform, augment: AugmentConfig, seed: int,
+                memory: Callable[[int], Tensor], ahead: Prefetcher | None = None
                 ) -> Callable[[np.ndarray, np.ndarray], Batch]:
-    """From positions and samples to the training batch of them, in a loader process."""
+    """From positions and samples to the training batch of them, in a loader process.
+
+    Args:
+        memory: gives [size, C, H, W] uint8 to write images into.
+    """
     mix_until = augment.mixup_off_epoch * order.num_samples or float("inf")
-    return partial(_train_batch, reader, order.exclusion, ahead, transform, augment, seed, mix_until, model_input.size)
+    return partial(_train_batch, reader, order.exclusion, ahead, transform, augment, seed, mix_until, memory)
 
 
 def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
@@ -419,9 +422,10 @@ def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
 
     ahead = prefetcher_of(reader, order, last_step=last_step, global_batch_size=global_batch_size, rank=rank,
                           world_size=world_size)
-    make = train_maker(reader, order, TrainTransform(augment, model_input), augment, model_input, seed, ahead)
     # A step takes all its micro-batches at once, and meanwhile those of the next one are made.
     prefetch = max(prefetch, 1 + -(-global_batch_size // (world_size * micro_batch_size * workers)))
+    memory = ring.Ring(workers, prefetch, (micro_batch_size, *model_input.size)).next
+    make = train_maker(reader, order, TrainTransform(augment, model_input), augment, seed, memory, ahead)
     return Batches(make, requests, workers, prefetch, device, patience)
 
 
@@ -447,8 +451,10 @@ def eval_batches(reader: Reader, model_input: InputSpec, *, batch_size: int, ran
 
     ahead = prefetcher_of(reader, order, last_step=batches, global_batch_size=batch_size * world_size,
                           rank=rank, world_size=world_size)
-    make = partial(_eval_batch, reader, ahead, EvalTransform(model_input), model_input.size)
-    return Batches(make, requests, processes_for(workers), 2, device, patience)
+    workers = processes_for(workers)
+    memory = ring.Ring(workers, _EVAL_PREFETCH, (batch_size, *model_input.size)).next
+    make = partial(_eval_batch, reader, ahead, EvalTransform(model_input), memory)
+    return Batches(make, requests, workers, _EVAL_PREFETCH, device, patience)
 
 
 class _Requested:

@@ -35,13 +35,8 @@ class Worker:
     """This loader process, `number` of its loader; it writes on that loader's board()."""
 
     def __init__(self, number: int, reading: Any) -> None:
-        self._number, self._reading = number, reading
+        self.number, self._reading = number, reading
         self._pool = ThreadPoolExecutor(_READERS)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it is number 0 of its loader."""
-        return self._number == 0
 
     def read(self, reader: Reader, samples: Sequence[int]) -> Iterator[Callable[[], bytes]]:
         """Read all samples at once; for each in turn a function that waits for its bytes and raises what reading did.
@@ -66,7 +61,7 @@ class Worker:
     def _tell(self, reader: Reader, sample: int) -> None:
         # The text, not the number: to look it up, the trainer would read the index, on a disk that may hang.
         where = f"{reader.where(sample)} of {reader.name}".encode(errors="replace")
-        self._reading[self._number].value = where[:_WHERE_BYTES - 1]
+        self._reading[self.number].value = where[:_WHERE_BYTES - 1]
 
 
 def _read_group(reader: Reader, group: Sequence[int], later: Sequence[Sequence[int]]) -> list[bytes | VirError]:
