@@ -200,3 +200,24 @@ jpeg._by_nvimgcodec(read("b.jpg"), jpeg.Box(3, 5, 7, 11))
 assert jpeg._by_nvimgcodec(read("a.jpg")[:500], jpeg.Box(3, 5, 7, 11)) is None
 """], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_an_nvimgcodec_that_does_not_import_is_named(tmp_path):
+    package = tmp_path / "nvidia" / "nvimgcodec"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text("raise ImportError('libfoo.so.1: cannot open shared object file')")
+    (tmp_path / "a.jpg").write_bytes(GOOD["4:2:0"])
+    run = subprocess.run([sys.executable, "-c", """
+import sys
+sys.path.insert(0, sys.argv[1])
+from vir.data import jpeg
+from vir.errors import SettingsError
+try:
+    jpeg.decode(open(sys.argv[1] + "/a.jpg", "rb").read(), jpeg.Box(0, 0, 8, 8))
+except SettingsError as error:
+    print(error)
+""", str(tmp_path)], capture_output=True, text=True, timeout=120, env={**os.environ, VARIABLE: "nvimgcodec"})
+    assert (run.stdout, run.stderr) == (
+        "nvidia.nvimgcodec is installed and cannot be imported: libfoo.so.1: cannot open shared object file; install it "
+        "anew by pip install --force-reinstall 'vir-at-scale[fast]', or set VIR_DECODER=simplejpeg\n", "")

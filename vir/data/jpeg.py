@@ -153,6 +153,10 @@ def _import_nvimgcodec() -> ModuleType:
         os.environ[_ITS_CODECS] = one
         try:
             return importlib.import_module(_NVIMGCODEC)
+        except (ImportError, OSError) as error:
+            raise SettingsError(f"{_NVIMGCODEC} is installed and cannot be imported: {error}; install it anew by pip "
+                                f"install --force-reinstall 'vir-at-scale[fast]', or set {VARIABLE}={DECODERS[-2]}"
+                                ) from error
         finally:
             del os.environ[_ITS_CODECS]
             if before is not None:
