@@ -350,6 +350,12 @@ def test_what_is_no_weights_file_is_told(refusal, tmp_path):
     assert "is not a safetensors file" in refusal(3, "--weights", tmp_path / "w.safetensors")
 
 
+def test_a_decoder_that_is_none_is_refused_before_the_weights_are_looked_at(refusal, monkeypatch, tmp_path):
+    monkeypatch.setenv("VIR_DECODER", "libjpeg")
+    said = refusal(2, "--weights", tmp_path / "none.safetensors")
+    assert said == "vir-evaluate: VIR_DECODER must be one of pillow, simplejpeg, nvimgcodec, got 'libjpeg'\n"
+
+
 def test_the_second_of_several_files_is_looked_at_before_the_first_is_evaluated(refusal, given, tmp_path):
     stranger = write_weights(tmp_path / "s.safetensors", classes=tuple("abcdefghij"))
     said = refusal(2, "--weights", given[1], stranger)

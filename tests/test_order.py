@@ -5,8 +5,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 import vir.data.order as order_module
+from vir.data.loader import Batches, Patience
 from vir.data.order import SampleOrder, epoch_order, settle
 
 CASES = [  # shard sizes, lanes, window
@@ -126,7 +128,7 @@ def test_resuming_at_any_position_continues_the_uninterrupted_sequence(first):
 
 
 def test_the_next_epoch_is_made_beside_the_second_half_of_this_one(monkeypatch):
-    made = []
+    made, end = [], 52
 
     def making(seed, epoch, **rule):
         made.append((epoch, threading.current_thread() is threading.main_thread()))
@@ -134,13 +136,13 @@ def test_the_next_epoch_is_made_beside_the_second_half_of_this_one(monkeypatch):
 
     monkeypatch.setattr(order_module, "epoch_order", making)
     order, expected = SampleOrder(5, [6, 7], 3, 4), SampleOrder(5, [6, 7], 3, 4)
-    for position in range(40):
+    for position in range(end):
         assert order.samples(np.array([position])) == epoch_order(5, position // 13, [6, 7], 3, 4)[position % 13]
-        order.prepare(position + 1)
+        order.prepare(position + 1, end)
         settle()
-        assert made[-1][0] == (position + 1 + 6) // 13
+        assert made[-1][0] == min((position + 1 + 6) // 13, 3)
     assert made == [(0, True), (1, False), (2, False), (3, False)]
-    assert expected.samples(np.arange(40)).tolist() == order.samples(np.arange(40)).tolist()
+    assert expected.samples(np.arange(end)).tolist() == order.samples(np.arange(end)).tolist()
 
 
 def test_what_fails_while_an_order_is_made_is_told_where_it_is_needed(monkeypatch):
@@ -151,7 +153,7 @@ def test_what_fails_while_an_order_is_made_is_told_where_it_is_needed(monkeypatc
         raise MemoryError("no room for an order")
 
     monkeypatch.setattr(order, "_make", failing)
-    order.prepare(12)
+    order.prepare(12, 26)
     settle()
     assert len(order.samples(np.arange(13))) == 13
     with pytest.raises(MemoryError, match="no room for an order"):
@@ -163,6 +165,11 @@ def test_a_fork_waits_for_the_order_that_is_being_made(monkeypatch):
     order = SampleOrder(5, [6, 7], 3, 4)
     make = order._make
     monkeypatch.setattr(order, "_make", lambda epoch: (time.sleep(0.2), make(epoch))[1])
-    order.prepare(7)
-    settle()
-    assert not [thread for thread in threading.enumerate() if thread in order_module._making]
+    order.prepare(7, 26)
+    until = time.monotonic() + 60
+    patience = Patience(seconds=60, tell=lambda what: None, give_up=lambda: time.monotonic() > until)
+    positions = np.arange(13, 26)
+    batches = Batches(lambda positions, samples: order.samples(positions), lambda: iter([(positions, positions)]), 1, 1,
+                      torch.device("cpu"), patience)
+    assert next(batches).tolist() == epoch_order(5, 1, [6, 7], 3, 4).tolist()
+    batches.close()

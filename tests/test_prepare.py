@@ -94,3 +94,9 @@ def test_a_stop_ends_the_making_of_an_index(config, server, tmp_path):
 def test_a_size_that_is_none_is_refused(config, shards, size):
     with pytest.raises(SettingsError, match=f"--data.cache_bytes is {size!r}; give a number of bytes above 0"):
         prepare(config(shards, cache_bytes=size))
+
+
+def test_a_decoder_that_is_none_is_refused(config, shards, monkeypatch):
+    monkeypatch.setenv("VIR_DECODER", "libjpeg")
+    with pytest.raises(SettingsError, match="VIR_DECODER must be one of pillow, simplejpeg, nvimgcodec, got 'libjpeg'"):
+        prepare(config(shards))

@@ -1,4 +1,4 @@
-"""The memory in which loader processes hand images over: in turns, whole until the next batch is asked for, no files."""
+"""The memory in which loader processes hand images over: in turns, whole until the next one is asked for, no files."""
 
 import pickle
 import resource

@@ -114,12 +114,14 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     from accelerate import PartialState
 
     from vir import arithmetic, distributed
+    from vir.data import jpeg
     from vir.data.opening import check_agreement
     from vir.distributed import World
     from vir.evaluation.run import How, check_weights, evaluate
     from vir.weights.portable import files_of
 
     distributed.check_driver()
+    jpeg.decoder()  # as the environment asks for it
     kept, is_first = _places(args), launcher.local_rank() == 0
     reader = _open(args.data, kept, first=True) if is_first else None
     arithmetic.set_up()

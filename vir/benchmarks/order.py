@@ -40,7 +40,7 @@ def _seen(shard_sizes: Sequence[int], seconds: float) -> tuple[float, float]:
     computes did not get on while it was."""
     order, num_samples = SampleOrder(0, shard_sizes, LANES, WINDOW), sum(shard_sizes)
     order.samples(order.global_batch(num_samples - 1, 1))
-    order.prepare(num_samples - 1)
+    order.prepare(num_samples - 1, 2 * num_samples)
     longest, began = 0.0, time.perf_counter()
     last = began
     while last < began + 1.5 * seconds:

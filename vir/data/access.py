@@ -74,9 +74,11 @@ class LocalShards:
         return pread(descriptor.number, size, offset)
 
     def read_at_hand(self, shard: int, offset: int, size: int) -> bytes | None:
+        if not _NO_WAIT:
+            return None
         try:
             descriptor, found = self._descriptor(shard), bytearray(size)
-            count = os.preadv(descriptor.number, [found], offset, _NO_WAIT) if _NO_WAIT else 0
+            count = os.preadv(descriptor.number, [found], offset, _NO_WAIT)
         except OSError:  # EAGAIN: it would have to be waited for; EOPNOTSUPP: this file system cannot tell
             return None
         return bytes(found) if count == size else None

@@ -107,21 +107,23 @@ class EncodedImage:
     Made by open_image, which see.
     """
 
-    def __init__(self, data: bytes, width: int, height: int, is_for_pillow: bool) -> None:
-        self.width, self.height = width, height
-        self._data, self._is_for_pillow = data, is_for_pillow
+    def __init__(self, data: bytes, image: ImageFile) -> None:
+        self.width, self.height = image.size
+        self._data, self._image = data, image
 
     def pixels(self, box: Box | None = None) -> np.ndarray:
-        """Those that decode_image gives, [h, w, 3] uint8, of the box or of the whole image.
+        """Those that decode_image gives, [h, w, 3] uint8, of the box or of the whole image. To be asked for once.
 
         Raises:
             BadSampleError: as decode_image, also where only pixels outside the box are missing.
         """
         box = box or Box(0, 0, self.height, self.width)
-        if not self._is_for_pillow and (found := jpeg.decode(self._data, box)) is not None:
-            return found
-        with decode_image(self._data) as image:
-            return np.array(image.crop((box.left, box.top, box.left + box.width, box.top + box.height)))
+        if self._image.format == "JPEG" and self._image.mode != "CMYK":
+            found = jpeg.decode(self._data, self._image.size, box)
+            if found is not None:
+                return found
+        whole = _decoded(self._image)
+        return np.array(whole.crop((box.left, box.top, box.left + box.width, box.top + box.height)))
 
 
 def open_image(data: bytes) -> EncodedImage:
@@ -130,12 +132,7 @@ def open_image(data: bytes) -> EncodedImage:
     Raises:
         BadSampleError: the header is broken, or says more than MAX_PIXELS.
     """
-    kind = _kind(data, FORMATS)
-    if kind.extension == "jpg" and (size := jpeg.size_of(data)):
-        _check_size(*size)
-        return EncodedImage(data, *size, is_for_pillow=False)
-    with _open(data, kind) as image:
-        return EncodedImage(data, *image.size, is_for_pillow=True)
+    return EncodedImage(data, _open(data, _kind(data, FORMATS)))
 
 
 def decode_image(data: bytes, formats: tuple[ImageFormat, ...] = FORMATS) -> Image.Image:
@@ -149,7 +146,12 @@ def decode_image(data: bytes, formats: tuple[ImageFormat, ...] = FORMATS) -> Ima
     Raises:
         BadSampleError: the bytes are not a complete image of one of `formats`, or it has more than MAX_PIXELS.
     """
-    with _open(data, _kind(data, formats)) as image:
+    return _decoded(_open(data, _kind(data, formats)))
+
+
+def _decoded(opened: ImageFile) -> Image.Image:
+    """All its pixels as RGB. It is closed."""
+    with opened as image:
         try:
             image.load()
             return _to_rgb(image)
@@ -176,14 +178,11 @@ def _open(data: bytes, kind: ImageFormat) -> ImageFile:
         raise
     except Exception as error:
         raise BadSampleError(f"the image header is broken: {error}") from error
-    _check_size(*image.size)
-    return image
-
-
-def _check_size(width: int, height: int) -> None:
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadSampleError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}; it could be a "
                              "decompression bomb")
+    return image
 
 
 def _ends_well(extension: str, data: bytes) -> bool:

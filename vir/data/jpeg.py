@@ -32,7 +32,6 @@ _ITS_CODECS = "NVIMGCODEC_EXTENSIONS_PATH"
 _OTHER_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 """Of those that do not belong into a scan."""
 _SOS, _SEQUENTIAL, _TABLES = 0xDA, (0xC0, 0xC1), 0xC4
-_OF_LIGHT = ("Gray", "YCbCr", "RGB")
 
 
 class Box(NamedTuple):
@@ -65,25 +64,18 @@ def decoder() -> str:
     return asked
 
 
-def size_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height, of a file that decode() can be asked for."""
-    if decoder() == "pillow":
-        return None
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    return (width, height) if colours in _OF_LIGHT else None
-
-
-def decode(data: bytes, box: Box) -> np.ndarray | None:
+def decode(data: bytes, size: tuple[int, int], box: Box) -> np.ndarray | None:
     """RGB pixels [h, w, 3] uint8, those of Pillow; None: Pillow is to be asked.
 
     Args:
-        data: a file that size_of() knows the size of.
+        data: a file whose header Pillow has read, and not of ink.
+        size: width and height, as Pillow has read them.
         box: within the image.
     """
-    if decoder() == "nvimgcodec" and is_one_whole_scan(data):
+    by = decoder()
+    if by == "pillow":
+        return None
+    if by == "nvimgcodec" and is_one_whole_scan(data):
         pixels = _by_nvimgcodec(data, box)
         if pixels is not None:
             return pixels
@@ -91,21 +83,29 @@ def decode(data: bytes, box: Box) -> np.ndarray | None:
         whole = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
+    if whole.shape[1::-1] != size:
+        return None
     return whole[box.top:box.top + box.height, box.left:box.left + box.width]
 
 
 def is_one_whole_scan(data: bytes) -> bool:
     """Whether it is sequential and Huffman coded, with all components in one scan that nothing but the end follows."""
-    at = 2
+    at, components = 2, 0
     try:
         while True:
             mark, kind = data[at:at + 2]
-            if mark != 0xFF or (0xC0 <= kind <= 0xCF and kind not in (*_SEQUENTIAL, _TABLES)):
+            if mark != 0xFF or kind == 0xFF or (0xC0 <= kind <= 0xCF and kind not in (*_SEQUENTIAL, _TABLES)):
+                return False
+            if kind in _SEQUENTIAL:
+                if components:
+                    return False
+                components = data[at + 9]
+            if kind == _SOS and data[at + 4] != components:
                 return False
             at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
             if kind == _SOS:
                 break
-    except ValueError:  # the data end
+    except (ValueError, IndexError):  # the data end
         return False
     found = _OTHER_MARKER.search(data, at)
     return found is not None and found.start() == len(data) - 2 and data.endswith(b"\xff\xd9")
@@ -146,7 +146,7 @@ def _import_nvimgcodec() -> ModuleType:
     spec = importlib.util.find_spec(_NVIMGCODEC)
     assert spec is not None and spec.origin is not None
     folder, before = Path(spec.origin).parent / "extensions", os.environ.get(_ITS_CODECS)
-    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # what does not decode is told by us
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # libjpeg-turbo itself still warns of damaged pixels
     with tempfile.TemporaryDirectory() as one:
         for library in folder.glob("libjpeg_turbo_ext.so*"):
             Path(one, library.name).symlink_to(library)

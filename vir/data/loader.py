@@ -130,8 +130,7 @@ class _Requests(Dataset["Batch | VirError"]):
 
 
 def _pixels(data: bytes, transform: Transform, laps: Laps) -> Tensor:
-    """The sample [C, H, W] uint8 that an image file becomes, just read. Raises BadSampleError."""
-    laps.end_of("read")
+    """The sample [C, H, W] uint8 that an image file becomes. Raises BadSampleError."""
     laps.spent.bytes += len(data)
     image = open_image(data)
     laps.end_of("decode")
@@ -155,7 +154,9 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
     for place, (position, sample, read) in enumerate(zip(positions.tolist(), samples.tolist(), reads)):
 
         def use(data: bytes, position: int = position) -> Tensor:
+            laps.end_of("read")
             transforms.seed_draws(seed, position)
+            laps.end_of("augment")
             return _pixels(data, transform, laps)
 
         found, label, passed_over = first_good(reader, sample, read, use, exclusion)
@@ -189,7 +190,9 @@ def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, 
     for place, (sample, read) in enumerate(zip(samples.tolist(), worker.here().read(reader, samples.tolist()))):
         # No substitute here: an accuracy that silently counts another image would be false.
         try:
-            images[place] = _pixels(read(), transform, laps)
+            data = read()
+            laps.end_of("read")
+            images[place] = _pixels(data, transform, laps)
         except BadSampleError as error:
             raise DataError(f"validation image {reader.where(sample)} of {reader.name}: {error}; restore it from a "
                             "good copy, or convert the split again") from error
@@ -419,7 +422,7 @@ def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
     def requests() -> Iterator[Request]:
         for step in range(first_step, last_step):
             yield from requests_of(order, step, global_batch_size, micro_batch_size, rank, world_size)
-            order.prepare((step + 1) * global_batch_size)
+            order.prepare((step + 1) * global_batch_size, last_step * global_batch_size)
 
     ahead = prefetcher_of(reader, order, last_step=last_step, global_batch_size=global_batch_size, rank=rank,
                           world_size=world_size)

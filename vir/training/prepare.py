@@ -16,6 +16,7 @@ from vir.addresses import shown
 from vir.checkpoints.info import DESCRIPTION, read_info
 from vir.checkpoints.names import BEST, LATEST, candidates
 from vir.config import DataConfig, RunConfig, differences, folder_of, plan_accumulation, to_dict
+from vir.data import jpeg
 from vir.data.exclusion import Exclusion, read_exclusion
 from vir.data.opening import Places, open_reader, places
 from vir.data.reader import Reader
@@ -75,6 +76,7 @@ def prepare(config: RunConfig, is_stopping: Callable[[], bool] = lambda: False) 
     check_schedule(total_steps(config.train, len(train)), len(train) / config.train.global_batch_size, config.schedule)
     _check_model(config)
     check_augmentation(config.augment)
+    jpeg.decoder()  # as the environment asks for it
     optimizer.check_name(config.optim.name, ds_config.zero_stage(deepspeed_json))
     if config.train.wandb and importlib.util.find_spec("wandb") is None:
         raise SettingsError(f"--train.wandb {config.train.wandb}: wandb is not installed; pip install wandb, or leave "
