@@ -1,8 +1,11 @@
 """Which part of loading bounds a run: tables of figures, and bottlenecks that are planted and measured."""
 
+import itertools
 import json
 import logging
 import os
+import re
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +18,12 @@ from PIL import Image
 
 from support.forked import forked
 from support.launchers import ROOT, TINY
-from vir import launcher
+from vir import distributed, launcher
 from vir.benchmarks import diagnosis as measured
 from vir.benchmarks.feeds import slow_reads
 from vir.benchmarks.file_server import serving
 from vir.config import RunConfig
-from vir.data import transforms
+from vir.data import transforms, worker
 from vir.data.diagnosis import Bound, Figures, diagnose
 from vir.data.opening import Places, open_reader
 from vir.data.order import SampleOrder
@@ -28,6 +31,7 @@ from vir.data.reader import ShardReader
 from vir.data.stages import Spent
 from vir.distributed import World
 from vir.engine.engine import Update
+from vir.errors import DataError
 from vir.flags import parse
 from vir.training.meter import _TELLS_EVERY, Meter, StepRecord
 from vir.training.prepare import prepare
@@ -56,6 +60,9 @@ BASE = Figures(spent=spent(), workers=7, cores=8, share=8, rate=1700.0, trainer=
     ({"spent": spent(read=9), "is_remote": True}, Bound.READ, "--data.cache FOLDER"),
     ({"spent": spent(read=9), "storage": 170e6}, Bound.READ, "gives 170 MB/s of 300 needed"),
     ({"spent": spent(read=9), "workers": 2, "rate": 160.0}, Bound.READ, "--data.workers 7"),
+    ({"spent": spent(read=9, cpu=12.0), "rate": 570.0}, Bound.READ, "8.9 ms of 12.1 ms an image, in 7 loader processes "
+     "on 8 cores, to copy and check bytes that are at hand; more cores for each rank"),
+    ({"spent": spent(read=9, cpu=12.0), "rate": 160.0, "workers": 2}, Bound.WORKERS, ""),
     ({"spent": spent(read=9), "side": 2000.0}, Bound.READ, "vir-convert --resize-short 512"),
     ({"workers": 2, "rate": 480.0}, Bound.WORKERS, "2 loader processes of 4.1 ms an image for 8 cores, "
      "of which 5.6 are idle"),
@@ -66,6 +73,8 @@ BASE = Figures(spent=spent(), workers=7, cores=8, share=8, rate=1700.0, trainer=
     ({"workers": 1, "cores": 2, "share": 16}, Bound.CORES, "give it 14: srun --cpus-per-task 14"),
     ({"workers": 1, "cores": 1, "share": 2, "needed": None}, Bound.CORES, "1 loader process of 3 ms of CPU time an "
      "image share 1 core with the trainer, of 2 that the machine has for it; give it 2"),
+    ({"workers": 3, "cores": 4, "share": 12, "ranks": 8}, Bound.CORES, "give the 8 ranks of the machine 96: srun "
+     "--cpus-per-task 96, docker run --cpus 96"),
     ({"workers": 12}, Bound.CORES, "--data.workers 7"),
     ({}, Bound.DECODE, "2 ms of 4.1 ms an image, in 7 loader processes on 8 cores; more cores for each rank"),
     ({"decodes_fast": False}, Bound.DECODE, "pip install 'vir-at-scale[fast]'"),
@@ -183,12 +192,39 @@ def test_requests_to_a_server(shards, tmp_path):
         places = Places(index_dir=tmp_path / "indexes", timeout=60)
         reader = open_reader(f"{url}/0", places, first=True)
         order = SampleOrder(0, reader.shard_sizes, 4, 100)
-        read = measured._read(reader, order, 0, BATCH, 1, 0.3)
+        read = measured._read(reader, measured._requests(order, 0, BATCH, BATCH, ALONE), 1, 0.3)
     assert read.requests > 0 and read.requested >= read.total > 0
     assert f"{read.requests:,} requests of" in read.from_server() and "cache" not in read.from_server()
 
 
-def test_the_tool_under_a_launcher(shards, tmp_path):
+def test_ranks_read_what_they_would_in_the_run(shards):
+    reader = ShardReader(shards / "train")
+    order = SampleOrder(0, reader.shard_sizes, 4, 100)
+    found = []
+    for rank in range(2):
+        requests = measured._requests(order, 3, 4 * BATCH, BATCH, World(rank, 2, ALONE.device))
+        found += [samples for _, samples in itertools.islice(requests, 4)]
+    assert {len(samples) for samples in found} == {BATCH}
+    assert len(set(np.concatenate(found))) == 2 * 4 * BATCH  # none twice
+    assert set(np.concatenate(found)) == set(order.samples(np.arange(3 * 4 * BATCH, 5 * 4 * BATCH)))
+
+
+def test_what_is_excluded_is_not_read(shards, tmp_path, monkeypatch):
+    read = worker.Worker.read
+
+    def fails(process, reader, samples):
+        if 3 in samples:
+            raise DataError("a block of the disk")
+        return read(process, reader, samples)
+
+    monkeypatch.setattr(worker.Worker, "read", fails)
+    (tmp_path / "excluded").write_text(ShardReader(shards / "train").key(3) + "\n")
+    _, read_alone, _ = measure(shards / "train", "--data.exclude", str(tmp_path / "excluded"), seconds=0.2,
+                               output=tmp_path / "run")
+    assert read_alone.total > 0
+
+
+def test_the_tool_under_a_launcher(shards, tmp_path, monkeypatch):
     (tmp_path / "left").mkdir()
     flags = [*TINY, *PLAIN, "--data.train", shards / "train", "--output", tmp_path / "left", "--deepspeed_config",
              "zero0_fp32", "--train.global_batch_size", "48", "--train.micro_batch_size", "12"]
@@ -199,13 +235,16 @@ def test_the_tool_under_a_launcher(shards, tmp_path):
         assert done.stdout.count(said) == 1
     found = json.loads((tmp_path / "found.json").read_text())
     figures = found["figures"]
-    assert figures["needed"] > 0 and figures["cores"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert figures["needed"] > 0 and figures["cores"] == launcher.cores() and figures["ranks"] == 2
     assert (found["bound"] == "model") == (figures["rate"] >= 0.95 * figures["needed"])
     assert not list((tmp_path / "left").iterdir())
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--seconds", "0"], "--seconds must be more than 0"), (["--no.such", "1"], "--no.such")])
+    (["--seconds", "0"], "--seconds must be more than 0"), (["--seconds", "nan"], "finite, got nan"),
+    (["--seconds", "inf"], "finite, got inf"), (["--no.such", "1"], "--no.such"),
+    (["--json", "gone/x.json"], "--json gone/x.json cannot be written: No such file or directory; give")])
 def test_flags_that_are_refused(flags, says):
     done = forked(ROOT / "tools" / "benchmark_loader.py", "--diagnose", *flags, ranks=1)
     assert done.returncode == 2 and says in done.stdout
@@ -214,22 +253,57 @@ def test_flags_that_are_refused(flags, says):
 # ---- in the log of a run
 
 
-def test_a_run_says_why_it_waits_but_not_all_the_time(caplog):
+def metered(world):
+    """A meter of steps that end where one takes up a record."""
     plan = SimpleNamespace(total_steps=1000, samples=lambda steps: BATCH * steps, forward_flops=None, peak_flops=None,
                            learning_rate=lambda step: 0.1)
     config = parse(["--data.train", "unused", "--train.log_every", "1", "--data.workers", "1"])
     assert isinstance(config, RunConfig)
-    meter = Meter(config, plan, None, ALONE, None, SimpleNamespace(round_trip=0.0), 0)
-    lines = []
+    return Meter(config, plan, None, world, None, SimpleNamespace(round_trip=0.0), 0)
+
+
+def step(meter, done, waits, **times):
+    """One of 10 ms or more, in which the rank waits this share of the time."""
+    time.sleep(0.01)
+    waited = waits * (time.monotonic() - meter._interval.began)
+    meter.stepped(done, StepRecord(Update.APPLIED, [torch.ones(())], [], [], waited, spent(**times)))
+
+
+def test_a_run_says_why_it_waits_but_not_all_the_time(caplog):
+    meter, lines = metered(ALONE), []
     with caplog.at_level(logging.INFO, logger="vir"):
         for done in range(1, 2 * _TELLS_EVERY + 3):
-            time.sleep(0.002)
-            share = 0.0 if done == 2 else 0.5
-            waited = share * (time.monotonic() - meter._interval.began)
-            meter.stepped(done, StepRecord(Update.APPLIED, [torch.ones(())], [], [], waited, spent(read=50.0)))
+            step(meter, done, 0.0 if done == 2 else 0.5, read=50.0)
             lines.append([record.getMessage() for record in caplog.records if "data wait" in record.getMessage()
-                          and "by reading" in record.getMessage()])
+                          and ", by reading" in record.getMessage()])
             caplog.clear()
     told = [number for number, found in enumerate(lines, start=1) if found]
     assert told == [3, 3 + _TELLS_EVERY]  # not of the first interval, nor where nothing was waited for
     assert "loader processes wait 50 ms of 53.1 ms an image for bytes" in lines[2][0]
+
+
+def steps_of_which_only_the_last_rank_waits():
+    """In processes of their own: steps whose rank 1 has a slow disk, for which rank 0 waits in the collective."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    world = distributed.start()
+    meter = metered(world)
+    for done in (1, 2):
+        step(meter, done, 0.5 * world.rank, read=50.0 * world.rank)
+
+
+def test_a_wait_of_another_rank_is_told_with_its_figures():
+    done = forked("-c", "import test_diagnosis; test_diagnosis.steps_of_which_only_the_last_rank_waits()")
+    assert done.returncode == 0, done.stdout
+    (said,) = re.findall(r"data wait (\d+) %, most of all on rank 1, by reading: loader processes wait 50 ms",
+                         done.stdout)
+    assert 15 <= int(said) <= 25  # the mean
+
+
+def test_what_evaluation_computes_is_none_of_the_steps():
+    meter = metered(ALONE)
+    with meter.pause():
+        until = time.process_time() + 0.2
+        while time.process_time() < until:
+            pass
+    time.sleep(0.05)
+    assert meter._of_loading().trainer < 0.5  # else at least 4

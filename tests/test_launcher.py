@@ -117,6 +117,13 @@ def test_the_cores_of_a_rank(environment, monkeypatch, said, cores):
     assert processes_for(None) == min(16, max(1, cores - 1)) and processes_for(3) == 3
 
 
+@pytest.mark.parametrize("said, ranks", [({}, 1), ({"LOCAL_WORLD_SIZE": "8"}, 8), (
+    {"LOCAL_WORLD_SIZE": "8", "VIR_RUN_ID": "slurm-7.0"}, 1)])
+def test_the_ranks_that_share_what_a_container_or_srun_gives(environment, said, ranks):
+    environment(**said)
+    assert launcher.sharing() == ranks
+
+
 @pytest.mark.parametrize("lines, files, limit", [
     ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": "400000 100000"}, 1.5),
     ("0::/host/docker-1", {"cpu.max": "250000 100000"}, 2.5),  # a container sees its own group at the root

@@ -128,11 +128,16 @@ def cores() -> int:
     allowed = _cores_of_node()
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if given.isdigit() and int(given):
-        allowed = min(allowed, int(given))
-        # This process is the task; under a launcher that srun has started it shares them.
-        if os.environ.get(RUN_ID, "").startswith(_BY_SRUN):
-            return allowed
+        return max(1, min(allowed, int(given)) // sharing())
     return max(1, allowed // local_size())
+
+
+def sharing() -> int:
+    """How many processes of the run share what srun gives a task, or a container or pod has: all of this machine.
+
+    1 where each is a task of srun; under a launcher that srun has started they share that of the launcher.
+    """
+    return 1 if os.environ.get(RUN_ID, "").startswith(_BY_SRUN) else local_size()
 
 
 def share_of_machine() -> int:

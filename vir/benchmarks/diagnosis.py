@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -19,14 +20,14 @@ import torch
 
 from vir import arithmetic, distributed, launcher
 from vir.benchmarks.stopwatch import machine
-from vir.benchmarks.tables import markdown
+from vir.benchmarks.tables import check_json, markdown
 from vir.config import RunConfig
 from vir.data import worker
 from vir.data.decode import BadSampleError, open_image
 from vir.data.device import Preparation
 from vir.data.diagnosis import STAGES, Diagnosis, Figures, diagnose
 from vir.data.jpeg import decodes_fast
-from vir.data.loader import Batch, Batches, Request, processes_for, train_batches
+from vir.data.loader import Batch, Batches, Request, processes_for, requests_of, train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import Reader, ShardReader
 from vir.data.remote_shards import CachedShards, RemoteShards
@@ -63,8 +64,8 @@ class Settings:
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0:
-            raise SettingsError(f"--seconds must be more than 0, got {self.seconds:g}")
+        if not 0 < self.seconds < math.inf:
+            raise SettingsError(f"--seconds must be more than 0 and finite, got {self.seconds:g}")
 
 
 class Loaded(NamedTuple):
@@ -77,7 +78,8 @@ class Loaded(NamedTuple):
     """CPU seconds per second of this process."""
     hand_over: float
     """Seconds per image; the least, for on busy cores it waits for one."""
-    next_position: int
+    next_step: int
+    """Of which nothing has been read."""
     batch: Batch
 
 
@@ -109,7 +111,8 @@ def run(argv: Sequence[str], settings: Settings, command: str) -> str:
         VirError: as vir-train.
     """
     launcher.enter_folder()
-    launcher.adopt()
+    if launcher.adopt().rank == 0:
+        check_json(settings.json)
     config = parse([word for word in argv if not word.startswith("--local_rank=")])
     if launcher.wants_cpu(config.device):
         launcher.hide_gpus()
@@ -136,12 +139,13 @@ def measure(prepared: Prepared, world: World, settings: Settings) -> tuple[Figur
     torch.manual_seed(config.train.seed)
     network, spec = build(config.model, reader.classes)
     plan = make_plan(config, reader, spec, world, ds_config.precision(prepared.ds_config))
-    order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order)
+    order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order, prepared.exclusion)
     workers = processes_for(config.data.workers)
     distributed.barrier()
     loaded = _load(config, reader, order, spec, plan, world, workers, settings.seconds)
     distributed.barrier()
-    read = _read(reader, order, loaded.next_position, plan.global_batch_size, workers, settings.seconds)
+    requests = _requests(order, loaded.next_step, plan.global_batch_size, config.train.micro_batch_size, world)
+    read = _read(reader, requests, workers, settings.seconds)
     distributed.barrier()
     needed = None
     if not settings.loader_only:
@@ -152,8 +156,9 @@ def measure(prepared: Prepared, world: World, settings: Settings) -> tuple[Figur
     access = reader.access if isinstance(reader, ShardReader) else None
     return Figures(
         spent=loaded.spent, workers=workers, cores=launcher.cores(), share=launcher.share_of_machine(),
-        rate=loaded.rate, trainer=loaded.trainer, needed=needed, hand_over=loaded.hand_over,
-        copy=_copy(loaded.batch, world.device), storage=read.rate, side=_side(reader, order),
+        ranks=launcher.sharing(), rate=loaded.rate, trainer=loaded.trainer, needed=needed,
+        hand_over=loaded.hand_over, copy=_copy(loaded.batch, world.device), storage=read.rate,
+        side=_side(reader, order),
         is_remote=isinstance(access, RemoteShards), decodes_fast=decodes_fast(), policy=config.augment.auto_augment,
         micro_batch_size=config.train.micro_batch_size), read
 
@@ -194,24 +199,27 @@ def _load(config: RunConfig, reader: Reader, order: SampleOrder, spec: ModelSpec
                 hand_overs.append(time.perf_counter() - asked)
     finally:
         batches.close()
-    steps = -(-taken // plan.accumulation)
+    # What the processes have read ahead is in the system's memory: no more than this.
+    taken += workers * (config.data.prefetch + 2) + plan.accumulation
     return Loaded(spent, spent.images / passed, cpu / passed, min(hand_overs) / len(batch.images),
-                  steps * plan.global_batch_size, batch)
+                  -(-taken // plan.accumulation), batch)
 
 
-def _read(reader: Reader, order: SampleOrder, first: int, at_once: int, workers: int, seconds: float) -> Read:
-    """Read what comes next in the order, without decoding."""
+def _requests(order: SampleOrder, first_step: int, global_batch_size: int, micro_batch_size: int, world: World
+              ) -> Iterator[Request]:
+    """This rank's micro-batches from a step on, without end."""
+    for step in itertools.count(first_step):
+        yield from requests_of(order, step, global_batch_size, micro_batch_size, world.rank, world.size)
 
-    def requests() -> Iterator[Request]:
-        for begin in itertools.count(first, at_once):
-            positions = order.global_batch(begin, at_once)
-            yield positions, order.samples(positions)
+
+def _read(reader: Reader, requests: Iterator[Request], workers: int, seconds: float) -> Read:
+    """Read what is requested, without decoding."""
 
     def make(positions: np.ndarray, samples: np.ndarray) -> Any:
         total = sum(len(bytes_of()) for bytes_of in worker.here().read(reader, samples.tolist()))
         return os.getpid(), total, _requests_so_far(reader)
 
-    batches: Any = Batches(make, requests, workers, _PREFETCH, torch.device("cpu"), None)
+    batches: Any = Batches(make, lambda: requests, workers, _PREFETCH, torch.device("cpu"), None)
     total, of_process = 0, {}
     try:
         for _ in range(workers):

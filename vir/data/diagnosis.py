@@ -20,6 +20,7 @@ _TRAINER = 0.8
 """The share of the time above which taking or copying batches leaves none for anything else."""
 _LARGE = 512
 """Pixels of the shorter side that training at 224 has use for."""
+_MORE = "more cores for each rank, or fewer ranks on the machine"
 
 
 class Bound(Enum):
@@ -47,6 +48,8 @@ class Figures:
     """That this process may use, with its loader processes."""
     share: int
     """That it would have, were it not for an affinity, a container's limit or srun."""
+    ranks: int = 1
+    """For how many, this one among them, such a limit is."""
     rate: float
     """Images/s while `spent` was spent."""
     trainer: float = 0.0
@@ -72,6 +75,11 @@ class Figures:
     def each(self, stage: str) -> float:
         """Seconds of an image in a stage, or another field of Spent."""
         return float(getattr(self.spent, stage)) / max(1, self.spent.images)
+
+    @property
+    def waits(self) -> float:
+        """Seconds of an image in which a loader process waits for bytes: reads them, and has no CPU time."""
+        return max(0.0, min(self.each("read"), self.each("total") - self.each("cpu")))
 
     @property
     def busy(self) -> float:
@@ -120,7 +128,7 @@ def diagnose(figures: Figures) -> Diagnosis:
     if f.hand_over * f.rate >= _TRAINER and f.trainer >= _WAITS:  # else it waited for a core
         return Diagnosis(Bound.HAND_OVER, f"{_ms(f.hand_over)} an image in the trainer's process, {f.rate:,.0f} "
                                           "images/s", f"--train.micro_batch_size {2 * f.micro_batch_size}")
-    if f.each("read") >= _WAITS * total:
+    if f.waits >= _WAITS * total:
         return _of_reading(f, total)
     if f.workers < f.room and f.busy < _BUSY * f.cores:
         idle = max(0.0, f.cores - f.busy)
@@ -132,7 +140,7 @@ def diagnose(figures: Figures) -> Diagnosis:
 
 
 def _of_reading(f: Figures, total: float) -> Diagnosis:
-    why = f"loader processes wait {_ms(f.each('read'))} of {_ms(total)} an image for bytes"
+    why = f"loader processes wait {_ms(f.waits)} of {_ms(total)} an image for bytes"
     if f.storage is not None:
         need = "" if f.needed_bytes is None else f" of {f.needed_bytes / 1e6:,.0f} needed"
         why += f"; the storage gives {f.storage / 1e6:,.0f} MB/s{need}"
@@ -151,8 +159,9 @@ def _of_cores(f: Figures, total: float) -> Diagnosis:
            "trainer" + (f", of {f.share} that the machine has for it" if f.share > f.cores else ""))
     if f.share > f.cores:
         most = min(max(wanted, f.cores + 1), f.share)
-        return Diagnosis(Bound.CORES, why, f"give it {most}: srun --cpus-per-task {most}, docker run --cpus {most}, "
-                                           f"taskset, or the limit of the pod" + _or_less(f))
+        whom, count = "it" if f.ranks == 1 else f"the {f.ranks} ranks of the machine", most * f.ranks
+        return Diagnosis(Bound.CORES, why, f"give {whom} {count}: srun --cpus-per-task {count}, docker run --cpus "
+                                           f"{count}, taskset, or the limit of the pod" + _or_less(f))
     return Diagnosis(Bound.CORES, why, f"--data.workers {f.room}{_or_less(f)}")
 
 
@@ -164,9 +173,11 @@ def _or_less(f: Figures) -> str:
 
 def _of_stage(f: Figures, total: float) -> Diagnosis:
     """Of the greatest stage that takes CPU time."""
-    stage = max(STAGES[1:], key=f.each)
-    why = (f"{_ms(f.each(stage))} of {_ms(total)} an image, in {_processes(f.workers)} on {_cores(f.cores)}")
+    taken = {stage: f.each(stage) - (f.waits if stage == "read" else 0.0) for stage in STAGES}
+    stage = max(taken, key=taken.__getitem__)
+    why = f"{_ms(taken[stage])} of {_ms(total)} an image, in {_processes(f.workers)} on {_cores(f.cores)}"
     return Diagnosis(*{
+        "read": (Bound.READ, f"{why}, to copy and check bytes that are at hand", "".join(_smaller(f)) or _MORE),
         "decode": (Bound.DECODE, why, _less_decoding(f)),
         "augment": (Bound.AUGMENT, why, _less_augmentation(f)),
         "collate": (Bound.COLLATE, why, "more memory for shared batches: docker run --shm-size 8g, or a lower "
@@ -174,12 +185,16 @@ def _of_stage(f: Figures, total: float) -> Diagnosis:
 
 
 def _less_decoding(f: Figures) -> str:
-    ways = []
-    if _is_large(f):
-        ways.append(f"images have {f.side:,.0f} pixels on their shorter side: vir-convert --resize-short {_LARGE}")
+    ways = _smaller(f)
     if not f.decodes_fast:
         ways.append("pip install 'vir-at-scale[fast]'")
-    return ", and ".join(ways) or "more cores for each rank, or fewer ranks on the machine"
+    return ", and ".join(ways) or _MORE
+
+
+def _smaller(f: Figures) -> list[str]:
+    if not _is_large(f):
+        return []
+    return [f"images have {f.side:,.0f} pixels on their shorter side: vir-convert --resize-short {_LARGE}"]
 
 
 def _less_augmentation(f: Figures) -> str:

@@ -14,7 +14,7 @@ class Spent:
     bytes: int = 0
     """Of the image files that were read."""
     read: float = 0.0
-    """Waited for bytes that were not there yet."""
+    """Bytes: waited for, or copied from the system's memory."""
     check: float = 0.0
     """Checksums, in CPU seconds. No stage of its own: within `read`, or in threads beside all stages."""
     decode: float = 0.0

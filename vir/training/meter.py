@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Iterator
 
@@ -67,6 +67,7 @@ class _Interval:
     bad: list[str] = field(default_factory=list)
     spent: Spent = field(default_factory=Spent)
     cpu_before: float = field(default_factory=time.process_time)
+    """CPU seconds of this process that are none of the interval's."""
 
 
 @dataclass
@@ -96,6 +97,10 @@ class _Totals:
     bad: int
     memory: int
     """Of the rank with the most."""
+    slowest: int
+    """The rank that has waited longest."""
+    figures: Figures
+    """Its."""
     stragglers: list[str]
     """Which ranks hold the others up, and by what."""
 
@@ -120,6 +125,11 @@ class Meter:
                          disable=not (world.is_main and self._terminal))
         self._summary = _Summary()
         self._intervals, self._told_at = 0, -_TELLS_EVERY
+        self._figures = Figures(
+            spent=Spent(), workers=processes_for(config.data.workers), cores=launcher.cores(),
+            share=launcher.share_of_machine(), ranks=launcher.sharing(), rate=0.0, decodes_fast=decodes_fast(),
+            is_remote=is_remote(config.data.train) and not config.data.cache, policy=config.augment.auto_augment,
+            micro_batch_size=config.train.micro_batch_size)
         self.begin()
 
     def begin(self) -> None:
@@ -158,8 +168,9 @@ class Meter:
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Count the time of the block as evaluation and checkpoints, not as steps."""
-        began = time.monotonic()
+        began, cpu_before = time.monotonic(), time.process_time()
         yield
+        self._interval.cpu_before += time.process_time() - cpu_before
         self._interval.paused += time.monotonic() - began
         self._summary.paused += time.monotonic() - began
 
@@ -177,11 +188,13 @@ class Meter:
         interval = self._interval
         losses = torch.stack(interval.losses).double() if interval.losses else torch.zeros(0)
         mine = [losses.sum().item(), len(losses), len(interval.bad), interval.waited, self.forward_clock.total(),
-                interval.met, self._heartbeat.round_trip, peak_memory(self._world.device), socket.gethostname()]
-        sums, counts, bad, waits, forwards, meets, trips, memory, hosts = zip(*distributed.gather(mine))
-        seconds = time.monotonic() - interval.began - interval.paused
+                interval.met, self._heartbeat.round_trip, peak_memory(self._world.device), socket.gethostname(),
+                self._of_loading()]
+        sums, counts, bad, waits, forwards, meets, trips, memory, hosts, figures = zip(*distributed.gather(mine))
+        seconds, slowest = time.monotonic() - interval.began - interval.paused, waits.index(max(waits))
         return _Totals(seconds=seconds, waited=sum(waits) / self._world.size, bad=sum(bad), memory=max(memory),
                        loss=sum(sums) / sum(counts) if sum(counts) else float("nan"),
+                       slowest=slowest, figures=figures[slowest],
                        stragglers=[*stragglers(waits, forwards, hosts, seconds),
                                    *latecomers(meets, waits, hosts, interval.steps, seconds),
                                    *far_away(trips, hosts)])
@@ -204,7 +217,7 @@ class Meter:
         said = (f"loss {totals.loss:.3f} lr {plan.learning_rate(done - 1):.2e} {rate:.0f} images/s data wait "
                 f"{100 * totals.waited / totals.seconds:.0f} %" + ("" if mfu is None else f" MFU {100 * mfu:.1f} %") +
                 f" {totals.memory / 1e9:.1f} GB")
-        if self._world.is_main and (why := self._waits(totals.seconds)):
+        if self._world.is_main and (why := self._waits(totals)):
             log.info("data wait %s", why)
         if self._terminal:
             self._bar.set_postfix_str(said)
@@ -212,25 +225,26 @@ class Meter:
             left = (plan.total_steps - done) * summary.seconds / (done - self._first)
             log.info("step %d/%d %s, %s left", done, plan.total_steps, said, timedelta(seconds=round(left)))
 
-    def _waits(self, seconds: float) -> str:
-        """Why this rank has waited for data in the interval, and what to change; empty where that needs no word.
+    def _of_loading(self) -> Figures:
+        """This rank's figures of the interval."""
+        interval = self._interval
+        seconds = time.monotonic() - interval.began - interval.paused
+        return replace(self._figures, spent=interval.spent, rate=interval.spent.images / seconds,
+                       needed=interval.spent.images / max(seconds - interval.waited, 0.01 * seconds),
+                       trainer=(time.process_time() - interval.cpu_before) / seconds)
+
+    def _waits(self, totals: _Totals) -> str:
+        """Why the rank that has waited longest has, and what to change; empty where all ranks' wait needs no word.
 
         The first interval has the start of the loader processes in it, and the same is not said over and over.
         """
-        interval, self._intervals = self._interval, self._intervals + 1
-        waited = interval.waited / seconds
+        self._intervals += 1
+        waited = totals.waited / totals.seconds
         if waited <= _WAITS or self._intervals == 1 or self._intervals - self._told_at < _TELLS_EVERY:
             return ""
         self._told_at = self._intervals
-        config = self._config
-        rate = interval.spent.images / seconds
-        found = diagnose(Figures(
-            spent=interval.spent, workers=processes_for(config.data.workers), cores=launcher.cores(),
-            share=launcher.share_of_machine(), rate=rate, needed=rate / max(1 - waited, 0.01),
-            trainer=(time.process_time() - interval.cpu_before) / seconds, policy=config.augment.auto_augment,
-            is_remote=is_remote(config.data.train) and not config.data.cache, decodes_fast=decodes_fast(),
-            micro_batch_size=config.train.micro_batch_size))
-        return f"{100 * waited:.0f} %, by {found} (more: tools/benchmark_loader.py --diagnose)"
+        who = f", most of all on rank {totals.slowest}, by" if self._world.size > 1 else ", by"
+        return f"{100 * waited:.0f} %{who} {diagnose(totals.figures)} (more: tools/benchmark_loader.py --diagnose)"
 
     def _write(self, done: int, totals: _Totals, rate: float, mfu: float | None) -> None:
         if self._writer is None:
