@@ -180,8 +180,7 @@ def _of_stage(f: Figures, total: float) -> Diagnosis:
         "read": (Bound.READ, f"{why}, to copy and check bytes that are at hand", "".join(_smaller(f)) or _MORE),
         "decode": (Bound.DECODE, why, _less_decoding(f)),
         "augment": (Bound.AUGMENT, why, _less_augmentation(f)),
-        "collate": (Bound.COLLATE, why, "more memory for shared batches: docker run --shm-size 8g, or a lower "
-                                        "--data.prefetch")}[stage])
+        "collate": (Bound.COLLATE, why, "more memory, or a lower --data.prefetch")}[stage])
 
 
 def _less_decoding(f: Figures) -> str:
