@@ -82,7 +82,7 @@ BASE = Figures(spent=spent(), workers=7, cores=8, share=8, rate=1700.0, trainer=
     ({"side": 500.0}, Bound.DECODE, "more cores for each rank"),
     ({"spent": spent(augment=5), "policy": "rand-m9"}, Bound.AUGMENT, "fewer operations than --augment.auto"),
     ({"spent": spent(augment=5)}, Bound.AUGMENT, "--augment.color_jitter 0"),
-    ({"spent": spent(collate=5)}, Bound.COLLATE, "--shm-size"),
+    ({"spent": spent(collate=5)}, Bound.COLLATE, "--data.prefetch"),
 ])
 def test_from_figures_to_what_bounds_and_what_to_change(changes, bound, says):
     found = diagnose(replace(BASE, **changes))
@@ -288,6 +288,7 @@ def steps_of_which_only_the_last_rank_waits():
     world = distributed.start()
     meter = metered(world)
     for done in (1, 2):
+        meter._interval.began -= 10  # seconds; that the ranks meet takes next to nothing of them
         step(meter, done, 0.5 * world.rank, read=50.0 * world.rank)
 
 
@@ -296,7 +297,7 @@ def test_a_wait_of_another_rank_is_told_with_its_figures():
     assert done.returncode == 0, done.stdout
     (said,) = re.findall(r"data wait (\d+) %, most of all on rank 1, by reading: loader processes wait 50 ms",
                          done.stdout)
-    assert 15 <= int(said) <= 25  # the mean
+    assert 15 <= int(said) <= 25  # the mean over the ranks
 
 
 def test_what_evaluation_computes_is_none_of_the_steps():
