@@ -5,7 +5,9 @@ import pytest
 import torch
 from test_loader import INPUT, OFF, SEED, damaged, reader, shards  # noqa: F401 (fixtures)
 
+from vir.config import TrainConfig
 from vir.data.exclusion import NOTHING, exclude, read_exclusion
+from vir.data.explanation import explain_step
 from vir.data.loader import train_batches
 from vir.data.order import SampleOrder
 from vir.errors import SettingsError
@@ -51,6 +53,27 @@ def test_a_damaged_sample_is_not_replaced_by_an_excluded_one(reader, damaged):  
         served |= zip(batch.positions.tolist(), batch.images)
     pixels = {int(sample): served[position] for position, sample in enumerate(order.samples(np.arange(28)))}
     assert torch.equal(pixels[bad], pixels[second]) and first not in pixels
+
+
+def test_damaged_and_excluded_samples_are_told_where_another_one_takes_their_place(reader, damaged):  # noqa: F811
+    bad = 0
+    first, second, *_ = reader.substitutes(bad)
+    other = damaged("train", [bad, second])
+    plain = SampleOrder(SEED, other.shard_sizes, 3, 4)
+    order = SampleOrder(SEED, other.shard_sizes, 3, 4, exclude(np.array([first]), other))
+    train = TrainConfig(seed=SEED, global_batch_size=26, micro_batch_size=26)
+    (batch, samples), = explain_step(other, order, OFF, INPUT, train, 0, [0], 1)
+    assert {bad, first, second} < set(plain.samples(np.arange(13)))
+    for sample in samples:
+        position = np.array([sample.position])
+        meant, served = int(plain.samples(position)[0]), int(order.samples(position)[0])
+        tried = [served]
+        left = (number for number in other.substitutes(served) if number != first)
+        while tried[-1] in (bad, second):
+            tried.append(next(left))
+        tried = [meant] * (meant == first) + tried
+        assert [*sample.instead_of, sample.key] == list(map(other.key, tried))
+        assert batch.samples[sample.place] == tried[-1]
 
 
 def test_the_file_has_keys_and_comments(reader, keys_file):  # noqa: F811
