@@ -10,8 +10,8 @@ from vir.reports.spikes import find_spikes
 
 
 def events(losses, every=10, size=8, **more):
-    return [{"kind": "train", "step": every * number, "samples_seen": size * every * number, "loss": loss, "grad_norm": 1.0, **more}
-            for number, loss in enumerate(losses, 1)]
+    return [{"kind": "train", "step": every * number, "samples_seen": size * every * number, "loss": loss,
+             "grad_norm": 1.0, **more} for number, loss in enumerate(losses, 1)]
 
 
 def told(found):

@@ -175,9 +175,9 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
     laps.end_of("collate")
     laps.spent.images, laps.spent.check = len(positions), reader.checking()
     return Batch(images=images, labels=torch.from_numpy(reader.labels[used].astype(np.int64)),
-                 positions=torch.from_numpy(positions), valid=torch.ones(len(positions), dtype=torch.bool), erase=torch.tensor(boxes),
-                 noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam), cut=torch.tensor(cut),
-                 samples=used, bad=bad, spent=laps.done())
+                 positions=torch.from_numpy(positions), valid=torch.ones(len(positions), dtype=torch.bool),
+                 erase=torch.tensor(boxes), noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam),
+                 cut=torch.tensor(cut), samples=used, bad=bad, spent=laps.done())
 
 
 def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, memory: Callable[[int], Tensor],

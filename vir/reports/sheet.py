@@ -20,8 +20,8 @@ _TEXT, _GAP = 11, 6
 def check_count(count: int, output: Path) -> None:
     """Raises SettingsError where a sheet would have more than MOST pictures."""
     if count > MOST:
-        raise SettingsError(f"--sheet {output} would have {count} pictures, {MOST} is the most; narrow it by --rank and "
-                            "--micro")
+        raise SettingsError(f"--sheet {output} would have {count} pictures, {MOST} is the most; narrow it by --rank "
+                            "and --micro")
 
 
 def draw_sheet(pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]], output: Path) -> None:
