@@ -133,7 +133,7 @@ def batch(size=6, labels=3, side=8):
                  positions=torch.arange(size), valid=torch.ones(size, dtype=torch.bool),
                  erase=torch.tensor([[1, 2, 3, 4], [0, 0, side, side], [0] * 4] * size)[:size],
                  noise=torch.from_numpy(numbers.integers(-2**31, 2**31, size, dtype=np.int32)),
-                 lam=LAM.repeat(size)[:size], cut=CUT.repeat(size, 1)[:size], bad=[])
+                 lam=LAM.repeat(size)[:size], cut=CUT.repeat(size, 1)[:size], samples=[], bad=[])
 
 
 def preparation(device="cpu", **augment):

@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_loader import INPUT, OFF, SEED, damaged, reader, shards  # noqa: F401 (fixtures)
 
+from vir.config import DataConfig, TrainConfig
 from vir.data.exclusion import NOTHING, exclude, read_exclusion
+from vir.data.explanation import explain_step
 from vir.data.loader import train_batches
+from vir.data.opening import open_reader, places
 from vir.data.order import SampleOrder
 from vir.errors import SettingsError
 
@@ -14,7 +18,7 @@ from vir.errors import SettingsError
 @pytest.fixture()
 def keys_file(tmp_path):
     def write(text):
-        (tmp_path / "keys.txt").write_text(text)
+        (tmp_path / "keys.txt").write_bytes(text.encode())
         return str(tmp_path / "keys.txt")
     return write
 
@@ -53,11 +57,51 @@ def test_a_damaged_sample_is_not_replaced_by_an_excluded_one(reader, damaged):  
     assert torch.equal(pixels[bad], pixels[second]) and first not in pixels
 
 
+def test_damaged_and_excluded_samples_are_told_where_another_one_takes_their_place(reader, damaged):  # noqa: F811
+    bad = 0
+    first, second, *_ = reader.substitutes(bad)
+    other = damaged("train", [bad, second])
+    plain = SampleOrder(SEED, other.shard_sizes, 3, 4)
+    order = SampleOrder(SEED, other.shard_sizes, 3, 4, exclude(np.array([first]), other))
+    train = TrainConfig(seed=SEED, global_batch_size=26, micro_batch_size=26)
+    (batch, samples), = explain_step(other, order, OFF, INPUT, train, 0, [0], 1)
+    assert {bad, first, second} < set(plain.samples(np.arange(13)))
+    for sample in samples:
+        position = np.array([sample.position])
+        meant, served = int(plain.samples(position)[0]), int(order.samples(position)[0])
+        tried = [served]
+        left = (number for number in other.substitutes(served) if number != first)
+        while tried[-1] in (bad, second):
+            tried.append(next(left))
+        tried = [meant] * (meant == first) + tried
+        assert [*sample.instead_of, sample.key] == list(map(other.key, tried))
+        assert batch.samples[sample.place] == tried[-1]
+
+
 def test_the_file_has_keys_and_comments(reader, keys_file):  # noqa: F811
     a, b = reader.key(4), reader.key(11)
     found = read_exclusion(keys_file(f"# found by vir-explain\n\n{b}  # two labels\n  {a}\n{a}\n"), reader)
     assert found.samples.tolist() == [4, 11]
     assert read_exclusion("", reader) is NOTHING and not NOTHING.holds(0)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """A folder of images whose names have what a file of keys has a meaning for."""
+    folder = tmp_path_factory.mktemp("named")
+    for number, name in enumerate(("photo", "photo #2", "photo #2 #3", "#4", "line\u2028end", "tab", "other")):
+        (folder / "c").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "c" / f"{name}.png")
+    return open_reader(str(folder), places(DataConfig(train="x")), first=True)
+
+
+@pytest.mark.parametrize("text, names", [
+    ("c_photo", ["photo"]), ("c_photo #2", ["photo #2"]), ("c_photo #5", ["photo"]), ("c_photo #2 #5", ["photo #2"]),
+    ("c_photo #2 #3\t# both #5", ["photo #2 #3"]), ("c_tab\t# said\r\n#c_photo", ["tab"]),
+    ("c_line\u2028end\nc_other #\n", ["line\u2028end", "other"])])
+def test_a_comment_is_told_from_a_key_with_the_same_signs(named, keys_file, text, names):
+    found = read_exclusion(keys_file(text), named)
+    assert sorted(map(named.key, found.samples)) == sorted(f"c_{name}" for name in names)
 
 
 def test_the_fingerprint_is_of_the_data_and_of_what_is_left_out(reader):  # noqa: F811

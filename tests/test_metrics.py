@@ -251,6 +251,18 @@ def test_a_line_that_is_no_event_is_named(tmp_path, content):
         read_metrics(tmp_path)
 
 
+@pytest.mark.parametrize("fields, said", [
+    ('"step": null', "step is None; it must be a whole number, 1 or more"), ('"step": 0', "step is 0; "),
+    ('"step": true', "step is True; "), ('"step": 2, "samples_seen": null', "samples_seen is None; it must be a whole"),
+    ('"step": 2, "samples_seen": 0', "samples_seen is 0; it must be a whole number, at least that of the steps, 2"),
+    ('"step": 2, "loss": "x"', "loss is 'x'; it must be a number, or null; correct the line, or remove it"),
+    ('"step": 2, "grad_norm": []', r"grad_norm is \[\]; "), ('"step": 2, "images_per_second": 1e999', "is inf; ")])
+def test_a_number_that_is_none_is_named(tmp_path, fields, said):
+    (tmp_path / METRICS).write_text('{"kind": "eval", "step": 1, "loss": null}\n{"kind": "train", %s}\n' % fields)
+    with pytest.raises(DataError, match=rf"metrics\.jsonl, line 2: .*{said}"):
+        read_metrics(tmp_path)
+
+
 def test_a_folder_without_metrics_is_no_run(tmp_path):
     for call in (read_metrics, lambda run: plot_runs([run], tmp_path / "c.png")):
         with pytest.raises(DataError, match=f"{tmp_path} has no metrics.jsonl"):

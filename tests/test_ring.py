@@ -35,7 +35,7 @@ def files_of_at_most(size):
 
 def batch_of(images):
     size = len(images)
-    return Batch(images=images, labels=torch.arange(size), positions=torch.arange(size), bad=[],
+    return Batch(images=images, labels=torch.arange(size), positions=torch.arange(size), samples=[], bad=[],
                  valid=torch.ones(size, dtype=torch.bool), erase=torch.zeros(size, 4, dtype=torch.long),
                  noise=torch.zeros(size, dtype=torch.int32), lam=torch.ones(size),
                  cut=torch.zeros(size, 4, dtype=torch.long))

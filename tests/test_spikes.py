@@ -9,9 +9,9 @@ from vir.errors import DataError
 from vir.reports.spikes import find_spikes
 
 
-def events(losses, every=10, **more):
-    return [{"kind": "train", "step": every * number, "loss": loss, "grad_norm": 1.0, **more}
-            for number, loss in enumerate(losses, 1)]
+def events(losses, every=10, size=8, **more):
+    return [{"kind": "train", "step": every * number, "samples_seen": size * every * number, "loss": loss,
+             "grad_norm": 1.0, **more} for number, loss in enumerate(losses, 1)]
 
 
 def told(found):
@@ -60,4 +60,14 @@ def test_an_interval_without_a_finite_loss_stands_out_anywhere():
 def test_other_events_are_left_out_and_foreign_ones_refused():
     assert find_spikes([{"kind": "eval", "step": 1, "top1": 3.0}]) == []
     with pytest.raises(DataError, match="the train event of step 7 has no loss"):
-        find_spikes([{"kind": "train", "step": 7}])
+        find_spikes([{"kind": "train", "step": 7, "samples_seen": 56}])
+    with pytest.raises(DataError, match="the train event of step 7 has no samples_seen"):
+        find_spikes([{"kind": "train", "step": 7, "loss": 2.0}])
+
+
+@pytest.mark.parametrize("size, step, first", [(16, 42, 41), (4, 168, 161)])
+def test_an_interval_after_a_change_of_the_batch_size_is_told_in_its_own_steps(size, step, first):
+    """Of 8 samples up to step 80; then two steps of 16, or eight of 4."""
+    changed = {"kind": "train", "step": step, "samples_seen": size * step, "loss": None}
+    (found,) = find_spikes([*events([2.0] * 8), changed])
+    assert (found.first, found.last, found.global_batch_size) == (first, step, size)

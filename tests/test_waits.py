@@ -26,7 +26,8 @@ def batch(size=4):
     box = torch.tensor([[3, 2, 9, 7]] * size)
     return Batch(images=torch.randint(256, (size, *INPUT.size), dtype=torch.uint8), labels=torch.arange(size) % 5,
                  positions=torch.arange(size), valid=torch.arange(size) > 0, erase=box,
-                 noise=torch.arange(size, dtype=torch.int32), lam=torch.full((size,), 0.7), cut=box, bad=[])
+                 noise=torch.arange(size, dtype=torch.int32), lam=torch.full((size,), 0.7), cut=box,
+                 samples=[], bad=[])
 
 
 def step(model, prepare, given, train):

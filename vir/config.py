@@ -125,8 +125,9 @@ class DataConfig:
     """Samples over which a lane is shuffled; part of the definition of the sample order. When not given, 2500, or with
     a cache what fits into it, chosen when the run begins."""
     exclude: str = _free("")
-    """File with a key in each line, # begins a comment: training goes on without these samples, each place of theirs
-    is taken by a sample of the same class; a checkpoint remembers which ones they were."""
+    """File with a key in each line; a # at its start or after a space or tab begins a comment, unless it belongs to a
+    key. Training goes on without these samples, each place of theirs is taken by a sample of the same class; a
+    checkpoint remembers which ones they were."""
     max_bad_fraction: float = 0.001
     """Share of undecodable samples, replaced by substitutes, above which the run stops."""
 

@@ -25,6 +25,7 @@ def batches(sizes=(4, 4, 3), classes=7):
         found.append(Batch(
             images=torch.randint(256, (size, *INPUT.size), dtype=torch.uint8, generator=numbers),
             labels=torch.randint(classes, (size,), generator=numbers), positions=torch.arange(first, first + size),
-            valid=torch.arange(size) < 3, erase=none, noise=none[:, 0].int(), lam=torch.ones(size), cut=none, bad=[]))
+            valid=torch.arange(size) < 3, erase=none, noise=none[:, 0].int(), lam=torch.ones(size), cut=none,
+            samples=[], bad=[]))
         first += size
     return found

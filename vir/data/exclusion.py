@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +51,20 @@ NOTHING = Exclusion(np.empty(0, np.int64), np.empty(0, np.int64))
 def read_exclusion(path: str, reader: Reader) -> Exclusion:
     """What a file of keys excludes of the reader's samples; NOTHING where no file is named.
 
+    A key in each line; a # at its start or after a space or tab begins a comment, unless it belongs to a key.
+
     Raises:
         SettingsError: the file cannot be read or names no key, one that the reader has not, or all that it has.
     """
     if not path:
         return NOTHING
-    keys = _keys_in(Path(path))
-    numbers = reader.find(keys)
+    lines = [_readings(line) for line in _lines(Path(path))]
+    numbers = reader.find({key for readings in lines for key in readings})
+    keys = {next((key for key in readings if key in numbers), readings[-1]) for readings in lines} - {""}
+    if not keys:
+        raise SettingsError(f"--data.exclude {path} names no sample; write the key of one into each line, or leave the "
+                            "flag out")
+    numbers = {key: number for key, number in numbers.items() if key in keys}
     if unknown := sorted(keys - numbers.keys()):
         raise SettingsError(f"--data.exclude {path} names {len(unknown)} of {len(keys)} keys that {reader.name} has "
                             f"not: {some(unknown)}; correct or remove them: keys are names of samples in the shards, "
@@ -82,18 +90,18 @@ def exclude(samples: np.ndarray, reader: Reader) -> Exclusion:
     return Exclusion(samples, substitutes)
 
 
-def _keys_in(path: Path) -> set[str]:
-    """One per line; what follows a # at the line's start or after a space is a comment."""
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        return path.read_bytes().decode("utf-8").split("\n")  # keys may have what str.splitlines takes for an end
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--data.exclude {path} cannot be read: {getattr(error, 'strerror', None) or error}; give "
                             "a text file with the key of a sample in each line") from error
-    keys = {f" {line}".partition(" #")[0].strip() for line in lines} - {""}
-    if not keys:
-        raise SettingsError(f"--data.exclude {path} names no sample; write the key of one into each line, or leave the "
-                            "flag out")
-    return keys
+
+
+def _readings(line: str) -> list[str]:
+    """The keys that a line may mean, the longest first: all of it, or what is before one # or another."""
+    line = line.strip(" \t\r")
+    return [line, *(line[:found.start()] for found in reversed(list(re.finditer(r"(?:^|[ \t]+)#", line))))]
 
 
 if __name__ == "__main__":

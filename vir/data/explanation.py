@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, filterfalse, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,11 +167,9 @@ def explain_step(reader: Reader, order: SampleOrder, augment: AugmentConfig, mod
 def _explained(reader: Reader, order: SampleOrder, batch: Batch, place: int, rank: int, micro: int, meant: int,
                sample: int, made: _Made) -> Explained:
     passed_over = [meant] * (meant != sample)
-    substitutes = (other for other in reader.substitutes(sample) if not order.exclusion.holds(other))
-    for sample in chain([sample], substitutes):
-        if not any(said.startswith(f"{reader.where(sample)}: ") for said in batch.bad):
-            break
-        passed_over.append(sample)
+    tried = chain([sample], filterfalse(order.exclusion.holds, reader.substitutes(sample)))
+    sample = batch.samples[place]
+    passed_over += takewhile(lambda other: other != sample, tried)
     erase, cut = (_box(boxes[place].tolist()) for boxes in (batch.erase, batch.cut))
     lam = float(batch.lam[place])
     file, offset = reader.file_of(sample)

@@ -56,6 +56,7 @@ class Batch:
     noise: Tensor  # [B] int32 seed of what is filled in there
     lam: Tensor  # [B] float32 share that a sample keeps of itself
     cut: Tensor  # [B, 4] int64 box taken from the partner
+    samples: list[int]  # [B] that the images are of: of substitutes, where others could not be decoded
     bad: list[str]
     spent: Spent = field(default_factory=Spent)
     """What making it took."""
@@ -93,7 +94,7 @@ class Batch:
 
 def first_good(reader: Reader, sample: int, read: Callable[[], bytes], use: Callable[[bytes], Tensor],
                exclusion: Exclusion = NOTHING) -> tuple[Tensor, int, list[str]]:
-    """What `use` makes of `sample`, or of its first good substitute; the label; what was wrong with those passed over.
+    """What `use` makes of `sample`, or of its first good substitute; which one; what was wrong with those passed over.
 
     Args:
         read: gives the bytes of `sample`, or raises what reading them did.
@@ -103,7 +104,7 @@ def first_good(reader: Reader, sample: int, read: Callable[[], bytes], use: Call
     substitutes = filterfalse(exclusion.holds, reader.substitutes(sample))
     for _ in range(_SUBSTITUTE_TRIES):
         try:
-            return use(read()), int(reader.labels[sample]), bad
+            return use(read()), sample, bad
         except BadSampleError as error:
             bad.append(f"{reader.where(sample)}: {error}")
         sample = next(substitutes, -1)
@@ -149,7 +150,7 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
     _advance(ahead, int(positions[0]))
     reader.checking()  # that of before is another's
     laps = Laps()
-    images, labels, bad = memory(len(positions)), [], []
+    images, used, bad = memory(len(positions)), [], []
     reads = worker.here().read(reader, samples.tolist())
     for place, (position, sample, read) in enumerate(zip(positions.tolist(), samples.tolist(), reads)):
 
@@ -159,9 +160,8 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
             laps.end_of("augment")
             return _pixels(data, transform, laps)
 
-        found, label, passed_over = first_good(reader, sample, read, use, exclusion)
-        images[place] = found
-        labels.append(label)
+        images[place], good, passed_over = first_good(reader, sample, read, use, exclusion)
+        used.append(good)
         bad += passed_over
         laps.end_of("collate")
     height, width = images.shape[2:]
@@ -175,10 +175,10 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
     lam, cut = zip(*mixes)
     laps.end_of("collate")
     laps.spent.images, laps.spent.check = len(positions), reader.checking()
-    return Batch(images=images, labels=torch.tensor(labels), positions=torch.from_numpy(positions),
-                 valid=torch.ones(len(positions), dtype=torch.bool), erase=torch.tensor(boxes),
-                 noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam), cut=torch.tensor(cut), bad=bad,
-                 spent=laps.done())
+    return Batch(images=images, labels=torch.from_numpy(reader.labels[used].astype(np.int64)),
+                 positions=torch.from_numpy(positions), valid=torch.ones(len(positions), dtype=torch.bool),
+                 erase=torch.tensor(boxes), noise=torch.tensor(noise, dtype=torch.int32), lam=torch.tensor(lam),
+                 cut=torch.tensor(cut), samples=used, bad=bad, spent=laps.done())
 
 
 def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, memory: Callable[[int], Tensor],
@@ -202,7 +202,8 @@ def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, 
     return Batch(images=images, labels=torch.tensor(labels),
                  positions=torch.from_numpy(np.maximum(positions, 0)), valid=torch.from_numpy(positions >= 0),
                  erase=torch.zeros(size, 4, dtype=torch.long), noise=torch.zeros(size, dtype=torch.int32),
-                 lam=torch.ones(size), cut=torch.zeros(size, 4, dtype=torch.long), bad=[], spent=laps.done())
+                 lam=torch.ones(size), cut=torch.zeros(size, 4, dtype=torch.long),
+                 samples=samples.tolist(), bad=[], spent=laps.done())
 
 
 def _advance(ahead: Prefetcher | None, position: int) -> None:

@@ -156,7 +156,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Every event of a run. A last line cut short by a kill is left out.
 
     Raises:
-        DataError: no metrics.jsonl, one that cannot be read, or a broken line within it.
+        DataError: no metrics.jsonl, one that cannot be read, or a broken line within it, or one whose step, samples,
+            loss, gradient norm or rates are no such numbers.
     """
     path = run / METRICS
     if not path.is_file():
@@ -173,5 +174,21 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(event, dict) or not event.keys() >= {"kind", "step"}:
             raise DataError(f"{path}, line {number} is no event with kind and step: {line[:80]}")
+        if said := _wrong_number(event):
+            raise DataError(f"{path}, line {number}: {said}; correct the line, or remove it")
         events.append(event)
     return events
+
+
+def _wrong_number(event: dict[str, Any]) -> str | None:
+    """What is wrong with one that a reader of events counts with, in words."""
+    step, seen = event["step"], event.get("samples_seen")
+    if type(step) is not int or step < 1:
+        return f"step is {step!r}; it must be a whole number, 1 or more"
+    if "samples_seen" in event and (type(seen) is not int or seen < step):
+        return f"samples_seen is {seen!r}; it must be a whole number, at least that of the steps, {step}"
+    for name in ("loss", "grad_norm", "images_per_second", "images_per_second_per_device"):
+        value = event.get(name)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            return f"{name} is {value!r}; it must be a number, or null"
+    return None

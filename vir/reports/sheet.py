@@ -17,18 +17,24 @@ _LEAST_SIDE = 112
 _TEXT, _GAP = 11, 6
 
 
+def check_count(count: int, output: Path) -> None:
+    """Raises SettingsError where a sheet would have more than MOST pictures."""
+    if count > MOST:
+        raise SettingsError(f"--sheet {output} would have {count} pictures, {MOST} is the most; narrow it by --rank "
+                            "and --micro")
+
+
 def draw_sheet(pictures: Sequence[np.ndarray], captions: Sequence[Sequence[str]], output: Path) -> None:
     """Write the pictures, [H, W, 3] uint8 and all of one size, about as wide as high.
 
     Args:
+        pictures: as many as check_count takes.
         captions: as many lines for each picture; what is too long is cut off in its middle.
+        output: ends in .png, which keeps every pixel.
 
     Raises:
-        SettingsError: too many of them, or the file cannot be written.
+        SettingsError: the file cannot be written.
     """
-    if len(pictures) > MOST:
-        raise SettingsError(f"--sheet {output} would have {len(pictures)} pictures, {MOST} is the most; narrow it by "
-                            "--rank and --micro")
     height, width = pictures[0].shape[:2]
     times = -(-_LEAST_SIDE // min(height, width))
     height, width, font = height * times, width * times, ImageFont.load_default(_TEXT)

@@ -30,6 +30,8 @@ class Spike:
     first: int
     """The interval's first step, from 1."""
     last: int
+    global_batch_size: int
+    """Samples of a step then: a run may have been taken up with others."""
     value: float
     """NaN: no finite one."""
     median: float
@@ -47,11 +49,12 @@ def find_spikes(events: Sequence[dict[str, Any]]) -> list[Spike]:
     is told at the jump. An interval without a finite loss stands out in any case.
 
     Raises:
-        DataError: an event without an epoch's loss, of another version.
+        DataError: an event without a loss or its samples, of another version.
     """
     train = [event for event in events if event["kind"] == "train"]
-    if broken := [event["step"] for event in train if "loss" not in event]:
-        raise DataError(f"the train event of step {broken[0]} has no loss; it is not of a run of this version")
+    for name in ("loss", "samples_seen"):
+        if broken := [event["step"] for event in train if name not in event]:
+            raise DataError(f"the train event of step {broken[0]} has no {name}; it is not of a run of this version")
     spikes = []
     for name in ("loss", "grad_norm"):
         values = np.array([math.nan if event.get(name) is None else event[name] for event in train], float)
@@ -67,8 +70,10 @@ def find_spikes(events: Sequence[dict[str, Any]]) -> list[Spike]:
                 deviation = max(1.4826 * float(np.median(abs(before - median))), _FLOOR * abs(median), 1e-12)
                 times = (value - median) / deviation
             if times > TIMES:
-                first = train[place - 1]["step"] + 1 if place else 1
-                spikes.append(Spike(name=name, first=min(first, train[place]["step"]), last=train[place]["step"],
+                last = train[place]["step"]
+                size = train[place]["samples_seen"] // last
+                first = train[place - 1]["samples_seen"] // size + 1 if place else 1
+                spikes.append(Spike(name=name, first=min(first, last), last=last, global_batch_size=size,
                                     value=float(value), median=median, times=times))
     return sorted(spikes, key=lambda spike: (-spike.times, spike.last))
 
