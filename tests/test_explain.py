@@ -1,6 +1,7 @@
 """What is told of a step is what the loader gave the run; runs with excluded samples."""
 
 import json
+import shutil
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +16,9 @@ from timm.data.auto_augment import NAME_TO_OP
 from support.tiny_runs import command, launch
 from vir import explain
 from vir.checkpoints.info import read_info
+from vir.checkpoints.names import step_of
 from vir.config import AugmentConfig, TrainConfig
+from vir.data import explanation
 from vir.data.exclusion import exclude
 from vir.data.explanation import explain_step, pixels_seen
 from vir.data.loader import train_batches
@@ -24,6 +27,7 @@ from vir.data.reader import ShardReader
 from vir.data.transforms import resize
 from vir.flags import parse
 from vir.models.build import input_for
+from vir.reports import sheet
 from vir.weights.spec import InputSpec
 
 torch.set_num_threads(1)
@@ -173,10 +177,9 @@ def objects(capsys, *words):
 @pytest.mark.parametrize("name, ranks, step, excluded", [
     ("alone", 1, 2, "few"), ("alone", 1, 5, "more"), ("pair", 2, 2, "few")])
 def test_a_step_of_a_run_is_told_from_its_folder(runs, capsys, name, ranks, step, excluded, reader):
-    more = ["--data.exclude", runs["few"]] if (name, step) == ("alone", 2) else []  # its settings were changed after it
-    said = objects(capsys, runs[name], step, *more)
+    said = objects(capsys, runs[name], step)  # of the first one they were changed after it
     assert (said["step"], said["ranks"], said["micro_batch_size"], len(said["samples"])) == (step, ranks, 12, 48)
-    config = parse(["--config", str(runs[name] / "config.yaml"), *map(str, more)])
+    config = parse(["--config", str(runs[name] / "config.yaml")])
     gone = reader.find(runs[excluded].read_text().split())
     order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order,
                         exclude(np.array(sorted(gone.values())), reader))
@@ -217,6 +220,109 @@ def test_another_list_than_that_of_the_checkpoint_is_refused(runs):
     assert f"134 samples are left out, as --data.exclude {runs['few']} says" in said
 
 
+@pytest.fixture()
+def copy(runs, tmp_path):
+    """A function that copies the run that was taken up with another list, with the checkpoints of some steps alone."""
+    def copied(*steps):
+        folder = shutil.copytree(runs["alone"], tmp_path / "a copy")
+        for checkpoint in (folder / "checkpoints").glob("step-*"):
+            if step_of(checkpoint) not in steps:
+                shutil.rmtree(checkpoint)
+        return folder
+    return copied
+
+
+def keys(said):
+    return [sample["key"] for sample in said["samples"]]
+
+
+def test_a_step_whose_checkpoints_are_gone_is_told_with_a_warning_and_with_the_list_that_is_given(runs, copy, capsys):
+    expected, folder = keys(objects(capsys, runs["alone"], 2)), copy(4, 5)
+    assert explain.main([str(folder), "2"]) == 0
+    said = capsys.readouterr().err
+    assert "step 2 is told with the settings of the checkpoint of step 4; none from before it" in said
+    assert "give those of then as flags" in said and "other images" not in said
+    assert explain.main([str(folder), "2", "--json", "--data.exclude", str(runs["few"])]) == 0
+    told = capsys.readouterr()
+    assert keys(json.loads(told.out)) == expected
+    assert "as its checkpoint of step 4 says; step 2 is told right only if they were changed between" in told.err
+    assert explain.main([str(folder), "5"]) == 0 and not capsys.readouterr().err
+
+
+def test_settings_that_were_changed_since_are_those_of_then_and_named(runs, copy, capsys):
+    expected, folder = keys(objects(capsys, runs["alone"], 2)), copy(2, 5)
+    config = (folder / "config.yaml").read_text()
+    assert "  seed: 42\n" in config
+    (folder / "config.yaml").write_text(config.replace("  seed: 42\n", "  seed: 7\n"))
+    assert explain.main([str(folder), "2", "--json"]) == 0
+    told = capsys.readouterr()
+    assert keys(json.loads(told.out)) == expected
+    assert (f"step 2 is told with settings of its checkpoint of step 2, changed since: data.exclude: {runs['few']} -> "
+            f"{runs['more']}; ") in told.err and "train.seed: 42 -> 7" in told.err
+    assert keys(objects(capsys, folder, 2, "--train.seed", 7)) != expected
+
+
+def test_spikes_before_and_after_a_change_are_told_each_as_it_was(runs, copy, capsys):
+    expected = {step: keys(objects(capsys, runs["alone"], step)) for step in (2, 5)}
+    folder = copy(2, 3, 4, 5)
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for event in events:
+        if event["kind"] == "train" and event["step"] in expected:
+            event["loss"] = None
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+    def told(*more):
+        return {spike["last"]: [step["keys"] for step in spike["steps"]] for spike in
+                objects(capsys, folder, "--spikes", *more)}
+
+    assert told() == {step: [keys] for step, keys in expected.items()}
+    assert told("--data.exclude", runs["few"]) == {2: [expected[2]], 5: []}  # 5 is known to have had another
+    assert explain.main([str(folder), "--spikes", f"--data.exclude={runs['more']}"]) == 0
+    said = capsys.readouterr()
+    assert "vir-explain: step 2 cannot be told: " in said.err
+    assert f"vir-explain '{folder}' 2 --data.exclude={runs['more']} tells all of a step" in said.out
+    assert explain.main([str(folder), "--spikes", "--data.exclude", "gone"]) == 2
+    assert "--data.exclude gone cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("latest", ["", "final"])
+def test_a_broken_name_of_the_newest_checkpoint_is_passed_over(copy, capsys, latest):
+    folder = copy(2, 3, 4, 5)
+    (folder / "checkpoints" / "latest").write_text(latest)
+    assert explain.main([str(folder), "5"]) == 0 and not capsys.readouterr().err
+
+
+def test_a_sheet_of_too_many_pictures_is_refused_before_any_is_made(runs, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sheet, "MOST", 47)
+    monkeypatch.setattr(explanation, "explain_step", None)
+    assert explain.main([str(runs["pair"]), "2", "--sheet", str(tmp_path / "a.png")]) == 2
+    assert "a.png would have 48 pictures, 47 is the most" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, own, settings", [
+    ("--data.train=/x RUN 5", "RUN 5", "--data.train=/x"), ("--data.train /x RUN 5", "RUN 5", "--data.train /x"),
+    ("RUN --data.lanes 4 5 --json", "RUN 5 --json", "--data.lanes 4"),
+    ("--accept_config_change RUN 5", "RUN 5", "--accept_config_change"),
+    ("--accept-config-change true RUN 5", "RUN 5", "--accept-config-change true"),
+    ("RUN 5 --rank 1 --optim.lr -1", "RUN 5 --rank 1", "--optim.lr -1")])
+def test_flags_of_vir_train_may_stand_anywhere(words, own, settings):
+    assert explain._apart(words.split()) == (own.split(), settings.split())
+
+
+def test_a_spike_is_told_in_batches_of_its_own_size(runs, capsys, tmp_path, reader):
+    """Of 8 samples up to step 10; then an interval of steps 25 and 26 of 16."""
+    (tmp_path / "config.yaml").write_text((runs["pair"] / "config.yaml").read_text())
+    sizes = [(8, step) for step in range(1, 11)] + [(16, 24), (16, 26)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(
+        {"kind": "train", "step": step, "loss": None if step == 26 else 2.0, "samples_seen": size * step}) + "\n"
+        for size, step in sizes))
+    (found,) = objects(capsys, tmp_path, "--spikes", "--data.exclude", "")
+    config = parse(["--config", str(tmp_path / "config.yaml")])
+    order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order)
+    assert [(step["step"], sorted(step["keys"])) for step in found["steps"]] == [
+        (step, sorted(map(reader.key, order.samples(np.arange(16 * (step - 1), 16 * step))))) for step in (25, 26)]
+
+
 def test_spikes_are_told_with_their_steps(runs, capsys, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -241,12 +347,14 @@ def test_spikes_are_told_with_their_steps(runs, capsys, tmp_path):
     (["{pair}", "4"], "STEP is 4; the run has 3 steps"),
     (["{pair}", "1", "--rank", "2"], "--rank is 2; there are 2, from 0"),
     (["{pair}", "1", "--micro", "2"], "--micro is 2; there are 2, from 0"),
-    (["{pair}", "1", "--sheet", "a.txt"], "--sheet a.txt has not the ending of a picture; give a name such as a.png"),
+    (["{pair}", "1", "--sheet", "a.txt"], "--sheet a.txt has not the ending .png; give a name such as a.png"),
+    (["{pair}", "1", "--sheet", "a.psd"], "--sheet a.psd has not the ending .png; "),
+    (["{pair}", "1", "--sheet", "a.jpg"], "--sheet a.jpg has not the ending .png; "),
     (["{pair}", "1", "--sheet", "no/a.png"], "--sheet no/a.png: there is no such folder"),
     (["{pair}", "--spikes", "--rank", "0"], "--spikes tells of whole steps in short"),
     (["{few}", "1"], "has no config.yaml: it is not a run folder"),
     (["{pair}", "1", "--ranks", "7"], "is not a multiple of"),
-    (["{pair}", "1", "--data.exclude", "{more}"], "was trained on other images than "),
+    (["{pair}", "2", "--data.exclude", "{more}"], "was trained on other images than "),
     (["{pair}", "1", "--optim.lrr", "3"], "--optim.lrr")])
 def test_what_is_refused(runs, capsys, words, message):
     words = [word.format(**runs) for word in words]
