@@ -45,23 +45,23 @@ class Worker:
         for; handing it to them takes twice as long as reading what the system has in its memory.
         """
         found: dict[int, Callable[[], bytes]] = {}
-        for sample in samples:
-            self._tell(reader, sample)  # its shard may have to be opened
+        # Texts, not numbers: to look those up, the trainer would read the index, on a disk that may hang.
+        places = [f"{reader.where(sample)} of {reader.name}".encode(errors="replace") for sample in samples]
+        for sample, place in zip(samples, places):
+            self._tell(place)  # its shard may have to be opened
             if (data := reader.read_at_hand(sample)) is not None:
                 found[sample] = partial(bytes, data)
         groups = reader.together([sample for sample in samples if sample not in found])
-        for number, group in enumerate(groups):
-            later = groups[number + _READERS:number + _READERS + 1]
+        for turn, group in enumerate(groups):
+            later = groups[turn + _READERS:turn + _READERS + 1]
             reads = self._pool.submit(_read_group, reader, group, later)
-            found.update((sample, partial(_result, reads, place)) for place, sample in enumerate(group))
-        for sample in samples:
-            self._tell(reader, sample)
+            found.update((sample, partial(_result, reads, number)) for number, sample in enumerate(group))
+        for sample, place in zip(samples, places):
+            self._tell(place)
             yield found[sample]
 
-    def _tell(self, reader: Reader, sample: int) -> None:
-        # The text, not the number: to look it up, the trainer would read the index, on a disk that may hang.
-        where = f"{reader.where(sample)} of {reader.name}".encode(errors="replace")
-        self._reading[self.number].value = where[:_WHERE_BYTES - 1]
+    def _tell(self, place: bytes) -> None:
+        self._reading[self.number].value = place[:_WHERE_BYTES - 1]
 
 
 def _read_group(reader: Reader, group: Sequence[int], later: Sequence[Sequence[int]]) -> list[bytes | VirError]:
@@ -71,8 +71,8 @@ def _read_group(reader: Reader, group: Sequence[int], later: Sequence[Sequence[i
     return reader.read_group(group)
 
 
-def _result(reads: Future[list[bytes | VirError]], place: int) -> bytes:
-    found = reads.result()[place]
+def _result(reads: Future[list[bytes | VirError]], number: int) -> bytes:
+    found = reads.result()[number]
     if isinstance(found, VirError):
         raise found
     return found
