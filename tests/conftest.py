@@ -18,9 +18,14 @@ def pytest_configure(config):
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 
+_TAKES_LONGEST = "test_nodes.py"
+"""It begins, or all others wait for it in the end; tests/run.sh keeps this order."""
+
+
 def pytest_collection_modifyitems(items):
     import torch
 
+    items.sort(key=lambda item: item.path.name != _TAKES_LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -26,7 +26,7 @@ fi
 # Several files at a time, each with one thread; then what starts training, two at a time: it imports and waits much.
 OMP_NUM_THREADS=1 pytest_and_go_on -n logical --maxprocesses 4 --dist loadfile -m "not launcher" "$@"
 if [ $what = all ]; then
-  pytest_and_go_on -n 2 --dist loadfile -m launcher "$@"
+  pytest_and_go_on -n 2 --dist loadfile --no-loadscope-reorder -m launcher "$@"
   if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     pytest_and_go_on -m gpu
   fi
