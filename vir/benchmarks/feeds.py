@@ -22,7 +22,7 @@ from torchvision.datasets.folder import ImageFolder, default_loader  # type: ign
 
 from vir.config import AugmentConfig
 from vir.data import jpeg, worker
-from vir.data.loader import Batches, Request, train_batches
+from vir.data.loader import Batches, Request, requests_of, train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import Reader
 from vir.weights.spec import InputSpec
@@ -122,9 +122,8 @@ def ours_read(reader: Reader, workers: int) -> Feed:
     order = SampleOrder(0, reader.shard_sizes, LANES, WINDOW)
 
     def requests() -> Iterator[Request]:
-        for first in itertools.count(0, BATCH):
-            positions = order.global_batch(first, BATCH)
-            yield positions, order.samples(positions)
+        for step in itertools.count():
+            yield from requests_of(order, step, BATCH, BATCH, rank=0, world_size=1)
 
     def read(positions: np.ndarray, samples: np.ndarray) -> Any:
         return sum(len(bytes_of()) for bytes_of in worker.here().read(reader, samples.tolist()))

@@ -69,6 +69,10 @@ class _Interval:
     cpu_before: float = field(default_factory=time.process_time)
     """CPU seconds of this process that are none of the interval's."""
 
+    def seconds(self) -> float:
+        """In steps, until now."""
+        return time.monotonic() - self.began - self.paused
+
 
 @dataclass
 class _Summary:
@@ -191,7 +195,7 @@ class Meter:
                 interval.met, self._heartbeat.round_trip, peak_memory(self._world.device), socket.gethostname(),
                 self._of_loading()]
         sums, counts, bad, waits, forwards, meets, trips, memory, hosts, figures = zip(*distributed.gather(mine))
-        seconds, slowest = time.monotonic() - interval.began - interval.paused, waits.index(max(waits))
+        seconds, slowest = interval.seconds(), waits.index(max(waits))
         return _Totals(seconds=seconds, waited=sum(waits) / self._world.size, bad=sum(bad), memory=max(memory),
                        loss=sum(sums) / sum(counts) if sum(counts) else float("nan"),
                        slowest=slowest, figures=figures[slowest],
@@ -228,7 +232,7 @@ class Meter:
     def _of_loading(self) -> Figures:
         """This rank's figures of the interval."""
         interval = self._interval
-        seconds = time.monotonic() - interval.began - interval.paused
+        seconds = interval.seconds()
         return replace(self._figures, spent=interval.spent, rate=interval.spent.images / seconds,
                        needed=interval.spent.images / max(seconds - interval.waited, 0.01 * seconds),
                        trainer=(time.process_time() - interval.cpu_before) / seconds)
