@@ -66,6 +66,13 @@ def test_the_first_rank_that_fails_ends_all(imported, monkeypatch):
     assert done.returncode == 3 and "rank 1 of 3" in done.stdout and time.monotonic() - began < 100
 
 
+def test_its_session_and_its_log_are_there_as_soon_as_it_is(imported, tmp_path):
+    for number in range(20):
+        process = imported.start(["-c", "import time; time.sleep(1000)"], tmp_path / str(number), {})
+        assert os.getsid(process.pid) == process.pid and (tmp_path / str(number)).exists()
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_nothing_of_it_stays(tmp_path):
     with Imported([]) as imported:
         assert imported.start(["-c", "print('done')"], tmp_path / "log", {}).wait(60) == 0

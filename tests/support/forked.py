@@ -126,10 +126,17 @@ def serve(answers: TextIO) -> list[str]:
         if "ended" in request:
             pid, status = os.waitpid(request["ended"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
-        elif not (answer := os.fork()):
-            answers.close()
-            become(Path(request["log"]), request["environment"])
-            return request["program"]
+        else:
+            here, there = os.pipe()
+            if not (answer := os.fork()):
+                answers.close()
+                become(Path(request["log"]), request["environment"])
+                os.close(here)
+                os.close(there)
+                return request["program"]
+            os.close(there)
+            os.read(here, 1)  # until it is closed there: who started it finds its session and its log
+            os.close(here)
         print(json.dumps(answer), file=answers, flush=True)
     sys.exit()
 
