@@ -50,6 +50,7 @@ TESTED_ELSEWHERE = {
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
     "vir.driver": "test_distributed.py: with what is refused of it",
+    "vir.data.batch": "test_loader.py: as loader processes make them",
     "vir.data.deal": "test_convert.py: the shuffle is a promise, and sizes of shards",
     "vir.data.stores.choose": "test_objects.py: which store has which URL",
     "vir.data.stores.connections": "test_http.py: redirects, logins, proxies, forks",

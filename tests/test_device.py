@@ -10,8 +10,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from vir.config import AugmentConfig
 from vir.data import device
+from vir.data.batch import Batch
 from vir.data.device import Preparation
-from vir.data.loader import Batch
 from vir.weights.spec import InputSpec
 
 torch.set_num_threads(1)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from vir.data import worker
-from vir.data.loader import Batch, Batches
+from vir.data.batch import Batch
+from vir.data.loader import Batches
 from vir.data.ring import Ring, place_of
 from vir.errors import SettingsError
 
@@ -90,6 +91,6 @@ def test_batches_that_are_kept_for_later_stay_what_they_were_and_need_no_file(wo
 
 @pytest.mark.parametrize("size", [1 << 31, 1 << 62])
 def test_more_memory_than_the_system_gives_is_refused(size):
-    with pytest.raises(SettingsError, match=r"^\d+ GB for the batches of 2 loader processes cannot be had: .*lower "
-                                            "--data.workers, --data.prefetch or --train.micro_batch_size$"):
+    with pytest.raises(SettingsError, match=r"^\d+ GB for the batches of 2 loader processes cannot be had: .*; "
+                                            "lower the number of workers, the prefetch or the batch size$"):
         Ring(2, 3, (size, 3, 224, 224))

@@ -10,8 +10,8 @@ from support.batches import Given
 from support.dispatches import Dispatches
 from support.tiny_models import tiny
 from vir.config import AugmentConfig, TrainConfig
+from vir.data.batch import Batch
 from vir.data.device import Preparation, normalize
-from vir.data.loader import Batch
 from vir.evaluation.classes import shared_classes
 from vir.evaluation.classify import classify, tally
 from vir.evaluation.predictions import of_shared, predict, with_mirror_images

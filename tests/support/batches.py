@@ -2,7 +2,7 @@
 
 import torch
 
-from vir.data.loader import Batch
+from vir.data.batch import Batch
 from vir.weights.spec import InputSpec
 
 INPUT = InputSpec(size=(3, 4, 4), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0)

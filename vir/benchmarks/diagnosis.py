@@ -23,11 +23,12 @@ from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import check_json, markdown
 from vir.config import RunConfig
 from vir.data import worker
+from vir.data.batch import Batch
 from vir.data.decode import BadSampleError, open_image
 from vir.data.device import Preparation
 from vir.data.diagnosis import STAGES, Diagnosis, Figures, diagnose
 from vir.data.jpeg import decodes_fast
-from vir.data.loader import Batch, Batches, Request, processes_for, requests_of, train_batches
+from vir.data.loader import Batches, Request, processes_for, requests_of, train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import Reader, ShardReader
 from vir.data.remote_shards import CachedShards, RemoteShards

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vir.config import AugmentConfig
-from vir.data.loader import Batch
+from vir.data.batch import Batch
 from vir.data.noise import normal_noise
 from vir.log import log
 from vir.weights.spec import InputSpec

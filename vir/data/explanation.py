@@ -16,9 +16,10 @@ from torch import Tensor
 
 from vir.config import AugmentConfig, TrainConfig
 from vir.data import worker
+from vir.data.batch import Batch, train_maker
 from vir.data.device import Preparation
 from vir.data.jpeg import Box
-from vir.data.loader import Batch, requests_of, train_maker
+from vir.data.loader import requests_of
 from vir.data.order import SampleOrder
 from vir.data.reader import Reader
 from vir.data.transforms import Crop, TrainTransform

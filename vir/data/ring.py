@@ -57,8 +57,7 @@ class Ring:
             memory = mmap.mmap(-1, size)
         except (OSError, OverflowError) as error:
             raise SettingsError(f"{size / 1e9:.0f} GB for the batches of {workers} loader processes cannot be had: "
-                                f"{error}; lower --data.workers, --data.prefetch or --train.micro_batch_size"
-                                ) from error
+                                f"{error}; lower the number of workers, the prefetch or the batch size") from error
         self.memory = torch.frombuffer(memory, dtype=torch.uint8)
         self._slots, self._turns, self._number = self.memory.view(slots), 0, next(_numbers)
         _rings[self._number] = self

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vir import distributed
+from vir.data.batch import Batch
 from vir.data.device import normalize
-from vir.data.loader import Batch, Batches
+from vir.data.loader import Batches
 from vir.weights.spec import InputSpec
 
 

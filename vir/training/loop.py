@@ -11,8 +11,9 @@ import torch
 from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import EVALUATE, SAVE, LauncherGrace, StopRequest
 from vir.config import TrainConfig
+from vir.data.batch import Batch
 from vir.data.device import Preparation
-from vir.data.loader import Batch, Batches
+from vir.data.loader import Batches
 from vir.engine.engine import Engine, Update
 from vir.errors import LossScaleError, NotFiniteError
 from vir.log import log
