@@ -24,7 +24,7 @@ else
   CUDA_VISIBLE_DEVICES="" python tests/support/build_ops.py
 fi
 # Several files at a time, each with one thread; then what starts training, two at a time: it imports and waits much.
-OMP_NUM_THREADS=1 pytest_and_go_on -n logical --maxprocesses 4 --dist loadfile -m "not launcher" "$@"
+OMP_NUM_THREADS=1 pytest_and_go_on -n 3 --dist loadfile -m "not launcher" "$@"
 if [ $what = all ]; then
   pytest_and_go_on -n 2 --dist loadfile --no-loadscope-reorder -m launcher "$@"
   if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
