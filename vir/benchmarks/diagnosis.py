@@ -27,8 +27,7 @@ from vir.data.batch import Batch
 from vir.data.decode import BadSampleError, open_image
 from vir.data.device import Preparation
 from vir.data.diagnosis import STAGES, Diagnosis, Figures, diagnose
-from vir.data.jpeg import decodes_fast
-from vir.data.loader import Batches, Request, processes_for, requests_of, train_batches
+from vir.data.loader import Batches, Request, requests_of, train_batches
 from vir.data.order import SampleOrder
 from vir.data.reader import Reader, ShardReader
 from vir.data.remote_shards import CachedShards, RemoteShards
@@ -141,12 +140,12 @@ def measure(prepared: Prepared, world: World, settings: Settings) -> tuple[Figur
     network, spec = build(config.model, reader.classes)
     plan = make_plan(config, reader, spec, world, ds_config.precision(prepared.ds_config))
     order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order, prepared.exclusion)
-    workers = processes_for(config.data.workers)
+    figures = Figures.of_run(config)
     distributed.barrier()
-    loaded = _load(config, reader, order, spec, plan, world, workers, settings.seconds)
+    loaded = _load(config, reader, order, spec, plan, world, figures.workers, settings.seconds)
     distributed.barrier()
     requests = _requests(order, loaded.next_step, plan.global_batch_size, config.train.micro_batch_size, world)
-    read = _read(reader, requests, workers, settings.seconds)
+    read = _read(reader, requests, figures.workers, settings.seconds)
     distributed.barrier()
     needed = None
     if not settings.loader_only:
@@ -154,14 +153,10 @@ def measure(prepared: Prepared, world: World, settings: Settings) -> tuple[Figur
         with closing(engine):
             needed = _train(config, plan, engine, spec, FiniteGuard(order, reader), loaded.batch, world,
                             settings.seconds)
-    access = reader.access if isinstance(reader, ShardReader) else None
-    return Figures(
-        spent=loaded.spent, workers=workers, cores=launcher.cores(), share=launcher.share_of_machine(),
-        ranks=launcher.sharing(), rate=loaded.rate, trainer=loaded.trainer, needed=needed,
+    return replace(
+        figures, spent=loaded.spent, rate=loaded.rate, trainer=loaded.trainer, needed=needed,
         hand_over=loaded.hand_over, copy=_copy(loaded.batch, world.device), storage=read.rate,
-        side=_side(reader, order),
-        is_remote=isinstance(access, RemoteShards), decodes_fast=decodes_fast(), policy=config.augment.auto_augment,
-        micro_batch_size=config.train.micro_batch_size), read
+        side=_side(reader, order)), read
 
 
 def _load(config: RunConfig, reader: Reader, order: SampleOrder, spec: ModelSpec, plan: Plan, world: World,

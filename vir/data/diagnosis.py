@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from vir import launcher
+from vir.addresses import is_remote, parts
+from vir.config import RunConfig
+from vir.data.jpeg import decodes_fast
+from vir.data.loader import processes_for
 from vir.data.stages import Spent
 
 STAGES = ("read", "decode", "augment", "collate")
@@ -71,6 +76,15 @@ class Figures:
     policy: str | None = None
     """--augment.auto_augment."""
     micro_batch_size: int = 0
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> Figures:
+        """What is known of this rank before anything is measured."""
+        return cls(spent=Spent(), workers=processes_for(config.data.workers), cores=launcher.cores(),
+                   share=launcher.share_of_machine(), ranks=launcher.sharing(), rate=0.0,
+                   is_remote=any(map(is_remote, parts(config.data.train))) and not config.data.cache,
+                   decodes_fast=decodes_fast(), policy=config.augment.auto_augment,
+                   micro_batch_size=config.train.micro_batch_size)
 
     def each(self, stage: str) -> float:
         """Seconds of an image in a stage, or another field of Spent."""

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vir import distributed, launcher
-from vir.addresses import is_remote
+from vir import distributed
 from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig
 from vir.data.diagnosis import Figures, diagnose
-from vir.data.jpeg import decodes_fast
-from vir.data.loader import processes_for
 from vir.data.stages import Spent
 from vir.distributed import World
 from vir.engine.engine import Engine, Update
@@ -129,11 +126,7 @@ class Meter:
                          disable=not (world.is_main and self._terminal))
         self._summary = _Summary()
         self._intervals, self._told_at = 0, -_TELLS_EVERY
-        self._figures = Figures(
-            spent=Spent(), workers=processes_for(config.data.workers), cores=launcher.cores(),
-            share=launcher.share_of_machine(), ranks=launcher.sharing(), rate=0.0, decodes_fast=decodes_fast(),
-            is_remote=is_remote(config.data.train) and not config.data.cache, policy=config.augment.auto_augment,
-            micro_batch_size=config.train.micro_batch_size)
+        self._figures = Figures.of_run(config)
         self.begin()
 
     def begin(self) -> None:
