@@ -217,7 +217,9 @@ def lose_nodes(script: Script) -> dict[str, Fault]:
 SIGNALS = {
     "SIGUSR1 to the script, a clock is wrong": (signal.SIGUSR1, "node-a", "vir.launch"),
     "SIGTERM to the runner": (signal.SIGTERM, "node-a", "deepspeed.launcher.runner"),
-    "SIGUSR1 to the launcher of node-b": (signal.SIGUSR1, "node-b", "deepspeed.launcher.launch"),
+    "SIGUSR1 to the runner": (signal.SIGUSR1, "node-a", "deepspeed.launcher.runner"),
+    "SIGTERM to the launcher of node-b": (signal.SIGTERM, "node-b", "deepspeed.launcher.launch"),
+    "SIGUSR1 to the launcher of node-a": (signal.SIGUSR1, "node-a", "deepspeed.launcher.launch"),
 }
 
 
@@ -262,11 +264,11 @@ def test_three_nodes_train_with_zero_3_as_one_process_does_name_a_slow_link_and_
     script = start("node-b", run, arguments(shards, run, config, "--train.micro_batch_size", "8"), three)
     far = "straggler: rank 2 (node-c) is far away: a word to rank 0 and back takes "
     script.wait_for_words(far)  # on a busy machine its beats are seldom among the words of a step
-    stop_after(COMPARED // 2, run, script.process)
+    stop_after(COMPARED, run, script.process)
     met = script.end()
     assert met.code == 75, met.said[-6000:]
-    assert met.left == {} and met.status == [] and met.saved == met.done >= COMPARED // 2
-    assert losses(run) == pytest.approx(alone[:met.done], rel=1e-5)
+    assert met.left == {} and met.status == [] and met.saved == met.done >= COMPARED
+    assert losses(run) == pytest.approx(alone, rel=1e-5)
     assert not (run / "STOP").exists()
     assert re.search(re.escape(far) + r"\d+ ms, ", met.said)
     assert not re.search(r"rank [01] \(\S+\) is far away", met.said)
