@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.file_store import within
+from tests.support.file_store import HANGS, wait_for
 from tests.support.small_disk import small_disk  # noqa: F401
 from vir.data.cache import (
     RECENT_S,
@@ -210,7 +210,7 @@ class TestTwoUsers:
 
         process = fork.Process(target=main, daemon=True)
         process.start()
-        process.join(10)
+        process.join(HANGS)
         return process.exitcode
 
     def test_both_fill_it(self, cache):
@@ -277,7 +277,7 @@ def test_eight_processes_that_want_a_shard_make_one_download(cache, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(20)
+        process.join(HANGS)
     assert [process.exitcode for process in processes] == [0] * 8
     assert (tmp_path / "count").read_text() == "x"
     assert names(cache.folder) == ["a"]
@@ -294,7 +294,7 @@ def test_a_killed_download_is_never_whole_and_goes_when_its_writer_has(cache, tm
 
     writer = fork.Process(target=cache.fill, args=(entry_of(content), hangs), daemon=True)
     writer.start()
-    within(10, begun.exists)
+    wait_for(begun.exists)
     leftover, = cache.folder.glob("*.tmp")
     os.utime(leftover, (1, 1))
     assert cache.progress(entry_of(content)) == 1 and cache.progress(entry_of(content, "b")) == 0
@@ -302,7 +302,7 @@ def test_a_killed_download_is_never_whole_and_goes_when_its_writer_has(cache, tm
     fill(cache, b"x" * 10, "b")
     assert leftover.exists() and cache.find(entry_of(content)) is None
     os.kill(writer.pid, signal.SIGKILL)
-    writer.join(10)
+    writer.join(HANGS)
     assert cache.find(entry_of(content)) is None
     fill(cache, b"x" * 10, "c")  # another shard, by another process
     assert names(cache.folder) == ["b", "c"]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.file_store import within
+from support.file_store import wait_for
 from support.http_server import HttpServer, Lie
 from support.s3_server import ENVIRONMENT, S3Server
 from support.small_disk import small_disk  # noqa: F401
@@ -356,7 +356,7 @@ class TestTheLock:
         with ThreadPoolExecutor(3) as pool:
             with index_folder._locked(folder / ".vir-index.lock", lambda: False):
                 found = [pool.submit(first) for _ in range(3)]
-                within(10, lambda: sum(request.range == "bytes=0-0" for request in list(server.requests)) >= 9)
+                wait_for(lambda: sum(request.range == "bytes=0-0" for request in list(server.requests)) >= 9)
                 # Each for three shards, or for a manifest and two shards.
                 time.sleep(0.2)
             assert len({answer.result(20) for answer in found}) == 1
@@ -393,9 +393,9 @@ def test_ctrl_c_ends_vir_index_at_a_server_that_stalls(tmp_path):
             cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {
                 **{name: value for name, value in ENVIRONMENT.items() if value is not None},
                 "AWS_ENDPOINT_URL": server.url("")})
-        within(20, lambda: server.requests)
+        wait_for(lambda: server.requests)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped by SIGINT; nothing was written" in error
 
 
@@ -420,7 +420,7 @@ def test_a_killed_maker_leaves_nothing_that_is_taken_for_whole(server, tmp_path)
     while sum(request.range != "bytes=0-0" for request in list(server.requests)) < 5 and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     (folder,) = set((tmp_path / "indexes").iterdir()) - {found.folder}
     assert not (folder / "manifest.json").exists()
     (folder / ".index.npy.17-0123abcd.tmp").touch()  # as if it had been killed later

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.support.file_store import FileStore, make_shards, within
+from tests.support.file_store import HANGS, FileStore, make_shards, wait_for
 from tests.support.http_server import HttpServer, Lie
 from vir.data.cache import Outcome
 from vir.data.remote_shards import CachedShards, RemoteShards, Traffic
@@ -85,7 +85,7 @@ def test_threads_a_fork_and_a_copy_read_the_same(cached, remote):
             assert list(pool.map(lambda part: access.read(*part), wanted)) == expected
     child = fork.Process(target=lambda: os._exit([cached.read(*part) for part in wanted] != expected), daemon=True)
     child.start()
-    child.join(10)
+    child.join(HANGS)
     assert child.exitcode == 0
 
 
@@ -145,12 +145,12 @@ class TestWithoutRanges:
         processes = [fork.Process(target=reads, daemon=True) for _ in range(4)]
         for process in processes:
             process.start()
-        within(10, lambda: store.noted())
+        wait_for(lambda: store.noted())
         time.sleep(0.3)
         assert all(process.is_alive() for process in processes)
         store.gate.touch()
         for process in processes:
-            process.join(10)
+            process.join(HANGS)
         assert [process.exitcode for process in processes] == [0] * 4
         assert store.noted() == ["blocks 000.tar"]
 
@@ -158,12 +158,12 @@ class TestWithoutRanges:
         cached = CachedShards(remote_of(store, tmp_path, timeout=0.3), tmp_path / "cache", 10**6)
         slow = threading.Thread(target=cached.read, args=(0, 0, 1))
         slow.start()
-        within(10, lambda: store.noted())
+        wait_for(lambda: store.noted())
         with pytest.raises(StoreError, match=r"000\.tar cannot be read in parts, and was not in the cache .*cache "
                                              r"after 0\.3 s; raise --data\.timeout or --data\.cache_bytes"):
             cached.read(0, 0, 1)
         store.gate.touch()
-        slow.join(10)
+        slow.join(HANGS)
         assert not slow.is_alive()
 
     def test_a_folder_that_cannot_be_written_is_told(self, remote, store, tmp_path):
@@ -233,7 +233,7 @@ def test_a_fork_while_a_thread_counts_can_count():
     with traffic._lock:
         process = fork.Process(target=traffic.add, kwargs={"downloads": 1}, daemon=True)
         process.start()
-        process.join(10)
+        process.join(HANGS)
     assert process.exitcode == 0
 
 
@@ -269,7 +269,7 @@ class TestOverHttp:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(20)
+            process.join(HANGS)
         assert [process.exitcode for process in processes] == [0] * 8
         assert server.bytes_of == {"/0.tar": len(self.CONTENT)}
 

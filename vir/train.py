@@ -53,11 +53,13 @@ def _main(argv: list[str], stop: StopRequest) -> int:
         if launcher.wants_cpu(config.device):
             launcher.hide_gpus()
         heartbeat = _start_heartbeat(place, config.train.rank_timeout)
-        from vir.training.prepare import prepare
+        with cli.importing():
+            from vir.training.prepare import prepare
 
         prepared = prepare(config, lambda: stop.asked)
         at_the_door = False
-        from vir.training.run import run
+        with cli.importing():
+            from vir.training.run import run
 
         code = run(prepared, stop, heartbeat)
         heartbeat.close()
@@ -97,7 +99,8 @@ def _main(argv: list[str], stop: StopRequest) -> int:
 
 
 def _start_heartbeat(place: Place, timeout: float) -> Heartbeat:
-    from vir.cluster.heartbeat import Heartbeat
+    with cli.importing():
+        from vir.cluster.heartbeat import Heartbeat
 
     heartbeat = Heartbeat(place, timeout)
     heartbeat.start()

@@ -38,7 +38,7 @@ class FileStore:
         self._note(f"blocks {_path(url).name}")
         data = self._bytes(url, identity)
         yield data[:BLOCK]
-        end = time.monotonic() + 20
+        end = time.monotonic() + HANGS
         while self.gate is not None and not self.gate.exists():
             assert time.monotonic() < end, "the gate stayed shut"
             time.sleep(0.01)
@@ -80,9 +80,13 @@ def make_shards(folder, sizes, seed=0):
     return urls
 
 
-def within(seconds, condition):
+HANGS = 100
+"""Seconds after which something counts as hanging: disks and cores may be busy with other tests."""
+
+
+def wait_for(condition):
     """Wait for a condition; it fails the test when it does not come."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + HANGS
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
+        assert time.monotonic() < end, f"not within {HANGS} s"
         time.sleep(0.01)

@@ -131,21 +131,23 @@ class Prefetcher:
         now = time.monotonic()
         if self._look_at.get(shard, 0.0) > now:
             return False
+        self._look_at[shard] = now + _LOOK_S  # before it is found, after which another thread may let it go
         if self._cached.cache.touch(self._cached.entries[shard]):
-            self._look_at[shard] = now + _LOOK_S
             return False
+        self._look_at.pop(shard, None)
         return self._again_at.get(shard, 0.0) <= now
 
     def _download(self, shard: int, uses: Uses) -> None:
         self._again_at[shard] = time.monotonic() + _AGAIN_S  # before it is there, where another thread may let it go
         try:
             outcome = self._cached.download(shard, uses, self._let_go)
-            wait = _POLL_S if outcome is Outcome.LOCKED else _LOOK_S
+            wait = _POLL_S if outcome is Outcome.LOCKED else 0.0
         except Exception as error:
             outcome, wait = None, self._wait_after(shard, error)
         if outcome is not Outcome.DOWNLOADED:
             self._again_at.pop(shard, None)
-        self._look_at[shard] = time.monotonic() + wait
+        if wait:  # what is there is looked at next, and may have gone again by now
+            self._look_at[shard] = time.monotonic() + wait
         del self._under_way[shard]
         self._wake.set()
 

@@ -17,7 +17,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CLEARLY = 1.5
 """Times slower from which on it is said. With instructions for it bf16 is faster, without them 10 to 20 times slower;
 the share of a model that is no matrix product is the same in both."""
-_SECONDS = 0.5
+_SECONDS = 0.2
 """Of measuring, at least; rounds of a slow processor take longer."""
 _ROUNDS = 3
 _TOKENS, _WIDTH = 256, 192  # a layer of a tiny model: 3 ms in float32 on one slow core
@@ -43,7 +43,7 @@ class Speed:
 
 @cache
 def measure(precision: str) -> Speed:
-    """The speed of bf16 or fp16 on this processor, in about a second, once a process. It draws no random numbers."""
+    """The speed of bf16 or fp16 on this processor, once a process. It draws no random numbers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # those of other ranks may keep all cores busy, which tells nothing of the instructions
     try:
