@@ -7,10 +7,12 @@ import sysconfig
 import time
 from pathlib import Path
 
+import cpuinfo
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
 from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
 from deepspeed.ops.op_builder.quantizer import QuantizerBuilder
 from torch.utils import cpp_extension
@@ -126,6 +128,17 @@ def test_what_a_run_needs_is_told_by_its_json_its_optimizer_and_the_device():
     assert names(offloaded, "adamw") == names(offloaded, "adam") == ["cpu_adam", *always]
     assert names(offloaded, "sgd") == always
     assert names(quantized, "adamw") == (always if ON_CPU else ["quantizer"])
+
+
+def test_the_processor_is_asked_for_once(source, monkeypatch):
+    """DeepSpeed asks for each flag of an operator of its own."""
+    asked = []
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda ask=cpuinfo.get_cpu_info: asked.append(True) or ask())
+    builds.load([Tiny(source, "vir_tiny_too")])
+    flags = [CPUAdamBuilder().cxx_args() for _ in range(2)]
+    assert flags[0] == flags[1] and len(asked) == 1
+    builds.load([Tiny(source, "vir_tiny_too")])
+    assert CPUAdamBuilder().cxx_args() == flags[0] and len(asked) == 1
 
 
 def test_the_ninja_of_this_python_is_found_before_that_of_the_machine(tmp_path, monkeypatch):

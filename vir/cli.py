@@ -107,9 +107,10 @@ def _calling(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import much in the block: garbage is not looked for there, nor ever after in what is there at its end, which takes
-    a quarter of the time off the start of a run, and its pauses out of the steps. For programs with a QuickEnd: Python
-    would not take apart at its end what is kept so, and some libraries tell of that.
+    """Import much in the block: garbage is not looked for there, nor ever after in what is there at its end.
+
+    That takes a second off the start of a run, and pauses out of its steps. For programs with a QuickEnd: Python would
+    not take apart at its end what is kept so, and some libraries complain of that.
     """
     gc.disable()
     try:

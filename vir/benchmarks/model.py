@@ -21,7 +21,7 @@ from vir.benchmarks.results import Result
 from vir.benchmarks.stopwatch import Limits, Stopwatch, check_device, machine
 from vir.benchmarks.tables import model_table
 from vir.errors import DataError, SettingsError
-from vir.files import replace_text
+from vir.files import replace_text, try_to_write
 from vir.models import RETENTION_MODES, VisionRetention, retain, retention_decay
 from vir.models.block import Block, Retention
 from vir.models.build import create
@@ -69,6 +69,10 @@ def benchmark(settings: Settings, command: str) -> str:
                              and (device.type == "cuda" or row not in KERNEL_ROWS)]
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if settings.output:
+        with _told(settings.output):
+            settings.output.mkdir(parents=True, exist_ok=True)
+            try_to_write(settings.output / f"{settings.kind}.json")
     where = machine(device)
     title = (settings.model if settings.kind == "model" else f"{settings.heads} heads of {settings.width}")
     title += f" on {where}"
@@ -110,7 +114,6 @@ def _results(settings: Settings, rows: list[str], device: torch.device) -> Itera
 
 def _write(folder: Path, text: str, content: dict[str, Any]) -> None:
     with _told(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / f"{content['kind']}.md", text)
         replace_text(folder / f"{content['kind']}.json", json.dumps(content, indent=1))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sysconfig
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -47,6 +48,8 @@ def load(builders: Sequence[Any]) -> None:
         SettingsError: one cannot be built; most often there is no compiler, or no nvcc for one of a GPU.
     """
     prefer_own_programs()
+    if builders:
+        _ask_for_the_processor_once()
     for builder in builders:
         try:
             begin = time.monotonic()
@@ -73,6 +76,15 @@ def prefer_own_programs() -> None:
     own, found = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
     if found.split(os.pathsep)[0] != own:
         os.environ["PATH"] = f"{own}{os.pathsep}{found}"
+
+
+def _ask_for_the_processor_once() -> None:
+    """Let py-cpuinfo keep what it has found: it takes over a second, and DeepSpeed asks it five times in a start with
+    its Adam for CPUs: twice for each set of flags of the operator, once for its optimizer."""
+    import cpuinfo  # which starts programs when it is imported
+
+    if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
+        setattr(cpuinfo, "get_cpu_info", cache(cpuinfo.get_cpu_info))
 
 
 def _check_nvcc(builder: Any) -> None:
