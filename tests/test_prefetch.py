@@ -47,21 +47,24 @@ def present(cached):
 
 def settled(prefetcher):
     """It has seen the step, and in two rounds nothing was begun, neither at once nor after the wait between them."""
-    prefetcher.idle = 0  # by a round that may have seen the step before, it becomes 1
-    wait_for(lambda: prefetcher.idle >= 3)
+    may_be_old = prefetcher.rounds + 1  # one under way, which may have seen the step before
+    wait_for(lambda: prefetcher.rounds >= max(may_be_old, prefetcher.last_busy) + 2)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(prefetch, "_PAUSE_S", 0.002)
     monkeypatch.setattr(prefetch, "_POLL_S", 0.01)
-    monkeypatch.setattr(prefetch.Prefetcher, "idle", 0, raising=False)
+    for name in ("rounds", "last_busy"):
+        monkeypatch.setattr(prefetch.Prefetcher, name, 0, raising=False)
     all_of_them = []
 
     def counted(self, begin=prefetch.Prefetcher._begin_downloads):
-        was_idle = not self._under_way
+        busy = bool(self._under_way)
         begin(self)
-        self.idle = self.idle + 1 if was_idle and not self._under_way else 0
+        if busy or self._under_way:
+            self.last_busy = self.rounds + 1
+        self.rounds += 1
 
     def noted(self, *arguments, initialize=prefetch.Prefetcher.__init__, **named):
         initialize(self, *arguments, **named)
