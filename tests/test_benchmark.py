@@ -156,7 +156,8 @@ def test_errors_name_the_value_and_the_choices(args, message, main, capsys):
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, main, capsys):
     (tmp_path / "file").touch()
-    assert main(["operator", "--output", str(tmp_path / "file")]) == 3
+    args = ["operator", "--sizes", "5", "--batch-size", "1", "--rounds", "0", "--output", str(tmp_path / "file")]
+    assert main(args) == 3
     error, = capsys.readouterr().err.splitlines()  # and no time of a row: nothing was measured before
     assert error.endswith("file: File exists; choose another folder")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.file_store import HANGS, wait_for
 from tests.support.small_disk import small_disk  # noqa: F401
+from tests.support.waiting import HANGS, wait_for
 from vir.data.cache import (
     RECENT_S,
     Cache,

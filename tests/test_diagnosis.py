@@ -105,9 +105,9 @@ def measure(data, *flags, workers=1, seconds=1.0, output="unused"):
     return figures, read, diagnose(figures)
 
 
-def at_least(least):
-    """As much as was planted, or half as much again where other programs have the cores, too."""
-    return pytest.approx(1.2 * least, rel=0.25)
+def planted(seconds):
+    """From a tenth less to half as much again, where other programs have the cores, too."""
+    return pytest.approx(1.2 * seconds, rel=0.25)
 
 
 @contextmanager
@@ -131,9 +131,9 @@ def test_a_slow_disk(shards, tmp_path):
         figures, read, found = measure(shards / "train", output=tmp_path / "run")
     assert found.bound is Bound.READ
     # All reads of a batch wait at the same time.
-    assert figures.each("read") == at_least(delay / BATCH)
-    assert 1 / figures.rate == at_least(delay / BATCH)
-    assert figures.each("bytes") / read.rate == at_least(delay / BATCH)
+    assert figures.each("read") == planted(delay / BATCH)
+    assert 1 / figures.rate == planted(delay / BATCH)
+    assert figures.each("bytes") / read.rate == pytest.approx(1.2 * delay / BATCH, rel=0.35)  # other images than those
     assert read.requests == 0 and not read.from_server()
 
 
@@ -143,8 +143,8 @@ def test_a_slow_policy(shards, tmp_path, monkeypatch):
     with slow_policy(0.05):
         figures, _, found = measure(shards / "train", output=tmp_path / "run")
     assert found.bound is Bound.AUGMENT
-    assert figures.each("augment") == at_least(0.05)
-    assert 1 / figures.rate == at_least(0.05)
+    assert figures.each("augment") == planted(0.05)
+    assert 1 / figures.rate == planted(0.05)
     assert sum(figures.each(stage) for stage in ("read", "decode", "augment", "collate")) == pytest.approx(
         figures.each("total"))
 
@@ -156,7 +156,7 @@ def test_too_few_workers_and_what_the_advice_brings(shards, tmp_path, monkeypatc
         figures, _, found = measure(shards / "train", output=tmp_path / "run")
         assert found.bound is Bound.WORKERS and found.change == "--data.workers 3"
         more, _, _ = measure(shards / "train", workers=3, output=tmp_path / "run")
-    assert more.rate == pytest.approx(3 * figures.rate, rel=0.25)
+    assert more.rate == pytest.approx(3 * figures.rate, rel=0.25)  # twice, and four times, would be found
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a machine of which a part can be kept from it")

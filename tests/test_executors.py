@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from support import chores
-from support.chores import HANGS, wait_for
 from support.faults import members
+from support.waiting import HANGS, wait_for
 from vir.data import executors
 from vir.data.convert import Settings, convert
 from vir.data.executors import Stopped, check_executor, run_tasks

@@ -46,8 +46,12 @@ def work(heartbeat):
 
 
 def hold_the_gil(heartbeat):
+    """When all have heard of each other."""
     heartbeat.at("in a library")
-    time.sleep(1)
+    folder = Path(os.readlink("/proc/self/fd/1")).parent
+    while len(list(folder.glob("*.ready"))) < SIZE - 1:
+        time.sleep(0.02)
+    time.sleep(1)  # its beats say where it is
     ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps it, as a C extension that hangs does
 
 

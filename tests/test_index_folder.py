@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.file_store import wait_for
 from support.http_server import HttpServer, Lie
 from support.s3_server import ENVIRONMENT, S3Server
 from support.small_disk import small_disk  # noqa: F401
+from support.waiting import wait_for
 from vir import index as index_module
 from vir.data import index_folder
 from vir.data.executors import Stopped

@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from tests.support.file_store import HANGS, FileStore, make_shards, wait_for
+from tests.support.file_store import FileStore, make_shards
 from tests.support.small_disk import small_disk  # noqa: F401
+from tests.support.waiting import HANGS, wait_for
 from vir.data import prefetch
 from vir.data.cache import Uses
 from vir.data.order import SampleOrder
@@ -46,31 +47,38 @@ def present(cached):
 
 
 def settled(prefetcher):
-    """It has seen the step, and in two rounds nothing was begun, neither at once nor after the wait between them."""
+    """It has seen the step, and nothing was under way or begun in three rounds, of which two have the full wait between
+    them: what was put off for the time of a wait has had its turn."""
     may_be_old = prefetcher.rounds + 1  # one under way, which may have seen the step before
-    wait_for(lambda: prefetcher.rounds >= max(may_be_old, prefetcher.last_busy) + 2)
+    wait_for(lambda: prefetcher.rounds >= max(may_be_old, prefetcher.last_busy) + 3)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(prefetch, "_PAUSE_S", 0.002)
     monkeypatch.setattr(prefetch, "_POLL_S", 0.01)
-    for name in ("rounds", "last_busy"):
+    for name in ("rounds", "last_busy", "begun"):
         monkeypatch.setattr(prefetch.Prefetcher, name, 0, raising=False)
     all_of_them = []
 
     def counted(self, begin=prefetch.Prefetcher._begin_downloads):
-        busy = bool(self._under_way)
+        begun, busy = self.begun, any(thread.name == "download" for thread in threading.enumerate())
         begin(self)
-        if busy or self._under_way:
+        if busy or self.begun > begun:
             self.last_busy = self.rounds + 1
         self.rounds += 1
+
+    def is_due(self, shard, is_due=prefetch.Prefetcher._is_due):
+        found = is_due(self, shard)
+        self.begun += found
+        return found
 
     def noted(self, *arguments, initialize=prefetch.Prefetcher.__init__, **named):
         initialize(self, *arguments, **named)
         all_of_them.append(self)
 
     monkeypatch.setattr(prefetch.Prefetcher, "_begin_downloads", counted)
+    monkeypatch.setattr(prefetch.Prefetcher, "_is_due", is_due)
     monkeypatch.setattr(prefetch.Prefetcher, "__init__", noted)
     yield
     for prefetcher in all_of_them:  # one that a failure has left would disturb the tests after it
@@ -218,10 +226,12 @@ def test_a_server_that_fails_is_told_once_and_asked_again_later(tmp_path, caplog
     monkeypatch.setattr(prefetch, "_PENALTY_S", 0.3)
     cached = cached_of(tmp_path, SHARDS * BYTES)
     (tmp_path / "server").rename(tmp_path / "away")
-    prefetcher = prefetcher_of(cached)
+    prefetcher, failed = prefetcher_of(cached), set()
+    monkeypatch.setattr(prefetcher, "_wait_after", lambda shard, error, wait=prefetcher._wait_after: (
+        failed.add(shard) or wait(shard, error)))
     with caplog.at_level(logging.WARNING, "vir"):
         prefetcher.advance(0)
-        wait_for(lambda: len(prefetcher._look_at) == SHARDS)
+        wait_for(lambda: len(failed) == SHARDS)
     assert len(caplog.records) == 1
     assert ".tar is not there; it is not cached for 0 s" in caplog.text
     (tmp_path / "away").rename(tmp_path / "server")

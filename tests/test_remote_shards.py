@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.support.file_store import HANGS, FileStore, make_shards, wait_for
+from tests.support.file_store import FileStore, make_shards
 from tests.support.http_server import HttpServer, Lie
+from tests.support.waiting import HANGS, wait_for
 from vir.data.cache import Outcome
 from vir.data.remote_shards import CachedShards, RemoteShards, Traffic
 from vir.data.stores.choose import open_store

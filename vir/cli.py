@@ -107,16 +107,18 @@ def _calling(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import much in the block: garbage is not looked for there, nor ever after in what is there at its end.
+    """Import much in the block: no garbage is looked for there nor, in a process with a QuickEnd, ever after in what is
+    there at its end.
 
-    That takes a second off the start of a run, and pauses out of its steps. For programs with a QuickEnd: Python would
-    not take apart at its end what is kept so, and some libraries complain of that.
+    That takes a second off the start of a run, and pauses out of its steps. What is kept so Python would not take apart
+    at its end, of which some libraries complain.
     """
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if QuickEnd.is_there:
+            gc.freeze()
         gc.enable()
 
 
@@ -124,7 +126,10 @@ class QuickEnd:
     """Once `code` is set, with that this process ends as soon as all functions are called that atexit was given after
     this one: Python would still take apart all that was imported, which takes torch over a second."""
 
+    is_there = False
+
     def __init__(self) -> None:
+        QuickEnd.is_there = True
         self.code: int | None = None
         atexit.register(self._end)
 

@@ -3,21 +3,11 @@
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
+from support.waiting import wait_for
 from vir.data.executors import Stopped, run_tasks, stopping
 from vir.errors import DataError
-
-HANGS = 60
-"""Seconds after which a wait counts as hanging."""
-
-
-def wait_for(holds, what):
-    deadline = time.monotonic() + HANGS
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def double(number):

@@ -2,9 +2,9 @@
 that processes count together."""
 
 import os
-import time
 from pathlib import Path
 
+from tests.support.waiting import wait_for
 from vir.data.stores.store import Identity, MissingError, StoreError
 
 BLOCK = 1 << 16
@@ -38,10 +38,8 @@ class FileStore:
         self._note(f"blocks {_path(url).name}")
         data = self._bytes(url, identity)
         yield data[:BLOCK]
-        end = time.monotonic() + HANGS
-        while self.gate is not None and not self.gate.exists():
-            assert time.monotonic() < end, "the gate stayed shut"
-            time.sleep(0.01)
+        if self.gate is not None:
+            wait_for(self.gate.exists, "the gate")
         for start in range(BLOCK, len(data), BLOCK):
             yield data[start:start + BLOCK]
 
@@ -78,15 +76,3 @@ def make_shards(folder, sizes, seed=0):
         path.write_bytes(np.random.default_rng((seed, number)).bytes(size))
         urls.append(f"file://{path}")
     return urls
-
-
-HANGS = 100
-"""Seconds after which something counts as hanging: disks and cores may be busy with other tests."""
-
-
-def wait_for(condition):
-    """Wait for a condition; it fails the test when it does not come."""
-    end = time.monotonic() + HANGS
-    while not condition():
-        assert time.monotonic() < end, f"not within {HANGS} s"
-        time.sleep(0.01)

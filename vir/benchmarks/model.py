@@ -72,7 +72,8 @@ def benchmark(settings: Settings, command: str) -> str:
     if settings.output:
         with _told(settings.output):
             settings.output.mkdir(parents=True, exist_ok=True)
-            try_to_write(settings.output / f"{settings.kind}.json")
+            for ending in ("md", "json", "png"):
+                try_to_write(settings.output / f"{settings.kind}.{ending}")
     where = machine(device)
     title = (settings.model if settings.kind == "model" else f"{settings.heads} heads of {settings.width}")
     title += f" on {where}"

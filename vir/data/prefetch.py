@@ -146,7 +146,7 @@ class Prefetcher:
             outcome, wait = None, self._wait_after(shard, error)
         if outcome is not Outcome.DOWNLOADED:
             self._again_at.pop(shard, None)
-        if wait:  # what is there is looked at next, and may have gone again by now
+        if wait:  # else it is looked at in the next round: what has come may have gone again by now
             self._look_at[shard] = time.monotonic() + wait
         del self._under_way[shard]
         self._wake.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sysconfig
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Sequence
@@ -81,10 +82,11 @@ def prefer_own_programs() -> None:
 def _ask_for_the_processor_once() -> None:
     """Let py-cpuinfo keep what it has found: it takes over a second, and DeepSpeed asks it five times in a start with
     its Adam for CPUs: twice for each set of flags of the operator, once for its optimizer."""
-    import cpuinfo  # which starts programs when it is imported
+    with suppress(ImportError):  # then DeepSpeed asks another
+        import cpuinfo  # which starts programs
 
-    if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
-        setattr(cpuinfo, "get_cpu_info", cache(cpuinfo.get_cpu_info))
+        if not hasattr(cpuinfo.get_cpu_info, "cache_info"):
+            cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
 
 
 def _check_nvcc(builder: Any) -> None:
