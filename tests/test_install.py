@@ -13,8 +13,8 @@ import pytest
 
 from support.launchers import ROOT
 
-PROGRAMS = ["vir-check", "vir-consolidate", "vir-convert", "vir-evaluate", "vir-explain", "vir-index", "vir-launch",
-            "vir-train", "vir-verify"]
+PROGRAMS = ["vir-check", "vir-consolidate", "vir-convert", "vir-evaluate", "vir-explain", "vir-export", "vir-index",
+            "vir-launch", "vir-predict", "vir-train", "vir-verify"]
 ASK = """
 import contextlib, io, json, sys
 from importlib.metadata import distributions

@@ -9,6 +9,8 @@
     vir-explain       tells which samples a step had                 python -m vir.explain
     vir-consolidate   makes one weights file of a checkpoint         python -m vir.consolidate
     vir-evaluate      tells the accuracy of a weights file           python -m vir.evaluate
+    vir-predict       names what is on images                        python -m vir.predict
+    vir-export        makes ONNX, torch.export, Hugging Face of one  python -m vir.export
 
 Several processes are started by a launcher: deepspeed --module vir.train, torchrun -m vir.train, and the same of
 vir.evaluate.
