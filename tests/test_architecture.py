@@ -47,6 +47,7 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.tables": "test_results.py",
     "vir.benchmarks.traffic": "test_benchmark.py",
     "vir.benchmarks.training": "test_benchmark_training.py",
+    "vir.benchmarks.transfer": "test_benchmark_transfer.py",
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
     "vir.driver": "test_distributed.py: with what is refused of it",
