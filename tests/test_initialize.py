@@ -12,16 +12,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models._hub import save_for_hf
 
 import vir.models  # noqa: F401  registers the models
 from support.launchers import HANGS, call, torchrun
 from support.tiny_runs import command, launch
 from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
-from vir.models import WeightsMetadata, save_weights
+from vir.models import WeightsMetadata, load, save_weights
 from vir.models.build import build
-from vir.models.initialize import check_pretrained, initialize_from
+from vir.models.initialize import check_pretrained, initialize_from, initialize_pretrained
 from vir.models.network import mismatches, network_of, resampled, timm_cfg
+from vir.weights.hub import write_folder
 from vir.weights.spec import ModelSpec, input_of
 
 torch.set_num_threads(1)
@@ -399,6 +401,119 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     with pytest.raises(DataError, match="w.pth cannot be read as weights: "):
         build(config(init_from=str(tmp_path / "w.pth")), "ab")
     assert not (tmp_path / "it-ran").exists()
+
+
+# ---- folders of Hugging Face
+
+
+def as_folder(tmp_path, model, **more) -> tuple[dict[str, torch.Tensor], str]:
+    """What timm writes of a model, and its tensors."""
+    save_for_hf(model, tmp_path / "hub", **{"safe_serialization": True, **more})
+    return model.state_dict(), str(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_training_begins_from_a_folder_that_timm_wrote(tmp_path, said, is_safe):
+    expected, path = as_folder(tmp_path, timm.create_model("deit_small_patch16_224", **VIT), safe_serialization=is_safe,
+                               model_config={"label_names": ["b", "a"]})
+    model = timm.create_model("vit_small_patch16_224", **VIT | {"img_size": 64})
+    initialize_from(model, path, "ab")
+    table = resample_abs_pos_embed(expected["pos_embed"], [8, 8], [4, 4], num_prefix_tokens=1)
+    assert torch.equal(model.pos_embed, table) and torch.equal(model.norm.weight, expected["norm.weight"])
+    assert torch.equal(model.head.weight, expected["head.weight"][[1, 0]])
+    assert said() == [
+        f"initial weights: {len(expected)} tensors from {path}, a deit_small_patch16_224",
+        "initial weights: resampled for images of 32x32 -> 64x64 pixels: pos_embed [1, 17, 16] -> [1, 65, 16]",
+        "initial weights: the head is taken row by row: all 2 classes are among the 2 there"]
+
+
+def test_a_folder_of_ours_is_taken_as_the_file_in_it(tmp_path, said):
+    expected, path = of_ours(tmp_path / "w.safetensors", "abc", img_size=56)
+    write_folder(tmp_path / "hub", Path(path), load(path))
+    model, _ = build(config(init_from=str(tmp_path / "hub"), img_size=84, args={**TINY, "patch_size": 7}), "db")
+    weight, table = expected["patch_embed.proj.weight"], expected["pos_embed"]
+    assert torch.equal(model.patch_embed.proj.weight, resample_patch_embed(weight, [7, 7]))
+    assert torch.equal(model.pos_embed, resample_abs_pos_embed(table, [12, 12], [4, 4], num_prefix_tokens=0))
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, expected["blocks.1.mlp.fc1.weight"])
+    lines = said()
+    assert lines[0].endswith(f"tensors from {tmp_path}/hub/model.safetensors, a {VIR} (EMA weights of step 7)")
+    assert lines[-1].endswith("the head begins at random: 3 classes there, 2 here, of which 1 are not there (d)")
+
+
+def test_names_of_old_in_a_folder_are_those_of_timms_filter(tmp_path):
+    """Files of Swin from before 2023 have the indexes of their windows."""
+    args = dict(img_size=32, window_size=4, patch_size=4, embed_dim=8, depths=(1, 1), num_heads=(2, 2), num_classes=2)
+    expected, path = as_folder(tmp_path, timm.create_model("swin_tiny_patch4_window7_224", **args))
+    save_file(expected | {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.int64)},
+              f"{path}/model.safetensors")
+    model = timm.create_model("swin_tiny_patch4_window7_224", **args)
+    initialize_from(model, path, "ab")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"model_args": {"checkpoint_path": "x.pth"}}, r"hub has model_args \['checkpoint_path'\], which would fetch oth"),
+    ({"architecture": "hf-hub:someone/model"}, "hub holds a 'hf-hub:someone/model', which timm .* does not know"),
+    ({"model_args": VIT | {"depth": 1 << 30}}, "hub holds .* numbers in all, and its model_args ask for depths and"),
+    ({"model_args": VIT | {"depth": 1}}, "hub does not fit vit_small_patch16_224 with .* tensors unexpected"),
+    ({"model_args": VIT | {"num_heads": 4}}, "hub, a vit_small_patch16_224 does not fit: it holds a .* has num_heads 4 "
+                                             "there, 2 here"),
+])
+def test_a_folder_opens_no_other_weights_and_says_what_it_holds(tmp_path, changed, said):
+    model = timm.create_model("vit_small_patch16_224", **VIT)
+    _, path = as_folder(tmp_path, model)
+    fields = json.loads(Path(path, "config.json").read_text())
+    Path(path, "config.json").write_text(json.dumps(fields | changed))
+    with pytest.raises(DataError, match=said):
+        initialize_from(model, path, "ab")
+
+
+def test_a_folder_with_code_or_damage_is_refused_and_nothing_runs(tmp_path):
+    model = timm.create_model("vit_small_patch16_224", **VIT)
+    _, path = as_folder(tmp_path, model)
+    os.remove(f"{path}/model.safetensors")
+    torch.save({"state_dict": Payload(tmp_path / "it-ran")}, f"{path}/pytorch_model.bin")
+    with pytest.raises(DataError, match="hub/pytorch_model.bin cannot be read as weights: "):
+        initialize_from(model, path)
+    assert not (tmp_path / "it-ran").exists()
+    save_file({"pos_embed": torch.zeros(3)}, f"{path}/model.safetensors")
+    with pytest.raises(DataError, match="hub holds no weights of the vit_small_patch16_224 that its config.json "
+                                        "describes: .*; copy both files again"):
+        initialize_from(model, path)
+
+
+# ---- the head
+
+
+@pytest.mark.parametrize("classes", ["ab", "abc"])
+def test_a_head_that_is_reset_begins_at_random_though_that_of_the_file_fits(tmp_path, said, classes):
+    expected, path = of_ours(tmp_path / "w.safetensors", "ab")
+    torch.manual_seed(7)
+    fresh, _ = build(config(), classes)
+    torch.manual_seed(7)
+    model, _ = build(config(init_from=path, reset_head=True), classes)
+    check_body(model.state_dict(), expected)
+    assert torch.equal(model.head.weight, fresh.head.weight) and torch.equal(model.head.bias, fresh.head.bias)
+    assert said()[-1] == "initial weights: the head begins at random, as --model.reset_head says"
+
+
+def test_the_head_of_pretrained_weights_is_reset_too(monkeypatch, said):
+    source, model = timm.create_model("test_resnet"), timm.create_model("test_resnet")
+    own = model.fc.weight.clone()
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: source)
+    initialize_pretrained(model, "test_resnet", reset_head=True)
+    assert torch.equal(model.fc.weight, own) and torch.equal(model.conv1[0].weight, source.conv1[0].weight)
+    assert said()[-1] == "initial weights: the head begins at random, as --model.reset_head says"
+
+
+def test_a_reset_of_no_head_or_of_no_weights_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="--model.reset_head is given and no weights to begin from are; give "
+                                            "--model.init_from or --model.pretrained, or leave it out"):
+        ModelConfig(reset_head=True)
+    model = torch.nn.Linear(2, 2)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(SettingsError, match="--model.reset_head: a Linear does not say which of its layers is the he"):
+        initialize_from(model, tmp_path / "w.safetensors", reset_head=True)
 
 
 def test_without_classes_the_head_is_judged_by_their_count(tmp_path):

@@ -100,3 +100,14 @@ def test_a_decoder_that_is_none_is_refused(config, shards, monkeypatch):
     monkeypatch.setenv("VIR_DECODER", "libjpeg")
     with pytest.raises(SettingsError, match="VIR_DECODER must be one of pillow, simplejpeg, nvimgcodec, got 'libjpeg'"):
         prepare(config(shards))
+
+
+def test_weights_to_begin_from_are_a_file_or_a_folder_that_says_what_it_holds(config, shards, tmp_path):
+    begun = config(shards)
+    (tmp_path / "hub").mkdir()
+    for path, said in ((tmp_path / "hub", "no config.json is in that folder; vir-consolidate makes a weights file of"),
+                       (tmp_path / "w.pth", "no such file; give a .safetensors file of vir-consolidate, a timm check")):
+        with pytest.raises(SettingsError, match=f"--model.init_from {path}: {said}"):
+            prepare(replace(begun, model=ModelConfig(name="resnet18", init_from=str(path))))
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    prepare(replace(begun, model=ModelConfig(name="resnet18", init_from=str(tmp_path / "hub"))))

@@ -55,10 +55,13 @@ class ModelConfig:
     crop_mode: Optional[CropMode] = None
     """How images become square in evaluation, by timm's names; the model's own default when not given."""
     init_from: str = ""
-    """Weights file to begin from, .safetensors or a timm checkpoint; a head of other classes begins at random."""
+    """Weights to begin from: a .safetensors file, a timm checkpoint, a Hugging Face folder with timm's config.json; a
+    head of other classes begins at random."""
     pretrained: bool = False
     """Begin from timm's own pretrained weights, fetched once into its cache; a head of another class count begins at
     random."""
+    reset_head: bool = False
+    """Begin with a head at random, also where that of init_from or pretrained fits."""
     freeze: Optional[str] = None
     """Regular expression of parameters not to train, from their names' start, e.g. 'patch_embed|blocks\\.[0-5]\\.'."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -86,6 +89,9 @@ class ModelConfig:
         if self.pretrained and self.init_from:
             raise SettingsError(f"--model.pretrained true and --model.init_from {self.init_from} are both given; a run "
                                 "begins from one of them: leave the other out")
+        if self.reset_head and not (self.pretrained or self.init_from):
+            raise SettingsError("--model.reset_head is given and no weights to begin from are; give --model.init_from "
+                                "or --model.pretrained, or leave it out: every head of a new run begins at random")
         for name in ("num_classes", "img_size", "drop_path_rate"):
             if name in self.args:
                 raise SettingsError(f"--model.args sets {name!r}; " + (

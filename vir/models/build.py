@@ -52,9 +52,9 @@ def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True) -> tup
     except NotBuiltError as error:
         raise SettingsError(f"--model.name {model.name} cannot be built with {args}: {error}") from error
     if fresh and model.init_from:
-        initialize_from(network, model.init_from, classes)
+        initialize_from(network, model.init_from, classes, reset_head=model.reset_head)
     if fresh and model.pretrained:
-        initialize_pretrained(network, model.name, classes)
+        initialize_pretrained(network, model.name, classes, reset_head=model.reset_head)
     if model.freeze is not None:
         freeze(network, model.freeze)
     if hasattr(network, "set_retention_mode"):

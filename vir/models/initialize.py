@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vir.errors import DataError, SettingsError, VirError
 from vir.log import log
-from vir.models.network import UNREADABLE, described, differences, mismatches, resampled
+from vir.models.network import UNREADABLE, described, differences, filtered, mismatches, resampled
 from vir.weights.fields import some
+from vir.weights.hub import is_folder, read_config, weights_of
 from vir.weights.portable import is_there, outline, read, stated_metadata
 from vir.weights.spec import input_of
 from vir.weights.tensor_files import INDEX_ENDING
@@ -37,8 +38,11 @@ class _Source:
     """One that takes the tensors as they are, on the meta device where no more is needed; None where unknown."""
 
 
-def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Sequence[str] = ()) -> None:
+def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Sequence[str] = (), *,
+                    reset_head: bool = False) -> None:
     """Begin training from weights in a file: one of ours, or any that timm reads (weights only, no code is run).
+
+    Or in a folder of Hugging Face: a config.json of timm, which says of what model they are, and the weights.
 
     Position tables and patches are resampled where the model's family knows how; from the grid of a file of ours, and
     from that of timm's pretrained weights or a square where a file does not say it. The head is taken where the file's
@@ -47,17 +51,21 @@ def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Seq
 
     Args:
         classes: of the model's logits, in order; empty where unknown.
+        reset_head: begin with a head at random in any case.
 
     Raises:
         DataError: a file that cannot be read, or that holds weights of another architecture.
+        SettingsError: reset_head of a model that does not say which of its layers is the head.
     """
+    folder = path if is_folder(path) else None
+    path = path if folder is None else weights_of(folder)
     if metadata := stated_metadata(path):
         spec = metadata.model
         title = f"{path}, a {spec.name} ({'EMA' if metadata.ema else 'raw'} weights of step {metadata.step})"
         network = described(path, spec, outline(path)[1])
         source = _Source(title=title, model=spec.name, args=spec.args, classes=spec.classes, size=spec.input.size[1:],
                          network=network)
-        _begin(model, classes, read(path)[1], source)
+        _begin(model, classes, read(path)[1], source, reset_head)
         return
     if is_there(path) and (not os.path.isfile(path) or os.fspath(path).endswith(INDEX_ENDING)):
         raise DataError(f"{path} stands for weights in several files that do not say which model they hold; join them "
@@ -69,10 +77,31 @@ def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Seq
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as weights: {_reason(error)}; give a .safetensors file, or one that "
                         "torch.save wrote of a model's state_dict()") from error
-    _begin(model, classes, state_dict, _Source(title=str(path)))
+    if folder is None:
+        _begin(model, classes, state_dict, _Source(title=str(path)), reset_head)
+    else:
+        _begin_from_folder(model, classes, state_dict, folder, reset_head)
 
 
-def initialize_pretrained(model: nn.Module, name: str, classes: Sequence[str] = ()) -> None:
+def _begin_from_folder(model: nn.Module, classes: Sequence[str], state_dict: dict[str, Tensor],
+                       folder: str | os.PathLike[str], reset_head: bool) -> None:
+    """As initialize_from, with what a config.json says of the tensors."""
+    spec = read_config(folder)
+    try:
+        network = described(folder, spec, state_dict, is_filtered=True)
+        native = filtered(state_dict, network)
+    except VirError:
+        raise
+    except UNREADABLE as error:
+        raise DataError(f"{folder} holds no weights of the {spec.name} that its config.json describes: "
+                        f"{_reason(error)}; copy both files again") from error
+    source = _Source(title=f"{folder}, a {spec.name}", model=spec.name, args=spec.args, classes=spec.classes,
+                     size=input_of(network).size[1:], network=network)
+    _begin(model, classes, native, source, reset_head)
+
+
+def initialize_pretrained(model: nn.Module, name: str, classes: Sequence[str] = (), *,
+                          reset_head: bool = False) -> None:
     """Begin training from timm's own weights of that model, from its cache or the network; as initialize_from.
 
     Raises:
@@ -92,7 +121,7 @@ def initialize_pretrained(model: nn.Module, name: str, classes: Sequence[str] = 
             f"\"import timm; timm.create_model('{name}', pretrained=True)\"` and copy that folder, or give a file by "
             "--model.init_from FILE") from error
     _begin(model, classes, source.state_dict(), _Source(
-        title=f"timm's pretrained {full_name}", model=name, size=input_of(source).size[1:], network=source))
+        title=f"timm's pretrained {full_name}", model=name, size=input_of(source).size[1:], network=source), reset_head)
 
 
 def _cache(is_on_hub: bool) -> str:
@@ -120,7 +149,8 @@ def check_pretrained(name: str) -> PretrainedCfg:
         "timm.list_pretrained() tells what has some; a file of your own is given by --model.init_from"))
 
 
-def _begin(model: nn.Module, classes: Sequence[str], state_dict: dict[str, Tensor], source: _Source) -> None:
+def _begin(model: nn.Module, classes: Sequence[str], state_dict: dict[str, Tensor], source: _Source,
+           reset_head: bool) -> None:
     """Put tensors into a model and say what was done."""
     own, cfg = model.state_dict(), getattr(model, "default_cfg", None) or {}
     architecture = cfg.get("architecture") or type(model).__name__
@@ -133,7 +163,10 @@ def _begin(model: nn.Module, classes: Sequence[str], state_dict: dict[str, Tenso
         raise DataError(f"{source.title} does not fit: {builds}: {_reason(error)}") from error
     heads = cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    head = _fit_head(fitted, own, heads, classes, source)
+    if reset_head and not any(name.rsplit(".", 1)[0] in heads for name in own):
+        raise SettingsError(f"--model.reset_head: a {architecture} does not say which of its layers is the head; leave "
+                            "it out")
+    head = _fit_head(fitted, own, heads, classes, source, reset_head)
     problems = mismatches(fitted, own)
     if not problems and source.network is not None:
         problems = differences(source.network, model, heads)
@@ -160,7 +193,7 @@ class _Head:
 
 
 def _fit_head(given: dict[str, Tensor], own: Mapping[str, Tensor], heads: Sequence[str], classes: Sequence[str],
-              source: _Source) -> _Head:
+              source: _Source, is_reset: bool) -> _Head:
     """Make the tensors of the classifier in `given` those of this run's classes, in place where possible.
 
     Returns:
@@ -169,6 +202,9 @@ def _fit_head(given: dict[str, Tensor], own: Mapping[str, Tensor], heads: Sequen
     names = tuple(name for name in own if name.rsplit(".", 1)[0] in heads)
     if not names:
         return _Head((), "")
+    if is_reset:
+        given |= {name: own[name] for name in names}
+        return _Head(names, "begins at random, as --model.reset_head says")
     if given.keys().isdisjoint(names):
         given |= {name: own[name] for name in names}
         return _Head(names, "begins at random: there is none in it")

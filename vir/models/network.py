@@ -97,11 +97,13 @@ def timm_cfg(spec: ModelSpec) -> dict[str, Any]:
     return spec.input.timm_cfg() | {key: spec.args[key] for key in {"num_classes"} & spec.args.keys()}
 
 
-def described(path: str | os.PathLike[str], spec: ModelSpec, given: Mapping[str, Tensor]) -> nn.Module:
+def described(path: str | os.PathLike[str], spec: ModelSpec, given: Mapping[str, Tensor],
+              is_filtered: bool = False) -> nn.Module:
     """The network that a file of ours says it holds, on the meta device: its tensors have shapes and no numbers.
 
     Args:
         given: the file's tensors; those on the meta device do.
+        is_filtered: whether timm's filter of the family goes over them first, for names and tensors of old.
 
     Raises:
         DataError: the network cannot be created here, would fetch other weights, or is not one of those tensors. That
@@ -124,7 +126,7 @@ def described(path: str | os.PathLike[str], spec: ModelSpec, given: Mapping[str,
         raise DataError(f"{path} does not fit {spec.name} with model_args {_shown(spec.args)}: it holds {numbers} "
                         f"numbers in {len(given)} tensors, and that network has several times as many; correct the "
                         "model_args where the file is made") from None
-    if problems := mismatches(given, network.state_dict()):
+    if problems := mismatches(filtered(given, network) if is_filtered else given, network.state_dict()):
         raise DataError(f"{path} does not fit {spec.name} with model_args {_shown(spec.args)}: {problems}; "
                         f"correct the model_args where the file is made")
     return network
@@ -206,11 +208,16 @@ def resampled(state_dict: dict[str, Tensor], model: nn.Module, source: nn.Module
                 found[name].shape == own[name].shape for name in found.keys() & own.keys()
                 if found[name].shape != state_dict[name].shape):
             return found  # else it resized what `model` has not, like the windows of Swin
-    resample = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    fitted = dict(resample(dict(state_dict), model)) if resample else dict(state_dict)
+    fitted = filtered(state_dict, model)
     if len(grids) == 2 and None not in grids and grids[0] != grids[1]:
         _check_tables(state_dict, fitted, own, *grids)
     return fitted
+
+
+def filtered(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors as timm's filter of the model's family makes them, which also resamples; as they are without one."""
+    of_family = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return dict(of_family(dict(state_dict), model)) if of_family else dict(state_dict)
 
 
 def _grid(network: nn.Module) -> tuple[int, int] | None:

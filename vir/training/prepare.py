@@ -29,6 +29,7 @@ from vir.models.initialize import check_pretrained
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, CONFIG, METRICS
 from vir.training.schedule import check_schedule, total_steps
+from vir.weights import hub
 from vir.weights.portable import is_there
 
 
@@ -118,9 +119,12 @@ def _check_model(config: RunConfig) -> None:
     if forbidden := sorted(FORBIDDEN_ARGS & config.model.args.keys()):
         raise SettingsError(f"--model.args sets {', '.join(forbidden)}; a run begins with random weights, or with "
                             "those of --model.init_from or --model.pretrained: leave them out")
-    if config.model.init_from and not is_there(config.model.init_from) and not continues(config):
-        raise SettingsError(f"--model.init_from {shown(config.model.init_from)}: no such file; give a .safetensors "
-                            "file of vir-consolidate or a timm checkpoint")
+    begin = config.model.init_from
+    if begin and not (is_there(begin) or hub.is_folder(begin)) and not continues(config):
+        raise SettingsError(f"--model.init_from {shown(begin)}: " + (
+            f"no {hub.CONFIG} is in that folder; vir-consolidate makes a weights file of a run, and a Hugging Face "
+            "folder has one" if Path(begin).is_dir() else
+            "no such file; give a .safetensors file of vir-consolidate, a timm checkpoint, or a Hugging Face folder"))
     if not timm.is_model(config.model.name):
         near = difflib.get_close_matches(config.model.name, timm.list_models(), n=3)
         raise SettingsError(f"--model.name {config.model.name}: no such model" + (
