@@ -126,13 +126,13 @@ class EncodedImage:
         return np.array(whole.crop((box.left, box.top, box.left + box.width, box.top + box.height)))
 
 
-def open_image(data: bytes) -> EncodedImage:
-    """Reads the header of an image of one of FORMATS.
+def open_image(data: bytes, formats: tuple[ImageFormat, ...] = FORMATS) -> EncodedImage:
+    """Reads the header of an image of one of `formats`.
 
     Raises:
         BadSampleError: the header is broken, or says more than MAX_PIXELS.
     """
-    return EncodedImage(data, _open(data, _kind(data, FORMATS)))
+    return EncodedImage(data, _open(data, _kind(data, formats)))
 
 
 def decode_image(data: bytes, formats: tuple[ImageFormat, ...] = FORMATS) -> Image.Image:
