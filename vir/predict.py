@@ -4,8 +4,10 @@
     vir-predict vir_small.safetensors photos/ https://example.org/cat.jpg --json --features photos.npz
 
 Images are files, folders with all below them, or URLs; JPEG, PNG, WebP, GIF, BMP, TIFF or PPM. They are prepared as the
-weights say, and told in their order. One that cannot be read is named, and the others go on. Exit codes: 0 done,
-2 settings, 3 data, also where some images could not be read.
+weights say, and told in their order. One that cannot be read is named, and the others go on. --stream takes each at its
+own size, tens of megapixels in the memory of a strip: JPEG, PNG, TIFF and PPM are decoded strip by strip, other formats
+whole, and so are JPEGs of CMYK, interlaced or animated PNGs and TIFFs that are not plain 8-bit grey or RGB. Exit codes:
+0 done, 2 settings, 3 data, also where some images could not be read.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--features", type=Path, metavar="FILE.npz", help="also write what the classifier reads of "
                         "each image: `images` [N], their names, and `features` [N, D] float32")
     parser.add_argument("--force", action="store_true", help="replace that file where it exists")
+    parser.add_argument("--stream", action="store_true", help="each image at its own size, neither resized nor "
+                        "cropped, strip by strip in bounded memory; of a ViR alone")
     images = parser.add_argument_group("images", "as the file says where not given")
     images.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images; positions are resampled")
     images.add_argument("--crop-pct", type=float, metavar="SHARE",
@@ -70,6 +74,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         parser.error(f"--crop-pct is {args.crop_pct:g}; it must be in (0, 1]")
+    if args.stream and (given := [name for name in ("img_size", "crop_pct", "crop_mode")
+                                  if getattr(args, name) is not None]):
+        parser.error(f"--stream takes images at their own size; leave out --{given[0].replace('_', '-')}")
     if not args.timeout > 0:
         parser.error(f"--timeout is {args.timeout:g}; it must be above 0")
     return args
@@ -110,7 +117,7 @@ def _predict(args: argparse.Namespace) -> int:
     distributed.share_cores()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     found = predict(args.weights, args.images, topk=args.topk, features=args.features is not None,
-                    img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode,
+                    stream=args.stream, img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode,
                     batch_size=args.batch_size, workers=args.workers, device=device or torch.device("cpu"),
                     dtype=args.dtype, timeout=args.timeout)
     form = _json if args.json else _csv if args.csv else _text

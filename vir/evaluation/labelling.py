@@ -28,15 +28,18 @@ from vir.addresses import shown
 from vir.config import DataConfig
 from vir.data.decode import FOREIGN, FORMATS, open_image
 from vir.data.device import normalize
+from vir.data.strip_decoding import open_strips, vips
 from vir.data.transforms import EvalTransform
 from vir.errors import DataError, SettingsError
 from vir.evaluation.classes import in_words
-from vir.evaluation.pictures import pictures, read_picture
+from vir.evaluation.pictures import pictures, read_picture, to_stream
 from vir.evaluation.run import check_size, refuse_folder
 from vir.log import log
-from vir.models import load
+from vir.models import VisionRetention, load
 from vir.models.kernels import is_out_of_memory
+from vir.models.network import described
 from vir.weights.metadata import DTYPES
+from vir.weights.portable import outline
 from vir.weights.spec import InputSpec, input_of
 
 T = TypeVar("T")
@@ -83,7 +86,7 @@ class _Answer(NamedTuple):
 
 
 def predict(weights: str | os.PathLike[str] | nn.Module, images: Iterable[str | os.PathLike[str]], *, topk: int = 5,
-            features: bool = False, img_size: int | None = None, crop_pct: float | None = None,
+            features: bool = False, stream: bool = False, img_size: int | None = None, crop_pct: float | None = None,
             crop_mode: str | None = None, batch_size: int = 64, workers: int | None = None,
             device: str | torch.device = "cpu", dtype: str = "fp32", timeout: float = DataConfig.timeout
             ) -> Iterator[Prediction]:
@@ -97,6 +100,9 @@ def predict(weights: str | os.PathLike[str] | nn.Module, images: Iterable[str | 
         images: paths of files and of folders, all in them included, or URLs; see vir.evaluation.pictures.
         topk: classes to tell of each image; all where there are fewer.
         features: also tell the pooled features.
+        stream: compute each image at its own size, neither resized nor cropped, strip by strip, in memory that does not
+            grow with its height; of a ViR alone, made with dynamic_img_size and dynamic_img_pad, as those of a weights
+            file are made here. See vir.data.strip_decoding for what is decoded so.
         img_size: side of the images in the place of the file's own; so are crop_pct and crop_mode.
         batch_size: images of a forward pass.
         workers: threads that read and decode; None for what the cores allow, at most MAX_WORKERS.
@@ -104,11 +110,14 @@ def predict(weights: str | os.PathLike[str] | nn.Module, images: Iterable[str | 
 
     Raises:
         DataError: `weights` is no whole weights file; a path is not there.
-        SettingsError: the model does not take these images, has no classifier, or needs more memory than there is.
+        SettingsError: the model does not take these images, has no classifier, or needs more memory than there is; it
+            cannot stream, or pyvips is not installed.
     """
-    model = weights if isinstance(weights, nn.Module) else load_model(weights, device, dtype, img_size)
+    model = weights if isinstance(weights, nn.Module) else load_model(weights, device, dtype, img_size, stream)
     namer = _Namer(model, topk)
     model_input = _input(model, crop_pct, crop_mode)
+    if stream:
+        return _streamed(_check_stream(model), namer, model_input, pictures(images), features, timeout)
     return _predictions(model, namer, model_input, pictures(images), features=features, batch_size=batch_size,
                         workers=workers or default_workers(), timeout=timeout)
 
@@ -131,12 +140,53 @@ def _predictions(model: nn.Module, namer: _Namer, model_input: InputSpec, names:
                 shown(name), error=sample)
 
 
-def load_model(weights: str | os.PathLike[str], device: str | torch.device, dtype: str, img_size: int | None
-               ) -> nn.Module:
+@torch.no_grad()
+def _streamed(model: VisionRetention, namer: _Namer, model_input: InputSpec, names: Iterator[str], features: bool,
+              timeout: float) -> Iterator[Prediction]:
+    parameter = next(model.parameters())
+
+    def prepared(strip: np.ndarray) -> Tensor:
+        """[h, w, 3] uint8 -> [1, 3, h, w], normalised."""
+        pixels = torch.from_numpy(np.array(strip)).permute(2, 0, 1).unsqueeze(0).to(parameter.device)
+        return normalize(pixels, model_input).to(parameter.dtype)
+
+    for name in names:
+        try:
+            with open_strips(to_stream(name, timeout)) as strips:
+                size, pixels = (strips.height, strips.width), map(prepared, strips.pixels)
+                pooled = _in_memory(lambda: model.forward_stream(pixels, size, pre_logits=True),
+                                    f"{shown(name)}, {strips.width} x {strips.height} pixels,")
+        except DataError as error:
+            yield Prediction(shown(name), error=str(error))
+        else:
+            yield namer.prediction(name, model.head(pooled)[0].float().cpu(),
+                                   pooled[0].float().cpu() if features else None)
+
+
+def _check_stream(model: nn.Module) -> VisionRetention:
+    """Raises SettingsError where it cannot stream images of any size, or no image can be streamed here."""
+    if not isinstance(model, VisionRetention):
+        raise SettingsError(f"--stream is for ViR, whose retention is causal, not for {type(model).__name__}; leave it "
+                            "out")
+    if not (model.dynamic_img_size and model.patch_embed.dynamic_img_pad):
+        raise SettingsError("to stream, make the model with dynamic_img_size=True and dynamic_img_pad=True")
+    if not model.global_pool:
+        raise SettingsError("--stream keeps no patches, and this model has global_pool=''; leave --stream out")
+    vips()
+    return model
+
+
+def load_model(weights: str | os.PathLike[str], device: str | torch.device, dtype: str, img_size: int | None,
+               stream: bool) -> nn.Module:
     """The model of a weights file, for images of this size; see `predict`."""
     path = Path(weights)
     refuse_folder("WEIGHTS", path)
-    model = load(path, device, DTYPES[dtype], **({} if img_size is None else {"img_size": img_size}))
+    args: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if stream:
+        metadata, outlines = outline(path)
+        if isinstance(described(path, metadata.model, outlines), VisionRetention):  # else _check_stream says what it is
+            args |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+    model = load(path, device, DTYPES[dtype], **args)
     if img_size is not None:
         check_size(path, model, input_of(model), img_size, DTYPES[dtype], torch.device(device))
     return model

@@ -89,6 +89,12 @@ def read_picture(name: str, timeout: float) -> bytes:
         raise BadSampleError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
+def to_stream(name: str, timeout: float) -> bytes | Path:
+    """What strips of an image file are decoded from: its path, or all bytes of one of a server. Raises as read_picture.
+    """
+    return read_picture(name, timeout) if is_remote(name) and not os.path.lexists(name) else Path(name)
+
+
 def _in_folder(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     try:
         state = os.stat(folder)
