@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 from PIL.ImageFile import ImageFile
 
-from vir.data.decode import FOREIGN, FORMATS, BadSampleError, check_pixels, decoded, kind_of, parsed
+from vir.data.decode import FOREIGN, FORMATS, MAX_PIXELS, BadSampleError, check_pixels, decoded, kind_of, parsed
 from vir.errors import SettingsError
 from vir.files import open_regular
 
@@ -40,6 +40,10 @@ _WIDTHS, _PHOTOMETRIC, _ORIENTATION, _SAMPLES, _PLANES, _EXTRA = 258, 262, 274, 
 """Numbers of TIFF's tags."""
 
 
+class LooksDamagedError(BadSampleError):
+    """libvips, halfway, warns of something in the file. Decoded whole, it is told as decode_image does, or is well."""
+
+
 @dataclass(frozen=True)
 class Strips:
     """An image file whose header was read."""
@@ -50,15 +54,17 @@ class Strips:
     is_whole: bool
     """Whether its format, or its kind of it, makes that all pixels are decoded at once."""
     pixels: Iterator[np.ndarray]
-    """Strips [h, w, 3] uint8, RGB. To be read once; raises BadSampleError where the file is damaged or cut short."""
+    """Strips [h, w, 3] uint8, RGB. To be read once; raises BadSampleError where the file is damaged or cut short,
+    LooksDamagedError where it may be and is small enough to be decoded whole."""
 
 
 @contextmanager
-def open_strips(file: bytes | str | Path) -> Iterator[Strips]:
+def open_strips(file: bytes | str | Path, whole: bool = False) -> Iterator[Strips]:
     """Reads the header of an image of one of FORMATS or FOREIGN.
 
     Args:
         file: its bytes, or its path, whose size has no limit.
+        whole: decode all at once, whatever it is.
 
     Raises:
         BadSampleError: it cannot be read, is no image, its header is broken, or it is larger than it may be.
@@ -71,10 +77,10 @@ def open_strips(file: bytes | str | Path) -> Iterator[Strips]:
         found = None
         if max(width, height) > MAX_SIDE:
             raise BadSampleError(f"the image has {width} x {height} pixels, more than {MAX_SIDE:,} on a side")
-        if _is_plain(image):
+        if _is_plain(image) and not whole:
             yield Strips(width, height, False, _rows(opened, image))
             return
-        if loader := _loader(image):
+        if not whole and (loader := _loader(image)):
             found = _by_vips(loader, file)
         if found is None or (found.width, found.height) != image.size:
             check_pixels(image)
@@ -140,7 +146,7 @@ def _by_vips(loader: str, file: bytes | str | Path) -> Any | None:
     """The image, of which nothing is decoded yet; None where libvips cannot read it: then Pillow says what it is."""
     pyvips = vips()
     try:
-        found = getattr(pyvips.Image, loader)(_source(file), access="sequential", fail_on="error")
+        found = getattr(pyvips.Image, loader)(_source(file), access="sequential", fail_on="warning")
     except pyvips.Error:
         return None
     return found if found.format in ("uchar", "ushort") else None
@@ -165,8 +171,9 @@ def _fetched(image: Any) -> Iterator[np.ndarray]:
         try:
             fetched = region.fetch(0, top, image.width, height)
         except pyvips.Error as error:
-            detail = error.detail.strip().splitlines() or [str(error)]
-            raise BadSampleError(f"the image does not decode: {detail[0]}") from error
+            told = error.detail.strip().splitlines() or [error.message]  # the last line is of now
+            kind = LooksDamagedError if image.width * image.height <= MAX_PIXELS else BadSampleError
+            raise kind(f"the image does not decode: {told[-1]}") from error
         strip = np.frombuffer(fetched, dtype).reshape(height, image.width, image.bands)
         yield _as_rgb(strip if dtype is np.uint8 else (strip >> 8).astype(np.uint8))
 

@@ -28,7 +28,7 @@ from vir.addresses import shown
 from vir.config import DataConfig
 from vir.data.decode import FOREIGN, FORMATS, open_image
 from vir.data.device import normalize
-from vir.data.strip_decoding import open_strips, vips
+from vir.data.strip_decoding import LooksDamagedError, open_strips, vips
 from vir.data.transforms import EvalTransform
 from vir.errors import DataError, SettingsError
 from vir.evaluation.classes import in_words
@@ -150,17 +150,23 @@ def _streamed(model: VisionRetention, namer: _Namer, model_input: InputSpec, nam
         pixels = torch.from_numpy(np.array(strip)).permute(2, 0, 1).unsqueeze(0).to(parameter.device)
         return normalize(pixels, model_input).to(parameter.dtype)
 
+    def pooled(file: bytes | Path, whole: bool) -> Tensor:
+        """[1, D]"""
+        with open_strips(file, whole) as strips:
+            return model.forward_stream(map(prepared, strips.pixels), (strips.height, strips.width), pre_logits=True)
+
     for name in names:
         try:
-            with open_strips(to_stream(name, timeout)) as strips:
-                size, pixels = (strips.height, strips.width), map(prepared, strips.pixels)
-                pooled = _in_memory(lambda: model.forward_stream(pixels, size, pre_logits=True),
-                                    f"{shown(name)}, {strips.width} x {strips.height} pixels,")
+            file = to_stream(name, timeout)
+            try:
+                features_of = _in_memory(partial(pooled, file, False), f"--stream of {shown(name)}")
+            except LooksDamagedError:
+                features_of = _in_memory(partial(pooled, file, True), f"--stream of {shown(name)}")
         except DataError as error:
             yield Prediction(shown(name), error=str(error))
         else:
-            yield namer.prediction(name, model.head(pooled)[0].float().cpu(),
-                                   pooled[0].float().cpu() if features else None)
+            yield namer.prediction(name, model.head(features_of)[0].float().cpu(),
+                                   features_of[0].float().cpu() if features else None)
 
 
 def _check_stream(model: nn.Module) -> VisionRetention:
@@ -253,7 +259,7 @@ def _in_memory(act: Callable[[], R], asked: str) -> R:
         if not is_out_of_memory(error):
             raise
         raise SettingsError(f"{asked} needs more memory than there is ({str(error).splitlines()[0]}); give a smaller "
-                            "one, or --dtype bf16") from error
+                            "one, or try --dtype bf16") from error
 
 
 def _input(model: nn.Module, crop_pct: float | None, crop_mode: str | None) -> InputSpec:
