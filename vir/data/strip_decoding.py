@@ -30,7 +30,7 @@ MAX_SIDE = 1 << 16
 """Pixels of a side of an image that is decoded in strips: more than a JPEG can have. An image that is decoded whole has
 at most MAX_PIXELS in all."""
 
-_STRIP_PIXELS = 1 << 20
+_STRIP_PIXELS = 1 << 18
 """About so many are in a strip; at least one row."""
 
 _MAGIC_BYTES = 16
