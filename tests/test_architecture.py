@@ -76,6 +76,8 @@ TESTED_ELSEWHERE = {
     "vir.models.network": "test_initialize.py: as weights are put into them, and test_weights.py",
     "vir.models.strips": "test_streaming.py",
     "vir.evaluation.run": "test_evaluate.py: with what it runs",
+    "vir.evaluation.labelling": "test_predict.py: with what runs it",
+    "vir.evaluation.pictures": "test_predict.py: as its images are named",
     "vir.evaluation.outputs": "test_evaluate.py: as its files are asked for",
     "vir.index": "test_foreign.py: with what it runs",
     "vir.reports.curves": "test_metrics.py",

@@ -58,6 +58,24 @@ def test_a_stream_of_dynamic_size_and_padding(dims):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (5, 3), (2, 2), (40, 7), (13, 50)], ids=str)
+def test_positions_are_resampled_for_a_strip_at_a_time(grid):
+    """Into larger and smaller grids; the same as for the whole but for rounding, 1e-8 here."""
+    model = stream_model(img_size=(24, 40), dynamic_img_size=True)
+    strips = model._position_strips(grid, 2)
+    assert next(strips).shape == (1, min(2, grid[0]) * grid[1], 32)
+    found = torch.cat(list(model._position_strips(grid, 2)), dim=1)
+    assert (found - model._position_embedding(grid)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg", "max", "avgmax"])
+def test_a_stream_gives_what_the_head_reads(global_pool):
+    model = stream_model(global_pool=global_pool)
+    expected = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
+    found = model.forward_stream(IMAGES.split(9, dim=2), pre_logits=True)
+    assert found.shape == (2, 32) and (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_a_stream_in_bfloat16():
     model = stream_model().bfloat16()
     expected = model(IMAGES.bfloat16()).float()

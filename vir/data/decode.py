@@ -4,7 +4,7 @@ import logging
 import re
 import warnings
 from io import BytesIO
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -92,7 +92,7 @@ def read_header(data: bytes) -> Header:
     Raises:
         BadSampleError: empty, another format, broken header, more than MAX_PIXELS, truncated.
     """
-    kind = _kind(data, FORMATS)
+    kind = kind_of(data, FORMATS)
     with _open(data, kind) as image:
         ycck = image.mode == "CMYK" and image.info.get("adobe_transform") == 2
         header = Header(kind.extension, *image.size, "YCCK" if ycck else image.mode, "progressive" in image.info)
@@ -122,17 +122,17 @@ class EncodedImage:
             found = jpeg.decode(self._data, self._image.size, box)
             if found is not None:
                 return found
-        whole = _decoded(self._image)
+        whole = decoded(self._image)
         return np.array(whole.crop((box.left, box.top, box.left + box.width, box.top + box.height)))
 
 
-def open_image(data: bytes) -> EncodedImage:
-    """Reads the header of an image of one of FORMATS.
+def open_image(data: bytes, formats: tuple[ImageFormat, ...] = FORMATS) -> EncodedImage:
+    """Reads the header of an image of one of `formats`.
 
     Raises:
         BadSampleError: the header is broken, or says more than MAX_PIXELS.
     """
-    return EncodedImage(data, _open(data, _kind(data, FORMATS)))
+    return EncodedImage(data, _open(data, kind_of(data, formats)))
 
 
 def decode_image(data: bytes, formats: tuple[ImageFormat, ...] = FORMATS) -> Image.Image:
@@ -146,11 +146,11 @@ def decode_image(data: bytes, formats: tuple[ImageFormat, ...] = FORMATS) -> Ima
     Raises:
         BadSampleError: the bytes are not a complete image of one of `formats`, or it has more than MAX_PIXELS.
     """
-    return _decoded(_open(data, _kind(data, formats)))
+    return decoded(_open(data, kind_of(data, formats)))
 
 
-def _decoded(opened: ImageFile) -> Image.Image:
-    """All its pixels as RGB. It is closed."""
+def decoded(opened: ImageFile) -> Image.Image:
+    """All pixels of a parsed image as RGB. It is closed. Raises BadSampleError, as decode_image."""
     with opened as image:
         try:
             image.load()
@@ -161,7 +161,8 @@ def _decoded(opened: ImageFile) -> Image.Image:
             raise BadSampleError(f"the image does not decode: {error}") from error
 
 
-def _kind(data: bytes, formats: tuple[ImageFormat, ...]) -> ImageFormat:
+def kind_of(data: bytes, formats: tuple[ImageFormat, ...]) -> ImageFormat:
+    """As find_format; BadSampleError where it is none of them."""
     if not data:
         raise BadSampleError("the file is empty")
     if kind := find_format(data, formats):
@@ -172,17 +173,28 @@ def _kind(data: bytes, formats: tuple[ImageFormat, ...]) -> ImageFormat:
 
 
 def _open(data: bytes, kind: ImageFormat) -> ImageFile:
+    image = parsed(BytesIO(data), kind)
+    check_pixels(image)
+    return image
+
+
+def parsed(file: IO[bytes], kind: ImageFormat) -> ImageFile:
+    """An image whose header is read, from the start of the file. Raises BadSampleError where that is broken."""
+    file.seek(0)
     try:
-        image = kind.parser(BytesIO(data))
+        return kind.parser(file)
     except MemoryError:
         raise
     except Exception as error:
         raise BadSampleError(f"the image header is broken: {error}") from error
+
+
+def check_pixels(image: ImageFile) -> None:
+    """Raises BadSampleError where it has more than MAX_PIXELS."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadSampleError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}; it could be a "
                              "decompression bomb")
-    return image
 
 
 def _ends_well(extension: str, data: bytes) -> bool:

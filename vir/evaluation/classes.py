@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,3 +75,16 @@ def _told(of_model: Sequence[str], of_data: Sequence[str], unknown: Sequence[str
     if unknown:
         told.append(f"images of {len(unknown)} classes that it does not know are left out ({some(unknown)})")
     return "; ".join(told)
+
+
+def in_words(names: Sequence[str]) -> list[str] | None:
+    """What ImageNet's wnids mean, such as "tench, Tinca tinca" of n01440764; None where not all names are of them."""
+    if not names or not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return None
+    from timm.data import ImageNetInfo
+
+    words = ImageNetInfo().label_name_to_description
+    try:
+        return [words(name) for name in names]
+    except KeyError:  # of another hierarchy
+        return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -43,20 +42,28 @@ def check_outputs(paths: Mapping[str, Path], force: bool, inputs: Collection[Pat
     """
     taken = {path.resolve(): "one of --weights" for path in inputs}
     for flag, path in paths.items():
-        endings = OUTPUTS[flag].endings
-        if endings and path.suffix.lower() not in endings:
-            raise SettingsError(f"{flag} {path} does not end in {' or '.join(endings)}; give {flag} "
-                                f"{path.with_suffix(endings[0]) if path.suffix else f'{path}{endings[0]}'}")
-        if other := taken.get(path.resolve()):
-            raise SettingsError(f"{flag} {path} is {other} too; give another file")
+        check_output(flag, path, OUTPUTS[flag].endings, force, taken)
         taken[path.resolve()] = flag
-        try:
-            try_to_write(path)
-        except OSError as error:
-            raise SettingsError(f"{flag} {path} cannot be written: {error.strerror}; give another file, in a folder "
-                                "that is there") from error
-        if path.exists() and not force:
-            raise SettingsError(f"{flag} {path} exists; give another file, or --force to replace it")
+
+
+def check_output(flag: str, path: Path, endings: tuple[str, ...], force: bool, taken: Mapping[Path, str]) -> None:
+    """The same of one file.
+
+    Args:
+        taken: other files, resolved, and what they are.
+    """
+    if endings and path.suffix.lower() not in endings:
+        raise SettingsError(f"{flag} {path} does not end in {' or '.join(endings)}; give {flag} "
+                            f"{path.with_suffix(endings[0]) if path.suffix else f'{path}{endings[0]}'}")
+    if other := taken.get(path.resolve()):
+        raise SettingsError(f"{flag} {path} is {other} too; give another file")
+    try:
+        try_to_write(path)
+    except OSError as error:
+        raise SettingsError(f"{flag} {path} cannot be written: {error.strerror}; give another file, in a folder "
+                            "that is there") from error
+    if path.exists() and not force:
+        raise SettingsError(f"{flag} {path} exists; give another file, or --force to replace it")
 
 
 def write_outputs(paths: Mapping[str, Path], evaluations: Sequence[Evaluation], reader: Reader) -> str:
@@ -110,12 +117,15 @@ def _write_classes(path: Path, evaluations: Sequence[Evaluation], reader: Reader
 
 
 def _write_picture(path: Path, evaluations: Sequence[Evaluation], reader: Reader) -> None:
+    from vir.evaluation.classes import in_words
     from vir.evaluation.summary import worst_pairs
     from vir.reports.confusion import draw_confusion
 
     evaluation, every = evaluations[0], evaluations[0].shared.names
     found = worst_pairs(evaluation.first.predictions, len(every))
-    names = _readable([every[label] for label in found.labels])
+    names = [every[label] for label in found.labels]
+    if words := in_words(names):
+        names = [word.split(",")[0] for word in words]
     shown = "all classes" if len(names) == len(every) else (
         f"the {len(names)} classes of the worst pairs, of {len(every)}")
     title = (f"{evaluation.fields['model']}, top-1 {evaluation.fields['top1']:.2f} % of {evaluation.fields['images']} "
@@ -123,19 +133,6 @@ def _write_picture(path: Path, evaluations: Sequence[Evaluation], reader: Reader
     with replacing(path) as temporary:
         with temporary.open("wb") as file:
             draw_confusion(file, path.suffix[1:].lower(), names, found.counts, found.images, title)
-
-
-def _readable(names: Sequence[str]) -> list[str]:
-    """ImageNet's wnids in words."""
-    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
-        return list(names)
-    from timm.data import ImageNetInfo
-
-    words = ImageNetInfo().label_name_to_description
-    try:
-        return [words(name).split(",")[0] for name in names]
-    except KeyError:  # of another hierarchy
-        return list(names)
 
 
 OUTPUTS = {

@@ -129,13 +129,18 @@ def check_weights(weights: Sequence[Path], reader: Reader, how: How) -> None:
         SettingsError: one shares no classes with the data, or has no retention to choose a form of.
     """
     for path in weights:
-        if path.is_dir():
-            raise SettingsError(f"--weights {path} is a folder; make a weights file of a run first: vir-consolidate "
-                                f"{path} --output {path.name or 'vir'}.safetensors")
+        refuse_folder("--weights", path)
         metadata, outlines = outline(path)
         network = described(path, metadata.model, outlines)
         _check_retention(path, metadata.model, network, how)
         _shared(path, metadata.model, int(getattr(network, "num_classes")), reader)
+
+
+def refuse_folder(flag: str, path: Path) -> None:
+    """Raises SettingsError where a run folder, or another one, is given for a weights file."""
+    if path.is_dir():
+        raise SettingsError(f"{flag} {path} is a folder; make a weights file of a run first: vir-consolidate "
+                            f"{path} --output {path.name or 'vir'}.safetensors")
 
 
 def _check_retention(weights: Path, spec: ModelSpec, network: nn.Module, how: How) -> None:
@@ -176,19 +181,20 @@ def _loaded(weights: Path, reader: Reader, how: How, world: World) -> _Loaded:
     metadata: WeightsMetadata = getattr(model, "weights_metadata")
     given: dict[str, Any] = {"crop_pct": how.crop_pct, "crop_mode": how.crop_mode}
     model_input = replace(input_of(model), **{name: value for name, value in given.items() if value is not None})
-    if sizes:
-        _check_size(weights, model, model_input, how, world.device)
+    if how.img_size is not None:
+        check_size(weights, model, model_input, how.img_size, DTYPES[how.dtype], world.device)
     shared = _shared(weights, metadata.model, int(getattr(model, "num_classes")), reader)
     return _Loaded(model, metadata, model_input, shared, checksums)
 
 
 @torch.inference_mode()
-def _check_size(weights: Path, model: nn.Module, model_input: InputSpec, how: How, device: torch.device) -> None:
-    """Some families take any size when they are built."""
+def check_size(weights: Path, model: nn.Module, model_input: InputSpec, img_size: int, dtype: torch.dtype,
+               device: torch.device) -> None:
+    """Some families take any size when they are built, and fail when called. Raises SettingsError."""
     try:
-        model(torch.zeros(1, *model_input.size, dtype=DTYPES[how.dtype], device=device))
+        model(torch.zeros(1, *model_input.size, dtype=dtype, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise SettingsError(f"{weights} takes no images of --img-size {how.img_size}: {str(error).splitlines()[0]}"
+        raise SettingsError(f"{weights} takes no images of --img-size {img_size}: {str(error).splitlines()[0]}"
                             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Images that come in strips, from top to bottom, cut anew into strips of one height.
+"""Images that come in strips, from top to bottom, cut anew into strips of one height; positions for some of their rows.
 
 Dimension key: B batch.
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def cut_strips(
@@ -42,3 +43,10 @@ def cut_strips(
     assert waiting is not None  # else no row was seen
     if waiting.shape[2]:
         yield waiting
+
+
+def resampling_weights(new: int, old: int) -> Tensor:
+    """[new, old] float32: how much of each old place is in each new one, by the filter that timm resamples positions
+    with (bicubic, antialiased)."""
+    places = torch.eye(old)[None, None]  # one column for each old place
+    return F.interpolate(places, size=(new, old), mode="bicubic", antialias=True)[0, 0]

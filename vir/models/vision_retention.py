@@ -6,7 +6,7 @@ The class token comes last: retention is causal, so only the last token sees eve
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from vir.errors import SettingsError
 from vir.models.block import NORM_EPS, Block, Retention
-from vir.models.strips import cut_strips
+from vir.models.strips import cut_strips, resampling_weights
 
 __all__ = ["VisionRetention"]
 
@@ -323,16 +323,19 @@ class VisionRetention(nn.Module):
             x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True))
 
     @torch.no_grad()
-    def forward_stream(self, x: Tensor | Iterable[Tensor], img_size: int | tuple[int, int] | None = None) -> Tensor:
+    def forward_stream(self, x: Tensor | Iterable[Tensor], img_size: int | tuple[int, int] | None = None,
+                       pre_logits: bool = False) -> Tensor:
         """Images in strips -> the logits [B, num_classes] of `forward` in eval mode, with the memory of one strip.
 
         Retention is causal: a strip goes through all layers before the next is read. Between strips each layer keeps a
-        state of [B, H, K, K], or one row of such states with 2-D decay. There are no gradients.
+        state of [B, H, K, K], or one row of such states with 2-D decay; positions are resampled for a strip at a time.
+        There are no gradients.
 
         Args:
             x: Images [B, in_chans, height, width], or strips of them from top to bottom, [B, in_chans, any height,
                 width], as they come from files larger than memory. Strips are moved to the model's device.
             img_size: The size of the whole images; None for the size that the model was built for.
+            pre_logits: Return the head's input, [B, D], in the place of the logits.
 
         Raises:
             SettingsError: The model has no pool, or is in training mode, where dropout and stochastic depth act.
@@ -357,8 +360,7 @@ class VisionRetention(nn.Module):
             return self.norm(tokens)
 
         sums, maxima = [], []
-        position_strips = self._position_embedding((rows, columns)).split(strip_rows * columns, dim=1)
-        for positions, strip in zip(position_strips, strips, strict=True):
+        for positions, strip in zip(self._position_strips((rows, columns), strip_rows), strips, strict=True):
             patches = extend(self.patch_embed.proj(strip).flatten(2).mT + positions,
                              (positions.shape[1] // columns, columns))
             if self.cls_token is None:
@@ -366,10 +368,11 @@ class VisionRetention(nn.Module):
                 maxima.append(patches.amax(dim=1))
         if self.cls_token is not None:
             class_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
-            return self.forward_head(extend(class_token, (0, columns)))
+            return self.forward_head(extend(class_token, (0, columns)), pre_logits)
         mean, largest = torch.stack(sums).sum(dim=0) / (rows * columns), torch.stack(maxima).amax(dim=0)
         pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (mean + largest)}[self.global_pool]
-        return self.head(pooled.to(patches.dtype))
+        pooled = pooled.to(patches.dtype)
+        return pooled if pre_logits else self.head(pooled)
 
     def _to_whole_patches(self, strip: Tensor) -> Tensor:
         """The strip on the model's device, padded to whole patches where the model pads."""
@@ -402,6 +405,21 @@ class VisionRetention(nn.Module):
         if not self.dynamic_img_size:
             return self.pos_embed
         return resample_abs_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, num_prefix_tokens=0)
+
+    def _position_strips(self, grid: tuple[int, int], rows: int) -> Iterator[Tensor]:
+        """The same in strips of so many rows, [1, rows * columns, D], each made when it is asked for.
+
+        The bicubic filter is one over columns of one over rows, so that its weights are two small matrices.
+        """
+        old = self.patch_embed.grid_size
+        if not self.dynamic_img_size or grid == old:
+            yield from self.pos_embed.split(rows * grid[1], dim=1)
+            return
+        table = self.pos_embed[0].float().unflatten(0, old)
+        of_rows, of_columns = (resampling_weights(new, side).to(table.device) for new, side in zip(grid, old))
+        for weights in of_rows.split(rows):
+            strip = torch.einsum("ij,jkd->ikd", weights, table)
+            yield torch.einsum("lk,ikd->ild", of_columns, strip).flatten(0, 1).unsqueeze(0).to(self.pos_embed.dtype)
 
     def _patches(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, P, D]."""

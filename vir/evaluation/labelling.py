@@ -1,0 +1,303 @@
+"""What a model says of image files: their classes by probability, and their pooled features.
+
+    from vir.evaluation.labelling import predict
+
+    for found in predict("vir_small.safetensors", ["photos", "https://example.org/cat.jpg"]):
+        print(found.image, found.error or found.guesses[0].name)
+"""
+
+# Dimension key: B batch, C channels, H height, W width, K classes, D width of the features.
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vir import launcher
+from vir.addresses import shown
+from vir.config import DataConfig
+from vir.data.decode import FOREIGN, FORMATS, open_image
+from vir.data.device import normalize
+from vir.data.strip_decoding import LooksDamagedError, open_strips, vips
+from vir.data.transforms import EvalTransform
+from vir.errors import DataError, SettingsError
+from vir.evaluation.classes import in_words
+from vir.evaluation.pictures import pictures, read_picture, to_stream
+from vir.evaluation.run import check_size, refuse_folder
+from vir.log import log
+from vir.models import VisionRetention, load
+from vir.models.kernels import is_out_of_memory
+from vir.models.network import described
+from vir.weights.metadata import DTYPES
+from vir.weights.portable import outline
+from vir.weights.spec import InputSpec, input_of
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MAX_WORKERS = 16
+"""Threads that read and decode, unless another number is asked for: at most so many, and no more than cores."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class that an image may be of."""
+
+    logit: int
+    """Its number."""
+    name: str
+    """The class as the weights name it; the number of the logit where they name none."""
+    description: str
+    """In words, of ImageNet's wnids; else empty."""
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image."""
+
+    image: str
+    """Its path or URL, secrets of the URL left out."""
+    guesses: tuple[Guess, ...] = ()
+    """The most probable classes, the best first; none where there is an error."""
+    error: str = ""
+    """Why there is no answer, such as a file that does not decode."""
+    features: np.ndarray | None = None
+    """[D] float32, what the classifier reads; where they were asked for."""
+
+
+class _Answer(NamedTuple):
+    """Of a batch, in float32."""
+
+    logits: Tensor
+    """[B, K]"""
+    features: Tensor | None
+    """[B, D]"""
+
+
+def predict(weights: str | os.PathLike[str] | nn.Module, images: Iterable[str | os.PathLike[str]], *, topk: int = 5,
+            features: bool = False, stream: bool = False, img_size: int | None = None, crop_pct: float | None = None,
+            crop_mode: str | None = None, batch_size: int = 64, workers: int | None = None,
+            device: str | torch.device = "cpu", dtype: str = "fp32", timeout: float = DataConfig.timeout
+            ) -> Iterator[Prediction]:
+    """One Prediction for each image, in the order of `images`; one that cannot be read has an error in it.
+
+    Images are prepared as the weights say. Threads read and decode ahead of the model, two batches at most, so memory
+    does not grow with the number of images. No image is read before the first answer is asked for.
+
+    Args:
+        weights: a weights file, or a timm model, whose device and dtype are then taken.
+        images: paths of files and of folders, all in them included, or URLs; see vir.evaluation.pictures.
+        topk: classes to tell of each image; all where there are fewer.
+        features: also tell the pooled features.
+        stream: compute each image at its own size, neither resized nor cropped, strip by strip, in memory that does not
+            grow with its height; of a ViR alone, made with dynamic_img_size and dynamic_img_pad, as those of a weights
+            file are made here. See vir.data.strip_decoding for what is decoded so.
+        img_size: side of the images in the place of the file's own; so are crop_pct and crop_mode.
+        batch_size: images of a forward pass.
+        workers: threads that read and decode; None for what the cores allow, at most MAX_WORKERS.
+        timeout: of servers without an answer, in seconds.
+
+    Raises:
+        DataError: `weights` is no whole weights file; a path is not there.
+        SettingsError: the model does not take these images, has no classifier, or needs more memory than there is; it
+            cannot stream, or pyvips is not installed.
+    """
+    model = weights if isinstance(weights, nn.Module) else load_model(weights, device, dtype, img_size, stream)
+    namer = _Namer(model, topk)
+    model_input = _input(model, crop_pct, crop_mode)
+    if stream:
+        return _streamed(_check_stream(model), namer, model_input, pictures(images), features, timeout)
+    return _predictions(model, namer, model_input, pictures(images), features=features, batch_size=batch_size,
+                        workers=workers or default_workers(), timeout=timeout)
+
+
+def _predictions(model: nn.Module, namer: _Namer, model_input: InputSpec, names: Iterator[str], *, features: bool,
+                 batch_size: int, workers: int, timeout: float) -> Iterator[Prediction]:
+    parameter = next(model.parameters())
+    tasks = ahead(partial(_prepared, transform=EvalTransform(model_input), timeout=timeout), names, workers,
+                  2 * batch_size)
+    for batch in _batches(tasks, batch_size):
+        sound = [sample for _, sample in batch if isinstance(sample, Tensor)]
+        answers: Iterator[tuple[Tensor, Tensor | None]] = iter(())
+        if sound:
+            pixels = normalize(torch.stack(sound).to(parameter.device), model_input).to(parameter.dtype)
+            answer = _in_memory(partial(_answer, model, pixels, features), f"--batch-size {batch_size}")
+            answers = zip(answer.logits.cpu(), [None] * len(sound) if answer.features is None else
+                          answer.features.cpu())
+        for name, sample in batch:
+            yield namer.prediction(name, *next(answers)) if isinstance(sample, Tensor) else Prediction(
+                shown(name), error=sample)
+
+
+@torch.no_grad()
+def _streamed(model: VisionRetention, namer: _Namer, model_input: InputSpec, names: Iterator[str], features: bool,
+              timeout: float) -> Iterator[Prediction]:
+    parameter = next(model.parameters())
+
+    def prepared(strip: np.ndarray) -> Tensor:
+        """[h, w, 3] uint8 -> [1, 3, h, w], normalised."""
+        pixels = torch.from_numpy(np.array(strip)).permute(2, 0, 1).unsqueeze(0).to(parameter.device)
+        return normalize(pixels, model_input).to(parameter.dtype)
+
+    def pooled(file: bytes | Path, whole: bool) -> Tensor:
+        """[1, D]"""
+        with open_strips(file, whole) as strips:
+            return model.forward_stream(map(prepared, strips.pixels), (strips.height, strips.width), pre_logits=True)
+
+    for name in names:
+        try:
+            file = to_stream(name, timeout)
+            try:
+                features_of = _in_memory(partial(pooled, file, False), f"--stream of {shown(name)}")
+            except LooksDamagedError:
+                features_of = _in_memory(partial(pooled, file, True), f"--stream of {shown(name)}")
+        except DataError as error:
+            yield Prediction(shown(name), error=str(error))
+        else:
+            yield namer.prediction(name, model.head(features_of)[0].float().cpu(),
+                                   features_of[0].float().cpu() if features else None)
+
+
+def _check_stream(model: nn.Module) -> VisionRetention:
+    """Raises SettingsError where it cannot stream images of any size, or no image can be streamed here."""
+    if not isinstance(model, VisionRetention):
+        raise SettingsError(f"--stream is for ViR, whose retention is causal, not for {type(model).__name__}; leave it "
+                            "out")
+    if not (model.dynamic_img_size and model.patch_embed.dynamic_img_pad):
+        raise SettingsError("to stream, make the model with dynamic_img_size=True and dynamic_img_pad=True")
+    if not model.global_pool:
+        raise SettingsError("--stream keeps no patches, and this model has global_pool=''; leave --stream out")
+    vips()
+    return model
+
+
+def load_model(weights: str | os.PathLike[str], device: str | torch.device, dtype: str, img_size: int | None,
+               stream: bool) -> nn.Module:
+    """The model of a weights file, for images of this size; see `predict`."""
+    path = Path(weights)
+    refuse_folder("WEIGHTS", path)
+    args: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if stream:
+        metadata, outlines = outline(path)
+        if isinstance(described(path, metadata.model, outlines), VisionRetention):  # else _check_stream says what it is
+            args |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+    model = load(path, device, DTYPES[dtype], **args)
+    if img_size is not None:
+        check_size(path, model, input_of(model), img_size, DTYPES[dtype], torch.device(device))
+    return model
+
+
+def default_workers() -> int:
+    return min(launcher.cores(), MAX_WORKERS)
+
+
+def ahead(function: Callable[[T], R], tasks: Iterable[T], workers: int, most: int) -> Iterator[R]:
+    """function of each task, in the order of the tasks, by threads that are at most `most` tasks ahead of the reader.
+    """
+    pool, running = ThreadPoolExecutor(workers, "vir-picture"), deque[Future[R]]()
+    try:
+        for task in tasks:
+            running.append(pool.submit(function, task))
+            if len(running) >= most:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _prepared(name: str, transform: EvalTransform, timeout: float) -> tuple[str, Tensor | str]:
+    """The name, and the sample [C, H, W] uint8 or what is wrong with the file."""
+    try:
+        image = open_image(read_picture(name, timeout), FORMATS + FOREIGN)
+        crop = transform.crop(image.width, image.height)
+        return name, transform.apply(image.pixels(crop.box), crop)
+    except DataError as error:
+        return name, str(error)
+
+
+def _batches(samples: Iterable[tuple[str, Tensor | str]], size: int) -> Iterator[list[tuple[str, Tensor | str]]]:
+    """In their order, with at most `size` in each that can be computed."""
+    batch: list[tuple[str, Tensor | str]] = []
+    count = 0
+    for sample in samples:
+        batch.append(sample)
+        count += isinstance(sample[1], Tensor)
+        if count == size or len(batch) == 2 * size:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _answer(model: Any, images: Tensor, features: bool) -> _Answer:
+    """Args: images: [B, C, H, W], normalised."""
+    if not features:
+        return _Answer(model(images).float(), None)
+    tokens = model.forward_features(images)
+    return _Answer(model.forward_head(tokens).float(),
+                   model.forward_head(tokens, pre_logits=True).float().flatten(1))
+
+
+def _in_memory(act: Callable[[], R], asked: str) -> R:
+    """Raises SettingsError where it needs more memory than there is."""
+    try:
+        return act()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SettingsError(f"{asked} needs more memory than there is ({str(error).splitlines()[0]}); give a smaller "
+                            "one, or try --dtype bf16") from error
+
+
+def _input(model: nn.Module, crop_pct: float | None, crop_mode: str | None) -> InputSpec:
+    given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode}
+    return replace(input_of(model), **{name: value for name, value in given.items() if value is not None})
+
+
+class _Namer:
+    """From logits to classes.
+
+    Raises:
+        SettingsError: the model has no logits.
+    """
+
+    def __init__(self, model: nn.Module, topk: int) -> None:
+        count = int(getattr(model, "num_classes", 0))
+        if not count:
+            raise SettingsError(f"this {type(model).__name__} has no classifier; give weights that have one, as of a "
+                                "run with --model.init_from")
+        metadata = getattr(model, "weights_metadata", None)
+        names: Sequence[str] = metadata.model.classes if metadata else ()
+        if not names:
+            log.warning("the weights name no classes: the numbers of the %d logits, from 0 on, stand in their place",
+                        count)
+        self._names = names or [str(logit) for logit in range(count)]
+        self._words = in_words(self._names) or [""] * count
+        self._topk = min(topk, count)
+
+    def prediction(self, name: str, logits: Tensor, features: Tensor | None) -> Prediction:
+        """Args: logits: [K]; features: [D]."""
+        if not logits.isfinite().all():
+            return Prediction(shown(name), error="its logits are not finite; fp16 holds no more than 65504: try "
+                                                 "--dtype bf16")
+        values, found = logits.softmax(dim=0).topk(self._topk)
+        guesses = tuple(Guess(logit, self._names[logit], self._words[logit], value)
+                        for logit, value in zip(found.tolist(), values.tolist()))
+        return Prediction(shown(name), guesses, features=None if features is None else features.numpy())
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.evaluation.labelling is a part of the library; the program is vir-predict")

@@ -1,0 +1,213 @@
+"""Name what is on images: the most probable classes of each, by a weights file.
+
+    vir-predict vir_small.safetensors cat.jpg --topk 3
+    vir-predict vir_small.safetensors photos/ https://example.org/cat.jpg --json --features photos.npz
+
+Images are files, folders with all below them, or URLs; JPEG, PNG, WebP, GIF, BMP, TIFF or PPM. They are prepared as the
+weights say, and told in their order. One that cannot be read is named, and the others go on. --stream takes each at its
+own size, tens of megapixels in the memory of a strip: JPEG, PNG, TIFF and PPM are decoded strip by strip, other formats
+whole, and so are JPEGs of CMYK, interlaced or animated PNGs and TIFFs that are not plain 8-bit grey or RGB. Exit codes:
+0 done, 2 settings, 3 data, also where some images could not be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from tqdm import tqdm
+
+from vir import cli, launcher
+from vir.config import PRECISIONS, CropMode, DataConfig
+from vir.errors import DataError, VirError
+from vir.files import replacing
+from vir.log import progress_bar, shows_bars
+
+if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is imported
+    from vir.evaluation.labelling import Prediction
+
+COLUMNS = ("image", "rank", "class", "probability", "description", "error")
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="vir-predict", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="made by vir-consolidate; it names its model "
+                        "itself")
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER|URL", help="files of any name; of folders all files "
+                        "that end as images do; http, https, s3, gs, …")
+    parser.add_argument("--topk", type=int, default=5, help="classes of each image (default: 5)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object per image and line")
+    form.add_argument("--csv", action="store_true", help=f"one row per class: {', '.join(COLUMNS)}")
+    parser.add_argument("--features", type=Path, metavar="FILE.npz", help="also write what the classifier reads of "
+                        "each image: `images` [N], their names, and `features` [N, D] float32")
+    parser.add_argument("--force", action="store_true", help="replace that file where it exists")
+    parser.add_argument("--stream", action="store_true", help="each image at its own size, neither resized nor "
+                        "cropped, strip by strip in bounded memory; of a ViR alone")
+    images = parser.add_argument_group("images", "as the file says where not given")
+    images.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images; positions are resampled")
+    images.add_argument("--crop-pct", type=float, metavar="SHARE",
+                        help="side of the crop as a share of the resized image, in (0, 1]")
+    images.add_argument("--crop-mode", choices=get_args(CropMode), help="how images become square, by timm's names")
+    images.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS",
+                        help=f"without an answer of a server, after which to give up (default: {DataConfig.timeout:g})")
+    computing = parser.add_argument_group("computing")
+    computing.add_argument("--device", choices=("auto", "cpu"), default="auto",
+                           help="auto takes a GPU, and the CPU on a machine without one (default: auto)")
+    computing.add_argument("--dtype", choices=PRECISIONS, default="fp32",
+                           help="of weights and activations (default: fp32)")
+    computing.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default: 64)")
+    computing.add_argument("--workers", type=int, help="threads that read and decode (default: as many as there are "
+                           "cores, at most 16)")
+    args = parser.parse_args(argv)
+    for name in ("topk", "batch_size", "workers", "img_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error(f"--crop-pct is {args.crop_pct:g}; it must be in (0, 1]")
+    if args.stream and (given := [name for name in ("img_size", "crop_pct", "crop_mode")
+                                  if getattr(args, name) is not None]):
+        parser.error(f"--stream takes images at their own size; leave out --{given[0].replace('_', '-')}")
+    if not args.timeout > 0:
+        parser.error(f"--timeout is {args.timeout:g}; it must be above 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(sys.argv[1:] if argv is None else argv)
+    if launcher.wants_cpu(args.device):
+        launcher.hide_gpus()
+    try:
+        with cli.interruptible():
+            return _predict(args)
+    except VirError as error:
+        return cli.tell(error, "vir-predict")
+    except cli.Interrupted as end:
+        print("vir-predict: interrupted", file=sys.stderr)
+        cli.end_now(end.exit_code)  # threads may wait for a server
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DataError.exit_code
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import torch
+
+    from vir import arithmetic, distributed
+    from vir.data import jpeg
+    from vir.evaluation.labelling import predict
+    from vir.evaluation.outputs import check_output
+    from vir.evaluation.pictures import count_pictures
+
+    distributed.check_driver()
+    jpeg.decoder()  # as the environment asks for it
+    if args.features is not None:
+        check_output("--features", args.features, (".npz",), args.force, {args.weights.resolve(): "the weights"})
+    total = count_pictures(args.images, args.timeout)
+    arithmetic.set_up()
+    distributed.share_cores()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = predict(args.weights, args.images, topk=args.topk, features=args.features is not None,
+                    stream=args.stream, img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode,
+                    batch_size=args.batch_size, workers=args.workers, device=device or torch.device("cpu"),
+                    dtype=args.dtype, timeout=args.timeout)
+    form = _json if args.json else _csv if args.csv else _text
+    if args.csv:
+        _write(_row(COLUMNS))
+    kept: list[Prediction] = []
+    bad = 0
+    with progress_bar(total, "image", disable=total == 1, dynamic_ncols=True) as progress:
+        for prediction in found:
+            _tell(prediction, form)
+            bad += bool(prediction.error)
+            if prediction.features is not None:
+                kept.append(prediction)
+            progress.update()
+    if args.features is not None:
+        _write_features(args.features, kept)
+    if bad:
+        raise DataError(f"{bad} of {total} images could not be read or have no answer; the others are done")
+    return 0
+
+
+def _tell(prediction: Prediction, form: Callable[[Prediction], str]) -> None:
+    """On stdout in this form; what is wrong with an image also on stderr. Neither cuts through the bar."""
+    if shows_bars():
+        with tqdm.external_write_mode():
+            _write(form(prediction))
+    else:
+        _write(form(prediction))
+    if prediction.error:
+        tqdm.write(f"vir-predict: {_one_line(prediction.image)}: {prediction.error}", file=sys.stderr)
+
+
+def _write(text: str) -> None:
+    """On stdout in UTF-8, the bytes of names that are none as they are."""
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.flush()
+
+
+def _text(prediction: Prediction) -> str:
+    if prediction.error:
+        return ""
+    lines = [f"{100 * guess.probability:7.2f} %  {guess.name} {guess.description}".rstrip()
+             for guess in prediction.guesses]
+    return "\n".join([_one_line(prediction.image), *lines, ""])
+
+
+def _json(prediction: Prediction) -> str:
+    """Names that are no UTF-8 have escapes of single surrogates, as os.fsdecode has them."""
+    fields: dict[str, Any] = {"image": prediction.image}
+    if prediction.error:
+        fields["error"] = prediction.error
+    else:
+        fields["predictions"] = [
+            {"class": guess.name, "logit": guess.logit, "probability": guess.probability,
+             **({"description": guess.description} if guess.description else {})} for guess in prediction.guesses]
+    return json.dumps(fields, allow_nan=False) + "\n"
+
+
+def _csv(prediction: Prediction) -> str:
+    if prediction.error:
+        return _row((prediction.image, "", "", "", "", prediction.error))
+    return "".join(_row((prediction.image, rank, guess.name, f"{guess.probability:.6g}", guess.description, ""))
+                   for rank, guess in enumerate(prediction.guesses, 1))
+
+
+def _row(cells: tuple[object, ...]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def _one_line(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
+def _write_features(path: Path, predictions: list[Prediction]) -> None:
+    import numpy as np
+
+    if not predictions:
+        raise DataError(f"no image could be read, so --features {path} is not written")
+    try:
+        with replacing(path) as temporary:
+            with temporary.open("wb") as file:
+                np.savez(file, images=np.array([prediction.image for prediction in predictions]),
+                         features=np.stack([prediction.features for prediction in predictions
+                                            if prediction.features is not None]))
+    except OSError as error:
+        raise DataError(f"--features {path} could not be written: {error.strerror or error}; free some space or give "
+                        "another file") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
