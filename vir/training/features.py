@@ -99,6 +99,13 @@ class FeaturePreparation:
         return batch.features, soft_targets(batch.labels, whole, self._num_classes, self._smoothing)
 
 
+def describe(plan: Plan, engine: Engine) -> str:
+    """What features take, where they are kept, in words."""
+    width, images = feature_width(engine.module) or 0, min(plan.num_samples, plan.samples(plan.total_steps))
+    return (f"linear probe: {width} features in {str(engine.dtype).removeprefix('torch.')} of each of {images} images "
+            f"take {width * images * engine.dtype.itemsize / 1e9:.3g} GB of CPU memory on each rank")
+
+
 def can_be_kept(config: RunConfig, engine: Engine, model_input: InputSpec, world: World) -> bool:
     """Whether steps can do with features: nothing is drawn, and the classifier makes the same logits of them.
 
@@ -110,8 +117,8 @@ def can_be_kept(config: RunConfig, engine: Engine, model_input: InputSpec, world
     width = feature_width(engine.module)
     differs = width is None or any(distributed.gather(not _make_the_logits(engine, width, model_input, world.device)))
     if differs:
-        log.info("linear probe: each step runs the whole model, because the logits of %s come from more than its "
-                 "classifier", type(engine.module).__name__)
+        log.info("linear probe: each step runs the whole model, because %s makes its logits by more than linear "
+                 "layers on one vector", type(engine.module).__name__)
     return not differs
 
 
@@ -162,7 +169,7 @@ def compute(config: RunConfig, plan: Plan, engine: Engine, reader: Reader, order
                 return None
             forward(normalize(batch.images, model_input))
             mine = torch.cat([found[number] for number in sorted(found)], dim=1).to(engine.dtype)
-            bad += batch.bad
+            bad += batch.bad if batch.valid[0] else []  # a rank beyond the last image takes one a second time
             # All batches but the last ones are full, so these are the next samples in order, and what is beyond them.
             here = slice(first, min(first + size * world.size, len(samples)))
             table[here] = _exchanged(mine, size)[:here.stop - first].cpu()
@@ -170,9 +177,7 @@ def compute(config: RunConfig, plan: Plan, engine: Engine, reader: Reader, order
             first = here.stop
     _tell_of_bad([line for lines in distributed.gather(bad) for line in lines], len(samples),
                  config.data.max_bad_fraction)
-    log.info("linear probe: %d numbers in %s of each of %d images, computed in %.0f s, take %.3g GB of memory on each "
-             "rank", width, str(engine.dtype).removeprefix("torch."), len(samples), time.monotonic() - began,
-             table.nbytes / 1e9)
+    log.info("linear probe: features of %d images computed in %.0f s", len(samples), time.monotonic() - began)
     return Features(samples, table, torch.from_numpy(reader.labels[used.numpy()].astype(np.int64)))
 
 

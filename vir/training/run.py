@@ -157,6 +157,8 @@ def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, w
     if world.is_main:  # it looks at the disk
         for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world):
             log.info(line)
+        if prepared.config.train.linear_probe and not prepared.config.augment.draws:
+            log.info(features.describe(plan, engine))
         if prepared.exclusion:
             log.info("%d samples are left out, as --data.exclude %s says", len(prepared.exclusion),
                      prepared.config.data.exclude)
