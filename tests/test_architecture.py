@@ -81,6 +81,7 @@ TESTED_ELSEWHERE = {
     "vir.evaluation.outputs": "test_evaluate.py: as its files are asked for",
     "vir.index": "test_foreign.py: with what it runs",
     "vir.reports.curves": "test_metrics.py",
+    "vir.training.features": "test_linear_probe.py: in runs, and on models of which none are kept",
     "vir.training.loop": "test_train.py: the loop is seen at work", "vir.training.meter": "test_train.py: as the loop",
     "vir.training.run": "test_train.py: as the loop", "vir.training.validator": "test_train.py: as the loop",
 }

@@ -113,6 +113,22 @@ def test_the_average_follows_by_its_decay(model):
         assert not torch.allclose(average, state(model)[name], rtol=1e-2)
 
 
+def test_statistics_that_no_batch_has_moved_are_exchanged_with_nobody(model, monkeypatch):
+    """As of a linear probe. A mean over three ranks would round."""
+    statistics = RunningStatistics(model, averages=True)
+    step(model, statistics, 0)
+    before, average = state(model), copy.deepcopy(statistics.average)
+    for name, answer in {"is_initialized": True, "get_world_size": 3, "all_reduce": None}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda *tensors, answer=answer: (
+            [tensor.mul_(2) for tensor in tensors], answer)[1])
+    model.eval()
+    statistics.after_step(True, 0.75)
+    assert equal(state(model), before) and equal(statistics.average, average)
+    model.train()
+    statistics.after_step(True, 0.75)
+    assert not equal(state(model), before)
+
+
 def test_a_skipped_step_takes_its_statistics_back(model):
     statistics = RunningStatistics(model, averages=True)
     step(model, statistics, 0)

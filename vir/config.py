@@ -189,6 +189,12 @@ class AugmentConfig:
         """Whether pairs of samples are mixed at all."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part in what becomes of an image; else it is the same in every epoch."""
+        return (self.scale != (1, 1) or self.hflip > 0 or self.color_jitter > 0 or self.auto_augment is not None
+                or self.interpolation == "random" or self.reprob > 0 or self.mixes)
+
     def __post_init__(self) -> None:
         _check(0 < self.scale[0] <= self.scale[1] <= 1, "augment.scale", self.scale, "a range within (0, 1]")
         _check(0 < self.ratio[0] <= self.ratio[1], "augment.ratio", self.ratio, "a range of positive numbers")
@@ -296,6 +302,9 @@ class TrainConfig:
     """Targets of bce above this become 1 and the others 0; as they are when not given."""
     smoothing: float = 0.1
     """Label smoothing."""
+    linear_probe: bool = False
+    """Train the classifier alone, on what the rest of the model makes of the images as it does in evaluation; where
+    nothing is drawn in augment, that is computed once."""
     seed: int = 42
     """Seed of initialisation, order, augmentation and dropout."""
     tf32: bool = False
@@ -441,6 +450,9 @@ class RunConfig:
             raise SettingsError(f"--train.micro_batch_size is {self.train.micro_batch_size}; mixup and cutmix pair "
                                 "samples inside a micro-batch, so it must be even (or set --augment.mixup 0 "
                                 "--augment.cutmix 0)")
+        if self.train.linear_probe and self.model.freeze is not None:
+            raise SettingsError(f"--train.linear_probe true and --model.freeze {self.model.freeze!r} are both given; a "
+                                "linear probe trains the classifier and nothing else: leave one of them out")
         if self.checkpoint.best == "ema_top1" and not self.ema.decay:
             raise SettingsError("--checkpoint.best is ema_top1, but --ema.decay 0 keeps no average; use top1 or null")
 

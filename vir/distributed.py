@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator, Sequence, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from vir import interfaces, launcher
@@ -236,6 +237,15 @@ def gather(value: Any) -> list[Any]:
     boxes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, value)
     return boxes
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[W N, ...]: the rows [N, ...] of all W ranks, in rank order, on every rank. Each rank has as many."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, rows.contiguous())
+    return torch.cat(everyone)
 
 
 def at_the_door(act: Callable[[], T]) -> T:

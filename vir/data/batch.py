@@ -88,9 +88,14 @@ def train_maker(reader: Reader, order: SampleOrder, transform: Transform, augmen
 
 
 def eval_maker(reader: Reader, transform: Transform, memory: Callable[[int], Tensor],
-               ahead: Prefetcher | None = None) -> Callable[[np.ndarray, np.ndarray], Batch]:
-    """The same for validation; a position below 0 is padding."""
-    return partial(_eval_batch, reader, ahead, transform, memory)
+               ahead: Prefetcher | None = None,
+               exclusion: Exclusion | None = None) -> Callable[[np.ndarray, np.ndarray], Batch]:
+    """The same for validation; a position below 0 is padding.
+
+    Args:
+        exclusion: where substitutes are to be taken, which ones never are.
+    """
+    return partial(_eval_batch, reader, ahead, transform, memory, exclusion)
 
 
 def _first_good(reader: Reader, sample: int, read: Callable[[], bytes], use: Callable[[bytes], Tensor],
@@ -168,28 +173,33 @@ def _train_batch(reader: Reader, exclusion: Exclusion, ahead: Prefetcher | None,
 
 
 def _eval_batch(reader: Reader, ahead: Prefetcher | None, transform: Transform, memory: Callable[[int], Tensor],
-                positions: np.ndarray, samples: np.ndarray) -> Batch:
+                exclusion: Exclusion | None, positions: np.ndarray, samples: np.ndarray) -> Batch:
     _advance(ahead, max(int(positions[0]), 0))
     reader.checking()
     laps, size = Laps(), len(positions)
-    images, labels = memory(size), []
+    images, used, bad = memory(size), [], []
+
+    def use(data: bytes) -> Tensor:
+        laps.end_of("read")
+        return _pixels(data, transform, laps)
+
     for place, (sample, read) in enumerate(zip(samples.tolist(), worker.here().read(reader, samples.tolist()))):
-        # No substitute here: an accuracy that silently counts another image would be false.
         try:
-            data = read()
-            laps.end_of("read")
-            images[place] = _pixels(data, transform, laps)
+            # No substitute in an evaluation: an accuracy that silently counts another image would be false.
+            images[place], good, passed_over = ((use(read()), sample, []) if exclusion is None else
+                                                _first_good(reader, sample, read, use, exclusion))
         except BadSampleError as error:
             raise DataError(f"validation image {reader.where(sample)} of {reader.name}: {error}; restore it from a "
                             "good copy, or convert the split again") from error
-        labels.append(int(reader.labels[sample]))
+        used.append(good)
+        bad += passed_over
         laps.end_of("collate")
     laps.spent.images, laps.spent.check = size, reader.checking()
-    return Batch(images=images, labels=torch.tensor(labels),
+    return Batch(images=images, labels=torch.from_numpy(reader.labels[used].astype(np.int64)),
                  positions=torch.from_numpy(np.maximum(positions, 0)), valid=torch.from_numpy(positions >= 0),
                  erase=torch.zeros(size, 4, dtype=torch.long), noise=torch.zeros(size, dtype=torch.int32),
                  lam=torch.ones(size), cut=torch.zeros(size, 4, dtype=torch.long),
-                 samples=samples.tolist(), bad=[], spent=laps.done())
+                 samples=used, bad=bad, spent=laps.done())
 
 
 def _advance(ahead: Prefetcher | None, position: int) -> None:

@@ -25,6 +25,7 @@ from vir.config import AugmentConfig
 from vir.data import order as orders
 from vir.data import ring, worker
 from vir.data.batch import Batch, eval_maker, train_maker
+from vir.data.exclusion import Exclusion
 from vir.data.order import InOrder, SampleOrder
 from vir.data.prefetch import prefetcher_of
 from vir.data.reader import Reader
@@ -238,39 +239,50 @@ def requests_of(order: SampleOrder, step: int, global_batch_size: int, micro_bat
         yield positions, order.samples(positions)
 
 
+def requests_between(order: SampleOrder, first_step: int, last_step: int, global_batch_size: int,
+                     micro_batch_size: int, rank: int, world_size: int) -> Iterator[Request]:
+    """A rank's micro-batches of steps [first_step, last_step)."""
+    for step in range(first_step, last_step):
+        yield from requests_of(order, step, global_batch_size, micro_batch_size, rank, world_size)
+        order.prepare((step + 1) * global_batch_size, last_step * global_batch_size)
+
+
 def train_batches(reader: Reader, order: SampleOrder, augment: AugmentConfig,
                   model_input: InputSpec, *, seed: int, first_step: int, last_step: int,
                   global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, workers: int | None,
-                  prefetch: int, device: torch.device, patience: Patience | None = None) -> Batches:
+                  prefetch: int, device: torch.device, patience: Patience | None = None,
+                  as_in_evaluation: bool = False) -> Batches:
     """This rank's micro-batches of steps [first_step, last_step), `accumulation` of them per step, by processes_for(
     workers) processes.
 
     Step s consumes positions [s G, (s + 1) G). Its micro-batches are the same for every world size; only who
     computes which differs.
+
+    Args:
+        as_in_evaluation: the images are cropped as those of an evaluation, where `augment` draws nothing.
     """
     workers = processes_for(workers)
-
-    def requests() -> Iterator[Request]:
-        for step in range(first_step, last_step):
-            yield from requests_of(order, step, global_batch_size, micro_batch_size, rank, world_size)
-            order.prepare((step + 1) * global_batch_size, last_step * global_batch_size)
-
+    requests = partial(requests_between, order, first_step, last_step, global_batch_size, micro_batch_size, rank,
+                       world_size)
     ahead = prefetcher_of(reader, order, last_step=last_step, global_batch_size=global_batch_size, rank=rank,
                           world_size=world_size)
     # A step takes all its micro-batches at once, and meanwhile those of the next one are made.
     prefetch = max(prefetch, 1 + -(-global_batch_size // (world_size * micro_batch_size * workers)))
     memory = ring.Ring(workers, prefetch, (micro_batch_size, *model_input.size)).next
-    make = train_maker(reader, order, TrainTransform(augment, model_input), augment, seed, memory, ahead)
+    transform = EvalTransform(model_input) if as_in_evaluation else TrainTransform(augment, model_input)
+    make = train_maker(reader, order, transform, augment, seed, memory, ahead)
     return Batches(make, requests, workers, prefetch, device, patience)
 
 
 def eval_batches(reader: Reader, model_input: InputSpec, *, batch_size: int, rank: int,
                  world_size: int, workers: int | None, device: torch.device, patience: Patience | None = None,
-                 chosen: np.ndarray | None = None) -> Batches:
+                 chosen: np.ndarray | None = None, exclusion: Exclusion | None = None) -> Batches:
     """Every sample once over all ranks, the same number of batches on each; padding is marked not `valid`.
 
     Args:
         chosen: indices of the samples, at least one, ascending; None for all. Positions are places among them.
+        exclusion: given for training images, in whose places substitutes come where they cannot be decoded, as in
+            training; without it such an image is an error.
     """
     order = InOrder(np.arange(len(reader)) if chosen is None else chosen)
     total = order.num_samples
@@ -288,7 +300,7 @@ def eval_batches(reader: Reader, model_input: InputSpec, *, batch_size: int, ran
                           rank=rank, world_size=world_size)
     workers = processes_for(workers)
     memory = ring.Ring(workers, _EVAL_PREFETCH, (batch_size, *model_input.size)).next
-    make = eval_maker(reader, EvalTransform(model_input), memory, ahead)
+    make = eval_maker(reader, EvalTransform(model_input), memory, ahead, exclusion)
     return Batches(make, requests, workers, _EVAL_PREFETCH, device, patience)
 
 

@@ -49,6 +49,7 @@ class RunningStatistics:
     def __init__(self, module: nn.Module, averages: bool) -> None:
         self._live = _persistent_buffers(module)
         self._floats = [name for name, buffer in self._live.items() if buffer.is_floating_point()]
+        self._owner = {name: module.get_submodule(name.rpartition(".")[0]) for name in self._floats}
         self._kept = {name: buffer.clone() for name, buffer in self._live.items()} if self._floats else {}
         self.average = {name: self._live[name].clone() for name in self._floats} if averages else {}
         self._exchanged = False  # whether statistics and average have changed places
@@ -61,7 +62,10 @@ class RunningStatistics:
         if not applied:
             _copy(self._live, self._kept)
             return
-        floats = [self._live[name] for name in self._floats]
+        moving = [name for name in self._floats if self._owner[name].training]
+        if not moving:  # a linear probe: a mean over the ranks would round
+            return
+        floats = [self._live[name] for name in moving]
         if dist.is_initialized() and dist.get_world_size() > 1:
             flat = torch.cat([buffer.reshape(-1).float() for buffer in floats])
             dist.all_reduce(flat)
@@ -70,7 +74,7 @@ class RunningStatistics:
             torch._foreach_copy_(floats, [mean.view_as(buffer) for mean, buffer in zip(means, floats)])
         _copy(self._kept, self._live)
         if self.average:
-            torch._foreach_lerp_(list(self.average.values()), floats, 1 - decay)
+            torch._foreach_lerp_([self.average[name] for name in moving], floats, 1 - decay)
 
     @torch.no_grad()
     def restore(self, live: dict[str, Tensor], average: dict[str, Tensor]) -> None:

@@ -108,7 +108,7 @@ class Engine:
         return self._decay_at(self.updates + 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of a micro-batch [B, C, H, W] of any float dtype."""
+        """Logits of a micro-batch of any float dtype: images [B, C, H, W], or features that a linear probe takes."""
         return self.deepspeed(images.to(self.dtype))
 
     def backward(self, loss: Tensor) -> None:
@@ -308,8 +308,9 @@ def _check_frozen(before: AbstractSet[str], now: AbstractSet[str]) -> None:
     if differing := sorted(before ^ now):
         raise SettingsError(f"the checkpoint was trained with other parameters frozen ({len(differing)} differ: "
                             f"{', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}), for which an optimizer "
-                            "keeps no state; resume with the --model.freeze that it was saved with, or consolidate it "
-                            "and give the weights as --model.init_from")
+                            "keeps no state; resume with the --model.freeze that it was saved with (and with "
+                            "--train.linear_probe where that was on), or consolidate it and give the weights as "
+                            "--model.init_from")
 
 
 def _check_shapes(saved: Partitions, parameters: dict[str, nn.Parameter]) -> None:

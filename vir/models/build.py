@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from vir.config import ModelConfig
 from vir.errors import DataError, SettingsError
+from vir.log import log
 from vir.models.initialize import initialize_from, initialize_pretrained
+from vir.models.linear_probe import make_probe
 from vir.models.network import (
     FORBIDDEN_ARGS,
     UNREADABLE,
@@ -35,15 +37,18 @@ from vir.weights.spec import InputSpec, ModelSpec, input_of
 __all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "input_for", "load"]
 
 
-def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True) -> tuple[nn.Module, ModelSpec]:
+def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True,
+          linear_probe: bool = False) -> tuple[nn.Module, ModelSpec]:
     """The network of a run, with random weights, those of model.init_from or timm's pretrained ones, and what it is.
 
     Args:
         fresh: False where the weights of a checkpoint follow: then none are read from elsewhere, so that a file that
             is gone or a network that is down since the run began does not keep it from going on.
+        linear_probe: only its classifier is to be trained.
 
     Raises:
-        SettingsError: it cannot be built with these arguments, or model.freeze does not fit it.
+        SettingsError: it cannot be built with these arguments, model.freeze does not fit it, or linear_probe finds no
+            classifier.
         DataError: model.init_from or the pretrained weights cannot be had, or are of another architecture.
     """
     args = architecture(model, len(classes))
@@ -57,6 +62,11 @@ def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True) -> tup
         initialize_pretrained(network, model.name, classes, reset_head=model.reset_head)
     if model.freeze is not None:
         freeze(network, model.freeze)
+    if linear_probe:
+        make_probe(network)
+        if fresh and not (model.init_from or model.pretrained):
+            log.warning("--train.linear_probe: the classifier is trained on what random weights make of the images; "
+                        "give weights by --model.init_from or --model.pretrained")
     if hasattr(network, "set_retention_mode"):
         getattr(network, "set_retention_mode")(model.retention_mode, model.chunk_size)
     spec = ModelSpec(name=model.name, args=args, input=_input_as_set(model, input_of(network)), classes=tuple(classes))

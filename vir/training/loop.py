@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from enum import Enum
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import EVALUATE, SAVE, LauncherGrace, StopRequest
 from vir.config import TrainConfig
 from vir.data.batch import Batch
-from vir.data.device import Preparation
 from vir.data.loader import Batches
 from vir.engine.engine import Engine, Update
 from vir.errors import LossScaleError, NotFiniteError
 from vir.log import log
 from vir.reports.throughput import Stopwatch
 from vir.streams import DROPOUT, generator
+from vir.training.features import FeatureBatch, FeatureBatches
 from vir.training.guard import FiniteGuard
 from vir.training.loss import training_loss
 from vir.training.meter import Meter, StepRecord
@@ -47,16 +48,16 @@ class GlobalStep:
     """Forward, backward and update of one global batch on this rank.
 
     Args:
-        prepare: from a batch of the loader to pixels and targets.
+        prepare: from a batch to what the engine takes, pixels or features, and targets.
         forward_clock: runs during each forward pass.
     """
 
-    def __init__(self, train: TrainConfig, plan: Plan, engine: Engine, prepare: Preparation, guard: FiniteGuard,
-                 forward_clock: Stopwatch, rank: int) -> None:
+    def __init__(self, train: TrainConfig, plan: Plan, engine: Engine, prepare: Callable[[Any], tuple[Tensor, Tensor]],
+                 guard: FiniteGuard, forward_clock: Stopwatch, rank: int) -> None:
         self._train, self._plan, self._engine, self._prepare = train, plan, engine, prepare
         self._guard, self._forward_clock, self._rank = guard, forward_clock, rank
 
-    def __call__(self, batches: Sequence[Batch], waited: float, step: int) -> StepRecord:
+    def __call__(self, batches: Sequence[Batch | FeatureBatch], waited: float, step: int) -> StepRecord:
         """Do global batch `step`, from 0, of which `batches` are this rank's micro-batches. Collective.
 
         Args:
@@ -113,7 +114,7 @@ class Trainer:
         self._heartbeat = heartbeat
         self._grace = LauncherGrace()
 
-    def fit(self, batches: Batches, first: int, evaluate_first: bool) -> Ending:
+    def fit(self, batches: Batches | FeatureBatches, first: int, evaluate_first: bool) -> Ending:
         """Train from step `first` to the end of the plan.
 
         Args:
@@ -174,10 +175,10 @@ class Trainer:
             self._meter.close()
         return Ending.DONE
 
-    def _fetch(self, batches: Batches, step: int) -> list[Batch]:
+    def _fetch(self, batches: Batches | FeatureBatches, step: int) -> list[Batch | FeatureBatch]:
         """This rank's micro-batches of a step; fewer where a signal came before they did."""
         self._heartbeat.at(lambda: f"at step {step + 1}, waiting for {batches.awaited()}")
-        fetched = []
+        fetched: list[Batch | FeatureBatch] = []
         for _ in range(self._plan.accumulation):
             if (batch := next(batches)) is None:
                 break

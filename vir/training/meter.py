@@ -237,6 +237,8 @@ class Meter:
         """
         self._intervals += 1
         waited = totals.waited / totals.seconds
+        if not totals.figures.spent.images:  # a linear probe's features, of which no loader has made any
+            return ""
         if waited <= _WAITS or self._intervals == 1 or self._intervals - self._told_at < _TELLS_EVERY:
             return ""
         self._told_at = self._intervals

@@ -6,8 +6,10 @@ import shutil
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Callable
 
 import torch
+from torch import Tensor
 
 from vir import arithmetic, cli, distributed
 from vir import log as logs
@@ -17,7 +19,7 @@ from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
 from vir.config import RunConfig, dump_yaml, to_dict, trains
 from vir.data.device import Preparation
-from vir.data.loader import Patience, train_batches
+from vir.data.loader import Batches, Patience, train_batches
 from vir.data.opening import check_agreement
 from vir.data.order import SampleOrder
 from vir.distributed import World
@@ -30,6 +32,8 @@ from vir.models.build import build
 from vir.reports.curves import plot_runs
 from vir.reports.environment import describe_environment
 from vir.reports.metrics import MetricsWriter, read_metrics
+from vir.training import features
+from vir.training.features import FeatureBatches, FeaturePreparation
 from vir.training.guard import FiniteGuard
 from vir.training.loop import Ending, GlobalStep, Trainer
 from vir.training.meter import Meter
@@ -80,7 +84,7 @@ def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbe
         _check_agreement(prepared)
         torch.manual_seed(config.train.seed)
         fresh = not distributed.broadcast(continues(config))
-        network, spec = build(config.model, prepared.train.classes, fresh)
+        network, spec = build(config.model, prepared.train.classes, fresh, config.train.linear_probe)
         plan = make_plan(config, prepared.train, spec, world, ds_config.precision(prepared.ds_config))
         engine = Engine(network.to(world.device), config, prepared.ds_config, plan.accumulation)
         with closing(engine):
@@ -153,6 +157,8 @@ def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, w
     if world.is_main:  # it looks at the disk
         for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world):
             log.info(line)
+        if prepared.config.train.linear_probe and not prepared.config.augment.draws:
+            log.info(features.describe(plan, engine))
         if prepared.exclusion:
             log.info("%d samples are left out, as --data.exclude %s says", len(prepared.exclusion),
                      prepared.config.data.exclude)
@@ -182,6 +188,8 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
     config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
     info = resume(config, engine, spec, prepared.fingerprint, world)
     first = info.samples_seen // plan.global_batch_size if info else 0
+    if config.train.linear_probe:
+        plan = replace(plan, peak_flops=None)  # an MFU counts a backward pass through the whole model
     saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first)
     writer = _begin_writing(prepared, plan, first, world)
     with closing(writer) if writer else nullcontext():
@@ -190,15 +198,25 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
             log.info("continuing after step %d", first)
         order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order, prepared.exclusion)
         patience = _patience(config, stop, world)
-        batches = train_batches(
-            reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
-            last_step=plan.total_steps, global_batch_size=plan.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
-            workers=config.data.workers, prefetch=config.data.prefetch, device=world.device,
-            patience=patience)
+        batches: Batches | FeatureBatches
+        preparation: Callable[[Any], tuple[Tensor, Tensor]]
+        if first < plan.total_steps and config.train.linear_probe and features.can_be_kept(
+                config, engine, spec.input, world):
+            kept = features.compute(config, plan, engine, reader, order, spec.input, world, patience, stop, heartbeat)
+            if kept is None:
+                return Ending.STOPPED
+            batches = FeatureBatches(kept, order, plan, config.train.micro_batch_size, first, world)
+            preparation = FeaturePreparation(config.train.smoothing, plan.num_classes)
+        else:
+            batches = train_batches(
+                reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
+                last_step=plan.total_steps, global_batch_size=plan.global_batch_size,
+                micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
+                workers=config.data.workers, prefetch=config.data.prefetch, device=world.device,
+                patience=patience, as_in_evaluation=config.train.linear_probe and not config.augment.draws)
+            preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
+                                      num_classes=plan.num_classes, device=world.device)
         meter = Meter(config, plan, engine, world, writer, heartbeat, first)
-        preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
-                                  num_classes=plan.num_classes, device=world.device)
         guard = FiniteGuard(order, reader)
         global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank)
         validator = None if prepared.val is None else Validator(
