@@ -1,0 +1,223 @@
+"""Teachers: what they say of the student's pixels, which are refused, and what a run keeps of them."""
+
+import json
+import logging
+import re
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from support.launchers import HANGS
+from support.tiny_runs import command, launch, train_events, weights
+from vir.checkpoints.info import read_info
+from vir.checkpoints.names import newest
+from vir.config import DistillConfig, ModelConfig
+from vir.data.reader import ShardReader
+from vir.errors import DataError, SettingsError
+from vir.models import WeightsMetadata, load, save_weights
+from vir.models.build import build
+from vir.training.distill import Teacher, check_teacher, fingerprint, load_teacher
+from vir.weights.spec import InputSpec, ModelSpec
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+STUDENT = InputSpec(size=(3, 28, 28), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
+DIGITS = tuple(map(str, range(10)))
+
+
+def student(classes, size=28):
+    return ModelSpec(name="s", args={}, classes=tuple(classes), input=replace(STUDENT, size=(3, size, size)))
+
+
+def vir_file(path, classes, seed=0, dtype="fp32", size=28, **settings):
+    """A file of a tiny ViR that knows those classes."""
+    torch.manual_seed(seed)
+    args = dict(patch_size=14, embed_dim=16, depth=2, num_heads=2, init_values=None)
+    model, spec = build(ModelConfig(name="vir_tiny_patch16_224", img_size=size, args=args, **settings), classes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    save_weights(path, {name: x.to(kind) for name, x in model.state_dict().items()}, WeightsMetadata(
+        model=spec, step=7, samples_seen=56, ema=False, dtype=dtype))
+    return str(path)
+
+
+def teacher_of(path, spec):
+    return load_teacher(DistillConfig(teacher=str(path)), spec, CPU)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_teacher_sees_the_students_pixels_by_its_own_normalisation_and_precision(tmp_path, dtype):
+    path = vir_file(tmp_path / "t.safetensors", "abc", dtype=dtype, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    pixels = torch.rand(4, 3, 28, 28)
+
+    def normalised(mean, std):
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    model = load(path, dtype=dtype)
+    with torch.no_grad():
+        wanted = model(normalised((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)).to(model.pos_embed.dtype)).float()
+    teacher = teacher_of(path, student("abc"))
+    found = teacher(normalised(STUDENT.mean, STUDENT.std).requires_grad_())
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert torch.allclose(found, wanted, atol=1e-5 if dtype == "fp32" else 5e-2) and wanted.std() > 0.1
+    assert teacher.bytes == sum(x.numel() for x in model.state_dict().values()) * (4 if dtype == "fp32" else 2) + sum(
+        x.numel() * x.element_size() for name, x in model.named_buffers())
+    kind = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    assert teacher.describe().endswith(f"M parameters in {kind}, of images of 3x28x28; hard labels, alpha 0.5; "
+                                       f"fingerprint {teacher.fingerprint[:12]}")
+
+
+def test_a_teacher_is_in_evaluation_mode():
+    network = timm.create_model("test_resnet", num_classes=3).train()
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    spec = ModelSpec(name="t", args={}, classes=tuple("abc"), input=STUDENT)
+    teacher = Teacher(DistillConfig(teacher="t"), network, spec, student("abc"), CPU)
+    teacher(torch.randn(2, 3, 28, 28))
+    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())  # also running statistics
+
+
+def test_logits_are_those_of_the_runs_classes_by_their_names(tmp_path, caplog):
+    path = vir_file(tmp_path / "t.safetensors", "cab")
+    images = torch.randn(2, 3, 28, 28)
+    own = teacher_of(path, student("cab"))(images)
+    assert torch.equal(teacher_of(path, student("ab"))(images), own[:, [1, 2]])
+    assert torch.equal(teacher_of(path, student("abc"))(images), own[:, [1, 2, 0]])
+    assert not caplog.records
+
+
+def test_a_teacher_that_names_no_classes_needs_as_many(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="vir")
+    path, nameless = vir_file(tmp_path / "t.safetensors", "abc"), tmp_path / "u.safetensors"
+    model = load(path)
+    save_weights(nameless, model.state_dict(), replace(model.weights_metadata, model=replace(
+        model.weights_metadata.model, classes=())))
+    images = torch.randn(2, 3, 28, 28)
+    assert torch.equal(teacher_of(nameless, student("xyz"))(images), teacher_of(path, student("abc"))(images))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--distill.teacher {nameless} does not say which classes its 3 logits are; they are taken for those of this "
+        "run, in their order"]
+    with pytest.raises(SettingsError, match="has 3 logits and does not say of which classes; this run has 2 classes: "):
+        teacher_of(nameless, student("ab"))
+
+
+def test_a_teacher_that_does_not_know_a_class_is_refused(tmp_path):
+    path = vir_file(tmp_path / "t.safetensors", "abc")
+    with pytest.raises(SettingsError, match=re.escape("knows 3 classes, but not 2 of the 3 of this run (d, e); give")):
+        teacher_of(path, student("ade"))
+
+
+def test_a_teacher_of_one_size_needs_it_and_others_take_any(tmp_path):
+    path = vir_file(tmp_path / "t.safetensors", "ab", size=56)
+    with pytest.raises(SettingsError, match=r"t.safetensors takes images of 56x56 pixels alone, and those of this run "
+                                            r"are 28x28; give --model.img_size 56, a teacher of that size, or one that "
+                                            r"takes any, such as a resnet50"):
+        teacher_of(path, student("ab"))
+    images = torch.randn(2, 3, 56, 56)
+    assert teacher_of(path, student("ab", 56))(images).shape == (2, 2)
+    dynamic = load(path, dynamic_img_size=True)
+    spec = ModelSpec(name="t", args={}, classes=("a", "b"), input=replace(STUDENT, size=(3, 56, 56)))
+    teacher = Teacher(DistillConfig(teacher="t"), dynamic, spec, student("ab"), CPU)
+    assert teacher(torch.randn(2, 3, 28, 28)).shape == (2, 2)
+
+
+def test_a_teacher_that_gives_no_logits_is_refused():
+    spec = ModelSpec(name="t", args={}, classes=(), input=STUDENT)
+    with pytest.raises(SettingsError, match=r"--distill.teacher t cannot classify the images of this run, "
+                                            r"\[3, 28, 28\]: it gives numbers of shape \[1, 3, 28, 28\], not logits"):
+        Teacher(DistillConfig(teacher="t"), nn.Identity(), spec, student("ab"), CPU)
+
+
+def test_a_fingerprint_is_of_all_that_makes_the_logits():
+    spec = ModelSpec(name="t", args={"num_heads": 2}, classes=("a", "b"), input=STUDENT)
+    tensors = {"w": torch.zeros(2, 3), "b": torch.zeros(1)}
+    others = [fingerprint(spec, tensors | changed) for changed in (
+        {"w": torch.zeros(3, 2)}, {"w": torch.zeros(2, 3).int()}, {"b": torch.ones(1)}, {"c": torch.zeros(1)})]
+    others += [fingerprint(replace(spec, **changed), tensors) for changed in (
+        {"args": {"num_heads": 1}}, {"classes": ("b", "a")}, {"input": replace(STUDENT, mean=(0.0, 0.0, 0.0))})]
+    one = fingerprint(spec, dict(reversed(tensors.items())))
+    assert one == fingerprint(spec, tensors) and len({one, *others}) == 8
+
+
+@pytest.mark.parametrize("name, kind, said", [
+    ("resnet18x", SettingsError, "resnet18x: neither a file nor a model of timm; did you mean resnet18"),
+    ("resnet18.nothing", SettingsError, "resnet18.nothing: .*; leave the part after the dot out"),
+    ("vir_tiny_patch16_224", SettingsError, "timm has no pretrained weights of vir_.* is given by --distill.teacher$"),
+    ("runs/nowhere.safetensors", DataError, "no weights file at runs/nowhere.safetensors; .*; a teacher is a file of "
+                                            "vir-consolidate, or the name of a model of timm"),
+])
+def test_a_teacher_that_there_is_not_is_refused_at_the_door(name, kind, said):
+    with pytest.raises(kind, match=f"--distill.teacher:? .*{said}" if "timm has" not in said else said):
+        check_teacher(name)
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory):
+    """Short runs of two ranks under a teacher, in one launch: their folder, exit codes, and what was said."""
+    tmp = tmp_path_factory.mktemp("runs")
+    classes = ShardReader(shards / "train").classes
+    teacher, other = (vir_file(tmp / f"{seed}.safetensors", classes, seed) for seed in (1, 2))
+    (tmp / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    jobs = {
+        "zero0": ["--distill.teacher", teacher], "zero3": ["--distill.teacher", teacher],
+        "alpha 0": ["--distill.teacher", teacher, "--distill.alpha", "0"], "plain": [],
+        "again": ["--distill.teacher", teacher, "--resume", str(tmp / "zero0/checkpoints/step-00000002")],
+        "another": ["--distill.teacher", other, "--resume", str(tmp / "zero0")],
+        "none": ["--resume", str(tmp / "zero0")],
+        "accepted": ["--distill.teacher", other, "--resume", str(tmp / "zero0"), "--accept_config_change", "true",
+                     "--dry_run"],
+        "validate": ["--distill.teacher", "gone.safetensors", "--resume", str(tmp / "zero0"), "--validate_only"]}
+    commands = [command(shards, tmp / name, tmp / "zero3.json" if name == "zero3" else "zero0_fp32", *more, steps=4,
+                        every=2) for name, more in jobs.items()]
+    codes, said = launch(tmp / "launch", commands)
+    return tmp, dict(zip(jobs, codes)), said
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+def test_a_teacher_teaches_the_same_in_every_layout_and_disturbs_no_random_number(runs):
+    tmp, codes, said = runs
+    losses = {name: [event["loss"] for event in train_events(tmp / name)] if codes[name] == 0 else said[-3000:]
+              for name in ("zero0", "zero3", "alpha 0", "plain")}
+    assert losses["zero0"] == pytest.approx(losses["zero3"], rel=1e-5)
+    assert losses["alpha 0"] == losses["plain"] and len(losses["plain"]) == 4
+    assert abs(losses["zero0"][0] / losses["plain"][0] - 1) > 1e-3
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+def test_a_checkpoint_has_the_teachers_fingerprint_and_nothing_else_of_it(runs):
+    tmp, _, _ = runs
+    for name in ("zero0", "zero3"):
+        info = read_info(newest(tmp / name))
+        assert info.teacher == teacher_of(tmp / "1.safetensors", student(info.model.classes)).fingerprint
+        assert info.teacher != read_info(newest(tmp / "plain")).teacher == ""
+        sizes, plain = ({file: entry["bytes"] for file, entry in read_info(newest(tmp / run)).files.items()}
+                        for run in ("zero0", "plain"))
+        assert sizes == plain
+        own = timm.create_model(info.model.name, **info.model.args).state_dict()
+        assert weights(tmp / name, 4, tmp).keys() == own.keys()
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+def test_a_run_with_a_teacher_resumes_bit_for_bit(runs):
+    tmp, codes, said = runs
+    assert codes["again"] == 0, said[-3000:]
+    whole, again = ([(event["step"], event["loss"], event["grad_norm"]) for event in train_events(tmp / name)]
+                    for name in ("zero0", "again"))
+    assert whole[2:] == again
+    expected, found = (weights(tmp / name, 4, tmp) for name in ("zero0", "again"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+def test_another_teacher_is_refused_on_resume_unless_it_is_accepted(runs):
+    tmp, codes, said = runs
+    one, other = (teacher_of(tmp / f"{seed}.safetensors", student(DIGITS)) if False else None for seed in (1, 2))
+    assert (codes["another"], codes["none"], codes["accepted"], codes["validate"]) == (2, 2, 0, 0), said[-6000:]
