@@ -25,7 +25,6 @@ from vir.weights.spec import InputSpec, ModelSpec
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 STUDENT = InputSpec(size=(3, 28, 28), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=0.9)
-DIGITS = tuple(map(str, range(10)))
 
 
 def student(classes, size=28):
@@ -157,50 +156,73 @@ def test_a_teacher_that_there_is_not_is_refused_at_the_door(name, kind, said):
 
 @pytest.fixture(scope="module")
 def runs(shards, tmp_path_factory):
-    """Short runs of two ranks under a teacher, in one launch: their folder, exit codes, and what was said."""
+    """Short runs of two ranks under a teacher, in one launch: their folder, exit codes, and what each has said.
+
+    Those of ZeRO 3 come last: DeepSpeed leaves torch's linear layer in another form for all that follow.
+    """
     tmp = tmp_path_factory.mktemp("runs")
-    classes = ShardReader(shards / "train").classes
-    teacher, other = (vir_file(tmp / f"{seed}.safetensors", classes, seed) for seed in (1, 2))
+    one, other = (vir_file(tmp / f"{seed}.safetensors", ShardReader(shards / "train").classes, seed) for seed in (1, 2))
     (tmp / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    taught, by_other = ["--distill.teacher", one], ["--distill.teacher", other]
+    begun = ["--resume", str(tmp / "zero0")]
+    by_token = [*taught, "--distill.kind", "token"]
+    has_token = ["--model.args", "{patch_size: 14, embed_dim: 32, depth: 2, num_heads: 2, distilled: true}"]
     jobs = {
-        "zero0": ["--distill.teacher", teacher], "zero3": ["--distill.teacher", teacher],
-        "alpha 0": ["--distill.teacher", teacher, "--distill.alpha", "0"], "plain": [],
-        "again": ["--distill.teacher", teacher, "--resume", str(tmp / "zero0/checkpoints/step-00000002")],
-        "another": ["--distill.teacher", other, "--resume", str(tmp / "zero0")],
-        "none": ["--resume", str(tmp / "zero0")],
-        "accepted": ["--distill.teacher", other, "--resume", str(tmp / "zero0"), "--accept_config_change", "true",
-                     "--dry_run"],
-        "validate": ["--distill.teacher", "gone.safetensors", "--resume", str(tmp / "zero0"), "--validate_only"]}
-    commands = [command(shards, tmp / name, tmp / "zero3.json" if name == "zero3" else "zero0_fp32", *more, steps=4,
-                        every=2) for name, more in jobs.items()]
+        "zero0": taught, "again": [*taught, "--resume", str(tmp / "zero0" / "checkpoints" / "step-00000002")],
+        "another": [*by_other, *begun], "none": begun,
+        "accepted": [*by_other, *begun, "--accept_config_change", "true", "--dry_run"],
+        "validate": ["--distill.teacher", "gone.safetensors", *begun, "--validate_only"],
+        "gone": ["--distill.teacher", "gone.pt"],
+        "no token": by_token, "short plain": [], "short alpha 0": [*taught, "--distill.alpha", "0"],
+        "short token": [*by_token, *has_token], "short token zero3": [*by_token, *has_token], "zero3": taught}
+    commands = [command(shards, tmp / name, tmp / "zero3.json" if "zero3" in name else "zero0_fp32", *more,
+                        steps=2 if "short" in name else 4, every=2) for name, more in jobs.items()]
     codes, said = launch(tmp / "launch", commands)
     return tmp, dict(zip(jobs, codes)), said
 
 
+def losses(tmp, name):
+    return [event["loss"] for event in train_events(tmp / name)]
+
+
 @pytest.mark.launcher
 @pytest.mark.timeout(2 * HANGS)
-def test_a_teacher_teaches_the_same_in_every_layout_and_disturbs_no_random_number(runs):
+def test_a_teacher_teaches_the_same_in_every_layout_and_draws_no_random_number(runs):
     tmp, codes, said = runs
-    losses = {name: [event["loss"] for event in train_events(tmp / name)] if codes[name] == 0 else said[-3000:]
-              for name in ("zero0", "zero3", "alpha 0", "plain")}
-    assert losses["zero0"] == pytest.approx(losses["zero3"], rel=1e-5)
-    assert losses["alpha 0"] == losses["plain"] and len(losses["plain"]) == 4
-    assert abs(losses["zero0"][0] / losses["plain"][0] - 1) > 1e-3
+    names = ("zero0", "zero3", "short plain", "short alpha 0", "short token", "short token zero3")
+    assert [codes[name] for name in names] == [0] * 6, said[-6000:]
+    assert losses(tmp, "zero0") == pytest.approx(losses(tmp, "zero3"), rel=1e-5)
+    assert losses(tmp, "short token") == pytest.approx(losses(tmp, "short token zero3"), rel=1e-5)
+    assert losses(tmp, "short alpha 0") == losses(tmp, "short plain") and len(losses(tmp, "short plain")) == 2
+    assert abs(losses(tmp, "zero0")[0] / losses(tmp, "short plain")[0] - 1) > 1e-3
 
 
 @pytest.mark.launcher
 @pytest.mark.timeout(2 * HANGS)
 def test_a_checkpoint_has_the_teachers_fingerprint_and_nothing_else_of_it(runs):
     tmp, _, _ = runs
-    for name in ("zero0", "zero3"):
+    for name in ("zero0", "zero3", "short token"):
         info = read_info(newest(tmp / name))
         assert info.teacher == teacher_of(tmp / "1.safetensors", student(info.model.classes)).fingerprint
-        assert info.teacher != read_info(newest(tmp / "plain")).teacher == ""
-        sizes, plain = ({file: entry["bytes"] for file, entry in read_info(newest(tmp / run)).files.items()}
-                        for run in ("zero0", "plain"))
-        assert sizes == plain
         own = timm.create_model(info.model.name, **info.model.args).state_dict()
-        assert weights(tmp / name, 4, tmp).keys() == own.keys()
+        assert weights(tmp / name, info.step, tmp).keys() == own.keys()
+    taught, plain = (read_info(newest(tmp / name)) for name in ("zero0", "short plain"))
+    assert plain.teacher == ""
+    taught, plain = ({file: entry["bytes"] for file, entry in info.files.items()} for info in (taught, plain))
+    assert taught == plain
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+def test_the_token_learns_and_evaluation_takes_both_heads(runs):
+    tmp, _, _ = runs
+    first, last = (weights(tmp / "short token", 2, tmp, ema=ema) for ema in (True, False))
+    assert all((first[name] != last[name]).any() for name in ("dist_token", "head_dist.weight", "head.weight"))
+    model = load(tmp / "w.safetensors")
+    images = torch.randn(2, 3, 28, 28)
+    features = model.forward_features(images)
+    both = (model.head(features[:, -2]) + model.head_dist(features[:, -1])) / 2
+    assert torch.allclose(model(images), both, atol=1e-6)
 
 
 @pytest.mark.launcher
@@ -219,5 +241,23 @@ def test_a_run_with_a_teacher_resumes_bit_for_bit(runs):
 @pytest.mark.timeout(2 * HANGS)
 def test_another_teacher_is_refused_on_resume_unless_it_is_accepted(runs):
     tmp, codes, said = runs
-    one, other = (teacher_of(tmp / f"{seed}.safetensors", student(DIGITS)) if False else None for seed in (1, 2))
     assert (codes["another"], codes["none"], codes["accepted"], codes["validate"]) == (2, 2, 0, 0), said[-6000:]
+    classes = read_info(newest(tmp / "zero0")).model.classes
+    one, other = (teacher_of(tmp / f"{seed}.safetensors", student(classes)).fingerprint[:12] for seed in (1, 2))
+    assert (f"was trained with another teacher than --distill.teacher {tmp / '2.safetensors'}: its fingerprint was "
+            f"{one}…, that of this one is {other}…; give the teacher of then, or --accept_config_change true") in said
+    assert f"than --distill.teacher (not given): its fingerprint was {one}…, that of this one is none; " in said
+
+
+@pytest.mark.launcher
+@pytest.mark.timeout(2 * HANGS)
+def test_the_plan_tells_the_teacher_and_its_memory_and_what_does_not_fit_is_refused(runs):
+    tmp, codes, said = runs
+    teacher = teacher_of(tmp / "2.safetensors", student(read_info(newest(tmp / "zero0")).model.classes))
+    assert f"{teacher.describe()}\n" in said
+    assert re.search(rf"memory per rank: .* \+ {teacher.bytes / 1e6:.1f} teacher, without activations", said)
+    assert (codes["no token"], codes["gone"]) == (2, 3)
+    assert ("--distill.kind token: vir_tiny_patch16_224 has no distillation token; a ViR has one with --model.args "
+            "'{distilled: true}'") in said
+    assert "--distill.teacher: no weights file at gone.pt; " in said
+    assert not (tmp / "gone").exists()
