@@ -12,6 +12,7 @@ from torch import nn
 
 from support.launchers import HANGS
 from support.tiny_runs import command, launch, train_events, weights
+from vir import distributed
 from vir.checkpoints.info import read_info
 from vir.checkpoints.names import newest
 from vir.config import DistillConfig, ModelConfig
@@ -19,6 +20,7 @@ from vir.data.reader import ShardReader
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, load, save_weights
 from vir.models.build import build
+from vir.training import distill
 from vir.training.distill import Teacher, check_teacher, fingerprint, load_teacher
 from vir.weights.spec import InputSpec, ModelSpec
 
@@ -146,12 +148,46 @@ def test_a_fingerprint_is_of_all_that_makes_the_logits():
     ("resnet18x", SettingsError, "resnet18x: neither a file nor a model of timm; did you mean resnet18"),
     ("resnet18.nothing", SettingsError, "resnet18.nothing: .*; leave the part after the dot out"),
     ("vir_tiny_patch16_224", SettingsError, "timm has no pretrained weights of vir_.* is given by --distill.teacher$"),
-    ("runs/nowhere.safetensors", DataError, "no weights file at runs/nowhere.safetensors; .*; a teacher is a file of "
-                                            "vir-consolidate, or the name of a model of timm"),
+    ("runs/nowhere.pt", SettingsError, "runs/nowhere.pt: no such file; give a file of vir-consolidate, or the name "),
+    (__file__, DataError, "test_distill.py is not a safetensors file .*; a teacher is a file of vir-consolidate, or the "
+                          "name of a model of timm"),
 ])
 def test_a_teacher_that_there_is_not_is_refused_at_the_door(name, kind, said):
     with pytest.raises(kind, match=f"--distill.teacher:? .*{said}" if "timm has" not in said else said):
         check_teacher(name)
+
+
+def test_timms_imagenet_models_know_their_classes_where_the_run_has_some_of_these(monkeypatch, caplog):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet")
+    monkeypatch.setattr(distill, "pretrained_network", lambda name, flag, way_out: (network, "test_resnet.r160_in1k"))
+    images = torch.randn(2, 3, 28, 28)
+    every = [f"n{number}" for number in range(1000)]
+    own = teacher_of("test_resnet", student(every))(images)
+    assert [record.getMessage() for record in caplog.records] == [
+        "--distill.teacher test_resnet does not say which classes its 1000 logits are; they are taken for those of "
+        "this run, in their order"]
+    found = teacher_of("test_resnet", student(["n01443537", "n01440764"]))  # goldfish and tench
+    assert torch.equal(found(images), own[:, [1, 0]]) and found.describe().startswith("teacher: test_resnet.r160_in1k,")
+    with pytest.raises(SettingsError, match=r"knows 1000 classes, but not 1 of the 2 of this run \(cat\); give"):
+        teacher_of("test_resnet", student(["n01443537", "cat"]))
+
+
+def test_weights_of_timm_that_cannot_be_had_are_told_with_the_teachers_flag(monkeypatch):
+    def create_model(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(DataError, match="^--distill.teacher: the weights of test_resnet.r160_in1k .*: no network; .*, "
+                                        "or give a file by --distill.teacher FILE$"):
+        teacher_of("test_resnet", student("ab"))
+
+
+def test_a_teacher_that_is_another_one_on_some_rank_is_refused(tmp_path, monkeypatch):
+    path = vir_file(tmp_path / "t.safetensors", "ab")
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, value, "another"])
+    with pytest.raises(SettingsError, match="t.safetensors is another model for rank 2 than for rank 0; see that the"):
+        teacher_of(path, student("ab"))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +212,7 @@ def runs(shards, tmp_path_factory):
         "no token": by_token, "short plain": [], "short alpha 0": [*taught, "--distill.alpha", "0"],
         "short token": [*by_token, *has_token], "short token zero3": [*by_token, *has_token], "zero3": taught}
     commands = [command(shards, tmp / name, tmp / "zero3.json" if "zero3" in name else "zero0_fp32", *more,
-                        steps=2 if "short" in name else 4, every=2) for name, more in jobs.items()]
+                        steps=3 if "short" in name else 4, every=2) for name, more in jobs.items()]
     codes, said = launch(tmp / "launch", commands)
     return tmp, dict(zip(jobs, codes)), said
 
@@ -193,7 +229,7 @@ def test_a_teacher_teaches_the_same_in_every_layout_and_draws_no_random_number(r
     assert [codes[name] for name in names] == [0] * 6, said[-6000:]
     assert losses(tmp, "zero0") == pytest.approx(losses(tmp, "zero3"), rel=1e-5)
     assert losses(tmp, "short token") == pytest.approx(losses(tmp, "short token zero3"), rel=1e-5)
-    assert losses(tmp, "short alpha 0") == losses(tmp, "short plain") and len(losses(tmp, "short plain")) == 2
+    assert losses(tmp, "short alpha 0") == losses(tmp, "short plain") and len(losses(tmp, "short plain")) == 3
     assert abs(losses(tmp, "zero0")[0] / losses(tmp, "short plain")[0] - 1) > 1e-3
 
 
@@ -216,7 +252,7 @@ def test_a_checkpoint_has_the_teachers_fingerprint_and_nothing_else_of_it(runs):
 @pytest.mark.timeout(2 * HANGS)
 def test_the_token_learns_and_evaluation_takes_both_heads(runs):
     tmp, _, _ = runs
-    first, last = (weights(tmp / "short token", 2, tmp, ema=ema) for ema in (True, False))
+    first, last = (weights(tmp / "short token", 3, tmp, ema=ema) for ema in (True, False))
     assert all((first[name] != last[name]).any() for name in ("dist_token", "head_dist.weight", "head.weight"))
     model = load(tmp / "w.safetensors")
     images = torch.randn(2, 3, 28, 28)
@@ -256,8 +292,8 @@ def test_the_plan_tells_the_teacher_and_its_memory_and_what_does_not_fit_is_refu
     teacher = teacher_of(tmp / "2.safetensors", student(read_info(newest(tmp / "zero0")).model.classes))
     assert f"{teacher.describe()}\n" in said
     assert re.search(rf"memory per rank: .* \+ {teacher.bytes / 1e6:.1f} teacher, without activations", said)
-    assert (codes["no token"], codes["gone"]) == (2, 3)
+    assert (codes["no token"], codes["gone"]) == (2, 2)
     assert ("--distill.kind token: vir_tiny_patch16_224 has no distillation token; a ViR has one with --model.args "
             "'{distilled: true}'") in said
-    assert "--distill.teacher: no weights file at gone.pt; " in said
+    assert "--distill.teacher gone.pt: no such file; " in said
     assert not (tmp / "gone").exists()

@@ -436,7 +436,7 @@ class VisionRetention(nn.Module):
 
     def _last_tokens(self, x: Tensor) -> Tensor:
         """Class token, and distillation token where there is one, [B, 1 or 2, D], for patches x."""
-        tokens = self.cls_token
+        tokens: Tensor | None = self.cls_token
         assert tokens is not None
         if self.dist_token is not None:
             tokens = torch.cat([tokens, self.dist_token], dim=1)

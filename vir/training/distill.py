@@ -153,6 +153,9 @@ def check_teacher(name: str) -> None:
         DataError: the file does not say which model it holds.
     """
     if _is_file(name):
+        if not (os.path.exists(name) or is_there(name)):
+            raise SettingsError(f"{_FLAG} {shown(name)}: no such file; give a file of vir-consolidate, or the name of "
+                                "a model of timm")
         try:
             read_metadata(name)
         except DataError as error:
