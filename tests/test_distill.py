@@ -149,8 +149,8 @@ def test_a_fingerprint_is_of_all_that_makes_the_logits():
     ("resnet18.nothing", SettingsError, "resnet18.nothing: .*; leave the part after the dot out"),
     ("vir_tiny_patch16_224", SettingsError, "timm has no pretrained weights of vir_.* is given by --distill.teacher$"),
     ("runs/nowhere.pt", SettingsError, "runs/nowhere.pt: no such file; give a file of vir-consolidate, or the name "),
-    (__file__, DataError, "test_distill.py is not a safetensors file .*; a teacher is a file of vir-consolidate, or the "
-                          "name of a model of timm"),
+    (__file__, DataError, "test_distill.py is not a safetensors file .*; a teacher is a file of vir-consolidate, "
+                          "or the name of a model of timm"),
 ])
 def test_a_teacher_that_there_is_not_is_refused_at_the_door(name, kind, said):
     with pytest.raises(kind, match=f"--distill.teacher:? .*{said}" if "timm has" not in said else said):
