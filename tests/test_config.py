@@ -15,6 +15,7 @@ from vir.config import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     EmaConfig,
     EvalConfig,
     ModelConfig,
@@ -75,7 +76,8 @@ OUT_OF_RANGE = [
     (TrainConfig, "train", "epochs", 0.0), (TrainConfig, "train", "global_batch_size", 0),
     (TrainConfig, "train", "micro_batch_size", 0), (TrainConfig, "train", "smoothing", 1.0),
     (TrainConfig, "train", "seed", -1), (TrainConfig, "train", "log_every", 0),
-    (EmaConfig, "ema", "decay", 1.0),
+    (EmaConfig, "ema", "decay", 1.0), (DistillConfig, "distill", "alpha", 1.1),
+    (DistillConfig, "distill", "temperature", 0.0),
     (EvalConfig, "eval", "every_epochs", 0.0), (EvalConfig, "eval", "batch_size", 0),
     (CheckpointConfig, "checkpoint", "every_epochs", 0.0), (CheckpointConfig, "checkpoint", "keep", 0),
 ]
@@ -178,6 +180,14 @@ def test_differences_name_what_changes_results_and_nothing_else():
         "data.lanes: None -> 2", "model.args.depth: 4 -> 6", "model.args.num_heads: None -> 3", "optim.lr: None -> 0.5"]
 
 
+def test_a_run_from_before_there_were_teachers_had_none_and_where_a_teacher_lies_is_free():
+    before = to_dict(run_config())
+    del before["distill"]
+    assert differences(before, to_dict(run_config())) == []
+    assert differences(before, to_dict(run_config(distill=DistillConfig(teacher="a", kind="soft")))) == [
+        "distill.kind: hard -> soft"]
+
+
 @pytest.mark.parametrize("optim, batch, lr", [
     (OptimConfig(), 512, 1e-3), (OptimConfig(lr=0.5), 512, 0.5),
     (OptimConfig(lr_base=0.1), 1024, 0.4), (OptimConfig(lr_base=0.1, lr_base_scale="sqrt"), 1024, 0.2),
@@ -191,6 +201,8 @@ def test_the_peak_rate_follows_from_lr_base_by_timms_rule(optim, batch, lr):
     (lambda: OptimConfig(lr=1e-3, lr_base=1e-4), "--optim.lr 0.001 and --optim.lr_base 0.0001 are both given"),
     (lambda: TrainConfig(bce_target_thresh=0.2), "bce_target_thresh 0.2 acts on bce alone"),
     (lambda: run_config(ema=EmaConfig(decay=0), checkpoint=CheckpointConfig(best="ema_top1")), "keeps no average"),
+    (lambda: DistillConfig(teacher="t", temperature=2.0), "--distill.temperature 2.0 acts on soft alone; give --dist"),
+    (lambda: run_config(distill=DistillConfig(alpha=0.3)), "say how a teacher teaches; name one by --distill.teacher"),
 ])
 def test_settings_that_contradict_each_other_are_refused(make, said):
     with pytest.raises(SettingsError, match=said):

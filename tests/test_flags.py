@@ -343,14 +343,15 @@ def test_help_of_a_section_shows_its_flags_alone(section, capsys):
 def test_help_of_all_names_the_sections(capsys):
     text = " ".join(shown(capsys, "--help").split())
     assert f"`vir-train --help SECTION` shows one section: {', '.join(SECTIONS)}." in text
-    assert SECTIONS == ["model", "data", "augment", "train", "optim", "schedule", "ema", "eval", "checkpoint"]
+    assert SECTIONS == ["model", "data", "augment", "train", "distill", "optim", "schedule", "ema", "eval",
+                        "checkpoint"]
     assert text == " ".join(shown(capsys, "-h", "--train.seed", "1").split())
 
 
 @pytest.mark.parametrize("words", [["--help", "modell"], ["--help=modell"]])
 def test_help_of_an_unknown_section_tells_which_there_are(words):
-    assert refusal(*words) == ("--help modell: there is no such section; there are model, data, augment, train, optim, "
-                               "schedule, ema, eval, checkpoint, and --help alone shows all")
+    assert refusal(*words) == ("--help modell: there is no such section; there are model, data, augment, train, "
+                               "distill, optim, schedule, ema, eval, checkpoint, and --help alone shows all")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--help", "model"], ["--print_config"],

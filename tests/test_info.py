@@ -41,6 +41,15 @@ def test_the_text_is_plain_json_with_its_format_and_sorted_files():
     assert fields["model_input"]["size"] == [3, 28, 32] and fields["classes"] == ["cat", "dög"]
 
 
+def test_a_checkpoint_from_before_there_were_teachers_had_none(tmp_path):
+    folder = folder_with(tmp_path / "c")
+    assert replace(info.read_info(described(tmp_path / "d", teacher="t")), files={}) == replace(INFO, teacher="t")
+    fields = json.loads((folder / info.DESCRIPTION).read_text())
+    assert fields.pop("teacher") == ""
+    (folder / info.DESCRIPTION).write_text(json.dumps(fields))
+    assert replace(info.read_info(folder), files={}) == INFO
+
+
 def test_every_file_is_checked_by_one_of_the_ranks(tmp_path):
     folder = folder_with(tmp_path / "c", a=b"1", b=b"2", c=b"3")
     said = info.read_info(folder)

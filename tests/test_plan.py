@@ -1,5 +1,6 @@
 """The numbers of a run, counted by hand, and the lines about them."""
 
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -138,6 +139,17 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
     assert memory == (f"memory per rank: {(weights + state) / 1e6 + 3:.1f} MB = {weights / 1e6:.1f} weights and "
                       f"gradients + {state / 1e6:.1f} optimizer and EMA + 3.0 buckets of gradients, without "
                       "activations")
+
+
+def test_a_teacher_has_a_line_and_its_memory_is_counted(reader, network):
+    engine = SimpleNamespace(module=network[0], zero_stage=2, precision="fp32", dtype=torch.float32, has_ema=False,
+                             bucket_bytes=0, groups=[])
+    teacher = SimpleNamespace(bytes=5_000_000, describe=lambda: "teacher: a resnet")
+    plain, taught = ([*describe(config(), plan_of(reader, network), engine, network[1], reader, None, WORLD, *more)]
+                     for more in ((), (teacher,)))
+    assert taught[1] == "teacher: a resnet" and taught[2:-2] == plain[1:-2]
+    before, after = (float(re.search("memory per rank: ([0-9.]+) MB", lines[-2])[1]) for lines in (plain, taught))
+    assert after == pytest.approx(before + 5, abs=0.11) and taught[-2].endswith(" + 5.0 teacher, without activations")
 
 
 def test_a_disk_that_is_too_small_is_told_and_what_is_there_already_counts(reader, network, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_a_checkpoint_says_where_the_run_stands(tmp_path):
     assert (found.step, found.samples_seen, found.updates, found.world_size) == (5, 40, 7, 1)
     assert (found.zero_stage, found.precision, found.ema) == (2, "fp16", True)
     assert found.loss_scaler == {"cur_scale": 256.0} and found.metrics == {"top1": 10.0, "loss": 2.0}
-    assert found.model == SPEC and found.data_fingerprint == "fingerprint"
+    assert found.model == SPEC and (found.data_fingerprint, found.teacher) == ("fingerprint", "")
     assert found.config == to_dict(config_of(tmp_path))
     assert saver.last_step == 5 and len(saver.seconds) == 1 and saver.seconds[0] >= 0
 

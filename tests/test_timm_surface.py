@@ -150,7 +150,7 @@ def test_features_only_keeps_what_it_needs_and_trains_all_of_it():
 
 def test_timm_groups_parameters_for_decay():
     model = tiny()
-    assert model.no_weight_decay() == {"pos_embed", "cls_token"}
+    assert model.no_weight_decay() == {"pos_embed", "cls_token", "dist_token"}
     without, with_decay = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
     assert any(p is model.cls_token for p in without["params"]) and any(p is model.pos_embed for p in without["params"])
     groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())

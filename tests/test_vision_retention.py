@@ -121,6 +121,59 @@ def test_the_class_token_is_last_and_carries_no_position():
     assert model.pool(before, "") is before
 
 
+# ---- the distillation token
+
+def distilled(**kwargs):
+    model = tiny(distilled=True, **kwargs).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def test_the_distillation_token_follows_the_class_token_and_has_a_head_of_its_own():
+    model = distilled()
+    tokens = by_definition(model.state_dict(), IMAGES, 8, 2, 1).float()
+    own, other = tokens[:, -2], tokens[:, -1]
+    wanted = (own @ model.head.weight.T + model.head.bias, other @ model.head_dist.weight.T + model.head_dist.bias)
+    for mode in ("auto", "parallel", "chunkwise", "recurrent"):
+        model.set_retention_mode(mode, 5)
+        assert largest_difference([model.forward_features(IMAGES), model(IMAGES)], [tokens, sum(wanted) / 2]) < 1e-5
+    assert largest_difference([model.forward_stream(IMAGES)], [sum(wanted) / 2]) < 1e-5
+    assert torch.allclose(model.forward_head(tokens, pre_logits=True), (own + other) / 2)
+    model.set_distilled_training()
+    assert largest_difference([model(IMAGES)], [sum(wanted) / 2]) < 1e-5
+    assert largest_difference(model.train()(IMAGES), wanted) < 1e-5
+    assert model.pool(tokens).equal(own) and model.pool(tokens, "avg").equal(tokens[:, :12].mean(1))
+    assert model.forward_intermediates(IMAGES, return_prefix_tokens=True)[1][0][1].shape == (3, 2, 32)
+
+
+def test_a_distilled_model_has_timms_names_and_both_its_heads_are_its_classifier():
+    model = timm.create_model("vir_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+                              num_classes=5, distilled=True)
+    theirs = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, embed_dim=32, depth=2, num_heads=2)
+    names = {name for name, _ in theirs.named_parameters() if "dist" in name}
+    assert {name for name, _ in model.named_parameters() if "dist" in name} == names
+    assert model.default_cfg["classifier"] == theirs.default_cfg["classifier"] == ("head", "head_dist")
+    assert "dist_token" in model.no_weight_decay() and model.num_prefix_tokens == theirs.num_prefix_tokens == 2
+    model.reset_classifier(3)
+    assert [head.out_features for head in model.get_classifier()] == [3, 3]
+    images = torch.randn(2, 3, 32, 32)
+    assert model(images).shape == (2, 3) and torch.jit.script(model.eval())(images).equal(model(images))
+    model.prune_intermediate_layers(1)
+    assert model.num_prefix_tokens == 0 and model.forward_features(images).shape == (2, 16, 32)
+
+
+def test_a_distillation_token_without_a_place_is_refused():
+    for kwargs in (dict(retention_dims=2), dict(global_pool="avg")):
+        with pytest.raises(SettingsError, match="distilled=True with .* follows the class token in one sequence; it n"):
+            tiny(distilled=True, **kwargs)
+    with pytest.raises(SettingsError, match="a distilled model reads its .* global_pool='avg' needs a model built"):
+        tiny(distilled=True).reset_classifier(3, "avg")
+    with pytest.raises(SettingsError, match="this model has no distillation token; build it with distilled=True"):
+        tiny().set_distilled_training()
+
+
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("global_pool", ["token", "avg", "max", "avgmax", ""])
 def test_every_parameter_gets_a_gradient(global_pool, dims):

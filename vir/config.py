@@ -207,6 +207,29 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A trained model that teaches this one (DeiT, arXiv:2012.12877)."""
+
+    teacher: str = _free("")
+    """Model of timm with its pretrained weights, by name, or a weights file of vir-consolidate; nobody teaches when not
+    given."""
+    kind: Literal["soft", "hard", "token"] = "hard"
+    """soft: the student takes on the teacher's probabilities; hard: the class that it would choose; token: that class,
+    by a token and a head of their own, which --model.args '{distilled: true}' gives."""
+    alpha: float = 0.5
+    """Weight of the teacher's part of the loss; that of the targets is 1 - alpha."""
+    temperature: float = 1.0
+    """By which both models' logits are divided before the softmax of soft."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.alpha <= 1, "distill.alpha", self.alpha, "in [0, 1]")
+        _check(self.temperature > 0, "distill.temperature", self.temperature, "positive")
+        if self.temperature != 1 and self.kind != "soft":
+            raise SettingsError(f"--distill.temperature {self.temperature} acts on soft alone; give --distill.kind "
+                                "soft too")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer, its learning rate and weight decay."""
 
@@ -425,6 +448,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -453,8 +477,14 @@ class RunConfig:
         if self.train.linear_probe and self.model.freeze is not None:
             raise SettingsError(f"--train.linear_probe true and --model.freeze {self.model.freeze!r} are both given; a "
                                 "linear probe trains the classifier and nothing else: leave one of them out")
+        if self.train.linear_probe and self.distill.teacher:
+            raise SettingsError(f"--train.linear_probe true and --distill.teacher {shown(self.distill.teacher)} are "
+                                "both given; a linear probe learns from the classes alone: leave one of them out")
         if self.checkpoint.best == "ema_top1" and not self.ema.decay:
             raise SettingsError("--checkpoint.best is ema_top1, but --ema.decay 0 keeps no average; use top1 or null")
+        if not self.distill.teacher and self.distill != DistillConfig():
+            raise SettingsError("--distill.kind, --distill.alpha and --distill.temperature say how a teacher teaches; "
+                                "name one by --distill.teacher, or leave them out")
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -543,7 +573,8 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "",
     changed = []
     for key in sorted(before.keys() | after.keys()):
         flag, new = prefix + key, after.get(key)
-        old = before.get(key, _plain(SETTINGS[flag].default) if flag in SETTINGS else None)
+        old = before.get(key, _plain(SETTINGS[flag].default) if flag in SETTINGS else {} if isinstance(new, dict) else
+                         None)
         if flag in skips or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):

@@ -50,6 +50,8 @@ def by_definition(weights, images, patch_size, num_heads, dims, norm="none", kep
         x, places = x[:, kept], [places[n] for n in kept]
     x = torch.cat([x, w["cls_token"].expand(len(x), -1, -1)], dim=1)
     places.append((rows, columns - 1))
+    if "dist_token" in w:
+        x = torch.cat([x, w["dist_token"].expand(len(x), -1, -1)], dim=1)
 
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
     for block in (f"blocks.{i}." for i in range(depth)):

@@ -50,6 +50,7 @@ _RULES: Rules = {
     **MODEL_RULES,
     "model_input": (is_text_map, "an object of fields"),
     "data_fingerprint": (is_text, "a text"),
+    "teacher": (is_text, "a text"),
     "files": (_are_files, "an object of files by their names, which name no other folder")}
 _FILE_RULES: Rules = {"bytes": _COUNT, "sha256": (is_text, "a text")}
 
@@ -77,22 +78,25 @@ class CheckpointInfo:
     model: ModelSpec
     data_fingerprint: str
     """Of the training shards and their class list."""
+    teacher: str = ""
+    """Fingerprint of the model that taught this one; empty where none did."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """bytes and sha256 of every file."""
 
     def to_json(self) -> str:
         """The text of checkpoint.json."""
-        last = ("model", "data_fingerprint", "files")
+        last = ("model", "data_fingerprint", "teacher", "files")
         fields = {name: value for name, value in vars(self).items() if name not in last}
         return json.dumps({
             "format": FORMAT, **fields, "model_name": self.model.name, "model_args": self.model.args,
             "model_input": asdict(self.model.input), "classes": self.model.classes,
-            "data_fingerprint": self.data_fingerprint, "files": dict(sorted(self.files.items()))}, indent=1)
+            "data_fingerprint": self.data_fingerprint, "teacher": self.teacher,
+            "files": dict(sorted(self.files.items()))}, indent=1)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> CheckpointInfo:
         """From the object that to_json writes, without its format. Raises ValueError, a sentence on the field."""
-        check_fields(fields, _RULES)
+        check_fields(fields, _RULES, optional={"teacher"})  # checkpoints of old had none
         image = fields.pop("model_input")
         _check_within("model_input", image, INPUT_RULES, optional={"crop_mode"})
         for name, entry in fields["files"].items():

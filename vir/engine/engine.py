@@ -107,8 +107,9 @@ class Engine:
         """Of the average, at the update that follows."""
         return self._decay_at(self.updates + 1)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits of a micro-batch of any float dtype: images [B, C, H, W], or features that a linear probe takes."""
+    def __call__(self, images: Tensor) -> Any:
+        """Logits of a micro-batch of any float dtype: images [B, C, H, W], or features that a linear probe takes; in
+        training a pair of them where the model has two heads that are taught apart."""
         return self.deepspeed(images.to(self.dtype))
 
     def backward(self, loss: Tensor) -> None:

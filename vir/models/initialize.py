@@ -108,20 +108,35 @@ def initialize_pretrained(model: nn.Module, name: str, classes: Sequence[str] = 
         SettingsError: timm has none.
         DataError: they are not in the cache and cannot be fetched, or do not fit `model`.
     """
-    cfg = check_pretrained(name)
-    place = f"huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
-    full_name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
-    try:
-        # As they were trained: timm checks every tensor then, and with another class count it would check none.
-        source = timm.create_model(name, pretrained=True)
-    except UNREADABLE as error:
-        raise DataError(
-            f"--model.pretrained: the weights of {full_name} ({place}) come neither from the network nor from "
-            f"{_cache(bool(cfg.hf_hub_id))}: {' '.join(str(error).split())}; where there is a network, run `python -c "
-            f"\"import timm; timm.create_model('{name}', pretrained=True)\"` and copy that folder, or give a file by "
-            "--model.init_from FILE") from error
+    source, full_name = pretrained_network(name)
     _begin(model, classes, source.state_dict(), _Source(
         title=f"timm's pretrained {full_name}", model=name, size=input_of(source).size[1:], network=source), reset_head)
+
+
+def pretrained_network(name: str, flag: str = "--model.pretrained",
+                       way_out: str = "--model.init_from FILE") -> tuple[nn.Module, str]:
+    """A network of timm with its own weights, as they were trained, and its name with theirs, e.g. resnet18.a1_in1k.
+
+    Args:
+        flag: that asks for them, for messages.
+        way_out: the flag by which a file can be given.
+
+    Raises:
+        SettingsError: timm has none.
+        DataError: they are neither in its cache nor can they be fetched.
+    """
+    cfg = check_pretrained(name, flag, way_out.partition(" ")[0])
+    place = f"huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+    full_name = ".".join(filter(None, (cfg.architecture, cfg.tag)))
+    try:
+        # As they were trained: timm checks every tensor then, and with another class count it would check none.
+        return timm.create_model(name, pretrained=True), full_name
+    except UNREADABLE as error:
+        raise DataError(
+            f"{flag}: the weights of {full_name} ({place}) come neither from the network nor from "
+            f"{_cache(bool(cfg.hf_hub_id))}: {' '.join(str(error).split())}; where there is a network, run `python -c "
+            f"\"import timm; timm.create_model('{name}', pretrained=True)\"` and copy that folder, or give a file by "
+            f"{way_out}") from error
 
 
 def _cache(is_on_hub: bool) -> str:
@@ -133,8 +148,13 @@ def _cache(is_on_hub: bool) -> str:
     return f"the cache {torch.hub.get_dir()}/checkpoints (TORCH_HOME moves it)"
 
 
-def check_pretrained(name: str) -> PretrainedCfg:
+def check_pretrained(name: str, flag: str = "--model.pretrained",
+                     way_out: str = "--model.init_from") -> PretrainedCfg:
     """Where timm has the weights of that model.
+
+    Args:
+        flag: that asks for them, for messages.
+        way_out: the flag by which a file can be given.
 
     Raises:
         SettingsError: nowhere; it names models that have some.
@@ -144,9 +164,9 @@ def check_pretrained(name: str) -> PretrainedCfg:
         return cfg
     architecture = name.partition(".")[0]
     near = timm.list_pretrained(architecture) or timm.list_pretrained(f"{architecture.partition('_')[0]}_*")
-    raise SettingsError(f"--model.pretrained: timm has no pretrained weights of {name}; " + (
+    raise SettingsError(f"{flag}: timm has no pretrained weights of {name}; " + (
         f"there are some of {some(near)}" if near else
-        "timm.list_pretrained() tells what has some; a file of your own is given by --model.init_from"))
+        f"timm.list_pretrained() tells what has some; a file of your own is given by {way_out}"))
 
 
 def _begin(model: nn.Module, classes: Sequence[str], state_dict: dict[str, Tensor], source: _Source,

@@ -2,7 +2,8 @@
 
 Dimension key: B batch, P patches, N tokens (P patches in raster order, then the class token), D width.
 
-The class token comes last: retention is causal, so only the last token sees every patch.
+The class token comes last: retention is causal, so only the last token sees every patch. A distilled model has its
+distillation token after it.
 """
 
 import math
@@ -59,6 +60,8 @@ class VisionRetention(nn.Module):
         class_token_std: The standard deviation of the class token at the start. These two defaults trained better than
             the authors' 1e-5 and 1e-6 (docs/benchmarks.md): without a softmax or a norm, a class token with tiny
             queries gets almost no signal.
+        distilled: Add a distillation token after the class token, with a head of its own (DeiT, arXiv:2012.12877). The
+            logits are the mean of both heads'; in training set_distilled_training gives them apart.
         drop_rate, pos_drop_rate, proj_drop_rate: Dropout before the head, after the position embedding, and after
             the linear layers of each block.
         patch_drop_rate: The share of patches that training leaves out, drawn anew for each image and step.
@@ -81,6 +84,7 @@ class VisionRetention(nn.Module):
         retention_norm: str = "none",
         init_values: float | None = 0.1,
         class_token_std: float = 0.02,
+        distilled: bool = False,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         patch_drop_rate: float = 0.0,
@@ -96,6 +100,10 @@ class VisionRetention(nn.Module):
         size: tuple[int, int] = to_2tuple(img_size)
         patch: tuple[int, int] = to_2tuple(patch_size)
         check_patches(size, patch)
+        if distilled and (global_pool != "token" or retention_dims != 1):
+            raise SettingsError(f"distilled=True with global_pool={global_pool!r} and retention_dims={retention_dims}: "
+                                "the distillation token follows the class token in one sequence; it needs "
+                                "global_pool='token' and retention_dims=1, for 2-D decay has no place for it")
         if dynamic_img_pad and not dynamic_img_size:
             raise SettingsError("dynamic_img_pad pads images of any size; it needs dynamic_img_size=True")
         self.in_chans = in_chans
@@ -110,6 +118,8 @@ class VisionRetention(nn.Module):
             strict_img_size=not dynamic_img_size, dynamic_img_pad=dynamic_img_pad)
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dim))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if global_pool in ("", "token") else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if distilled else None
+        self.distilled_training = False
         self.patch_drop = PatchDropoutWithIndices(patch_drop_rate, num_prefix_tokens=0, ordered=True) \
             if patch_drop_rate else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
@@ -123,21 +133,24 @@ class VisionRetention(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = _classifier(embed_dim, num_classes)
+        self.head_dist = _classifier(embed_dim, num_classes) if distilled else None
 
         self.set_retention_mode(retention_mode, chunk_size)
         self.init_weights()
 
     @property
     def num_prefix_tokens(self) -> int:
-        """1 with a class token, else 0. timm gives this name to tokens that are not patches; here it is the last token.
-        """
-        return 0 if self.cls_token is None else 1
+        """How many there are of class and distillation token. timm's name for tokens that are no patches; here these
+        are the last ones."""
+        return int(self.cls_token is not None) + int(self.dist_token is not None)
 
     def init_weights(self) -> None:
         """Give all weights new random values."""
         trunc_normal_(self.pos_embed, std=INIT_STD)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=self.class_token_std)
+        if self.dist_token is not None:
+            trunc_normal_(self.dist_token, std=self.class_token_std)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _init_linear(module)
@@ -182,22 +195,40 @@ class VisionRetention(nn.Module):
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
+        return {"pos_embed", "cls_token", "dist_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int] | None]]]:
         """Patterns of parameter names from input to output, for timm's layer-wise lr decay; coarse: one for all blocks.
         """
         blocks: str | list[tuple[str, tuple[int] | None]]
         blocks = r"^blocks" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return {"stem": r"^(?:cls_token|pos_embed|patch_embed)", "blocks": blocks}
+        return {"stem": r"^(?:cls_token|dist_token|pos_embed|patch_embed)", "blocks": blocks}
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """Give the logits of class and distillation token as a pair in training mode, instead of their mean.
+
+        Raises:
+            SettingsError: The model has no distillation token.
+        """
+        if enable and self.dist_token is None:
+            raise SettingsError("this model has no distillation token; build it with distilled=True")
+        self.distilled_training = enable
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        """The head; of a distilled model both heads, as in timm's."""
+        return self.head if self.head_dist is None else (self.head, self.head_dist)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head (no head for 0 classes). A global_pool of patches also removes the class token."""
+        """Replace the head (no head for 0 classes). A global_pool of patches also removes the class token.
+
+        Raises:
+            SettingsError: The model has no class token for this global_pool, or is distilled and would lose its tokens.
+        """
         if global_pool is not None:
             _check_pool(global_pool)
+            if global_pool not in ("", "token") and self.dist_token is not None:
+                raise SettingsError(f"a distilled model reads its class and distillation tokens; global_pool="
+                                    f"{global_pool!r} needs a model built with distilled=False")
             if global_pool == "token" and self.cls_token is None:
                 raise SettingsError("this model has no class token to pool; build it with global_pool='token'")
             self.global_pool = global_pool
@@ -206,13 +237,16 @@ class VisionRetention(nn.Module):
         self.num_classes = num_classes
         self.head = _classifier(self.embed_dim, num_classes).to(self.pos_embed)
         self.head.train(self.training)
+        if self.head_dist is not None:
+            self.head_dist = _classifier(self.embed_dim, num_classes).to(self.pos_embed)
+            self.head_dist.train(self.training)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what forward_intermediates does not need for these blocks; returns their indices.
 
-        prune_head removes the head and the class token: no patch sees that token, so only the head reads it.
+        prune_head removes the head with the class and distillation tokens: no patch sees these, only the head does.
         """
         take_indices, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[:last + 1]
@@ -220,11 +254,11 @@ class VisionRetention(nn.Module):
             self.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
-            self.cls_token = None
+            self.cls_token = self.dist_token = self.head_dist = None
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, height, width] -> normalised tokens [B, N, D], the class token last."""
+        """Images [B, in_chans, height, width] -> normalised tokens [B, N, D]: patches, class and distillation token."""
         x, grid, kept = self._embed(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -240,7 +274,7 @@ class VisionRetention(nn.Module):
         if pool_type == "token":
             if self.cls_token is None:
                 raise SettingsError("this model has no class token to pool; build it with global_pool='token'")
-            return x[:, -1]
+            return x[:, -self.num_prefix_tokens]
         if pool_type == "avg":
             return self._patches(x).mean(dim=1)
         if pool_type == "max":
@@ -250,7 +284,18 @@ class VisionRetention(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, D] -> logits [B, num_classes], or with pre_logits the head's input, [B, D]."""
+        """Tokens [B, N, D] -> logits [B, num_classes], or with pre_logits the head's input, [B, D].
+
+        Of a distilled model the mean of both tokens', or after set_distilled_training a pair of logits in training.
+        """
+        if self.head_dist is not None and self.global_pool == "token":
+            own, distilled = self.head_drop(x[:, -2]), self.head_drop(x[:, -1])
+            if pre_logits:
+                return (own + distilled) / 2
+            own, distilled = self.head(own), self.head_dist(distilled)
+            if self.distilled_training and self.training and not torch.jit.is_scripting():
+                return cast(Tensor, (own, distilled))  # as timm's does: all else is a Tensor, to TorchScript too
+            return (own + distilled) / 2
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
@@ -272,7 +317,8 @@ class VisionRetention(nn.Module):
 
         Args:
             indices: The last n blocks, these blocks, or all when None.
-            return_prefix_tokens: Return pairs (patches, class token); a class token is [B, 1, D].
+            return_prefix_tokens: Return pairs (patches, class token); a class token is [B, 1, D], with a distillation
+                token [B, 2, D].
             norm: Apply the final norm to each.
             stop_early: Run no block after the last chosen one.
             output_fmt: `NCHW` for maps [B, D, rows, columns], `NLC` for [B, P, D]. While patch dropout is active, only
@@ -298,7 +344,8 @@ class VisionRetention(nn.Module):
         patches = [self._patches(y) for y in taken]
         if output_fmt == "NCHW":
             patches = [y.mT.unflatten(2, grid).contiguous() for y in patches]
-        class_tokens = [y[:, -1:] for y in taken] if return_prefix_tokens and self.num_prefix_tokens else None
+        count = self.num_prefix_tokens
+        class_tokens = [y[:, -count:] for y in taken] if return_prefix_tokens and count else None
 
         if output_dict:
             result: dict[str, Tensor | list[Tensor]] = {"image_intermediates": patches}
@@ -367,8 +414,7 @@ class VisionRetention(nn.Module):
                 sums.append(patches.sum(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32)))
                 maxima.append(patches.amax(dim=1))
         if self.cls_token is not None:
-            class_token = self.cls_token.expand(patches.shape[0], -1, -1).to(patches.dtype)
-            return self.forward_head(extend(class_token, (0, columns)), pre_logits)
+            return self.forward_head(extend(self._last_tokens(patches), (0, columns)), pre_logits)
         mean, largest = torch.stack(sums).sum(dim=0) / (rows * columns), torch.stack(maxima).amax(dim=0)
         pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (mean + largest)}[self.global_pool]
         pooled = pooled.to(patches.dtype)
@@ -388,8 +434,16 @@ class VisionRetention(nn.Module):
         x = self.patch_embed(x) + self._position_embedding(grid)
         x, kept = (x, None) if self.patch_drop is None else self.patch_drop(x)
         if self.cls_token is not None:
-            x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)], dim=1)
+            x = torch.cat([x, self._last_tokens(x)], dim=1)
         return self.pos_drop(x), grid, kept
+
+    def _last_tokens(self, x: Tensor) -> Tensor:
+        """Class token, and distillation token where there is one, [B, 1 or 2, D], for patches x."""
+        tokens: Tensor | None = self.cls_token
+        assert tokens is not None
+        if self.dist_token is not None:
+            tokens = torch.cat([tokens, self.dist_token], dim=1)
+        return tokens.expand(x.shape[0], -1, -1).to(x.dtype)
 
     def _grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches of images of this size; SettingsError if the model does not take them."""
@@ -515,6 +569,9 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VisionRetention:
                 f"own with vir.models.load(path) or timm.create_model({variant!r}, checkpoint_path=path)"
             )
     feature_cfg = dict(out_indices=kwargs.pop("out_indices", 3), feature_cls="getter")
+    if kwargs.get("distilled"):
+        kwargs["pretrained_cfg_overlay"] = (kwargs.get("pretrained_cfg_overlay") or {}) | {
+            "classifier": ("head", "head_dist")}
     return build_model_with_cfg(VisionRetention, variant, pretrained, feature_cfg=feature_cfg,
                                 pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 

@@ -19,9 +19,10 @@ from vir.errors import LossScaleError, NotFiniteError
 from vir.log import log
 from vir.reports.throughput import Stopwatch
 from vir.streams import DROPOUT, generator
+from vir.training.distill import Teacher
 from vir.training.features import FeatureBatch, FeatureBatches
 from vir.training.guard import FiniteGuard
-from vir.training.loss import training_loss
+from vir.training.loss import distillation_loss, training_loss
 from vir.training.meter import Meter, StepRecord
 from vir.training.plan import Plan
 from vir.training.profiler import Profiler
@@ -50,12 +51,13 @@ class GlobalStep:
     Args:
         prepare: from a batch to what the engine takes, pixels or features, and targets.
         forward_clock: runs during each forward pass.
+        teacher: None where the targets alone teach.
     """
 
     def __init__(self, train: TrainConfig, plan: Plan, engine: Engine, prepare: Callable[[Any], tuple[Tensor, Tensor]],
-                 guard: FiniteGuard, forward_clock: Stopwatch, rank: int) -> None:
+                 guard: FiniteGuard, forward_clock: Stopwatch, rank: int, teacher: Teacher | None = None) -> None:
         self._train, self._plan, self._engine, self._prepare = train, plan, engine, prepare
-        self._guard, self._forward_clock, self._rank = guard, forward_clock, rank
+        self._guard, self._forward_clock, self._rank, self._teacher = guard, forward_clock, rank, teacher
 
     def __call__(self, batches: Sequence[Batch | FeatureBatch], waited: float, step: int) -> StepRecord:
         """Do global batch `step`, from 0, of which `batches` are this rank's micro-batches. Collective.
@@ -72,8 +74,9 @@ class GlobalStep:
         for micro, batch in enumerate(batches):
             self._seed_dropout(step, micro)
             images, targets = self._prepare(batch)
+            taught = None if self._teacher is None else self._teacher(images)
             with self._forward_clock:
-                loss = training_loss(self._engine(images), targets, self._train)
+                loss = self._loss(self._engine(images), targets, taught)
             self._engine.backward(loss)
             record.update = self._update(step, *rates)
             record.losses.append(loss.detach())
@@ -86,6 +89,12 @@ class GlobalStep:
         elif not self._engine.loss_scale.is_dynamic:  # there it is how the loss scale finds its place
             self._guard.skipped(step, record.losses, record.positions)
         return record
+
+    def _loss(self, logits: Tensor | tuple[Tensor, Tensor], targets: Tensor, taught: Tensor | None) -> Tensor:
+        if self._teacher is None or taught is None:
+            assert isinstance(logits, Tensor), "heads are taught apart by a teacher alone"
+            return training_loss(logits, targets, self._train)
+        return distillation_loss(logits, targets, taught, self._train, self._teacher.settings)
 
     def _seed_dropout(self, step: int, micro: int) -> None:
         key = (self._train.seed, self._plan.samples(step), self._rank, micro, DROPOUT)

@@ -17,6 +17,7 @@ from vir.engine import optimizer
 from vir.engine.engine import Engine
 from vir.reports.throughput import forward_flops, peak_flops
 from vir.run_folder import CHECKPOINTS
+from vir.training.distill import Teacher
 from vir.training.schedule import cooldown_steps, learning_rate, total_steps, warmup_steps, weight_decay
 from vir.weights.spec import ModelSpec
 
@@ -91,8 +92,8 @@ def steps_every(epochs: float, num_samples: int, global_batch_size: int, total: 
 
 
 def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, train: Reader,
-             val: Reader | None, world: World) -> Iterator[str]:
-    """Lines for people: model, parameter groups, data, batches, steps, learning rate, memory, disk."""
+             val: Reader | None, world: World, teacher: Teacher | None = None) -> Iterator[str]:
+    """Lines for people: model, teacher, parameter groups, data, batches, steps, learning rate, memory, disk."""
     sizes = {p: getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()}
     parameters, frozen = sum(sizes.values()), sum(size for p, size in sizes.items() if not p.requires_grad)
     states = optimizer.states_per_number(config.optim) + engine.has_ema
@@ -103,6 +104,8 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
            f"{(plan.forward_flops or math.nan) / 1e9:.3g} GFLOP "
            f"forward per image of {'x'.join(map(str, spec.input.size))}; ZeRO {engine.zero_stage}, {engine.precision}, "
            f"{world.size} ranks on {world.device.type}")
+    if teacher is not None:
+        yield teacher.describe()
     yield (f"{config.optim.name}, peak lr {config.optim.peak_lr(plan.global_batch_size):.3g}, tensors per group: "
            + ", ".join(groups))
     yield (f"{len(train)} training images in {len(train.shard_sizes)} shards, "
@@ -113,10 +116,11 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
            f"{config.train.micro_batch_size} x {world.size} ranks; {len(plan.eval_steps)} evaluations, "
            f"{len(plan.checkpoint_steps)} checkpoints")
     yield _course(plan)
-    buckets = engine.bucket_bytes
-    yield (f"memory per rank: {(weights + state + buckets) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and gradients + "
-           f"{state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}" +
-           (f" + {buckets / 1e6:.1f} buckets of gradients" if buckets else "") + ", without activations")
+    buckets, teachers = engine.bucket_bytes, teacher.bytes if teacher else 0
+    yield (f"memory per rank: {(weights + state + buckets + teachers) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and "
+           f"gradients + {state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}" +
+           (f" + {buckets / 1e6:.1f} buckets of gradients" if buckets else "") +
+           (f" + {teachers / 1e6:.1f} teacher" if teacher else "") + ", without activations")
     yield _disk(config, plan, checkpoint_bytes(parameters, frozen, engine.zero_stage, engine.dtype.itemsize, states))
 
 

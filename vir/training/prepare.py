@@ -28,6 +28,7 @@ from vir.models.build import FORBIDDEN_ARGS  # and vir.models registers our mode
 from vir.models.initialize import check_pretrained
 from vir.reports.metrics import read_metrics
 from vir.run_folder import CHECKPOINTS, CONFIG, METRICS
+from vir.training.distill import check_teacher
 from vir.training.schedule import check_schedule, total_steps
 from vir.weights import hub
 from vir.weights.portable import is_there
@@ -135,6 +136,8 @@ def _check_model(config: RunConfig) -> None:
         raise SettingsError(f"--model.name {config.model.name}: {error}; leave the part after the dot out") from error
     if config.model.pretrained:
         check_pretrained(config.model.name)
+    if config.distill.teacher and not config.validate_only:
+        check_teacher(config.distill.teacher)
 
 
 def continues(config: RunConfig) -> bool:

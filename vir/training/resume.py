@@ -18,18 +18,21 @@ from vir.run_folder import CHECKPOINTS
 from vir.weights.spec import ModelSpec
 
 
-def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint: str,
-           world: World) -> CheckpointInfo | None:
+def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint: str, world: World,
+           teacher: str = "") -> CheckpointInfo | None:
     """Load the checkpoint that --output means, or that --resume means where --output has none yet. Collective.
 
     With validate_only the one that --resume names comes first, `none` means none, and --which chooses among a run's.
+
+    Args:
+        teacher: fingerprint of the model that teaches; empty where none does.
 
     Returns:
         What it says of itself; None where the run begins.
 
     Raises:
         CheckpointError: --resume names no checkpoint, or all are damaged.
-        SettingsError: it does not fit the settings, the data or the model of this run.
+        SettingsError: it does not fit the settings, the data, the model or the teacher of this run.
     """
     is_named = config.resume not in ("auto", "none")
     takes_own = not config.validate_only or config.resume == "auto"
@@ -45,6 +48,7 @@ def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint:
     _check_model(folder, info, spec)
     if not config.validate_only:
         _check_data(config, folder, info, data_fingerprint)
+        _check_teacher(config, folder, info, teacher)
     _check_engine(config, folder, info, engine)
     if (info.world_size, info.zero_stage) != (world.size, engine.zero_stage):
         log.info("%s is of %d ranks and ZeRO %d: sharding it anew for %d ranks and ZeRO %d", folder,
@@ -85,6 +89,14 @@ def _check_data(config: RunConfig, folder: Path, info: CheckpointInfo, fingerpri
     if info.samples_seen % config.train.global_batch_size:
         raise SettingsError(f"{folder} has seen {info.samples_seen} samples, not a multiple of "
                             f"--train.global_batch_size {config.train.global_batch_size}; choose one that divides it")
+
+
+def _check_teacher(config: RunConfig, folder: Path, info: CheckpointInfo, fingerprint: str) -> None:
+    if info.teacher != fingerprint and not config.accept_config_change:
+        before, now = (f"{text[:12]}…" if text else "none" for text in (info.teacher, fingerprint))
+        raise SettingsError(f"{folder} was trained with another teacher than --distill.teacher "
+                            f"{shown(config.distill.teacher) or '(not given)'}: its fingerprint was {before}, that of "
+                            f"this one is {now}; give the teacher of then, or --accept_config_change true")
 
 
 def _check_engine(config: RunConfig, folder: Path, info: CheckpointInfo, engine: Engine) -> None:

@@ -33,6 +33,7 @@ from vir.reports.curves import plot_runs
 from vir.reports.environment import describe_environment
 from vir.reports.metrics import MetricsWriter, read_metrics
 from vir.training import features
+from vir.training.distill import Teacher, load_teacher, make_student
 from vir.training.features import FeatureBatches, FeaturePreparation
 from vir.training.guard import FiniteGuard
 from vir.training.loop import Ending, GlobalStep, Trainer
@@ -85,15 +86,18 @@ def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbe
         torch.manual_seed(config.train.seed)
         fresh = not distributed.broadcast(continues(config))
         network, spec = build(config.model, prepared.train.classes, fresh, config.train.linear_probe)
+        # After the model: what a teacher draws while it is built changes no initial weight.
+        teacher = None if config.validate_only else load_teacher(config.distill, spec, world.device)
+        make_student(network, spec.name, config.distill)
         plan = make_plan(config, prepared.train, spec, world, ds_config.precision(prepared.ds_config))
         engine = Engine(network.to(world.device), config, prepared.ds_config, plan.accumulation)
         with closing(engine):
             if config.dry_run:
-                ending = _show_plan(prepared, plan, engine, spec, world, stop)
+                ending = _show_plan(prepared, plan, engine, spec, teacher, world, stop)
             elif config.validate_only:
                 ending = _validate(prepared, engine, spec, world, stop, heartbeat)
             else:
-                ending = _train(prepared, plan, engine, spec, world, stop, heartbeat)
+                ending = _train(prepared, plan, engine, spec, teacher, world, stop, heartbeat)
     if is_run and world.is_main:
         _draw_curves(folder)
         if ending is Ending.DONE:
@@ -140,22 +144,23 @@ def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbe
     return ending
 
 
-def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World,
+def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teacher: Teacher | None, world: World,
                stop: StopRequest) -> Ending:
     config = prepared.config
-    info = resume(config, engine, spec, prepared.fingerprint, world)
+    info = resume(config, engine, spec, prepared.fingerprint, world, teacher.fingerprint if teacher else "")
     if stop.agree():
         return Ending.STOPPED
-    _describe(prepared, plan, engine, spec, world)
+    _describe(prepared, plan, engine, spec, teacher, world)
     done = info.samples_seen // plan.global_batch_size if info else 0
     log.info("a dry run: nothing was trained and nothing is left; the run would %s of %d",
              f"go on after step {done}" if done else "begin at step 1", plan.total_steps)
     return Ending.DONE
 
 
-def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World) -> None:
+def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teacher: Teacher | None,
+              world: World) -> None:
     if world.is_main:  # it looks at the disk
-        for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world):
+        for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world, teacher):
             log.info(line)
         if prepared.config.train.linear_probe and not prepared.config.augment.draws:
             log.info(features.describe(plan, engine))
@@ -183,17 +188,18 @@ def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World,
     return Ending.STOPPED if results is None else Ending.DONE
 
 
-def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, world: World, stop: StopRequest,
-           heartbeat: Heartbeat) -> Ending:
+def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teacher: Teacher | None, world: World,
+           stop: StopRequest, heartbeat: Heartbeat) -> Ending:
     config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
-    info = resume(config, engine, spec, prepared.fingerprint, world)
+    fingerprint = teacher.fingerprint if teacher else ""
+    info = resume(config, engine, spec, prepared.fingerprint, world, fingerprint)
     first = info.samples_seen // plan.global_batch_size if info else 0
     if config.train.linear_probe:
         plan = replace(plan, peak_flops=None)  # an MFU counts a backward pass through the whole model
-    saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first)
+    saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first, fingerprint)
     writer = _begin_writing(prepared, plan, first, world)
     with closing(writer) if writer else nullcontext():
-        _describe(prepared, plan, engine, spec, world)
+        _describe(prepared, plan, engine, spec, teacher, world)
         if first:
             log.info("continuing after step %d", first)
         order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order, prepared.exclusion)
@@ -218,7 +224,8 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, worl
                                       num_classes=plan.num_classes, device=world.device)
         meter = Meter(config, plan, engine, world, writer, heartbeat, first)
         guard = FiniteGuard(order, reader)
-        global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank)
+        global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank,
+                                 teacher)
         validator = None if prepared.val is None else Validator(
             config, engine, prepared.val, spec.input, world, stop, patience, heartbeat)
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)

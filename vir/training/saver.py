@@ -23,12 +23,14 @@ class Saver:
 
     Args:
         first: steps done before this process began.
+        teacher: fingerprint of the model that teaches; empty where none does.
     """
 
     def __init__(self, config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, data_fingerprint: str,
-                 world: World, heartbeat: Heartbeat, first: int) -> None:
+                 world: World, heartbeat: Heartbeat, first: int, teacher: str = "") -> None:
         self._config, self._plan, self._engine, self._spec = config, plan, engine, spec
-        self._data_fingerprint, self._world, self._heartbeat = data_fingerprint, world, heartbeat
+        self._data_fingerprint, self._teacher = data_fingerprint, teacher
+        self._world, self._heartbeat = world, heartbeat
         self._folder = Path(config.output)
         self._best = distributed.broadcast(store.best_so_far(self._folder, config.checkpoint.best))
         self._results: Results = {}
@@ -58,7 +60,7 @@ class Saver:
             samples_seen=self._plan.samples(step), step=step, updates=engine.updates, world_size=self._world.size,
             zero_stage=engine.zero_stage, precision=engine.precision, ema=engine.has_ema,
             loss_scaler=engine.loss_scale.state(), metrics=results, config=to_dict(config), model=self._spec,
-            data_fingerprint=self._data_fingerprint)
+            data_fingerprint=self._data_fingerprint, teacher=self._teacher)
         every = config.checkpoint.keep_every_epochs
         kept = store.Kept(config.checkpoint.keep, every and every * self._plan.num_samples)
         self.seconds.append(store.save(engine.save, self._folder, info, self._world, kept, is_best))
