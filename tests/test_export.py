@@ -112,9 +112,10 @@ def test_graphs_of_all_forms_have_the_logits_of_the_model(name, pool):
         expected = model(images)
         wider = random_images(2, 24, 48)
         assert expected.std() > 0.01
-        for form, dynamic, given in (("parallel", True, images), ("parallel", True, wider), ("recurrent", False, images)):
+        for form, any_size, given in (("parallel", True, images), ("parallel", True, wider),
+                                      ("recurrent", False, images)):
             runners = {graph.name: lambda *x, module=graph.module: _tuple(module(*x))
-                       for graph in graphs(model, SIZE, form, dynamic)}
+                       for graph in graphs(model, SIZE, form, any_size)}
             torch.testing.assert_close(logits_of(model, form, runners, given), model(given), atol=1e-5, rtol=0)
 
 
@@ -140,7 +141,8 @@ def test_a_device_streams_with_a_state_of_one_size(tmp_path, name, patches, stat
     for number, part in enumerate(parts):
         carried, = step.run(["next_state"], {"patches": part, "position": np.array([number] * 2), "state": carried})
     found, = read.run(["logits"], {"state": carried})
-    torch.testing.assert_close(torch.from_numpy(found), load(path)(torch.from_numpy(images)).detach(), atol=2e-5, rtol=0)
+    expected = load(path)(torch.from_numpy(images)).detach()
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=2e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -173,17 +175,23 @@ def test_without_a_compiler_there_are_programs_and_no_packages_of_another_time(e
     assert {path.name for path in exported_program.iterdir()} == {"w.safetensors", "step.pt2", "read.pt2"}
 
 
-def test_a_package_is_compiled_of_the_program_of_any_model(tmp_path, capsys, caplog):
-    """A convolutional one, by the program. What the compiler then fails at, or computes wrongly, is told."""
-    path = write_weights(tmp_path / "w.safetensors", "test_resnet", size=(3, 32, 32), num_classes=5)
+def test_a_package_is_compiled_of_the_program(tmp_path, capsys):
+    path = write_weights(tmp_path / "w.safetensors", **{**TINY, "depth": 1})
     assert export.main([str(path), "--to", "torch_export", str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
-    assert re.fullmatch(r".*/model\.pt2: torch\.export program, .* on 3 images\n"
-                        r".*/model\.aoti\.pt2: AOTInductor package, \d+\.\d MB; largest logit difference \S+ on 3 images\n",
-                        said.out), said
-    images = random_images(5, 32, 32)
+    end = r"\d+\.\d MB; largest logit difference \S+ on 3 images\n"
+    assert re.fullmatch(rf".*/model\.pt2: torch\.export program, {end}"
+                        rf".*/model\.aoti\.pt2: AOTInductor package, {end}", said.out), said
+    images = random_images(5, 32, 24)
     found = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.aoti.pt2"))(images)
     torch.testing.assert_close(found, load(path)(images).detach(), atol=2e-5, rtol=0)
+
+
+def test_networks_without_retention_have_a_program_too():
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    graph, = graphs(model, (3, 32, 32), "parallel")
+    images = random_images(5, 32, 32)
+    torch.testing.assert_close(program.exported(graph).module()(images), model(images), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("made, said", [
@@ -221,7 +229,7 @@ def test_a_graph_with_other_logits_leaves_nothing(tmp_path, weights, monkeypatch
 
 
 @pytest.mark.parametrize("name, args, how, said", [
-    ("test_resnet", dict(num_classes=5), dict(dynamic_size=True), "--dynamic-size is of ViR models, and this is a ResNet"),
+    ("test_resnet", dict(num_classes=5), dict(dynamic_size=True), "--dynamic-size is of ViR models, and this is a Res"),
     ("test_resnet", dict(num_classes=5), dict(form="recurrent"), "--form recurrent is of ViR models"),
     ("vir_tiny_patch16_224", {**TINY, "global_pool": "max"}, dict(form="recurrent"), "global_pool is 'max'"),
     ("vir_tiny_patch16_224", {**TINY, "global_pool": ""}, dict(dynamic_size=True), "global_pool is ''")])
@@ -260,12 +268,14 @@ def test_images_that_cannot_be_read_are_named(tmp_path, weights):
 
 def test_a_library_that_is_missing_is_told_with_its_extra(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else name)
-    with pytest.raises(SettingsError, match=re.escape("needs onnxruntime; install it: pip install 'vir-at-scale[export]'")):
+    said = "--to onnx needs onnxruntime; install it: pip install 'vir-at-scale[export]'"
+    with pytest.raises(SettingsError, match=re.escape(said)):
         export_model(weights, tmp_path / "out")
 
 
 def test_an_operator_set_that_torch_cannot_reach_is_refused(tmp_path):
-    graph, = graphs(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2), torch.nn.GELU()), (3, 2, 2), "parallel")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2), torch.nn.GELU())
+    graph, = graphs(model, (3, 2, 2), "parallel")
     with pytest.raises(SettingsError, match=r"--opset 99: torch \S+ comes no nearer than \d+ with this model; give"):
         to_onnx.save_onnx(tmp_path / "m.onnx", program.exported(graph), graph, {}, 99)
     (tmp_path / "m.onnx").write_text("none")
