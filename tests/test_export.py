@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from support.launchers import ROOT
-from vir import export
+from vir import cli, export
 from vir.errors import DataError, SettingsError
 from vir.export import export_model
 from vir.files import sha256
@@ -127,7 +128,7 @@ def _tuple(found):
     ("vir_tiny_patch16_224", ["batch", 3, 8, 8], [1, "batch", 2, 8, 8]),
     ("vir2d_tiny_patch16_224", ["batch", 3, 8, 24], [1, "batch", 2, 3, 8, 8])])
 def test_a_device_streams_with_a_state_of_one_size(tmp_path, name, patches, state):
-    """By hand, from what the page says of the two files; class tokens and, along the way, a photograph."""
+    """By hand, from what the page says of the two files."""
     path = write_weights(tmp_path / "w.safetensors", name, **{**TINY, "depth": 1})
     written = export_model(path, tmp_path / "out", form="recurrent")
     assert [one.path.name for one in written] == ["step.onnx", "read.onnx"] and written[0].images == 3
@@ -266,6 +267,27 @@ def test_images_that_cannot_be_read_are_named(tmp_path, weights):
             export_model(weights, tmp_path / "out", images=tmp_path / given)
 
 
+def test_pictures_and_weights_that_are_gone_are_told(tmp_path, weights, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_PHOTOGRAPHS", ("gone.jpg",))
+        with pytest.raises(SettingsError, match="matplotlib has come without its pictures .*gone.jpg.*; give --images"):
+            export_model(weights, tmp_path / "out")
+    monkeypatch.setattr(export, "sha256", lambda path: Path("/no/such").read_text())
+    with pytest.raises(DataError, match="w.safetensors cannot be read: .*; copy it again"):
+        export_model(weights, tmp_path / "out")
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, weights, monkeypatch, capsys):
+    def interrupted(folder, *rest):
+        (folder / "model.onnx").write_text("half")
+        raise cli.Interrupted(15)
+
+    monkeypatch.setitem(export._WRITERS, "onnx", interrupted)
+    assert export.main([str(weights), "--to", "onnx", str(tmp_path / "out")]) == 143
+    assert capsys.readouterr().err == "vir-export: interrupted, nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_library_that_is_missing_is_told_with_its_extra(tmp_path, weights, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxruntime" else name)
     said = "--to onnx needs onnxruntime; install it: pip install 'vir-at-scale[export]'"
@@ -281,6 +303,17 @@ def test_an_operator_set_that_torch_cannot_reach_is_refused(tmp_path):
     (tmp_path / "m.onnx").write_text("none")
     with pytest.raises(DataError, match="onnxruntime .* does not run m.onnx"):
         to_onnx.load_onnx(tmp_path / "m.onnx")
+
+
+class Values(torch.nn.Module):
+    def forward(self, images):
+        return torch.linalg.svdvals(images)
+
+
+def test_an_operator_that_onnx_has_not_is_told(tmp_path):
+    graph, = graphs(Values(), (3, 2, 2), "parallel")
+    with pytest.raises(SettingsError, match="torch translates no model of this model into ONNX: .*; take --to"):
+        to_onnx.save_onnx(tmp_path / "m.onnx", program.exported(graph), graph, {})
 
 
 class Branches(torch.nn.Module):
