@@ -87,6 +87,11 @@ class Retention(nn.Module):
             out, state = chunkwise_retention_2d(q, k, v, decay, grid, chunk_rows(chunk_size, grid), state)
         return self._merge(out), state
 
+    def computed_by(self, retain: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D] with the output [B, H, N, K] that `retain` makes of q, k and v."""
+        q, k, v = self._heads(x)
+        return self._merge(retain(q, k, v))
+
     def _heads(self, x: Tensor) -> list[Tensor]:
         """q, k and v, each [B, H, N, K]."""
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
@@ -164,3 +169,12 @@ class Block(nn.Module):
         out, state = self.retention.extend(self.norm1(x), state, grid)
         x = x + self.drop_path1(self.ls1(out))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state
+
+    def with_retention(self, x: Tensor, retain: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """The block [B, N, D] -> [B, N, D] with another way of computing retention.
+
+        Args:
+            retain: From q, k and v, each [B, H, N, K], to the output [B, H, N, K].
+        """
+        x = x + self.drop_path1(self.ls1(self.retention.computed_by(retain, self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
