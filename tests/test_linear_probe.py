@@ -180,6 +180,14 @@ asked = features.can_be_kept
 features.can_be_kept = lambda config, *rest: not config.output.endswith("whole") and asked(config, *rest)
 runpy.run_path(sys.argv[1])
 """
+A_SIGNAL_COMES = """
+import os, signal, sys
+from vir.train import main
+from vir.training import features
+normalize = features.normalize
+features.normalize = lambda *given: (os.kill(os.getpid(), signal.SIGTERM), normalize(*given))[1]
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -210,27 +218,33 @@ def damaged(shards, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(file, damaged, tmp_path_factory) -> tuple[Path, str]:
+def of(file, damaged):
+    """A function: the command of a run of eight steps, each of 48 of 400 images."""
+    def command_of(output, config="zero0_fp32", *more):
+        return command(damaged, output, config, "--model.args", json.dumps(VIR["args"]), *STILL,
+                       "--model.drop_path_rate", "0.5", "--train.linear_probe", "true", "--model.init_from", str(file),
+                       "--data.max_bad_fraction", "0.5", "--optim.lr", "0.03", *more, steps=STEPS, every=HALF)
+    return command_of
+
+
+def on_two_paths(*program, ranks: int):
+    return forked("-c", TWO_PATHS, *program, ranks=ranks)
+
+
+@pytest.fixture(scope="module")
+def runs(of, tmp_path_factory) -> tuple[Path, str]:
     """Runs of two ranks, the first two interrupted in their middle, and what was said before."""
     tmp = tmp_path_factory.mktemp("runs")
     (tmp / "zero3_bf16.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
-
-    def of(name, config="zero0_fp32", *more):
-        """Eight steps of 48 of 400 images."""
-        return command(damaged, tmp / name, config, "--model.args", json.dumps(VIR["args"]), *STILL,
-                       "--model.drop_path_rate", "0.5", "--train.linear_probe", "true", "--model.init_from", str(file),
-                       "--data.max_bad_fraction", "0.5", "--optim.lr", "0.03", *more, steps=STEPS, every=HALF)
-
-    first = [of("zero0_fp32"), of("zero3_bf16", tmp / "zero3_bf16.json"),
-             of("drawn", "zero2_fp32", "--augment.hflip", "0.5")]
+    first = [of(tmp / "zero0_fp32"), of(tmp / "zero3_bf16", tmp / "zero3_bf16.json"),
+             of(tmp / "drawn", "zero2_fp32", "--augment.hflip", "0.5")]
     codes, said = launch(tmp / "first", first)
     assert codes == [0] * 3, said[-6000:]
     for name in ("zero0_fp32", "zero3_bf16"):
         shutil.copytree(tmp / name, tmp / "uninterrupted" / name)
         shutil.rmtree(tmp / name / "checkpoints" / f"step-{STEPS:08d}")
         (tmp / name / "checkpoints" / "latest").write_text(f"step-{HALF:08d}")
-    codes, more = launch(tmp / "second", [*first[:2], of("whole")], launcher=lambda program, *arguments, ranks: forked(
-        "-c", TWO_PATHS, program, *arguments, ranks=ranks))
+    codes, more = launch(tmp / "second", [*first[:2], of(tmp / "whole")], launcher=on_two_paths)
     assert codes == [0] * 3 and more.count("continuing after step 4") == 2, more[-6000:]
     return tmp, said
 
@@ -290,3 +304,10 @@ def test_where_images_are_drawn_each_step_runs_the_model(runs):
     tmp, said = runs
     assert said.count("each step runs the whole model, because --augment draws other images in each epoch") == 1
     assert losses(tmp / "drawn") != pytest.approx(losses(tmp / "whole"), rel=1e-3)
+
+
+def test_a_signal_while_features_are_computed_stops_the_run(of, tmp_path):
+    done = forked("-c", A_SIGNAL_COMES, *of(tmp_path / "run", "zero0_fp32", "--eval.batch_size", "100"), ranks=1)
+    assert done.returncode == 75, done.stdout[-6000:]
+    assert f"stopped by SIGTERM; the same command continues: {tmp_path / 'run'}" in done.stdout
+    assert "step 1/8" not in done.stdout and not list((tmp_path / "run").glob("checkpoints/step-*"))
