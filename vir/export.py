@@ -16,20 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vir import __version__, cli, launcher
+from vir.addresses import shown
+from vir.config import DataConfig
 from vir.errors import DataError, SettingsError, VirError
-from vir.files import TEMPORARY, flush, read_regular, sha256
+from vir.files import sha256
 from vir.log import log
+from vir.output_folder import check_folder, filling
 
 if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is imported
     from torch import Tensor, nn
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is import
 
 FORMATS = ("onnx", "torch_export", "hub")
 TOLERANCE = 1e-4
-"""The largest difference of a logit."""
+"""The largest difference of a logit, as a share of the largest logit where that is above 1."""
 
 BATCH = 3
 """Images that are compared at once; the first one alone too."""
@@ -49,9 +50,6 @@ MOST_IMAGES = 8
 
 _PHOTOGRAPHS = ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png", "logo2.png")
 """Images that come with matplotlib."""
-
-_MOST_BYTES = 1 << 30
-"""Of an image file."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                        "whole patches high and wide, of a ViR in the parallel form; positions are resampled")
     graph.add_argument("--opset", type=int, metavar="N", help="operator set of ONNX (default: the one that torch "
                        "recommends, which is told)")
-    graph.add_argument("--images", type=Path, metavar="IMAGE|FOLDER", help="to compare on; of a folder the first "
+    graph.add_argument("--images", metavar="IMAGE|FOLDER|URL", help="to compare on; of a folder the first "
                        f"{MOST_IMAGES} (default: pictures that come with matplotlib)")
     parser.add_argument("--evaluation", type=Path, metavar="results.json",
                         help="what vir-evaluate --json wrote of the weights, for the model card of --to hub")
@@ -111,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with cli.interruptible():
             if args.to == "hub":
-                raise SettingsError("--to hub is not there yet; give onnx or torch_export")
+                export_hub(args.weights, args.folder, evaluation=args.evaluation, force=args.force)
+                print(f"{args.folder}: timm.create_model('local-dir:{args.folder}', pretrained=True)")
+                return 0
             written = export_model(args.weights, args.folder, to=args.to, form=args.form, opset=args.opset,
                                    dynamic_size=args.dynamic_size, images=args.images, force=args.force)
     except VirError as error:
@@ -150,9 +150,9 @@ def export_model(weights: str | os.PathLike[str], folder: str | os.PathLike[str]
     weights, folder = Path(weights), Path(folder)
     _check_libraries(to)
     names = [f"{graph}{ending}" for graph in GRAPHS[form] for ending in _ENDINGS[to]]
-    _check_folder(folder, names, force)
+    check_folder(folder, names, force)
     metadata = read_metadata(weights)
-    pictures = _pictures(None if images is None else Path(images))
+    pictures = _pictures(images)
     model = load(weights)
     parts = graphs(model, metadata.model.input.size, form, dynamic_size)
     if dynamic_size:
@@ -166,9 +166,30 @@ def export_model(weights: str | os.PathLike[str], folder: str | os.PathLike[str]
         raise DataError(f"{weights} cannot be read: {error}; copy it again") from error
     described |= {"form": form, "exported_by": f"vir {__version__}"}
     compare = Comparison(model, form, inputs, len(pictures))
-    with _published(folder, names) as temporary:
+    with filling(folder, names) as temporary:
         written = _WRITERS[to](temporary, parts, described, compare, opset)
     return [replace(one, path=folder / one.path.name) for one in written]
+
+
+def export_hub(weights: str | os.PathLike[str], folder: str | os.PathLike[str], *,
+               evaluation: str | os.PathLike[str] | None = None, force: bool = False) -> None:
+    """Write a folder as timm has them on Hugging Face: config.json, model.safetensors and a model card.
+
+    Args:
+        evaluation: what `vir-evaluate --json` wrote of these weights, for the card.
+        force: Replace these files where they exist.
+
+    Raises:
+        SettingsError: the folder has such files; the evaluation is of other weights.
+        DataError: something cannot be read or written.
+    """
+    from vir.models.network import described
+    from vir.weights import hub
+    from vir.weights.portable import outline
+
+    metadata, outlines = outline(weights)
+    hub.write_folder(Path(folder), Path(weights), described(weights, metadata.model, outlines), force=force,
+                     evaluation=None if evaluation is None else Path(evaluation))
 
 
 class Comparison:
@@ -186,9 +207,22 @@ class Comparison:
         self.images = images
         with torch.inference_mode():
             self._logits = [model(batch) for batch in self._batches]
+        self._allowed = TOLERANCE * max(1.0, *(logits.abs().max().item() for logits in self._logits))
 
-    def __call__(self, runners: dict[str, Runner]) -> float:
-        """The largest difference of a logit; NaN where one is not finite."""
+    def checked(self, runners: dict[str, Runner], what: str) -> float:
+        """The largest difference of a logit.
+
+        Raises:
+            DataError: it is more than TOLERANCE allows; `what` differs.
+        """
+        difference = self._difference(runners)
+        if not difference <= self._allowed:
+            raise DataError(f"{what} differ from the model's by {difference:.2g}, more than {self._allowed:.1g}; "
+                            "nothing is written: try another --to, --opset or --images")
+        return difference
+
+    def _difference(self, runners: dict[str, Runner]) -> float:
+        """NaN where one is not finite."""
         import torch
 
         from vir.models.export.graphs import logits_of
@@ -209,7 +243,7 @@ def _write_onnx(folder: Path, parts: list[Graph], described: dict[str, Any], com
 
     paths = {graph.name: folder / f"{graph.name}.onnx" for graph in parts}
     found = {graph.name: save_onnx(paths[graph.name], exported(graph), graph, described, opset) for graph in parts}
-    difference = _checked(compare({name: load_onnx(path) for name, path in paths.items()}), "onnxruntime's logits")
+    difference = compare.checked({name: load_onnx(path) for name, path in paths.items()}, "onnxruntime's logits")
     return [Exported(path, f"opset {found[name]}", difference, compare.images) for name, path in paths.items()]
 
 
@@ -221,7 +255,7 @@ def _write_programs(folder: Path, parts: list[Graph], described: dict[str, Any],
     programs = {graph.name: exported(graph) for graph in parts}
     for name, program in programs.items():
         save_program(paths[name], program, described)
-    difference = _checked(compare({name: load_program(path) for name, path in paths.items()}), "the program's logits")
+    difference = compare.checked({name: load_program(path) for name, path in paths.items()}, "the program's logits")
     written = [Exported(path, "torch.export program", difference, compare.images) for path in paths.values()]
     return written + _write_packages(folder, programs, compare)
 
@@ -235,8 +269,8 @@ def _write_packages(folder: Path, programs: dict[str, Any], compare: Comparison)
         log.warning("no C++ compiler here: the programs are written, and no packages of AOTInductor")
         return []
     try:
-        difference = compare({name: compile_package(path, programs[name]) for name, path in paths.items()})
-        _checked(difference, "its logits")
+        difference = compare.checked({name: compile_package(path, programs[name]) for name, path in paths.items()},
+                                     "its logits")
     except Exception as error:  # of torch's compiler, of the C++ one, of the loader
         for path in paths.values():
             path.unlink(missing_ok=True)
@@ -252,70 +286,32 @@ _ENDINGS = {"onnx": (".onnx.data", ".onnx"), "torch_export": (".pt2", ".aoti.pt2
 """Of a graph's files, in the order in which they take their places."""
 
 
-def _checked(difference: float, what: str) -> float:
-    if not difference <= TOLERANCE:
-        raise DataError(f"{what} differ from the model's by {difference:.2g}, more than {TOLERANCE:g}; nothing is "
-                        "written: try another --to, --opset or --images")
-    return difference
-
-
 def _check_libraries(to: str) -> None:
     needed = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
     if missing := [name for name in needed.get(to, ()) if find_spec(name) is None]:
         raise SettingsError(f"--to {to} needs {' and '.join(missing)}; install it: pip install 'vir-at-scale[export]'")
 
 
-def _check_folder(folder: Path, names: Sequence[str], force: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"{folder} is no folder; give the name of one")
-    if not force and (there := [name for name in names if (folder / name).exists()]):
-        raise SettingsError(f"{folder / there[0]} exists; give another folder, or --force to replace it")
-
-
-@contextmanager
-def _published(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A temporary folder beside `folder`; files of these names that are in it at the end of the block go there, and
-    those that are not are removed there."""
-    folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        folder.mkdir(exist_ok=True)
-        for name in names:
-            if (temporary / name).exists():
-                flush(temporary / name)
-                os.replace(temporary / name, folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
-        flush(folder)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _pictures(path: Path | None) -> dict[str, bytes]:
+def _pictures(given: str | os.PathLike[str] | None) -> dict[str, bytes]:
     """Files of images by their names."""
-    if path is None:
+    if given is None:
         from matplotlib.cbook import get_sample_data
 
         try:
             return {name: Path(get_sample_data(name, asfileobj=False)).read_bytes() for name in _PHOTOGRAPHS}
         except OSError as error:
             raise SettingsError(f"matplotlib has come without its pictures ({error}); give --images") from error
-    from vir.data.sources.listing import IMAGE_EXTENSIONS
+    from vir.data.decode import BadSampleError
+    from vir.evaluation.pictures import count_pictures, pictures, read_picture
 
-    found = [path]
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)[:MOST_IMAGES]
-        if not found:
-            raise DataError(f"--images {path} has no file that ends in {', '.join(IMAGE_EXTENSIONS)}; give another "
-                            "folder")
-    try:
-        return {str(file): read_regular(file, _MOST_BYTES) for file in found}
-    except OSError as error:
-        raise DataError(f"--images {error.filename} cannot be read: {error.strerror}; give another image") from error
+    found = {}
+    count_pictures([given], DataConfig.timeout)
+    for name in islice(pictures([given]), MOST_IMAGES):
+        try:
+            found[name] = read_picture(name, DataConfig.timeout)
+        except BadSampleError as error:
+            raise DataError(f"--images {shown(name)}: {error}; give another image") from error
+    return found
 
 
 def _inputs(pictures: dict[str, bytes], model_input: InputSpec, graph: Graph) -> list[Tensor]:
@@ -334,7 +330,7 @@ def _inputs(pictures: dict[str, bytes], model_input: InputSpec, graph: Graph) ->
         try:
             decoded.append(decode_image(data, (*FORMATS, *FOREIGN)))
         except BadSampleError as error:
-            raise DataError(f"--images {name}: {error}; give another image") from error
+            raise DataError(f"--images {shown(name)}: {error}; give another image") from error
     found = []
     for size in sizes:
         transform = EvalTransform(replace(model_input, size=(channels, *size)))

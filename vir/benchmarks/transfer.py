@@ -144,17 +144,18 @@ def _rows(settings: Settings, runs: _Runs, place: Path) -> Iterator[Sequence[str
 
 
 def _part(title: str, steps: int, train: Mapping[int, Path], val: Path, runs: _Runs,
-          trainings: Mapping[str, Flags]) -> list[Sequence[str]]:
+          trainings: Mapping[str, Flags]) -> list[tuple[str, ...]]:
     """Rows of trainings alike but for their flags."""
     found = {kind: [runs.top1(f"{title}, {steps}, {kind}".replace(" ", "_"), seed, steps, folder, val,
                               *flags[seed]) for seed, folder in train.items()] for kind, flags in trainings.items()}
     return compared(f"{title}, {runs.steps(steps)} steps", found)
 
 
-def compared(title: str, found: Mapping[str, Sequence[float]]) -> list[Sequence[str]]:
+def compared(title: str, found: Mapping[str, Sequence[float]]) -> list[tuple[str, ...]]:
     """A row for each kind of training: its accuracies, their mean, and how much more each has than that of the first
     kind with the same seed."""
-    first, rows = next(iter(found.values())), []
+    first = next(iter(found.values()))
+    rows: list[tuple[str, ...]] = []
     for kind, values in found.items():
         more = [value - before for value, before in zip(values, first)]
         rows.append((title, kind, ", ".join(f"{value:.1f}" for value in values), f"{statistics.mean(values):.1f}",

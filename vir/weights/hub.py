@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +13,16 @@ from typing import Any
 from torch import nn
 
 from vir.errors import DataError, SettingsError
-from vir.files import TEMPORARY, flush, read_regular, sha256
+from vir.files import read_regular, sha256
+from vir.output_folder import check_folder, filling
 from vir.weights.fields import is_count, is_list_of_texts, is_text, is_text_map, some, strict_json
 from vir.weights.metadata import MODEL_RULES, WeightsMetadata
 from vir.weights.portable import files_of, is_there, read, read_metadata, save_weights
 from vir.weights.spec import InputSpec, ModelSpec
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FILES = (WEIGHTS, CARD, CONFIG)
+"""In the order in which they are written: timm takes no folder without its config.json."""
 
 _READ = (WEIGHTS, "pytorch_model.bin")
 """Names of the weights, the first that is there; timm takes them in this order."""
@@ -121,13 +123,10 @@ def write_folder(folder: Path, path: Path, network: nn.Module, *, evaluation: Pa
         SettingsError: the folder has such files; the evaluation is of other weights.
         DataError: something cannot be read or written.
     """
-    check_folder(folder, force)
-    folder = folder.resolve()
+    check_folder(folder, FILES, force)
     metadata = read_metadata(path)
     results = None if evaluation is None else read_evaluation(evaluation, path)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        temporary.mkdir(parents=True)
+    with filling(folder, FILES) as temporary:
         if (files := files_of(path)) == [path]:
             shutil.copyfile(path, temporary / WEIGHTS)  # to the last bit, so that its SHA-256 is the same
         else:
@@ -135,33 +134,6 @@ def write_folder(folder: Path, path: Path, network: nn.Module, *, evaluation: Pa
         config = json.dumps(_config(metadata.model, network), indent=2, ensure_ascii=False)
         (temporary / CONFIG).write_text(config + "\n", encoding="utf-8")
         (temporary / CARD).write_text(_card(metadata, network, files, results), encoding="utf-8")
-        _publish(temporary, folder)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_folder(folder: Path, force: bool) -> None:
-    """Raises SettingsError where the folder cannot be written: to ask before long work."""
-    if folder.exists() and not folder.is_dir():
-        raise SettingsError(f"{folder} is a file; give the name of a folder")
-    if not force and (there := [name for name in (WEIGHTS, CONFIG, CARD) if (folder / name).exists()]):
-        raise SettingsError(f"{folder} has a {some(there)} already; give another folder, or --force to replace")
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Give the files their place, config.json last: without it there is no folder for timm."""
-    for name in (WEIGHTS, CARD, CONFIG):
-        flush(temporary / name)
-    if not folder.exists():
-        os.rename(temporary, folder)
-    else:
-        (folder / CONFIG).unlink(missing_ok=True)
-        for name in (WEIGHTS, CARD, CONFIG):
-            os.replace(temporary / name, folder / name)
-        flush(folder)
-    flush(folder.parent)
 
 
 def _config(spec: ModelSpec, network: nn.Module) -> dict[str, Any]:
