@@ -20,6 +20,7 @@ from support.forked import forked
 from support.http_server import HttpServer
 from vir import predict
 from vir.data.decode import decode_image
+from vir.data.strip_decoding import LooksDamagedError, open_strips
 from vir.errors import SettingsError
 from vir.evaluation import labelling
 from vir.models import VisionRetention, load
@@ -316,14 +317,16 @@ def test_a_stream_gives_the_logits_of_the_whole_image(tmp_path, monkeypatch, cha
 
 
 def test_a_stream_of_a_file_that_only_looks_damaged_goes_on(weights, tmp_path):
-    """Bytes before the end marker of a JPEG: libjpeg warns of them, and Pillow decodes the file."""
-    path = write_image(tmp_path / "x.jpg", 1, (200, 300))
-    data = path.read_bytes()
-    broken = tmp_path / "y.jpg"
-    broken.write_bytes(data[:-700] + b"\0\0\0\0" + data[-700:])
-    pixels = np.asarray(decode_image(broken.read_bytes()))
-    Image.fromarray(pixels).save(tmp_path / "z.png")
-    found, expected = labelling.predict(weights, [broken, tmp_path / "z.png"], stream=True)
+    """Bytes between two scans of a progressive JPEG: libjpeg warns of them, and Pillow decodes the file."""
+    path = tmp_path / "x.jpg"
+    Image.open(write_image(tmp_path / "x.png", 1, (200, 300))).save(path, progressive=True)
+    start, *scans = re.split(b"(?=\xff\xc4)", path.read_bytes())  # each begins with its table
+    path.write_bytes(start + b"".join(scans[:-1]) + b"\1\2\3" + scans[-1])
+    with pytest.raises(LooksDamagedError, match="extraneous bytes before marker"):
+        with open_strips(path) as strips:
+            list(strips.pixels)
+    decode_image(path.read_bytes()).save(tmp_path / "y.png")
+    found, expected = labelling.predict(weights, [path, tmp_path / "y.png"], stream=True)
     assert found.guesses == expected.guesses and found.guesses
 
 
