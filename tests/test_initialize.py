@@ -541,6 +541,18 @@ def test_mismatches_are_counted_by_kind_and_the_first_are_named():
     assert mismatches(half, whole) == mismatches(half, tensors(a=1)) == ""  # counts of batches that were averaged
 
 
+def test_both_heads_of_a_distilled_model_are_taken_by_class_names(tmp_path, said):
+    args = TINY | {"distilled": True}
+    there, path = of_ours(tmp_path / "w.safetensors", "abc", args=args)
+    found = build(config(args=args, init_from=path), "ca")[0].state_dict()
+    for head in ("head", "head_dist"):
+        assert torch.equal(found[f"{head}.weight"], there[f"{head}.weight"][[2, 0]])
+        assert torch.equal(found[f"{head}.bias"], there[f"{head}.bias"][[2, 0]])
+    assert torch.equal(found["dist_token"], there["dist_token"])
+    with pytest.raises(DataError, match=r"3 tensors missing \(dist_token, head_dist.bias, head_dist.weight\)"):
+        build(config(args=args, init_from=of_ours(tmp_path / "plain.safetensors", "ca")[1]), "ca")
+
+
 # ---- pretrained
 
 
