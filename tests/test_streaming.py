@@ -68,11 +68,12 @@ def test_positions_are_resampled_for_a_strip_at_a_time(grid):
     assert (found - model._position_embedding(grid)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("global_pool", ["token", "avg", "max", "avgmax"])
-def test_a_stream_gives_what_the_head_reads(global_pool):
-    model = stream_model(global_pool=global_pool)
+@pytest.mark.parametrize("args", [{}, dict(distilled=True), dict(global_pool="avg"), dict(global_pool="max"),
+                                  dict(global_pool="avgmax")], ids=str)
+def test_a_stream_gives_what_the_head_reads(args):
+    model = stream_model(**args)
     expected = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
-    found = model.forward_stream(IMAGES.split(9, dim=2), pre_logits=True)
+    found = model.forward_head(model.forward_stream_features(IMAGES.split(9, dim=2)), pre_logits=True)
     assert found.shape == (2, 32) and (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

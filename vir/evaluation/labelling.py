@@ -150,23 +150,24 @@ def _streamed(model: VisionRetention, namer: _Namer, model_input: InputSpec, nam
         pixels = torch.from_numpy(np.array(strip)).permute(2, 0, 1).unsqueeze(0).to(parameter.device)
         return normalize(pixels, model_input).to(parameter.dtype)
 
-    def pooled(file: bytes | Path, whole: bool) -> Tensor:
-        """[1, D]"""
+    def tokens_of(file: bytes | Path, whole: bool) -> Tensor:
+        """Those that the head reads."""
         with open_strips(file, whole) as strips:
-            return model.forward_stream(map(prepared, strips.pixels), (strips.height, strips.width), pre_logits=True)
+            return model.forward_stream_features(map(prepared, strips.pixels), (strips.height, strips.width))
 
     for name in names:
         try:
             file = to_stream(name, timeout)
             try:
-                features_of = _in_memory(partial(pooled, file, False), f"--stream of {shown(name)}")
+                tokens = _in_memory(partial(tokens_of, file, False), f"--stream of {shown(name)}")
             except LooksDamagedError:
-                features_of = _in_memory(partial(pooled, file, True), f"--stream of {shown(name)}")
+                tokens = _in_memory(partial(tokens_of, file, True), f"--stream of {shown(name)}")
         except DataError as error:
             yield Prediction(shown(name), error=str(error))
         else:
-            yield namer.prediction(name, model.head(features_of)[0].float().cpu(),
-                                   features_of[0].float().cpu() if features else None)
+            answer = _of_tokens(model, tokens, features)
+            yield namer.prediction(name, answer.logits[0].cpu(),
+                                   None if answer.features is None else answer.features[0].cpu())
 
 
 def _check_stream(model: nn.Module) -> VisionRetention:
@@ -246,9 +247,12 @@ def _answer(model: Any, images: Tensor, features: bool) -> _Answer:
     """Args: images: [B, C, H, W], normalised."""
     if not features:
         return _Answer(model(images).float(), None)
-    tokens = model.forward_features(images)
+    return _of_tokens(model, model.forward_features(images), features)
+
+
+def _of_tokens(model: Any, tokens: Tensor, features: bool) -> _Answer:
     return _Answer(model.forward_head(tokens).float(),
-                   model.forward_head(tokens, pre_logits=True).float().flatten(1))
+                   model.forward_head(tokens, pre_logits=True).float().flatten(1) if features else None)
 
 
 def _in_memory(act: Callable[[], R], asked: str) -> R:

@@ -370,8 +370,7 @@ class VisionRetention(nn.Module):
             x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True))
 
     @torch.no_grad()
-    def forward_stream(self, x: Tensor | Iterable[Tensor], img_size: int | tuple[int, int] | None = None,
-                       pre_logits: bool = False) -> Tensor:
+    def forward_stream(self, x: Tensor | Iterable[Tensor], img_size: int | tuple[int, int] | None = None) -> Tensor:
         """Images in strips -> the logits [B, num_classes] of `forward` in eval mode, with the memory of one strip.
 
         Retention is causal: a strip goes through all layers before the next is read. Between strips each layer keeps a
@@ -382,11 +381,18 @@ class VisionRetention(nn.Module):
             x: Images [B, in_chans, height, width], or strips of them from top to bottom, [B, in_chans, any height,
                 width], as they come from files larger than memory. Strips are moved to the model's device.
             img_size: The size of the whole images; None for the size that the model was built for.
-            pre_logits: Return the head's input, [B, D], in the place of the logits.
 
         Raises:
             SettingsError: The model has no pool, or is in training mode, where dropout and stochastic depth act.
             ValueError: The strips do not make up the image.
+        """
+        return self.forward_head(self.forward_stream_features(x, img_size))
+
+    @torch.no_grad()
+    def forward_stream_features(self, x: Tensor | Iterable[Tensor],
+                                img_size: int | tuple[int, int] | None = None) -> Tensor:
+        """As forward_stream, but the normalised tokens [B, T, D] that forward_head reads: class and distillation token,
+        or one that is the pool of all patches.
         """
         if self.training:
             raise SettingsError("forward_stream needs model.eval()")
@@ -414,11 +420,10 @@ class VisionRetention(nn.Module):
                 sums.append(patches.sum(dim=1, dtype=torch.promote_types(patches.dtype, torch.float32)))
                 maxima.append(patches.amax(dim=1))
         if self.cls_token is not None:
-            return self.forward_head(extend(self._last_tokens(patches), (0, columns)), pre_logits)
+            return extend(self._last_tokens(patches), (0, columns))
         mean, largest = torch.stack(sums).sum(dim=0) / (rows * columns), torch.stack(maxima).amax(dim=0)
         pooled = {"avg": mean, "max": largest, "avgmax": 0.5 * (mean + largest)}[self.global_pool]
-        pooled = pooled.to(patches.dtype)
-        return pooled if pre_logits else self.head(pooled)
+        return pooled.to(patches.dtype).unsqueeze(1)
 
     def _to_whole_patches(self, strip: Tensor) -> Tensor:
         """The strip on the model's device, padded to whole patches where the model pads."""
