@@ -211,8 +211,9 @@ def runs(shards, tmp_path_factory):
         "gone": ["--distill.teacher", "gone.pt"],
         "no token": by_token, "short plain": [], "short alpha 0": [*taught, "--distill.alpha", "0"],
         "short token": [*by_token, *has_token], "short token zero3": [*by_token, *has_token], "zero3": taught}
-    commands = [command(shards, tmp / name, tmp / "zero3.json" if "zero3" in name else "zero0_fp32", *more,
-                        steps=3 if "short" in name else 4, every=2) for name, more in jobs.items()]
+    commands = [command(shards, tmp / name, tmp / "zero3.json" if "zero3" in name else "zero0_fp32",
+                        *([] if name == "validate" else ["--data.val", ""]), *more, steps=3 if "short" in name else 4,
+                        every=2) for name, more in jobs.items()]
     codes, said = launch(tmp / "launch", commands)
     return tmp, dict(zip(jobs, codes)), said
 
