@@ -285,7 +285,7 @@ def test_a_flag_that_cannot_be_is_told(capsys, flags, said):
 def test_logits_that_are_not_finite_are_no_answer(tmp_path, folder):
     model = load(write_weights(tmp_path / "w.safetensors"))
     torch.nn.init.constant_(model.head.bias, torch.inf)
-    found = list(labelling.predict(model, folder[1][:1]))
+    found = list(labelling.predict_images(model, folder[1][:1]))
     assert "its logits are not finite" in found[0].error and not found[0].guesses
 
 
@@ -303,7 +303,7 @@ def test_a_stream_gives_the_logits_of_the_whole_image(tmp_path, monkeypatch, cha
         ("a.jpg", (95, 120)), ("b.png", (150, 40)), ("c.webp", (64, 65)), ("d.tif", (3, 5)), ("e.ppm", (28, 28))])]
     model = load(path, dynamic_img_size=True, dynamic_img_pad=True)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (SPEC.input.mean, SPEC.input.std))
-    found = list(labelling.predict(path, [tmp_path / "a.jpg", *names[1:]], topk=7, stream=True, features=True))
+    found = list(labelling.predict_images(path, [tmp_path / "a.jpg", *names[1:]], topk=7, stream=True, features=True))
     for name, prediction in zip(names, found, strict=True):
         pixels = np.array(Image.open(name).convert("RGB"))
         with torch.no_grad():
@@ -326,7 +326,7 @@ def test_a_stream_of_a_file_that_only_looks_damaged_goes_on(weights, tmp_path):
         with open_strips(path) as strips:
             list(strips.pixels)
     decode_image(path.read_bytes()).save(tmp_path / "y.png")
-    found, expected = labelling.predict(weights, [path, tmp_path / "y.png"], stream=True)
+    found, expected = labelling.predict_images(weights, [path, tmp_path / "y.png"], stream=True)
     assert found.guesses == expected.guesses and found.guesses
 
 
@@ -373,7 +373,7 @@ def test_images_are_read_no_further_ahead_than_two_batches(weights, folder):
             next(asked)
             yield folder[1][0]
 
-    found = labelling.predict(load(weights), endless(), batch_size=3, workers=2)
+    found = labelling.predict_images(load(weights), endless(), batch_size=3, workers=2)
     for _ in range(7):
         assert next(found).guesses
     assert next(asked) <= 9 + 2 * 3
@@ -382,5 +382,5 @@ def test_images_are_read_no_further_ahead_than_two_batches(weights, folder):
 
 def test_a_model_that_was_not_made_to_stream_is_refused(weights, folder):
     with pytest.raises(SettingsError, match="make the model with dynamic_img_size=True and dynamic_img_pad=True"):
-        labelling.predict(load(weights), folder[1], stream=True)
+        labelling.predict_images(load(weights), folder[1], stream=True)
     assert isinstance(load(weights), VisionRetention)

@@ -104,7 +104,7 @@ def _predict(args: argparse.Namespace) -> int:
 
     from vir import arithmetic, distributed
     from vir.data import jpeg
-    from vir.evaluation.labelling import predict
+    from vir.evaluation.labelling import predict_images
     from vir.evaluation.outputs import check_output
     from vir.evaluation.pictures import count_pictures
 
@@ -116,10 +116,10 @@ def _predict(args: argparse.Namespace) -> int:
     arithmetic.set_up()
     distributed.share_cores()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = predict(args.weights, args.images, topk=args.topk, features=args.features is not None,
-                    stream=args.stream, img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode,
-                    batch_size=args.batch_size, workers=args.workers, device=device or torch.device("cpu"),
-                    dtype=args.dtype, timeout=args.timeout)
+    found = predict_images(
+        args.weights, args.images, topk=args.topk, features=args.features is not None, stream=args.stream,
+        img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode, batch_size=args.batch_size,
+        workers=args.workers, device=device or torch.device("cpu"), dtype=args.dtype, timeout=args.timeout)
     form = _json if args.json else _csv if args.csv else _text
     if args.csv:
         _write(_row(COLUMNS))

@@ -1,8 +1,8 @@
 """What a model says of image files: their classes by probability, and their pooled features.
 
-    from vir.evaluation.labelling import predict
+    from vir import predict_images
 
-    for found in predict("vir_small.safetensors", ["photos", "https://example.org/cat.jpg"]):
+    for found in predict_images("vir_small.safetensors", ["photos", "https://example.org/cat.jpg"]):
         print(found.image, found.error or found.guesses[0].name)
 """
 
@@ -85,11 +85,11 @@ class _Answer(NamedTuple):
     """[B, D]"""
 
 
-def predict(weights: str | os.PathLike[str] | nn.Module, images: Iterable[str | os.PathLike[str]], *, topk: int = 5,
-            features: bool = False, stream: bool = False, img_size: int | None = None, crop_pct: float | None = None,
-            crop_mode: str | None = None, batch_size: int = 64, workers: int | None = None,
-            device: str | torch.device = "cpu", dtype: str = "fp32", timeout: float = DataConfig.timeout
-            ) -> Iterator[Prediction]:
+def predict_images(weights: str | os.PathLike[str] | nn.Module, images: Iterable[str | os.PathLike[str]], *,
+                   topk: int = 5, features: bool = False, stream: bool = False, img_size: int | None = None,
+                   crop_pct: float | None = None, crop_mode: str | None = None, batch_size: int = 64,
+                   workers: int | None = None, device: str | torch.device = "cpu", dtype: str = "fp32",
+                   timeout: float = DataConfig.timeout) -> Iterator[Prediction]:
     """One Prediction for each image, in the order of `images`; one that cannot be read has an error in it.
 
     Images are prepared as the weights say. Threads read and decode ahead of the model, two batches at most, so memory
@@ -185,7 +185,7 @@ def _check_stream(model: nn.Module) -> VisionRetention:
 
 def load_model(weights: str | os.PathLike[str], device: str | torch.device, dtype: str, img_size: int | None,
                stream: bool) -> nn.Module:
-    """The model of a weights file, for images of this size; see `predict`."""
+    """The model of a weights file, for images of this size; see `predict_images`."""
     path = Path(weights)
     refuse_folder("WEIGHTS", path)
     args: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
