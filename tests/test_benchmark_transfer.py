@@ -40,7 +40,7 @@ def test_few_images_with_and_without_what_was_learned_before(tool, tmp_path, cap
     result = json.loads((tmp_path / "x.json").read_text())
     assert [row[:2] for row in result["rows"]] == [
         ["20 a class, 3 steps", kind] for kind in
-        ("from scratch", "fine-tuned from digits", "linear probe on features of digits")]
+        ("from scratch", "fine-tuned from digits", "linear probe on random weights", "linear probe on digits")]
     assert all(float(accuracy) * 8 / 100 == pytest.approx(round(float(accuracy) * 8 / 100), abs=0.01)
                for _, _, accuracy, _, _ in result["rows"])  # whole numbers of the 8 images
     assert f"| {result['rows'][1][1]} | {result['rows'][1][2]} |" in capsys.readouterr().out

@@ -148,7 +148,7 @@ PYTHON = [pytest.param(page, block, id=f"{page.relative_to(ROOT)}: {number}") fo
 
 @pytest.fixture(scope="module")
 def in_folder_of_weights(shards, tmp_path_factory) -> Path:
-    """Where vir_small.safetensors lies, just trained for a step of two images; of two blocks, for the time it takes."""
+    """Where vir_small.safetensors lies, of two blocks (for the time it takes), just trained for a step of two images."""
     tmp = tmp_path_factory.mktemp("user")
     done = call(sys.executable, "-m", "vir.train", "--data.train", shards / "train", "--output", tmp / "run",
                 "--train.steps", "1", "--train.global_batch_size", "2", "--train.micro_batch_size", "2",

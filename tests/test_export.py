@@ -251,7 +251,8 @@ def test_images_that_cannot_be_read_are_named(tmp_path, weights):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "none").mkdir()
     for given, said in (("broken.png", "broken.png: the image header is broken"), ("none", "none holds no images"),
-                        ("nowhere.jpg", "nowhere.jpg'; give image files, folders of them or URLs"), (".", "broken.png: the image")):
+                        ("nowhere.jpg", "nowhere.jpg'; give image files, folders of them or URLs"),
+                        (".", "broken.png: the image")):
         with pytest.raises(DataError, match=re.escape(said)):
             export_model(weights, tmp_path / "out", images=tmp_path / given)
 

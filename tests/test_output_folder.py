@@ -66,7 +66,7 @@ def test_what_is_there_already_is_told_at_the_door(tmp_path):
     check_folder(tmp_path / "out", NAMES, force=False)
     (tmp_path / "model").write_text("old")
     check_folder(tmp_path, NAMES, force=True)
-    with pytest.raises(SettingsError, match=re.escape(f"{tmp_path} has model already; give another folder, or --force")):
+    with pytest.raises(SettingsError, match=re.escape(f"{tmp_path} has model already; give another folder, or --f")):
         check_folder(tmp_path, NAMES, force=False)
     with pytest.raises(SettingsError, match="model is a file; give the name of a folder"):
         check_folder(tmp_path / "model", NAMES, force=True)

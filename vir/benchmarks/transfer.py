@@ -118,13 +118,14 @@ def benchmark(settings: Settings, command: str) -> str:
 
 
 def _rows(settings: Settings, runs: _Runs, place: Path) -> Iterator[Sequence[str]]:
-    """Part by part, each beginning with what its other rows are compared with."""
+    """Part by part, each beginning with what the row or rows below it are compared with."""
     parts, seeds, source = settings.parts or PARTS, range(settings.seeds), settings.fashion
     everything = dict.fromkeys(seeds, source / "train")
     scratch: Flags = dict.fromkeys(seeds, ("--optim.lr", "1e-3"))
     if "all" in parts or "few" in parts:
         for seed in seeds:
-            runs.top1("digits", seed, 800, settings.digits / "train", settings.digits / "val", "--optim.lr", "3e-3")
+            runs.top1("digits", seed, 800, settings.digits / "train", settings.digits / "val", "--optim.lr", "3e-3",
+                      "--augment.hflip", "0")
         digits = {seed: ("--model.init_from", str(runs.weights("digits", seed))) for seed in seeds}
         tuned = {seed: (*scratch[seed], *digits[seed]) for seed in seeds}
     if "all" in parts:
@@ -133,8 +134,10 @@ def _rows(settings: Settings, runs: _Runs, place: Path) -> Iterator[Sequence[str
     if "few" in parts:
         few = {seed: some_of(source / "train", PER_CLASS, seed, place / f"few-{seed}") for seed in seeds}
         yield from _part(f"{PER_CLASS} a class", 150, few, source / "val", runs, {
-            "from scratch": scratch, "fine-tuned from digits": tuned,
-            "linear probe on features of digits": {seed: (*_PROBE, *digits[seed]) for seed in seeds}})
+            "from scratch": scratch, "fine-tuned from digits": tuned})
+        yield from _part(f"{PER_CLASS} a class", 150, few, source / "val", runs, {
+            "linear probe on random weights": dict.fromkeys(seeds, _PROBE),
+            "linear probe on digits": {seed: (*_PROBE, *digits[seed]) for seed in seeds}})
     if "distilled" in parts:
         runs.top1("teacher", 0, 2000, source / "train", source / "val", "--optim.lr", "2e-3")
         teacher = ("--distill.teacher", str(runs.weights("teacher", 0)))
