@@ -148,11 +148,12 @@ PYTHON = [pytest.param(page, block, id=f"{page.relative_to(ROOT)}: {number}") fo
 
 @pytest.fixture(scope="module")
 def in_folder_of_weights(shards, tmp_path_factory) -> Path:
-    """Where vir_small.safetensors lies, of two blocks (for the time it takes), just trained for a step of two images."""
+    """Where vir_small.safetensors lies, of two blocks for the time it takes, just trained for a step of two images."""
     tmp = tmp_path_factory.mktemp("user")
     done = call(sys.executable, "-m", "vir.train", "--data.train", shards / "train", "--output", tmp / "run",
                 "--train.steps", "1", "--train.global_batch_size", "2", "--train.micro_batch_size", "2",
-                "--model.name", "vir_small_patch16_224", "--model.args", "{depth: 2}", "--ema.decay", "0", timeout=HANGS)
+                "--model.name", "vir_small_patch16_224", "--model.args", "{depth: 2}", "--ema.decay", "0",
+                timeout=HANGS)
     assert done.returncode == 0, done.stdout[-6000:]
     consolidate(tmp / "run", tmp / "vir_small.safetensors")
     return tmp

@@ -227,6 +227,31 @@ assert jpeg._by_nvimgcodec(read("a.jpg")[:500], jpeg.Box(3, 5, 7, 11)) is None
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+@pytest.mark.skipif("nvimgcodec" not in INSTALLED, reason="nvidia-nvimgcodec is not installed (extra: fast)")
+def test_threads_that_begin_together_decode_by_nvimgcodec(tmp_path):
+    """In a process that has not imported it: each of them would."""
+    (tmp_path / "a.jpg").write_bytes(GOOD["4:2:0"])
+    code = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+from vir.data import jpeg
+
+data, together, before = open(sys.argv[1], "rb").read(), Barrier(8), dict(os.environ)
+
+def decode(number):
+    together.wait()
+    return jpeg._by_nvimgcodec(data, jpeg.Box(number, 5, 70, 110)).tobytes()
+
+with ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(decode, range(8)))
+assert found == [jpeg._by_nvimgcodec(data, jpeg.Box(number, 5, 70, 110)).tobytes() for number in range(8)]
+assert {**os.environ, "PYNVIMGCODEC_VERBOSITY": ""} == {**before, "PYNVIMGCODEC_VERBOSITY": ""}
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.jpg"], check=True, timeout=100)
+
+
 def test_an_nvimgcodec_that_does_not_import_is_named(tmp_path):
     package = tmp_path / "nvidia" / "nvimgcodec"
     package.mkdir(parents=True)

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ _NVIMGCODEC = "nvidia.nvimgcodec"
 _ITS_CODECS = "NVIMGCODEC_EXTENSIONS_PATH"
 _OTHER_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 """Of those that do not belong into a scan."""
+_importing, _of_thread = threading.Lock(), threading.local()
 _SOS, _SEQUENTIAL, _TABLES = 0xDA, (0xC0, 0xC1), 0xC4
 
 
@@ -112,7 +114,7 @@ def is_one_whole_scan(data: bytes) -> bool:
 
 
 def _by_nvimgcodec(data: bytes, box: Box) -> np.ndarray | None:
-    nvimgcodec, codec, parameters = _nvimgcodec(os.getpid())
+    nvimgcodec, codec, parameters = _nvimgcodec()
     top, left, height, width = box
     try:
         region = nvimgcodec.Region(top, left, top + height, left + width)
@@ -131,13 +133,17 @@ def has_nvimgcodec() -> bool:
         return False
 
 
-@functools.cache
-def _nvimgcodec(process: int) -> tuple[ModuleType, Any, Any]:
-    """Module, decoder and parameters; each process makes its own, and one that it has inherited is not touched."""
-    module = _import_nvimgcodec()
-    backends = [module.Backend(module.BackendKind.CPU_ONLY)]
-    codec = module.Decoder(device_id=module.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
-    return module, codec, module.DecodeParams(apply_exif_orientation=False)
+def _nvimgcodec() -> tuple[ModuleType, Any, Any]:
+    """Module, decoder and parameters; each thread makes its own, and one that a process has inherited is not touched.
+    """
+    by_process: dict[int, tuple[ModuleType, Any, Any]] = vars(_of_thread).setdefault("by_process", {})
+    if os.getpid() not in by_process:
+        with _importing:
+            module = _import_nvimgcodec()
+        backends = [module.Backend(module.BackendKind.CPU_ONLY)]
+        codec = module.Decoder(device_id=module.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
+        by_process[os.getpid()] = module, codec, module.DecodeParams(apply_exif_orientation=False)
+    return by_process[os.getpid()]
 
 
 @functools.cache
