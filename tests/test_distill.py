@@ -19,6 +19,7 @@ from vir.config import DistillConfig, ModelConfig
 from vir.data.reader import ShardReader
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, load, save_weights
+from vir.export import export_hub
 from vir.models.build import build
 from vir.training import distill
 from vir.training.distill import Teacher, check_teacher, fingerprint, load_teacher
@@ -142,6 +143,13 @@ def test_a_fingerprint_is_of_all_that_makes_the_logits():
         {"args": {"num_heads": 1}}, {"classes": ("b", "a")}, {"input": replace(STUDENT, mean=(0.0, 0.0, 0.0))})]
     one = fingerprint(spec, dict(reversed(tensors.items())))
     assert one == fingerprint(spec, tensors) and len({one, *others}) == 8
+
+
+def test_a_folder_for_hugging_face_is_a_teacher_as_the_file_that_it_was_made_of(tmp_path):
+    path, spec = vir_file(tmp_path / "t.safetensors", "abc"), student("abc")
+    export_hub(path, tmp_path / "hub")
+    check_teacher(str(tmp_path / "hub"))
+    assert teacher_of(tmp_path / "hub", spec).fingerprint == teacher_of(path, spec).fingerprint
 
 
 @pytest.mark.parametrize("name, kind, said", [

@@ -103,17 +103,18 @@ def test_a_head_of_another_class_count_begins_at_random_and_the_rest_does_not(we
     ("abcd", "is taken: the same 4 classes"),
     ("dbca", "is taken row by row: all 4 classes are among the 4 there"),
     ("cb", "is taken row by row: all 2 classes are among the 4 there"),
-    ("abce", "begins at random: 4 classes there, 4 here, of which 1 are not there (e)"),
-    ("wxyz", "begins at random: 4 classes there, 4 here, of which 4 are not there (w, x, y, …)"),
-    ("abcde", "begins at random: 4 classes there, 5 here, of which 1 are not there (e)"),
+    ("abce", "is taken row by row: 3 of 4 classes are among the 4 there, the others begin at random (e)"),
+    ("wxyz", "begins at random: none of the 4 classes is among the 4 there (w, x, y, …)"),
+    ("ecabd", "is taken row by row: 4 of 5 classes are among the 4 there, the others begin at random (e)"),
 ])
 def test_the_head_of_a_file_that_names_its_classes_is_taken_by_their_names(tmp_path, said, classes, line):
     expected, path = of_ours(tmp_path / "w.safetensors", "abcd")
     model, fresh = begun(path, classes)
     check_body(model, expected)
     for name in ("head.weight", "head.bias"):
-        rows = torch.stack([expected[name]["abcd".index(one)] for one in classes]) if "taken" in line else fresh[name]
-        assert torch.equal(model[name], rows)
+        rows = [expected[name]["abcd".index(one)] if one in "abcd" else fresh[name][place]
+                for place, one in enumerate(classes)]
+        assert torch.equal(model[name], torch.stack(rows))
     assert said() == [f"initial weights: {len(expected)} tensors from {path}, a {VIR} (EMA weights of step 7)",
                       f"initial weights: the head {line}"]
 
@@ -437,7 +438,8 @@ def test_a_folder_of_ours_is_taken_as_the_file_in_it(tmp_path, said):
     assert torch.equal(model.blocks[1].mlp.fc1.weight, expected["blocks.1.mlp.fc1.weight"])
     lines = said()
     assert lines[0].endswith(f"tensors from {tmp_path}/hub/model.safetensors, a {VIR} (EMA weights of step 7)")
-    assert lines[-1].endswith("the head begins at random: 3 classes there, 2 here, of which 1 are not there (d)")
+    assert lines[-1].endswith("the head is taken row by row: 1 of 2 classes are among the 3 there, the others begin at "
+                              "random (d)")
 
 
 def test_names_of_old_in_a_folder_are_those_of_timms_filter(tmp_path):

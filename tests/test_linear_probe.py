@@ -23,7 +23,7 @@ from vir.errors import SettingsError
 from vir.models import WeightsMetadata, save_weights
 from vir.models.build import build
 from vir.models.linear_probe import classifier_inputs, classifiers, feature_width, make_probe
-from vir.training.features import can_be_kept
+from vir.training.features import can_be_kept, describe
 from vir.weights.spec import InputSpec
 
 pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * HANGS)]
@@ -107,7 +107,9 @@ class Doubled(torch.nn.Module):
 
 
 OTHERS = {"twice the logits": lambda: Doubled(torch.nn.Linear(3, 2)),
-          "two layers": lambda: Doubled(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)))}
+          "two layers": lambda: Doubled(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))),
+          "zeros": lambda: Doubled(torch.nn.Linear(3, 2, bias=False).apply(lambda head: head.weight.data.zero_())),
+          "not finite": lambda: Doubled(torch.nn.Linear(3, 2).apply(lambda head: head.bias.data.fill_(torch.inf)))}
 
 
 def test_a_model_without_a_classifier_is_refused():
@@ -120,9 +122,11 @@ def test_a_model_without_a_classifier_is_refused():
         make_probe(model)
 
 
-@pytest.mark.parametrize("kind, is_kept", [("vir", True), ("two heads", True), ("twice the logits", False),
-                                           ("two layers", False)])
-def test_features_are_kept_where_they_tell_the_logits(kind, is_kept, probe, caplog):
+@pytest.mark.parametrize("kind, why_not", [
+    ("vir", ""), ("two heads", ""), ("twice the logits", "more than linear layers on one vector"),
+    ("two layers", "more than linear layers on one vector"), ("zeros", "its logits are all zero at the start"),
+    ("not finite", "its logits of noise are not finite")])
+def test_features_are_kept_where_they_tell_the_logits(kind, why_not, probe, caplog):
     caplog.set_level(logging.INFO, logger="vir")
     side = 8
     if kind in MODELS:
@@ -137,12 +141,13 @@ def test_features_are_kept_where_they_tell_the_logits(kind, is_kept, probe, capl
         with torch.no_grad():
             yield model.eval()
 
-    config = RunConfig(data=DataConfig(train="t"), augment=still())
-    found = can_be_kept(config, SimpleNamespace(module=model, evaluating=evaluating), of_images,
-                        World(0, 1, torch.device("cpu")))
-    assert found == is_kept
-    assert (f"each step runs the whole model, because {type(model).__name__} makes its logits by more than linear "
-            "layers on one vector" in caplog.text) != is_kept
+    config, engine = RunConfig(data=DataConfig(train="t"), augment=still()), SimpleNamespace(
+        module=model, evaluating=evaluating, dtype=torch.float32)
+    plan = SimpleNamespace(num_samples=9, total_steps=1, samples=lambda step: 4 * step)
+    told = describe(still(), plan, engine)  # which comes first, and tells what is seen without computing
+    assert can_be_kept(config, engine, of_images, World(0, 1, torch.device("cpu"))) == (not why_not)
+    said = [line for line in (told, caplog.text) if "each step runs the whole model, because" in line]
+    assert len(said) == bool(why_not) and all(why_not in line for line in said)
 
 
 # What is asked for

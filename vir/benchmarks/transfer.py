@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import check_json, markdown
@@ -37,8 +38,6 @@ _ALIKE = ("--deepspeed_config", "zero0_fp32", "--train.global_batch_size", "100"
           "--eval.every_epochs", "100000", "--eval.batch_size", "500", "--checkpoint.every_epochs", "100000",
           "--ema.decay", "0", "--augment.hflip", "0.5")
 """Settings of every row."""
-_KINDS = {"soft": ("--distill.temperature", "3"), "hard": (),
-          "token": ("--model.args", "{patch_size: 7, embed_dim: 64, depth: 4, num_heads: 2, distilled: true}")}
 _PROBE = ("--train.linear_probe", "true", "--augment.scale", "[1, 1]", "--augment.hflip", "0", "--optim.lr", "1e-2",
           "--optim.weight_decay", "0")
 
@@ -141,9 +140,11 @@ def _rows(settings: Settings, runs: _Runs, place: Path) -> Iterator[Sequence[str
     if "distilled" in parts:
         runs.top1("teacher", 0, 2000, source / "train", source / "val", "--optim.lr", "2e-3")
         teacher = ("--distill.teacher", str(runs.weights("teacher", 0)))
+        args = {**yaml.safe_load(RECIPE.read_text())["model"]["args"], "distilled": True}
+        kinds = {"soft": ("--distill.temperature", "3"), "hard": (), "token": ("--model.args", json.dumps(args))}
         yield from _part("all images", 300, everything, source / "val", runs, {"plain": scratch, **{
             f"distilled, {kind}": {seed: (*scratch[seed], *teacher, "--distill.kind", kind, *more) for seed in seeds}
-            for kind, more in _KINDS.items()}})
+            for kind, more in kinds.items()}})
 
 
 def _part(title: str, steps: int, train: Mapping[int, Path], val: Path, runs: _Runs,

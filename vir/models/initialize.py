@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
@@ -46,7 +47,8 @@ def initialize_from(model: nn.Module, path: str | os.PathLike[str], classes: Seq
 
     Position tables and patches are resampled where the model's family knows how; from the grid of a file of ours, and
     from that of timm's pretrained weights or a square where a file does not say it. The head is taken where the file's
-    classes are those of this run; where they are more, its rows are taken by name; else it keeps its random start. A
+    classes are those of this run; else its rows are taken by name, and classes that the file does not know begin at
+    random. A
     file that names no classes is judged by their count. Everything else must be there. The log says what was done.
 
     Args:
@@ -110,7 +112,19 @@ def initialize_pretrained(model: nn.Module, name: str, classes: Sequence[str] = 
     """
     source, full_name = pretrained_network(name)
     _begin(model, classes, source.state_dict(), _Source(
-        title=f"timm's pretrained {full_name}", model=name, size=input_of(source).size[1:], network=source), reset_head)
+        title=f"timm's pretrained {full_name}", model=name, classes=classes_of_timm(source, classes),
+        size=input_of(source).size[1:], network=source), reset_head)
+
+
+def classes_of_timm(network: nn.Module, classes: Sequence[str]) -> tuple[str, ...]:
+    """The classes of a network with weights of timm: where these name them, or where they are ImageNet's and some of
+    `classes`, those of the run, are wnids of it. Empty where unknown."""
+    cfg = getattr(network, "pretrained_cfg")
+    named = tuple(cfg.get("label_names") or ())
+    if not named and (subset := infer_imagenet_subset(cfg)):
+        wnids = tuple(ImageNetInfo(subset).label_names())
+        named = () if set(wnids).isdisjoint(classes) else wnids
+    return named if len(named) == getattr(network, "num_classes") else ()
 
 
 def pretrained_network(name: str, flag: str = "--model.pretrained",
@@ -236,14 +250,25 @@ def _fit_head(given: dict[str, Tensor], own: Mapping[str, Tensor], heads: Sequen
                      f"is taken, for it has as many classes, {count}; whether they are the same is not known")
     if tuple(classes) == theirs:
         return _Head(names, f"is taken: the same {len(theirs)} classes")
-    if unknown := sorted(set(classes) - set(theirs)):
+    rows = {place: theirs.index(name) for place, name in enumerate(classes) if name in theirs}
+    unknown = sorted(set(classes) - set(theirs))
+    if not rows:
         given |= {name: own[name] for name in names}
-        return _Head(names, f"begins at random: {len(theirs)} classes there, {len(classes)} here, of which "
-                            f"{len(unknown)} are not there ({some(unknown)})")
+        return _Head(names, f"begins at random: none of the {len(classes)} classes is among the {len(theirs)} there "
+                            f"({some(unknown)})")
     if count == len(theirs):  # else mismatches tells it
-        rows = [theirs.index(name) for name in classes]
-        given |= {name: given[name][rows] for name in names if name in given}
+        given |= {name: _with_rows(own[name], given[name], rows) for name in names if name in given}
+    if unknown:
+        return _Head(names, f"is taken row by row: {len(rows)} of {len(classes)} classes are among the {len(theirs)} "
+                            f"there, the others begin at random ({some(unknown)})")
     return _Head(names, f"is taken row by row: all {len(classes)} classes are among the {len(theirs)} there")
+
+
+def _with_rows(own: Tensor, given: Tensor, rows: Mapping[int, int]) -> Tensor:
+    """`own` with rows of `given` in their places, {place: its number in `given`}; in the type of `given`."""
+    mixed = own.to(given.dtype, copy=True)
+    mixed[list(rows)] = given[list(rows.values())]
+    return mixed
 
 
 def _reason(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from vir import distributed
@@ -24,8 +23,9 @@ from vir.config import DistillConfig
 from vir.errors import DataError, SettingsError, VirError
 from vir.log import log
 from vir.models.build import load
-from vir.models.initialize import check_pretrained, pretrained_network
+from vir.models.initialize import check_pretrained, classes_of_timm, pretrained_network
 from vir.models.network import UNREADABLE
+from vir.weights import hub
 from vir.weights.fields import some
 from vir.weights.portable import is_there, read_metadata
 from vir.weights.spec import InputSpec, ModelSpec, input_of
@@ -157,7 +157,7 @@ def check_teacher(name: str) -> None:
             raise SettingsError(f"{_FLAG} {shown(name)}: no such file; give a file of vir-consolidate, or the name of "
                                 "a model of timm")
         try:
-            read_metadata(name)
+            read_metadata(_weights(name))
         except DataError as error:
             raise _no_teacher(error) from error
         return
@@ -207,26 +207,26 @@ def _is_file(name: str) -> bool:
             or name.endswith((".safetensors", ".json", ".pth", ".pt")))
 
 
+def _weights(path: str) -> str:
+    """Of a Hugging Face folder the file in it, where it is one of ours."""
+    return str(hub.weights_of(path)) if hub.is_folder(path) else path
+
+
 def _no_teacher(error: DataError) -> DataError:
     return DataError(f"{_FLAG}: {error}; a teacher is a file of vir-consolidate, or the name of a model of timm")
 
 
 def _of_file(path: str) -> tuple[nn.Module, ModelSpec]:
     try:
-        metadata = read_metadata(path)
-        return load(path, dtype=metadata.dtype), metadata.model
+        metadata = read_metadata(_weights(path))
+        return load(_weights(path), dtype=metadata.dtype), metadata.model
     except DataError as error:
         raise _no_teacher(error) from error
 
 
 def _of_timm(name: str, student: ModelSpec) -> tuple[nn.Module, ModelSpec]:
-    """Its classes are known where its weights name them, or where they are ImageNet's and the run has some of those."""
     network, title = pretrained_network(name, _FLAG, f"{_FLAG} FILE")
-    cfg = getattr(network, "pretrained_cfg")
-    classes = tuple(cfg.get("label_names") or ())
-    if not classes and (subset := infer_imagenet_subset(cfg)):
-        wnids = tuple(ImageNetInfo(subset).label_names())
-        classes = () if set(wnids).isdisjoint(student.classes) else wnids
+    classes = classes_of_timm(network, student.classes)
     return network, ModelSpec(name=title, args={}, input=input_of(network), classes=classes)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from vir import distributed
 from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
-from vir.config import RunConfig
+from vir.config import AugmentConfig, RunConfig
 from vir.data.device import normalize, soft_targets
 from vir.data.loader import Patience, eval_batches, requests_between
 from vir.data.order import SampleOrder
@@ -30,6 +30,7 @@ from vir.training.guard import check_bad_samples
 from vir.training.plan import Plan
 from vir.weights.spec import InputSpec
 
+_MORE_THAN_LINEAR = "the model makes its logits by more than linear layers on one vector"
 _TOLERANCE = 1e-2
 """Of logits computed in two ways in low precision, of the largest one. Other arithmetic than of the classifiers' is far
 from it."""
@@ -99,8 +100,10 @@ class FeaturePreparation:
         return batch.features, soft_targets(batch.labels, whole, self._num_classes, self._smoothing)
 
 
-def describe(plan: Plan, engine: Engine) -> str:
-    """What features take, where they are kept, in words."""
+def describe(augment: AugmentConfig, plan: Plan, engine: Engine) -> str:
+    """What features take where they are kept, or why they are not, in words."""
+    if reason := _reason(augment, engine):
+        return f"linear probe: each step runs the whole model, because {reason}"
     width, images = feature_width(engine.module) or 0, min(plan.num_samples, plan.samples(plan.total_steps))
     return (f"linear probe: {width} features in {str(engine.dtype).removeprefix('torch.')} of each of {images} images "
             f"take {width * images * engine.dtype.itemsize / 1e9:.3g} GB of CPU memory on each rank")
@@ -109,38 +112,47 @@ def describe(plan: Plan, engine: Engine) -> str:
 def can_be_kept(config: RunConfig, engine: Engine, model_input: InputSpec, world: World) -> bool:
     """Whether steps can do with features: nothing is drawn, and the classifier makes the same logits of them.
 
-    The log tells why not. Collective.
+    The log tells why not, where describe has not. Collective.
     """
-    if config.augment.draws:
-        log.info("linear probe: each step runs the whole model, because --augment draws other images in each epoch")
+    if _reason(config.augment, engine):
         return False
-    width = feature_width(engine.module)
-    differs = width is None or any(distributed.gather(not _make_the_logits(engine, width, model_input, world.device)))
-    if differs:
-        log.info("linear probe: each step runs the whole model, because %s makes its logits by more than linear "
-                 "layers on one vector", type(engine.module).__name__)
-    return not differs
+    reason = next(filter(None, distributed.gather(_difference(engine, model_input, world.device))), "")
+    if reason:
+        log.info("linear probe: each step runs the whole model, because %s", reason)
+    return not reason
 
 
-def _make_the_logits(engine: Engine, width: int, model_input: InputSpec, device: torch.device) -> bool:
-    """Tried with two images of noise."""
+def _reason(augment: AugmentConfig, engine: Engine) -> str:
+    """Why features cannot be kept, as far as it is seen without computing; empty where they may be."""
+    if augment.draws:
+        return "--augment draws other images in each epoch"
+    return "" if feature_width(engine.module) else _MORE_THAN_LINEAR
+
+
+def _difference(engine: Engine, model_input: InputSpec, device: torch.device) -> str:
+    """Why the classifiers do not make the model's logits of features, or cannot be seen to; empty where they do. Tried
+    with two images of noise."""
     noise = torch.rand(2, *model_input.size, generator=torch.Generator().manual_seed(0))
     with engine.evaluating(averaged=False) as forward:
         with classifier_inputs(engine.module) as found:
             expected = forward(noise.to(device))
         features = torch.cat([found[number] for number in sorted(found)], dim=1)
-        if features.shape[1] != width:
-            return False
+        if features.shape[1] != feature_width(engine.module):
+            return _MORE_THAN_LINEAR
         logits = forward(features)
-    return bool((logits - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+    if not expected.isfinite().all():
+        return "its logits of noise are not finite, so that nothing can be compared"
+    if not expected.any():
+        return "its logits are all zero at the start, so that nothing can be compared"
+    return "" if (logits - expected).abs().max() <= _TOLERANCE * expected.abs().max() else _MORE_THAN_LINEAR
 
 
 def compute(config: RunConfig, plan: Plan, engine: Engine, reader: Reader, order: SampleOrder, model_input: InputSpec,
             world: World, patience: Patience, stop: StopRequest, heartbeat: Heartbeat) -> Features | None:
     """Features of all images that the run takes; None where a signal came before the end. Collective.
 
-    The ranks share the images and exchange what they have. The same images are in the same batches wherever the run
-    goes on, so that a resumed run computes the same bits.
+    The ranks share the images and exchange what they have. The same images are in the same batches when the run goes
+    on on as many ranks, so that it computes the same bits.
 
     Raises:
         DataError: too many images that cannot be decoded, or one that cannot be read.
@@ -148,7 +160,7 @@ def compute(config: RunConfig, plan: Plan, engine: Engine, reader: Reader, order
     began, end = time.monotonic(), plan.samples(plan.total_steps)
     # Two epochs' length from the start holds a whole one, and with it every sample that is not excluded.
     samples = np.unique(order.samples(np.arange(min(end, 2 * order.num_samples))))
-    size, width = config.eval.batch_size, feature_width(engine.module)
+    size, width = config.train.micro_batch_size, feature_width(engine.module)
     assert width is not None, "can_be_kept has asked"
     table, used = torch.empty(len(samples), width, dtype=engine.dtype), torch.empty(len(samples), dtype=torch.long)
     batches = eval_batches(reader, model_input, batch_size=size, rank=world.rank, world_size=world.size,

@@ -91,9 +91,10 @@ class GlobalStep:
         return record
 
     def _loss(self, logits: Tensor | tuple[Tensor, Tensor], targets: Tensor, taught: Tensor | None) -> Tensor:
-        if self._teacher is None or taught is None:
+        if self._teacher is None:
             assert isinstance(logits, Tensor), "heads are taught apart by a teacher alone"
             return training_loss(logits, targets, self._train)
+        assert taught is not None
         return distillation_loss(logits, targets, taught, self._train, self._teacher.settings)
 
     def _seed_dropout(self, step: int, micro: int) -> None:

@@ -162,8 +162,8 @@ def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, t
     if world.is_main:  # it looks at the disk
         for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world, teacher):
             log.info(line)
-        if prepared.config.train.linear_probe and not prepared.config.augment.draws:
-            log.info(features.describe(plan, engine))
+        if prepared.config.train.linear_probe:
+            log.info(features.describe(prepared.config.augment, plan, engine))
         if prepared.exclusion:
             log.info("%d samples are left out, as --data.exclude %s says", len(prepared.exclusion),
                      prepared.config.data.exclude)
