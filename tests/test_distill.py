@@ -18,8 +18,8 @@ from vir.checkpoints.names import newest
 from vir.config import DistillConfig, ModelConfig
 from vir.data.reader import ShardReader
 from vir.errors import DataError, SettingsError
-from vir.models import WeightsMetadata, load, save_weights
 from vir.export import export_hub
+from vir.models import WeightsMetadata, load, save_weights
 from vir.models.build import build
 from vir.training import distill
 from vir.training.distill import Teacher, check_teacher, fingerprint, load_teacher

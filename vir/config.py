@@ -211,8 +211,8 @@ class DistillConfig:
     """A trained model that teaches this one (DeiT, arXiv:2012.12877)."""
 
     teacher: str = _free("")
-    """Model of timm with its pretrained weights, by name, a weights file of vir-consolidate, or a folder that vir-export
-    made of one; nobody teaches when not given."""
+    """Model of timm with its pretrained weights, by name, a weights file of vir-consolidate, or a folder that
+    vir-export made of one; nobody teaches when not given."""
     kind: Literal["soft", "hard", "token"] = "hard"
     """soft: the student takes on the teacher's probabilities; hard: the class that it would choose; token: that class,
     by a token and a head of their own, which --model.args '{distilled: true}' gives."""
