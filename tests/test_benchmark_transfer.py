@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from support.forked import forked
 from support.launchers import HANGS, ROOT
 from vir.benchmarks import transfer
 
@@ -32,7 +33,8 @@ def write_images(folder, classes):
 
 @pytest.mark.launcher
 @pytest.mark.timeout(4 * HANGS)
-def test_few_images_with_and_without_what_was_learned_before(tool, tmp_path, capsys):
+def test_few_images_with_and_without_what_was_learned_before(tool, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transfer.subprocess, "run", lambda command, **how: forked(*command[1:], ranks=1))
     digits, fashion = (write_images(tmp_path / name, classes) for name, classes in (
         ("digits", ("one", "two")), ("fashion", ("coat", "shirt"))))
     assert tool.main(["--digits", str(digits), "--fashion", str(fashion), "--folder", str(tmp_path), "--parts", "few",
