@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from support.small_disk import small_disk  # noqa: F401, a fixture
 from vir.errors import DataError, SettingsError
 from vir.output_folder import check_folder, filling
 
@@ -92,27 +93,21 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
             pass
 
 
-def test_a_folder_may_be_a_disk_of_its_own_or_the_root(tmp_path, monkeypatch):
-    """Nothing is renamed from outside of it, or made there."""
-    def replaced(source, target, replace=os.replace):
-        assert source.parent.parent == target.parent
-        replace(source, target)
-
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    monkeypatch.setattr("vir.output_folder.os.replace", replaced)
-    with filling(folder, NAMES) as temporary:
+def test_a_folder_may_be_a_disk_of_its_own(small_disk):  # noqa: F811
+    with filling(small_disk, NAMES) as temporary:
         (temporary / "index").write_text("new")
-        assert list(tmp_path.iterdir()) == [folder]
-    assert contents(folder) == {"index": "new"}
+        assert list(small_disk.parent.iterdir()) == [small_disk]  # which may be all that can be written
+    assert contents(small_disk) == {"index": "new"}
+
+
+def test_the_root_is_a_folder_too(monkeypatch):
+    def cannot(*args, **how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
     monkeypatch.setattr("vir.output_folder.Path.mkdir", cannot)
     with pytest.raises(DataError, match="cannot write /: .*Read-only file system"):
         with filling(Path("/"), NAMES):
             pass
-
-
-def cannot(*args, **how):
-    raise OSError(errno.EROFS, "Read-only file system")
 
 
 def test_what_is_there_already_is_told_at_the_door(tmp_path):
