@@ -26,8 +26,8 @@ from vir.files import sha256
 from vir.models import load
 from vir.models.export import onnx as to_onnx
 from vir.models.export import program
-from vir.models.export.any_size import resampling_matrix
 from vir.models.export.graphs import graphs, logits_of
+from vir.models.strips import resampling_weights
 from vir.weights.metadata import WeightsMetadata
 from vir.weights.portable import save_weights
 from vir.weights.spec import InputSpec, ModelSpec
@@ -98,15 +98,17 @@ def test_an_onnx_file_tells_its_classes_and_preprocessing(weights, exported_onnx
 @pytest.mark.parametrize("new, old", [(3, 7), (7, 3), (5, 5), (2, 1), (14, 24)])
 def test_positions_are_resampled_as_torch_resizes(new, old):
     expected = F.interpolate(torch.eye(old)[None, :, None], (1, new), mode="bicubic", antialias=True)[0, :, 0].T
-    torch.testing.assert_close(resampling_matrix(new, old), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(resampling_weights(new, old), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["vir_tiny_patch16_224", "vir2d_tiny_patch16_224"])
-@pytest.mark.parametrize("pool", ["token", "avg"])
-def test_graphs_of_all_forms_have_the_logits_of_the_model(name, pool):
+@pytest.mark.parametrize("name, more", [
+    *((name, {"global_pool": pool}) for name in ("vir_tiny_patch16_224", "vir2d_tiny_patch16_224")
+      for pool in ("token", "avg")),
+    ("vir_tiny_patch16_224", {"distilled": True})])
+def test_graphs_of_all_forms_have_the_logits_of_the_model(name, more):
     """As modules, before any exporter has seen them: retention_norm and no layer scale among them."""
     torch.manual_seed(0)
-    args = {**TINY, "global_pool": pool, "retention_norm": "layernorm_gelu", "init_values": None}
+    args = {**TINY, **more, "retention_norm": "layernorm_gelu", "init_values": None}
     model = timm.create_model(name, dynamic_img_size=True, **args).eval()
     images = random_images(2, 32, 24)
     with torch.no_grad():
@@ -233,7 +235,10 @@ def test_a_graph_with_other_logits_leaves_nothing(tmp_path, weights, monkeypatch
     ("test_resnet", dict(num_classes=5), dict(dynamic_size=True), "--dynamic-size is of ViR models, and this is a Res"),
     ("test_resnet", dict(num_classes=5), dict(form="recurrent"), "--form recurrent is of ViR models"),
     ("vir_tiny_patch16_224", {**TINY, "global_pool": "max"}, dict(form="recurrent"), "global_pool is 'max'"),
-    ("vir_tiny_patch16_224", {**TINY, "global_pool": ""}, dict(dynamic_size=True), "global_pool is ''")])
+    ("vir_tiny_patch16_224", {**TINY, "global_pool": ""}, dict(dynamic_size=True), "global_pool is ''"),
+    ("vir_tiny_patch16_224", TINY, dict(to="hub"), "--to is 'hub'; choose onnx or torch_export, or call export_hub"),
+    ("vir_tiny_patch16_224", TINY, dict(form="x"), "--form is 'x'; choose parallel or recurrent"),
+    ("vir_tiny_patch16_224", TINY, dict(form="recurrent", dynamic_size=True), "leave out --form recurrent")])
 def test_forms_that_a_model_has_not_are_refused(tmp_path, name, args, how, said):
     path = write_weights(tmp_path / "w.safetensors", name, **args)
     with pytest.raises(SettingsError, match=re.escape(said)):
@@ -318,15 +323,42 @@ def test_a_model_that_torch_cannot_trace_is_told():
 
 
 @pytest.mark.parametrize("more, said", [
-    (["--to", "torch_export", "--opset", "18"], "--opset is of ONNX"),
+    (["--to", "torch_export", "--opset", "18"], "--opset is of ONNX, not for --to torch_export; leave it out"),
+    (["--to", "hub", "--opset", "18"], "--opset is not for --to hub"),
     (["--to", "onnx", "--opset", "0"], "--opset is 0; it must be at least 1"),
     (["--to", "onnx", "--evaluation", "r.json"], "--evaluation is for the model card of --to hub"),
     (["--to", "hub", "--dynamic-size"], "--dynamic-size is not for --to hub"),
     (["--to", "onnx", "--dynamic-size", "--form", "recurrent"], "--dynamic-size is of the parallel form")])
 def test_flags_that_do_not_go_together_are_refused(capsys, more, said):
-    with pytest.raises(SystemExit) as end:
-        export.main(["w.safetensors", "out", *more])
-    assert end.value.code == 2 and said in capsys.readouterr().err
+    """By the flags, or by the call that they are for."""
+    try:
+        code = export.main(["w.safetensors", "out", *more])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2 and said in capsys.readouterr().err
+
+
+def test_a_folder_of_hugging_face_is_told_the_file_in_it(tmp_path, weights):
+    export.export_hub(weights, tmp_path / "hub")
+    said = re.escape(f"{tmp_path / 'hub'} is a folder; give the weights file in it: {tmp_path}/hub/model.safetensors")
+    for call in (export.export_model, export.export_hub):
+        with pytest.raises(SettingsError, match=said):
+            call(tmp_path / "hub", tmp_path / "out")
+        with pytest.raises(SettingsError, match=f"{tmp_path} is a folder; make a weights file of a run first"):
+            call(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_a_full_disk_is_told(tmp_path, ending):
+    """Not by the end of the process, as torch's writer does it."""
+    graph, = graphs(torch.nn.Flatten(), (3, 2, 2), "parallel")
+    made, path = program.exported(graph), tmp_path / f"model.{ending}"
+    path.symlink_to("/dev/full")
+    with pytest.raises(DataError, match=f"cannot write model.{ending}: .*No space left on device; free some space or"):
+        if ending == "pt2":
+            program.save_program(path, made, {})
+        else:
+            to_onnx.save_onnx(path, made, graph, {})
 
 
 def test_the_tool_is_the_program(tmp_path, monkeypatch, capsys):

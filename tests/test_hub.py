@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models._hub import save_for_hf
 
+from support.small_disk import small_disk  # noqa: F401, a fixture
 from vir import evaluate
 from vir.errors import DataError, SettingsError
 from vir.models import WeightsMetadata, load, read_metadata, save_weights
@@ -126,6 +127,13 @@ def test_where_it_cannot_be_written_nothing_is_left(tmp_path, path):
     with pytest.raises(TypeError):
         write_folder(tmp_path / "hub", path, network)
     assert [one.name for one in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_full_disk_leaves_nothing(small_disk, path):  # noqa: F811
+    (small_disk / "full").write_bytes(bytes((1 << 20) - 8192))
+    with pytest.raises(DataError, match="cannot write .*/disk/hub: .*No space left on device: .*; free some space or"):
+        write_folder(small_disk / "hub", path, load(path))
+    assert [one.name for one in small_disk.iterdir()] == ["full"]
 
 
 # ---- The model card

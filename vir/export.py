@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # --help and a wrong flag are answered before torch is import
     from vir.weights.spec import InputSpec
 
 FORMATS = ("onnx", "torch_export", "hub")
+FORMS = ("parallel", "recurrent")
 TOLERANCE = 1e-4
 """The largest difference of a logit, as a share of the largest logit where that is above 1."""
 
@@ -75,7 +76,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                              "FOLDER/model.aoti.pt2 for this kind of CPU; hub: a folder in timm's layout")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write; other files in it stay")
     graph = parser.add_argument_group("graphs", "of onnx and torch_export")
-    graph.add_argument("--form", choices=("parallel", "recurrent"), default="parallel",
+    graph.add_argument("--form", choices=FORMS, default="parallel",
                        help="recurrent: step and read in the place of model, of a ViR (default: parallel)")
     graph.add_argument("--dynamic-size", action="store_true", help="take images of all sizes that are two or more "
                        "whole patches high and wide, of a ViR in the parallel form; positions are resampled")
@@ -88,18 +89,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     args = parser.parse_args(argv)
     graphs_only = {"--form": args.form != "parallel", "--dynamic-size": args.dynamic_size,
-                   "--images": args.images is not None}
+                   "--opset": args.opset is not None, "--images": args.images is not None}
     for flag, is_given in graphs_only.items():
         if is_given and args.to == "hub":
             parser.error(f"{flag} is not for --to hub; leave it out")
-    if args.opset is not None and args.to != "onnx":
-        parser.error(f"--opset is of ONNX, not for --to {args.to}; leave it out")
-    if args.opset is not None and args.opset < 1:
-        parser.error(f"--opset is {args.opset}; it must be at least 1")
     if args.evaluation is not None and args.to != "hub":
         parser.error(f"--evaluation is for the model card of --to hub, not for --to {args.to}; leave it out")
-    if args.dynamic_size and args.form == "recurrent":
-        parser.error("--dynamic-size is of the parallel form; leave out --form recurrent")
     return args
 
 
@@ -140,15 +135,19 @@ def export_model(weights: str | os.PathLike[str], folder: str | os.PathLike[str]
         force: Replace files of these names.
 
     Raises:
-        SettingsError: the model has no such form or graph; a file exists; a library is missing.
+        SettingsError: an argument is none of these, or not for the others; the model has no such form or graph; a file
+            exists; a library is missing.
         DataError: the weights or images cannot be read, nothing can be written, or a graph gives other logits.
     """
+    _check_how(to, form, dynamic_size, opset)
+    _check_libraries(to)
+    from vir.evaluation.run import refuse_folder
     from vir.models import load
     from vir.models.export.graphs import GRAPHS, graphs
     from vir.weights.portable import files_of, read_metadata
 
     weights, folder = Path(weights), Path(folder)
-    _check_libraries(to)
+    refuse_folder("FILE.safetensors", weights)
     names = [f"{graph}{ending}" for graph in GRAPHS[form] for ending in _ENDINGS[to]]
     check_folder(folder, names, force)
     metadata = read_metadata(weights)
@@ -183,10 +182,12 @@ def export_hub(weights: str | os.PathLike[str], folder: str | os.PathLike[str], 
         SettingsError: the folder has such files; the evaluation is of other weights.
         DataError: something cannot be read or written.
     """
+    from vir.evaluation.run import refuse_folder
     from vir.models.network import described
     from vir.weights import hub
     from vir.weights.portable import outline
 
+    refuse_folder("FILE.safetensors", Path(weights))
     metadata, outlines = outline(weights)
     hub.write_folder(Path(folder), Path(weights), described(weights, metadata.model, outlines), force=force,
                      evaluation=None if evaluation is None else Path(evaluation))
@@ -284,6 +285,21 @@ _WRITERS: dict[str, Callable[[Path, list[Graph], dict[str, Any], Comparison, int
 
 _ENDINGS = {"onnx": (".onnx.data", ".onnx"), "torch_export": (".pt2", ".aoti.pt2")}
 """Of a graph's files, in the order in which they take their places."""
+
+
+def _check_how(to: str, form: str, dynamic_size: bool, opset: int | None) -> None:
+    """Raises SettingsError, before torch is imported."""
+    if to not in _WRITERS:
+        raise SettingsError(f"--to is {to!r}; choose onnx or torch_export, or call export_hub for a folder of Hugging "
+                            "Face")
+    if form not in FORMS:
+        raise SettingsError(f"--form is {form!r}; choose parallel or recurrent")
+    if dynamic_size and form == "recurrent":
+        raise SettingsError("--dynamic-size is of the parallel form; leave out --form recurrent")
+    if opset is not None and to != "onnx":
+        raise SettingsError(f"--opset is of ONNX, not for --to {to}; leave it out")
+    if opset is not None and opset < 1:
+        raise SettingsError(f"--opset is {opset}; it must be at least 1")
 
 
 def _check_libraries(to: str) -> None:

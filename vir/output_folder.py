@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vir.errors import DataError, SettingsError
@@ -17,40 +17,61 @@ def check_folder(folder: Path, names: Sequence[str], force: bool) -> None:
     """Raises SettingsError where files of these names cannot come into the folder: to ask before long work.
 
     Args:
-        force: those that exist may be replaced.
+        force: files that exist may be replaced; what is no regular file may not.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise SettingsError(f"{folder} is a file; give the name of a folder")
-    if not force and (there := [name for name in names if (folder / name).exists()]):
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if others := [name for name in there if not os.path.isfile(folder / name)]:
+        raise SettingsError(f"{folder} has {', '.join(others)}, which is no regular file; give another folder, or "
+                            "remove it")
+    if there and not force:
         raise SettingsError(f"{folder} has {', '.join(there)} already; give another folder, or --force to replace")
 
 
 @contextmanager
-def filling(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A temporary folder beside `folder`; the files of these names that are in it at the end of the block go there.
+def writing(what: Path | str) -> Iterator[None]:
+    """OSErrors of the block become the DataError that `what` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write {what}: {error}; free some space or choose another folder") from error
 
-    The last one goes last, and what `folder` has under these names is removed before: a kill leaves no mixture that has
-    it. Other files stay. After an error in the block nothing has changed.
+
+@contextmanager
+def filling(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A hidden folder in `folder`; the files of these names that are in it at the end of the block go into `folder`.
+
+    In it, because `folder` may be a disk of its own, or all that may be written. The last file goes last, and what
+    `folder` has under these names is removed before, when the new ones are on disk: a kill leaves no mixture that has
+    the last one. Other files stay. After an error in the block nothing has changed: folders that were made are gone.
 
     Raises:
-        DataError: something could not be written.
+        DataError: the folder or a name in it could not be made. What fails in the block is its own.
     """
-    folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    folder = Path(os.path.realpath(folder))
+    new_folders = [one for one in (folder, *folder.parents) if not os.path.exists(one)]
+    temporary = folder / f".{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
     try:
-        temporary.mkdir(parents=True)
+        with writing(folder):
+            temporary.mkdir(parents=True)
         yield temporary
-        made = [name for name in names if (temporary / name).exists()]
-        for name in made:
-            flush(temporary / name)
-        folder.mkdir(exist_ok=True)
-        for name in reversed(names):
-            (folder / name).unlink(missing_ok=True)
-        for name in made:
-            os.replace(temporary / name, folder / name)
-        flush(folder)
-        flush(folder.parent)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
+        with writing(folder):
+            _take_places(temporary, folder, names)
+            for one in (folder, *(new.parent for new in new_folders)):
+                flush(one)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for one in new_folders:
+            with suppress(OSError):  # it has files, and so have those above it
+                one.rmdir()
+
+
+def _take_places(temporary: Path, folder: Path, names: Sequence[str]) -> None:
+    made = [name for name in names if (temporary / name).exists()]
+    for name in made:
+        flush(temporary / name)
+    for name in reversed(names):
+        (folder / name).unlink(missing_ok=True)
+    for name in made:
+        os.replace(temporary / name, folder / name)

@@ -27,6 +27,7 @@ from vir.log import log
 from vir.models import RETENTION_MODES, load
 from vir.models.kernels import is_out_of_memory
 from vir.models.network import described
+from vir.weights import hub
 from vir.weights.metadata import DTYPES, WeightsMetadata
 from vir.weights.portable import files_of, outline
 from vir.weights.spec import InputSpec, ModelSpec, input_of
@@ -137,7 +138,9 @@ def check_weights(weights: Sequence[Path], reader: Reader, how: How) -> None:
 
 
 def refuse_folder(flag: str, path: Path) -> None:
-    """Raises SettingsError where a run folder, or another one, is given for a weights file."""
+    """Raises SettingsError where a run folder, one of Hugging Face, or another is given for a weights file."""
+    if hub.is_folder(path):
+        raise SettingsError(f"{flag} {path} is a folder; give the weights file in it: {path / hub.WEIGHTS}")
     if path.is_dir():
         raise SettingsError(f"{flag} {path} is a folder; make a weights file of a run first: vir-consolidate "
                             f"{path} --output {path.name or 'vir'}.safetensors")

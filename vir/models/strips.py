@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+_CUBIC = -0.5
+"""The parameter of the bicubic filter in antialiased resizing, of Pillow and of torch."""
 
 
 def cut_strips(
@@ -47,6 +49,11 @@ def cut_strips(
 
 def resampling_weights(new: int, old: int) -> Tensor:
     """[new, old] float32: how much of each old place is in each new one, by the filter that timm resamples positions
-    with (bicubic, antialiased)."""
-    places = torch.eye(old)[None, None]  # one column for each old place
-    return F.interpolate(places, size=(new, old), mode="bicubic", antialias=True)[0, 0]
+    with (bicubic, antialiased). In operators that torch.export takes when the numbers are symbols."""
+    scale = torch.full((1,), old, dtype=torch.float32) / torch.full((1,), new, dtype=torch.float32)
+    centres = (torch.arange(new)[:, None] + 0.5) * scale
+    distances = ((torch.arange(old) + 0.5 - centres) / scale.clamp(min=1)).abs()
+    near = ((_CUBIC + 2) * distances - (_CUBIC + 3)) * distances * distances + 1
+    far = ((distances - 5) * distances + 8) * distances - 4
+    weights = torch.where(distances < 1, near, torch.where(distances < 2, _CUBIC * far, 0.0))
+    return weights / weights.sum(dim=1, keepdim=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from vir.errors import DataError, SettingsError
 from vir.files import read_regular, sha256
-from vir.output_folder import check_folder, filling
+from vir.output_folder import check_folder, filling, writing
 from vir.weights.fields import is_count, is_list_of_texts, is_text, is_text_map, some, strict_json
 from vir.weights.metadata import MODEL_RULES, WeightsMetadata
 from vir.weights.portable import files_of, is_there, read, read_metadata, save_weights
@@ -126,7 +126,7 @@ def write_folder(folder: Path, path: Path, network: nn.Module, *, evaluation: Pa
     check_folder(folder, FILES, force)
     metadata = read_metadata(path)
     results = None if evaluation is None else read_evaluation(evaluation, path)
-    with filling(folder, FILES) as temporary:
+    with filling(folder, FILES) as temporary, writing(folder):
         if (files := files_of(path)) == [path]:
             shutil.copyfile(path, temporary / WEIGHTS)  # to the last bit, so that its SHA-256 is the same
         else:

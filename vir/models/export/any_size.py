@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from vir.errors import SettingsError
 from vir.models.block import Block
+from vir.models.strips import resampling_weights
 from vir.models.vision_retention import VisionRetention
-
-_CUBIC = -0.5
-"""The parameter of the bicubic filter in antialiased resizing, of Pillow and of torch."""
 
 
 class AnySize(nn.Module):
@@ -40,7 +38,7 @@ class AnySize(nn.Module):
         x = model.patch_embed.proj(images).flatten(2).mT + self._positions(rows, columns)
         blocks = list(cast(Iterable[Block], model.blocks))
         if model.cls_token is not None:
-            x = torch.cat([x, model.cls_token.expand(x.shape[0], -1, -1)], dim=1)
+            x = torch.cat([x, model._last_tokens(x)], dim=1)
         mask = self._mask(rows, columns, blocks[0])
         for block in blocks:
             x = block.with_retention(x, lambda q, k, v: (q @ k.mT * mask) @ v)
@@ -50,30 +48,19 @@ class AnySize(nn.Module):
         """[1, P, D]: the table resampled bicubic, antialiased, as timm's resample_abs_pos_embed does it."""
         old_rows, old_columns = self.model.patch_embed.grid_size
         table = self.model.pos_embed.unflatten(1, (old_rows, old_columns))
-        table = torch.einsum("rR,bRCd->brCd", resampling_matrix(rows, old_rows), table)
-        return torch.einsum("cC,brCd->brcd", resampling_matrix(columns, old_columns), table).flatten(1, 2)
+        table = torch.einsum("rR,bRCd->brCd", resampling_weights(rows, old_rows), table)
+        return torch.einsum("cC,brCd->brcd", resampling_weights(columns, old_columns), table).flatten(1, 2)
 
     def _mask(self, rows: int, columns: int, block: Block) -> Tensor:
         """[H, N, N]: decay to the distance where a token sees another, else 0; times the scale of q . k."""
         if block.retention.dims == 2:  # ONNX has no remainder of a division by a symbol
-            grid, last = (rows, columns), [rows, columns - 1]
+            grid, last = (rows, columns), (rows, columns - 1)
             places = [torch.arange(rows)[:, None].expand(grid).flatten(), torch.arange(columns).expand(grid).flatten()]
+            if self.model.cls_token is not None:  # below the last patch
+                places = [torch.cat([place, place.new_full((1,), end)]) for place, end in zip(places, last)]
         else:
-            places, last = [torch.arange(rows * columns)], [rows * columns]
-        if self.model.cls_token is not None:  # below the last patch with 2-D decay, after it along a sequence
-            places = [torch.cat([place, place.new_full((1,), end)]) for place, end in zip(places, last)]
+            places = [torch.arange(rows * columns + self.model.num_prefix_tokens)]
         steps = torch.stack([place[:, None] - place for place in places])  # [1 or 2, N, N]
         powers = block.retention.decay[:, None, None] ** steps.sum(dim=0).clamp(min=0)
         width = self.model.embed_dim // block.retention.num_heads
         return torch.where((steps >= 0).all(dim=0), powers, 0.0) * width ** -0.5
-
-
-def resampling_matrix(new: int, old: int) -> Tensor:
-    """[new, old] float32: from the numbers along one side to those of an antialiased bicubic resizing of it."""
-    scale = torch.full((1,), old, dtype=torch.float32) / torch.full((1,), new, dtype=torch.float32)
-    centres = (torch.arange(new)[:, None] + 0.5) * scale
-    distances = ((torch.arange(old) + 0.5 - centres) / scale.clamp(min=1)).abs()
-    near = ((_CUBIC + 2) * distances - (_CUBIC + 3)) * distances * distances + 1
-    far = ((distances - 5) * distances + 8) * distances - 4
-    weights = torch.where(distances < 1, near, torch.where(distances < 2, _CUBIC * far, 0.0))
-    return weights / weights.sum(dim=1, keepdim=True)

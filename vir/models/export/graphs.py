@@ -16,7 +16,6 @@ from vir.models.export.any_size import AnySize
 from vir.models.export.recurrent import Read, Step, check_streams
 from vir.models.vision_retention import VisionRetention
 
-FORMS = ("parallel", "recurrent")
 GRAPHS = {"parallel": ("model",), "recurrent": ("step", "read")}
 """The names of the graphs of each form."""
 
@@ -44,7 +43,7 @@ def graphs(model: nn.Module, size: tuple[int, int, int], form: str, dynamic_size
 
     Args:
         size: [channels, height, width] of its images.
-        form: One of FORMS.
+        form: One of GRAPHS.
         dynamic_size: Take images of all sizes that are whole patches; in the parallel form alone.
 
     Raises:

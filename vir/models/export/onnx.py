@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from vir.errors import DataError, SettingsError
 from vir.models.export.graphs import Graph, Runner
 from vir.models.export.program import first_line, quiet
+from vir.output_folder import writing
 
 
 def save_onnx(path: Path, program: ExportedProgram, graph: Graph, metadata: Mapping[str, Any],
@@ -30,7 +31,7 @@ def save_onnx(path: Path, program: ExportedProgram, graph: Graph, metadata: Mapp
 
     Raises:
         SettingsError: torch has no translation of an operator, or none into this set.
-        OSError: It cannot be written.
+        DataError: It cannot be written.
     """
     names = [{graph.batches[name]: "batch", **({tensor.ndim - 2: "height", tensor.ndim - 1: "width"}
                                                if name in graph.sides else {})}
@@ -49,7 +50,8 @@ def save_onnx(path: Path, program: ExportedProgram, graph: Graph, metadata: Mapp
                             f"give {found}, or leave it out")
     made.model.metadata_props.update({name: value if isinstance(value, str) else json.dumps(value)
                                       for name, value in metadata.items()})
-    made.save(path)
+    with writing(path.name):
+        made.save(path)
     return found
 
 

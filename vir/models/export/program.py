@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -16,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from vir.errors import SettingsError
 from vir.models.export.graphs import Graph, Runner
+from vir.output_folder import writing
 
 METADATA_FILE = "vir.json"
 """In a program's file: what torch.export.load returns in extra_files."""
@@ -44,9 +46,11 @@ def exported(graph: Graph) -> ExportedProgram:
 
 
 def save_program(path: Path, program: ExportedProgram, metadata: Mapping[str, Any]) -> None:
-    """Write the `.pt2` file. Raises OSError."""
-    with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
+    """Write the `.pt2` file. DataError where it cannot be written."""
+    made = io.BytesIO()  # torch's own writer kills the process where the disk is full
+    torch.export.save(program, made, extra_files={METADATA_FILE: json.dumps(metadata)})
+    with writing(path.name):
+        path.write_bytes(made.getbuffer())
 
 
 def load_program(path: Path) -> Runner:
@@ -64,8 +68,10 @@ def compile_package(path: Path, program: ExportedProgram) -> Runner:
     """
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
+    made = io.BytesIO()  # as in save_program
     with quiet(), torch.no_grad():
-        aoti_compile_and_package(program, package_path=str(path))
+        aoti_compile_and_package(program, package_path=made)
+        path.write_bytes(made.getbuffer())
         package = aoti_load_package(str(path))
     return lambda *inputs: _as_tuple(package(*inputs))
 

@@ -91,15 +91,24 @@ class Read(nn.Module):
     def forward(self, seen: Tensor) -> tuple[Tensor]:
         if self.model.cls_token is None:
             return (self.model.head(seen / self.model.pos_embed.shape[1]),)
-        x = self.model.cls_token.expand(seen.shape[1], -1, -1)  # [B, 1, D]
+        x = self.model._last_tokens(seen[0])  # [B, T, D], T = 2 with a distillation token
         for block, state in zip(_blocks(self.model), seen.unbind(0)):
             last = state[:, :, -1] if block.retention.dims == 2 else state  # the class token stands in the last column
-            x = block.with_retention(x, lambda q, k, v: _one(q, k, v, block.retention.decay, last)[0])
+            x = block.with_retention(x, lambda q, k, v: _in_order(q, k, v, block.retention.decay, last))
         return (self.model.forward_head(self.model.norm(x)),)
 
 
 def _blocks(model: VisionRetention) -> list[Block]:
     return list(cast(Iterable[Block], model.blocks))
+
+
+def _in_order(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    """[B, H, T, K]: one token after the other."""
+    outputs = []
+    for token in zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2)):
+        out, state = _one(*token, decay, state)
+        outputs.append(out)
+    return torch.cat(outputs, dim=2)
 
 
 def _one(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
