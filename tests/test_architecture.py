@@ -81,6 +81,7 @@ TESTED_ELSEWHERE = {
     "vir.models.strips": "test_streaming.py",
     "vir.evaluation.run": "test_evaluate.py: with what it runs",
     "vir.evaluation.labelling": "test_predict.py: with what runs it",
+    "vir.evaluation.limits": "test_predict.py: as what it refuses is asked for",
     "vir.evaluation.pictures": "test_predict.py: as its images are named",
     "vir.evaluation.outputs": "test_evaluate.py: as its files are asked for",
     "vir.index": "test_foreign.py: with what it runs",

@@ -250,7 +250,7 @@ def test_vir_index_refuses_what_it_cannot_do(server, tmp_path, capsys):
     assert code == 3 and "none.txt" in error
     for value in ("-5", "0", "nan", "inf"):
         code, error = told(server.url("/in/set-train-00.tar"), "--timeout", value)
-        assert code == 2 and f"--timeout must be more than 0 seconds, got {float(value)}" in error
+        assert code == 2 and f"--timeout is {float(value)}; it must be more than 0 seconds, and not infinite" in error
 
 
 def test_vir_index_of_local_tars_in_two_folders(tmp_path, capsys):

@@ -3,8 +3,11 @@
 import csv
 import io
 import json
+import math
 import os
 import re
+import socket
+import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -21,8 +24,10 @@ from support.http_server import HttpServer
 from vir import predict
 from vir.data.decode import decode_image
 from vir.data.strip_decoding import LooksDamagedError, open_strips
+from vir.data.transforms import EvalTransform
 from vir.errors import SettingsError
 from vir.evaluation import labelling
+from vir.export import export_hub
 from vir.models import VisionRetention, load
 from vir.weights.metadata import WeightsMetadata
 from vir.weights.portable import save_weights
@@ -148,6 +153,55 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_go_on(said, tmp_pa
     assert rows[1:] == [[str(tmp_path / "0c.png"), "", "", "", "", found["0c.png"]["error"]]]
 
 
+@pytest.mark.parametrize("flags", [[], ["--stream"]], ids=str)
+def test_an_image_that_takes_too_much_memory_is_named_and_the_others_go_on(said, tmp_path, monkeypatch, flags):
+    """Python's own lack of memory where it is read, and torch's where it is computed, or resized."""
+    read, stream = labelling.read_picture, VisionRetention.forward_stream_features
+    resized, too_much = EvalTransform.apply, 1 << 60
+
+    def reading(name, timeout):
+        if name.endswith("1.png"):
+            raise MemoryError
+        return read(name, timeout)
+
+    def streaming(model, strips, size):
+        return torch.empty(too_much) if size == (50, 50) else stream(model, strips, size)
+
+    def resizing(transform, pixels, crop):
+        return torch.empty(too_much) if pixels.shape[:2] == (50, 50) else resized(transform, pixels, crop)
+
+    monkeypatch.setattr(labelling, "read_picture", reading)
+    monkeypatch.setattr(labelling, "to_stream", reading)
+    monkeypatch.setattr(VisionRetention, "forward_stream_features", streaming)
+    monkeypatch.setattr(EvalTransform, "apply", resizing)
+    for seed in range(4):
+        write_image(tmp_path / f"{seed}.png", seed, (50, 50) if seed == 2 else (45, 36))
+    done = said(tmp_path, "--json", "--features", tmp_path / "f.npz", *flags, code=3)
+    assert [each.get("error", "").partition(" (")[0].partition(";")[0] for each in lines_of(done.out)] == [
+        "", "it needs more memory than there is", "it needs more memory than there is", ""]
+    assert "can't allocate memory" in lines_of(done.out)[2]["error"]
+    assert [Path(name).name for name in np.load(tmp_path / "f.npz")["images"]] == ["0.png", "3.png"]
+
+
+def test_names_of_classes_stay_in_their_line(tmp_path, folder, capsys):
+    path = write_weights(tmp_path / "w.safetensors", classes=("a\nb", "\x1b[2J", *"cdefg"))
+    assert predict.main([str(path), folder[1][0], "--topk", "7"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("\n") == 8 and "\x1b" not in told
+    assert " %  'a\\nb'\n" in told and " %  '\\x1b[2J'\n" in told
+
+
+def test_a_model_of_timm_names_the_classes_of_its_folder(weights, folder, tmp_path, caplog):
+    export_hub(weights, tmp_path / "hub")
+    of_file, = labelling.predict_images(weights, folder[1][:1])
+    model = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True)
+    found, = labelling.predict_images(model.eval(), folder[1][:1])
+    assert found.guesses == of_file.guesses and "name no classes" not in caplog.text
+    other = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True, num_classes=3)
+    found, = labelling.predict_images(other.eval(), folder[1][:1])
+    assert {guess.name for guess in found.guesses} == set("012") and "name no classes" in caplog.text
+
+
 def test_wnids_are_told_in_words(tmp_path, folder, capsys):
     wnids = ImageNetInfo().label_names()[:7]
     path = write_weights(tmp_path / "i.safetensors", classes=tuple(wnids))
@@ -234,6 +288,30 @@ def test_images_of_servers_are_told_without_secrets(said, folder):
             assert "geheim" not in done.out + done.err and "none.jpg" in found[1]["error"]
 
 
+UNHEARD = """
+import os, sys
+from vir import predict
+reader, pipe = os.pipe()
+os.close(reader)
+output = sys.argv.pop()
+os.dup2(pipe if output == "pipe" else os.open(output, os.O_WRONLY), 1)
+sys.exit(predict.command())
+"""
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("output", ["/dev/full", "pipe"])
+def test_an_output_that_cannot_be_written_ends_it_though_threads_wait_for_a_server(weights, folder, output):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        done = forked("-c", UNHEARD, weights, folder[1][0], f"http://127.0.0.1:{silent.getsockname()[1]}/x.jpg",
+                      "--batch-size", "1", "--workers", "2", "--timeout", "250", "--device", "cpu", output, ranks=1)
+        assert time.monotonic() - began < 100
+    assert done.returncode == 3 and "Traceback" not in done.stdout and "Exception ignored" not in done.stdout
+    assert ("vir-predict: standard output cannot be written: No space left on device; free some space, or send it "
+            "elsewhere\n" in done.stdout) == (output != "pipe"), done.stdout
+
+
 # ---- what is refused at the door
 
 
@@ -271,15 +349,34 @@ def test_weights_that_are_none_or_have_no_classifier_are_told(tmp_path, folder, 
     assert code == 2 and "this model has global_pool=''; leave --stream out" in error
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--topk", "0"], "--topk is 0; it must be at least 1"), (["--batch-size", "0"], "--batch-size is 0"),
-    (["--crop-pct", "1.5"], "--crop-pct is 1.5; it must be in (0, 1]"), (["--timeout", "0"], "--timeout is 0; it must"),
-    (["--json", "--csv"], "not allowed with argument"),
-    (["--stream", "--img-size", "9"], "--stream takes images at their own size; leave out --img-size")])
-def test_a_flag_that_cannot_be_is_told(capsys, flags, said):
-    with pytest.raises(SystemExit) as end:
-        predict.main(["w.safetensors", "x.jpg", *flags])
-    assert end.value.code == 2 and said in capsys.readouterr().err
+@pytest.mark.parametrize("asked, said", [
+    (dict(topk=0), "--topk is 0; it must be at least 1"), (dict(batch_size=0), "--batch-size is 0; it must be"),
+    (dict(workers=0), "--workers is 0; it must be at least 1"), (dict(img_size=0), "--img-size is 0; it must be"),
+    (dict(crop_pct=1.5), "--crop-pct is 1.5; it must be in (0, 1]"), (dict(timeout=0.0), "--timeout is 0.0; it must"),
+    (dict(timeout=math.inf), "--timeout is inf; it must be more than 0 seconds, and not infinite"),
+    (dict(dtype="int8"), "--dtype is 'int8'; it must be one of fp32, bf16, fp16"),
+    (dict(crop_mode="fit"), "--crop-mode is 'fit'; it must be one of center, squash, border"),
+    (dict(stream=True, crop_pct=0.5), "--stream takes images at their own size; leave out --crop-pct")], ids=str)
+def test_what_cannot_be_asked_is_told_by_the_program_and_the_call(capsys, asked, said):
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        labelling.predict_images("w.safetensors", ["x.jpg"], **asked)
+    flags = [f"--{name.replace('_', '-')}={value}".removesuffix("=True") for name, value in asked.items()]
+    if asked.keys() & {"dtype", "crop_mode"}:
+        with pytest.raises(SystemExit, match="2"):
+            predict.main(["w.safetensors", "x.jpg", *flags])
+    else:
+        assert predict.main(["w.safetensors", "x.jpg", *flags]) == 2
+        assert capsys.readouterr().err.startswith(f"vir-predict: {said}")
+
+
+def test_a_model_answers_as_it_is_and_not_while_it_trains(weights):
+    model = load(weights)
+    for given in (dict(img_size=42), dict(dtype="bf16"), dict(device="cpu")):
+        with pytest.raises(SettingsError, match=f"^{next(iter(given))} is for the model of a weights file, and a model "
+                                                "is given; leave it out"):
+            labelling.predict_images(model, ["x.jpg"], **given)
+    with pytest.raises(SettingsError, match=r"in training mode.*; call model.eval\(\) first"):
+        labelling.predict_images(model.train(), ["x.jpg"])
 
 
 def test_logits_that_are_not_finite_are_no_answer(tmp_path, folder):

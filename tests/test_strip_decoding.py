@@ -1,5 +1,6 @@
 """Images decoded in strips have the pixels of decode_image, whatever the kind of file and its damage."""
 
+import errno
 import io
 import random
 import sys
@@ -138,6 +139,44 @@ def test_what_is_too_large_or_no_image_is_told(tmp_path, monkeypatch):
     assert said(WHOLE["BMP"]) == "the image has 83 x 61 pixels, more than 5,000; it could be a decompression bomb"
     with open_strips(IN_STRIPS["PNG"]) as strips:
         assert strips.height == 61  # in strips it may
+
+
+@pytest.mark.parametrize("kind", ["progressive", "one colour after another"])
+def test_a_jpeg_of_several_scans_has_a_bound(kind, monkeypatch):
+    """libjpeg has its coefficients in memory."""
+    monkeypatch.setattr("vir.data.decode.MAX_PIXELS", 5000)
+    before, after = IN_STRIPS["JPEG"].split(b"\xff\xda\x00\x0c\x03")  # the header of a scan of three colours
+    with open_strips(IN_STRIPS["JPEG"]) as strips:
+        assert strips.height == 61
+    data = IN_STRIPS.get(kind) or before + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + after[9:]
+    with pytest.raises(BadSampleError, match="83 x 61 pixels, more than 5,000; it could be a decompression bomb"):
+        with open_strips(data):
+            pass
+
+
+def test_a_file_that_vanishes_or_cannot_be_read_on_is_told(tmp_path, monkeypatch):
+    class Failing(io.BytesIO):
+        fails = False
+
+        def read(self, *size):
+            if self.fails:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(*size)
+
+    monkeypatch.setattr(strip_decoding, "BytesIO", Failing)
+    with open_strips(IN_STRIPS["PPM"]) as strips:
+        Failing.fails = True
+        with pytest.raises(BadSampleError, match="^it cannot be read: Input/output error$"):
+            next(strips.pixels)
+    with pytest.raises(BadSampleError, match="^it cannot be read: Input/output error$"):
+        with open_strips(IN_STRIPS["PPM"]):
+            pass
+    path, loader = tmp_path / "x.jpg", strip_decoding._loader
+    path.write_bytes(IN_STRIPS["JPEG"])
+    monkeypatch.setattr(strip_decoding, "_loader", lambda image: (path.unlink(), loader(image))[1])
+    with pytest.raises(BadSampleError, match="^it cannot be read: No such file or directory$"):
+        with open_strips(path):
+            pass
 
 
 def test_damage_in_an_image_that_is_too_large_for_a_whole_is_told(monkeypatch):

@@ -118,6 +118,16 @@ def test_evaluation_resizes_the_short_side_and_crops_the_centre():
     assert is_like(found, whole[:, 2:18, 7:23])
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_border_leaves_a_line_of_the_flattest_image(flat):
+    """Of 600 x 2 pixels, which are 16 x 0.05 in the crop."""
+    image = np.full((2, 600, 3) if flat else (600, 2, 3), 200, dtype=np.uint8)
+    found = sample_of(transforms.EvalTransform(replace(INPUT, crop_mode="border")), Image.fromarray(image))
+    assert found.shape == (3, 16, 16)
+    lines = (found == 200).all(axis=2 if flat else 1).all(axis=0)
+    assert lines.sum() == 1 and not (found == 200).all()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two classes of images that are wide, high, square, and smaller than a crop; JPEG and PNG."""

@@ -31,9 +31,15 @@ def _free(default: Any) -> Any:
     return field(default=default, metadata={"free": True})
 
 
-def _check(holds: bool, flag: str, value: object, limit: str) -> None:
+def check(holds: bool, flag: str, value: object, limit: str) -> None:
+    """Raises SettingsError with the limit where it does not hold."""
     if not holds:
         raise SettingsError(f"--{flag} is {value!r}; it must be {limit}")
+
+
+def check_timeout(flag: str, seconds: float) -> None:
+    """Raises SettingsError where no server can be waited for so long, or one would be for ever."""
+    check(0 < seconds < float("inf"), flag, seconds, "more than 0 seconds, and not infinite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +82,11 @@ class ModelConfig:
     """Compile each block with torch.compile: faster steps after a slow first one."""
 
     def __post_init__(self) -> None:
-        _check(self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "a positive pixel count")
-        _check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
-        _check(self.chunk_size >= 1, "model.chunk_size", self.chunk_size, "at least 1 token")
-        _check(self.std is None or min(self.std) > 0, "model.std", self.std, "three positive numbers")
-        _check(self.crop_pct is None or 0 < self.crop_pct <= 1, "model.crop_pct", self.crop_pct, "in (0, 1]")
+        check(self.img_size is None or self.img_size > 0, "model.img_size", self.img_size, "a positive pixel count")
+        check(0 <= self.drop_path_rate < 1, "model.drop_path_rate", self.drop_path_rate, "in [0, 1)")
+        check(self.chunk_size >= 1, "model.chunk_size", self.chunk_size, "at least 1 token")
+        check(self.std is None or min(self.std) > 0, "model.std", self.std, "three positive numbers")
+        check(self.crop_pct is None or 0 < self.crop_pct <= 1, "model.crop_pct", self.crop_pct, "in (0, 1]")
         try:
             re.compile(self.freeze or "")
         except re.error as error:
@@ -144,13 +150,13 @@ class DataConfig:
         return self.lanes, self.window
 
     def __post_init__(self) -> None:
-        _check(self.workers is None or self.workers >= 1, "data.workers", self.workers,
-               "at least 1: augmentation seeds its generators per sample and must not touch those of the trainer")
-        _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 micro-batch")
-        _check(self.lanes is None or self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
-        _check(self.window is None or self.window >= 1, "data.window", self.window, "at least 1 sample")
-        _check(0 < self.timeout < float("inf"), "data.timeout", self.timeout, "more than 0 seconds")
-        _check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
+        check(self.workers is None or self.workers >= 1, "data.workers", self.workers,
+              "at least 1: augmentation seeds its generators per sample and must not touch those of the trainer")
+        check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1 micro-batch")
+        check(self.lanes is None or self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
+        check(self.window is None or self.window >= 1, "data.window", self.window, "at least 1 sample")
+        check_timeout("data.timeout", self.timeout)
+        check(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,14 +202,14 @@ class AugmentConfig:
                 or self.interpolation == "random" or self.reprob > 0 or self.mixes)
 
     def __post_init__(self) -> None:
-        _check(0 < self.scale[0] <= self.scale[1] <= 1, "augment.scale", self.scale, "a range within (0, 1]")
-        _check(0 < self.ratio[0] <= self.ratio[1], "augment.ratio", self.ratio, "a range of positive numbers")
-        _check(self.interpolation in ("random", "bicubic", "bilinear"), "augment.interpolation", self.interpolation,
-               "random, bicubic or bilinear")
+        check(0 < self.scale[0] <= self.scale[1] <= 1, "augment.scale", self.scale, "a range within (0, 1]")
+        check(0 < self.ratio[0] <= self.ratio[1], "augment.ratio", self.ratio, "a range of positive numbers")
+        check(self.interpolation in ("random", "bicubic", "bilinear"), "augment.interpolation", self.interpolation,
+              "random, bicubic or bilinear")
         for name in ("hflip", "reprob", "mixup_prob", "mixup_switch_prob"):
-            _check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a probability in [0, 1]")
+            check(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a probability in [0, 1]")
         for name in ("color_jitter", "mixup", "cutmix", "mixup_off_epoch"):
-            _check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "0 or more")
+            check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +228,8 @@ class DistillConfig:
     """By which both models' logits are divided before the softmax of soft."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.alpha <= 1, "distill.alpha", self.alpha, "in [0, 1]")
-        _check(self.temperature > 0, "distill.temperature", self.temperature, "positive")
+        check(0 <= self.alpha <= 1, "distill.alpha", self.alpha, "in [0, 1]")
+        check(self.temperature > 0, "distill.temperature", self.temperature, "positive")
         if self.temperature != 1 and self.kind != "soft":
             raise SettingsError(f"--distill.temperature {self.temperature} acts on soft alone; give --distill.kind "
                                 "soft too")
@@ -261,13 +267,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "lr_base", "lr_base_size", "eps", "layer_decay"):
             value = getattr(self, name)
-            _check(value is None or value > 0, f"optim.{name}", value, "positive")
+            check(value is None or value > 0, f"optim.{name}", value, "positive")
         for name in ("weight_decay", "weight_decay_end", "clip_grad"):
             value = getattr(self, name)
-            _check(value is None or value >= 0, f"optim.{name}", value, "0 or more")
-        _check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
-        _check(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
-        _check(self.layer_decay is None or self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "at most 1")
+            check(value is None or value >= 0, f"optim.{name}", value, "0 or more")
+        check(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
+        check(0 <= self.momentum < 1, "optim.momentum", self.momentum, "in [0, 1)")
+        check(self.layer_decay is None or self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "at most 1")
         if self.lr is not None and self.lr_base is not None:
             raise SettingsError(f"--optim.lr {self.lr} and --optim.lr_base {self.lr_base} are both given; lr is for "
                                 "the whole global batch, lr_base for lr_base_size samples: set one of them to null")
@@ -302,9 +308,9 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         for name in ("warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs"):
             value = getattr(self, name)
-            _check(value is None or value >= 0, f"schedule.{name}", value, "0 or more")
-        _check(self.decay_epochs > 0, "schedule.decay_epochs", self.decay_epochs, "positive")
-        _check(0 < self.decay_rate <= 1, "schedule.decay_rate", self.decay_rate, "in (0, 1]")
+            check(value is None or value >= 0, f"schedule.{name}", value, "0 or more")
+        check(self.decay_epochs > 0, "schedule.decay_epochs", self.decay_epochs, "positive")
+        check(0 < self.decay_rate <= 1, "schedule.decay_rate", self.decay_rate, "in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,18 +357,18 @@ class TrainConfig:
     """
 
     def __post_init__(self) -> None:
-        _check(self.epochs > 0, "train.epochs", self.epochs, "positive")
-        _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
-        _check(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "at least 1")
-        _check(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "at least 1")
-        _check(0 <= self.smoothing < 1, "train.smoothing", self.smoothing, "in [0, 1)")
-        _check(self.seed >= 0, "train.seed", self.seed, "0 or more")
-        _check(self.log_every >= 1, "train.log_every", self.log_every, "at least 1 step")
-        _check(self.profile >= 0, "train.profile", self.profile, "0 or more steps")
-        _check(self.peak_tflops is None or self.peak_tflops > 0, "train.peak_tflops", self.peak_tflops, "positive")
-        _check(self.rank_timeout >= 5, "train.rank_timeout", self.rank_timeout, "at least 5 seconds")
+        check(self.epochs > 0, "train.epochs", self.epochs, "positive")
+        check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
+        check(self.global_batch_size >= 1, "train.global_batch_size", self.global_batch_size, "at least 1")
+        check(self.micro_batch_size >= 1, "train.micro_batch_size", self.micro_batch_size, "at least 1")
+        check(0 <= self.smoothing < 1, "train.smoothing", self.smoothing, "in [0, 1)")
+        check(self.seed >= 0, "train.seed", self.seed, "0 or more")
+        check(self.log_every >= 1, "train.log_every", self.log_every, "at least 1 step")
+        check(self.profile >= 0, "train.profile", self.profile, "0 or more steps")
+        check(self.peak_tflops is None or self.peak_tflops > 0, "train.peak_tflops", self.peak_tflops, "positive")
+        check(self.rank_timeout >= 5, "train.rank_timeout", self.rank_timeout, "at least 5 seconds")
         thresh = self.bce_target_thresh
-        _check(thresh is None or 0 <= thresh < 1, "train.bce_target_thresh", thresh, "in [0, 1)")
+        check(thresh is None or 0 <= thresh < 1, "train.bce_target_thresh", thresh, "in [0, 1)")
         if thresh is not None and self.loss != "bce":
             raise SettingsError(f"--train.bce_target_thresh {thresh} acts on bce alone; give --train.loss bce too")
 
@@ -377,7 +383,7 @@ class EmaConfig:
     """Start from a short average: the decay after update u is at most (1 + u) / (10 + u)."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.decay < 1, "ema.decay", self.decay, "in [0, 1)")
+        check(0 <= self.decay < 1, "ema.decay", self.decay, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,9 +398,9 @@ class EvalConfig:
     """Images per forward pass on one rank."""
 
     def __post_init__(self) -> None:
-        _check(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "positive")
-        _check(self.every_steps is None or self.every_steps >= 1, "eval.every_steps", self.every_steps, "at least 1")
-        _check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+        check(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "positive")
+        check(self.every_steps is None or self.every_steps >= 1, "eval.every_steps", self.every_steps, "at least 1")
+        check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,12 +419,12 @@ class CheckpointConfig:
     """Also keep the checkpoint with the best validation accuracy, saved right after its evaluation; null: do not."""
 
     def __post_init__(self) -> None:
-        _check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "positive")
-        _check(self.every_steps is None or self.every_steps >= 1, "checkpoint.every_steps", self.every_steps,
-               "at least 1")
-        _check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
-        _check(self.keep_every_epochs is None or self.keep_every_epochs > 0, "checkpoint.keep_every_epochs",
-               self.keep_every_epochs, "positive")
+        check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "positive")
+        check(self.every_steps is None or self.every_steps >= 1, "checkpoint.every_steps", self.every_steps,
+              "at least 1")
+        check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        check(self.keep_every_epochs is None or self.keep_every_epochs > 0, "checkpoint.keep_every_epochs",
+              self.keep_every_epochs, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)

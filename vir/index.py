@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vir import cli
 from vir.addresses import is_remote, parts
-from vir.config import DataConfig
+from vir.config import DataConfig, check_timeout
 from vir.data.executors import Stopped
 from vir.data.foreign import IndexSummary, find_paths, find_shards, index_shards, is_indexed
 from vir.data.index_folder import Settings, default_index_dir, find_urls, make_index
@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     with cli.stop_requests() as received:
         try:
             kinds = parse_kinds(args.also)
-            if not 0 < args.timeout < float("inf"):
-                raise SettingsError(f"--timeout must be more than 0 seconds, got {args.timeout}")
+            check_timeout("timeout", args.timeout)
             urls = _elsewhere(args, lambda: bool(received))
             if urls is not None and kinds:
                 raise SettingsError("--also writes files beside shards in one local folder; leave it out, or download "

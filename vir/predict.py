@@ -27,6 +27,7 @@ from tqdm import tqdm
 from vir import cli, launcher
 from vir.config import PRECISIONS, CropMode, DataConfig
 from vir.errors import DataError, VirError
+from vir.evaluation.limits import check_asked
 from vir.files import replacing
 from vir.log import progress_bar, shows_bars
 
@@ -67,19 +68,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     computing.add_argument("--batch-size", type=int, default=64, help="images per forward pass (default: 64)")
     computing.add_argument("--workers", type=int, help="threads that read and decode (default: as many as there are "
                            "cores, at most 16)")
-    args = parser.parse_args(argv)
-    for name in ("topk", "batch_size", "workers", "img_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        parser.error(f"--crop-pct is {args.crop_pct:g}; it must be in (0, 1]")
-    if args.stream and (given := [name for name in ("img_size", "crop_pct", "crop_mode")
-                                  if getattr(args, name) is not None]):
-        parser.error(f"--stream takes images at their own size; leave out --{given[0].replace('_', '-')}")
-    if not args.timeout > 0:
-        parser.error(f"--timeout is {args.timeout:g}; it must be above 0")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,11 +84,21 @@ def main(argv: list[str] | None = None) -> int:
         print("vir-predict: interrupted", file=sys.stderr)
         cli.end_now(end.exit_code)  # threads may wait for a server
     except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DataError.exit_code
 
 
+def command() -> int:
+    """main() as a program of its own, whose end waits for no thread that still waits for a server."""
+    if code := main():
+        cli.end_now(code)
+    return 0
+
+
 def _predict(args: argparse.Namespace) -> int:
+    asked: dict[str, Any] = {name: getattr(args, name) for name in (
+        "topk", "stream", "img_size", "crop_pct", "crop_mode", "batch_size", "workers", "dtype", "timeout")}
+    check_asked(**asked)
+
     import torch
 
     from vir import arithmetic, distributed
@@ -116,21 +115,20 @@ def _predict(args: argparse.Namespace) -> int:
     arithmetic.set_up()
     distributed.share_cores()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = predict_images(
-        args.weights, args.images, topk=args.topk, features=args.features is not None, stream=args.stream,
-        img_size=args.img_size, crop_pct=args.crop_pct, crop_mode=args.crop_mode, batch_size=args.batch_size,
-        workers=args.workers, device=device or torch.device("cpu"), dtype=args.dtype, timeout=args.timeout)
+    found = predict_images(args.weights, args.images, features=args.features is not None,
+                           device=device or torch.device("cpu"), **asked)
     form = _json if args.json else _csv if args.csv else _text
     if args.csv:
         _write(_row(COLUMNS))
-    kept: list[Prediction] = []
+    kept: dict[str, list[Any]] = {"images": [], "features": []}
     bad = 0
     with progress_bar(total, "image", disable=total == 1, dynamic_ncols=True) as progress:
         for prediction in found:
             _tell(prediction, form)
             bad += bool(prediction.error)
             if prediction.features is not None:
-                kept.append(prediction)
+                kept["images"].append(prediction.image)
+                kept["features"].append(prediction.features)
             progress.update()
     if args.features is not None:
         _write_features(args.features, kept)
@@ -151,15 +149,26 @@ def _tell(prediction: Prediction, form: Callable[[Prediction], str]) -> None:
 
 
 def _write(text: str) -> None:
-    """On stdout in UTF-8, the bytes of names that are none as they are."""
-    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-    sys.stdout.flush()
+    """On stdout in UTF-8, the bytes of names that are none as they are.
+
+    Raises:
+        DataError: it cannot be written, as on a full disk; of a pipe that nobody reads BrokenPipeError.
+    """
+    try:
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest once more at its end
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise DataError(f"standard output cannot be written: {error.strerror}; free some space, or send it elsewhere"
+                        ) from error
 
 
 def _text(prediction: Prediction) -> str:
     if prediction.error:
         return ""
-    lines = [f"{100 * guess.probability:7.2f} %  {guess.name} {guess.description}".rstrip()
+    lines = [f"{100 * guess.probability:7.2f} %  {_one_line(guess.name)} {guess.description}".rstrip()
              for guess in prediction.guesses]
     return "\n".join([_one_line(prediction.image), *lines, ""])
 
@@ -193,21 +202,20 @@ def _one_line(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
-def _write_features(path: Path, predictions: list[Prediction]) -> None:
+def _write_features(path: Path, kept: dict[str, list[Any]]) -> None:
+    """Args: kept: `images`, their names, and `features`, of each [D]."""
     import numpy as np
 
-    if not predictions:
+    if not kept["images"]:
         raise DataError(f"no image could be read, so --features {path} is not written")
     try:
         with replacing(path) as temporary:
             with temporary.open("wb") as file:
-                np.savez(file, images=np.array([prediction.image for prediction in predictions]),
-                         features=np.stack([prediction.features for prediction in predictions
-                                            if prediction.features is not None]))
+                np.savez(file, images=np.array(kept["images"]), features=np.stack(kept["features"]))
     except OSError as error:
         raise DataError(f"--features {path} could not be written: {error.strerror or error}; free some space or give "
                         "another file") from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

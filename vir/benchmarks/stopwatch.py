@@ -118,10 +118,8 @@ class Stopwatch:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """The allocator of the CPU raises a plain RuntimeError; an illegal access to memory raises one, too."""
-    if isinstance(error, MemoryError) or is_out_of_memory(error):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "could not create"))
+    """An illegal access to memory raises a plain RuntimeError, too; oneDNN's lack of memory is one as well."""
+    return is_out_of_memory(error) or "could not create" in str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -72,16 +72,17 @@ def open_strips(file: bytes | str | Path, whole: bool = False) -> Iterator[Strip
     """
     vips()
     with _opened(file) as opened:
-        image = parsed(opened, kind_of(opened.read(_MAGIC_BYTES), FORMATS + FOREIGN))
+        image = parsed(opened, kind_of(_read(opened, _MAGIC_BYTES), FORMATS + FOREIGN))
         width, height = image.size
-        found = None
         if max(width, height) > MAX_SIDE:
             raise BadSampleError(f"the image has {width} x {height} pixels, more than {MAX_SIDE:,} on a side")
         if _is_plain(image) and not whole:
             yield Strips(width, height, False, _rows(opened, image))
             return
-        if not whole and (loader := _loader(image)):
-            found = _by_vips(loader, file)
+        if image.format == "JPEG" and not _is_of_one_scan(opened, image):
+            check_pixels(image)
+        loader = None if whole else _loader(image)
+        found = None if loader is None else _by_vips(loader, file)
         if found is None or (found.width, found.height) != image.size:
             check_pixels(image)
             yield Strips(width, height, True, _cut(image))
@@ -108,12 +109,39 @@ def _opened(file: bytes | str | Path) -> Iterator[IO[bytes]]:
     if isinstance(file, bytes):
         yield BytesIO(file)
         return
-    try:
-        descriptor = open_regular(file)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise BadSampleError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    with os.fdopen(descriptor, "rb") as opened:
+    with os.fdopen(_descriptor(file), "rb") as opened:
         yield opened
+
+
+def _descriptor(file: str | Path) -> int:
+    """Raises BadSampleError where it cannot be opened."""
+    try:
+        return open_regular(file)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise _unreadable(error) from error
+
+
+def _read(file: IO[bytes], size: int) -> bytes:
+    """Raises BadSampleError where it cannot be read."""
+    try:
+        return file.read(size)
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> BadSampleError:
+    return BadSampleError(f"it cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def _is_of_one_scan(file: IO[bytes], image: Any) -> bool:
+    """Whether the first scan of a JPEG, behind whose header Pillow stands, has all colours in full.
+
+    Of others libjpeg keeps the coefficients of the whole image in memory, 2 bytes or more for each pixel.
+    """
+    size = 6 + 2 * image.layers
+    file.seek(max(0, file.tell() - size - 2))
+    start = b"\xff\xda" + size.to_bytes(2, "big") + bytes([image.layers])
+    return "progressive" not in image.info and _read(file, len(start)) == start
 
 
 def _loader(image: ImageFile) -> str | None:
@@ -155,7 +183,7 @@ def _by_vips(loader: str, file: bytes | str | Path) -> Any | None:
 def _source(file: bytes | str | Path) -> Any:
     if isinstance(file, bytes):
         return vips().Source.new_from_memory(file)
-    descriptor = open_regular(file)  # its own: Pillow's has a position
+    descriptor = _descriptor(file)  # its own: Pillow's has a position
     try:
         return vips().Source.new_from_descriptor(descriptor)  # which it duplicates
     finally:
@@ -195,7 +223,7 @@ def _rows(file: IO[bytes], image: Any) -> Iterator[np.ndarray]:
     file.seek(image.tile[0][2])
     for top in range(0, height, rows):
         size = min(rows, height - top) * width * channels
-        data = file.read(size)
+        data = _read(file, size)
         if len(data) < size:
             raise BadSampleError(f"the image does not decode: it is cut short in row {top + len(data) // width}")
         yield _as_rgb(np.frombuffer(data, np.uint8).reshape(-1, width, channels))

@@ -114,18 +114,29 @@ class EvalTransform:
         resizing, self._cut, *_ = create_transform(
             model_input.size, is_training=False, use_prefetcher=True, crop_pct=model_input.crop_pct,
             crop_mode=model_input.crop_mode, mean=model_input.mean, std=model_input.std).transforms
-        self._resized = functools.lru_cache(
-            lambda height, width: resizing(torch.empty((1, height, width), device="meta")).shape)
+        self._resized = functools.lru_cache(functools.partial(_resized, resizing))
 
     def crop(self, width: int, height: int) -> Crop:
         return Crop(Box(0, 0, height, width), self._interpolation)
 
     def apply(self, pixels: np.ndarray, crop: Crop) -> Tensor:
-        _, height, width = self._resized(*pixels.shape[:2])
+        height, width = self._resized(*pixels.shape[:2])
         sample = resize(pixels, (height, width), crop.interpolation)
         if height >= self._size[0] and width >= self._size[1]:
             return self._cut(sample)
         return _from_pillow(self._cut(_to_pillow(sample)))  # a border in three colours is drawn on Pillow images alone
+
+
+def _resized(resizing: Any, height: int, width: int) -> tuple[int, int]:
+    """The size that timm's transform makes of this one; at least 1, where a border leaves it no row of a flat image."""
+    from timm.data.transforms import ResizeKeepRatio
+
+    image = torch.empty((1, height, width), device="meta")
+    if isinstance(resizing, ResizeKeepRatio):
+        height, width = resizing.get_params(image, resizing.size, resizing.longest)
+        return max(height, 1), max(width, 1)
+    _, height, width = resizing(image).shape
+    return height, width
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> Tensor:

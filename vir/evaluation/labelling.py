@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,14 +30,16 @@ from vir.data.decode import FOREIGN, FORMATS, open_image
 from vir.data.device import normalize
 from vir.data.strip_decoding import LooksDamagedError, open_strips, vips
 from vir.data.transforms import EvalTransform
-from vir.errors import DataError, SettingsError
+from vir.errors import DataError, SettingsError, VirError
 from vir.evaluation.classes import in_words
+from vir.evaluation.limits import check_asked
 from vir.evaluation.pictures import pictures, read_picture, to_stream
 from vir.evaluation.run import check_size, refuse_folder
 from vir.log import log
 from vir.models import VisionRetention, load
 from vir.models.kernels import is_out_of_memory
 from vir.models.network import described
+from vir.weights.fields import is_list_of_texts
 from vir.weights.metadata import DTYPES
 from vir.weights.portable import outline
 from vir.weights.spec import InputSpec, input_of
@@ -88,38 +90,56 @@ class _Answer(NamedTuple):
 def predict_images(weights: str | os.PathLike[str] | nn.Module, images: Iterable[str | os.PathLike[str]], *,
                    topk: int = 5, features: bool = False, stream: bool = False, img_size: int | None = None,
                    crop_pct: float | None = None, crop_mode: str | None = None, batch_size: int = 64,
-                   workers: int | None = None, device: str | torch.device = "cpu", dtype: str = "fp32",
-                   timeout: float = DataConfig.timeout) -> Iterator[Prediction]:
+                   workers: int | None = None, device: str | torch.device | None = None,
+                   dtype: str | None = None, timeout: float = DataConfig.timeout) -> Iterator[Prediction]:
     """One Prediction for each image, in the order of `images`; one that cannot be read has an error in it.
 
     Images are prepared as the weights say. Threads read and decode ahead of the model, two batches at most, so memory
     does not grow with the number of images. No image is read before the first answer is asked for.
 
     Args:
-        weights: a weights file, or a timm model, whose device and dtype are then taken.
+        weights: a weights file, or a timm model in eval mode, whose device, dtype and size are then taken.
         images: paths of files and of folders, all in them included, or URLs; see vir.evaluation.pictures.
-        topk: classes to tell of each image; all where there are fewer.
+        topk: classes to tell of each image, 1 or more; all where there are fewer.
         features: also tell the pooled features.
         stream: compute each image at its own size, neither resized nor cropped, strip by strip, in memory that does not
             grow with its height; of a ViR alone, made with dynamic_img_size and dynamic_img_pad, as those of a weights
             file are made here. See vir.data.strip_decoding for what is decoded so.
-        img_size: side of the images in the place of the file's own; so are crop_pct and crop_mode.
+        img_size: side of the images in the place of the file's own; so are crop_pct, in (0, 1], and crop_mode.
         batch_size: images of a forward pass.
         workers: threads that read and decode; None for what the cores allow, at most MAX_WORKERS.
+        device: for the model of a weights file; the CPU where not given.
+        dtype: of that model, fp32, bf16 or fp16; fp32 where not given.
         timeout: of servers without an answer, in seconds.
 
     Raises:
         DataError: `weights` is no whole weights file; a path is not there.
-        SettingsError: the model does not take these images, has no classifier, or needs more memory than there is; it
-            cannot stream, or pyvips is not installed.
+        SettingsError: an argument is not what it may be; the model is in training mode, does not take these images, has
+            no classifier, or needs more memory for a batch than there is; it cannot stream, or pyvips is not installed.
     """
-    model = weights if isinstance(weights, nn.Module) else load_model(weights, device, dtype, img_size, stream)
+    check_asked(topk=topk, stream=stream, img_size=img_size, crop_pct=crop_pct, crop_mode=crop_mode,
+                batch_size=batch_size, workers=workers, dtype=dtype, timeout=timeout)
+    if isinstance(weights, nn.Module):
+        _check_model(weights, img_size=img_size, device=device, dtype=dtype)
+        model = weights
+    else:
+        model = load_model(weights, device or "cpu", dtype or "fp32", img_size, stream)
     namer = _Namer(model, topk)
-    model_input = _input(model, crop_pct, crop_mode)
+    model_input = input_of(model).with_crop(crop_pct, crop_mode)
     if stream:
         return _streamed(_check_stream(model), namer, model_input, pictures(images), features, timeout)
     return _predictions(model, namer, model_input, pictures(images), features=features, batch_size=batch_size,
                         workers=workers or default_workers(), timeout=timeout)
+
+
+def _check_model(model: nn.Module, **of_a_file: Any) -> None:
+    """Raises SettingsError where it would answer at random, or is given what a weights file alone can be made for."""
+    if model.training:
+        raise SettingsError("the model is in training mode, where dropout draws and batch norm moves; call "
+                            "model.eval() first")
+    if given := [name for name, value in of_a_file.items() if value is not None]:
+        raise SettingsError(f"{given[0]} is for the model of a weights file, and a model is given; leave it out, and "
+                            "make the model so")
 
 
 def _predictions(model: nn.Module, namer: _Namer, model_input: InputSpec, names: Iterator[str], *, features: bool,
@@ -132,7 +152,8 @@ def _predictions(model: nn.Module, namer: _Namer, model_input: InputSpec, names:
         answers: Iterator[tuple[Tensor, Tensor | None]] = iter(())
         if sound:
             pixels = normalize(torch.stack(sound).to(parameter.device), model_input).to(parameter.dtype)
-            answer = _in_memory(partial(_answer, model, pixels, features), f"--batch-size {batch_size}")
+            answer = _in_memory(partial(_answer, model, pixels, features), SettingsError, f"--batch-size {batch_size}",
+                                "give a smaller one, or try --dtype bf16")
             answers = zip(answer.logits.cpu(), [None] * len(sound) if answer.features is None else
                           answer.features.cpu())
         for name, sample in batch:
@@ -155,19 +176,23 @@ def _streamed(model: VisionRetention, namer: _Namer, model_input: InputSpec, nam
         with open_strips(file, whole) as strips:
             return model.forward_stream_features(map(prepared, strips.pixels), (strips.height, strips.width))
 
+    def answer_of(name: str) -> _Answer:
+        file = to_stream(name, timeout)
+        try:
+            tokens = tokens_of(file, False)
+        except LooksDamagedError:
+            tokens = tokens_of(file, True)
+        return _of_tokens(model, tokens, features)
+
     for name in names:
         try:
-            file = to_stream(name, timeout)
-            try:
-                tokens = _in_memory(partial(tokens_of, file, False), f"--stream of {shown(name)}")
-            except LooksDamagedError:
-                tokens = _in_memory(partial(tokens_of, file, True), f"--stream of {shown(name)}")
+            answer = _in_memory(partial(answer_of, name), DataError, "it", "try --dtype bf16, or leave out --stream")
         except DataError as error:
-            yield Prediction(shown(name), error=str(error))
+            said = str(error)  # the error itself holds what memory it was in the middle of
         else:
-            answer = _of_tokens(model, tokens, features)
-            yield namer.prediction(name, answer.logits[0].cpu(),
-                                   None if answer.features is None else answer.features[0].cpu())
+            said = ""
+        yield Prediction(shown(name), error=said) if said else namer.prediction(
+            name, answer.logits[0].cpu(), None if answer.features is None else answer.features[0].cpu())
 
 
 def _check_stream(model: nn.Module) -> VisionRetention:
@@ -220,10 +245,13 @@ def ahead(function: Callable[[T], R], tasks: Iterable[T], workers: int, most: in
 
 def _prepared(name: str, transform: EvalTransform, timeout: float) -> tuple[str, Tensor | str]:
     """The name, and the sample [C, H, W] uint8 or what is wrong with the file."""
-    try:
+    def prepared() -> Tensor:
         image = open_image(read_picture(name, timeout), FORMATS + FOREIGN)
         crop = transform.crop(image.width, image.height)
-        return name, transform.apply(image.pixels(crop.box), crop)
+        return transform.apply(image.pixels(crop.box), crop)
+
+    try:
+        return name, _in_memory(prepared, DataError, "it", "give fewer --workers, or scale it down")
     except DataError as error:
         return name, str(error)
 
@@ -255,20 +283,26 @@ def _of_tokens(model: Any, tokens: Tensor, features: bool) -> _Answer:
                    model.forward_head(tokens, pre_logits=True).float().flatten(1) if features else None)
 
 
-def _in_memory(act: Callable[[], R], asked: str) -> R:
-    """Raises SettingsError where it needs more memory than there is."""
+def _in_memory(act: Callable[[], R], kind: type[VirError], asked: str, way_out: str) -> R:
+    """Raises an error of this kind where it needs more memory than there is."""
     try:
         return act()
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise SettingsError(f"{asked} needs more memory than there is ({str(error).splitlines()[0]}); give a smaller "
-                            "one, or try --dtype bf16") from error
+        told = "".join(f" ({line})" for line in str(error).splitlines()[:1])
+        raise kind(f"{asked} needs more memory than there is{told}; {way_out}") from error
 
 
-def _input(model: nn.Module, crop_pct: float | None, crop_mode: str | None) -> InputSpec:
-    given: dict[str, Any] = {"crop_pct": crop_pct, "crop_mode": crop_mode}
-    return replace(input_of(model), **{name: value for name, value in given.items() if value is not None})
+def _classes(model: nn.Module, count: int) -> Sequence[str]:
+    """Those that its weights name; empty where they name none, or those of another head."""
+    metadata = getattr(model, "weights_metadata", None)
+    if metadata is not None:
+        return metadata.model.classes
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()  # of a Hugging Face folder
+    if isinstance(names, dict):  # of the numbers of the logits
+        names = [names.get(str(number)) for number in range(len(names))]
+    return names if len(names) == count and is_list_of_texts(names) else ()
 
 
 class _Namer:
@@ -283,8 +317,7 @@ class _Namer:
         if not count:
             raise SettingsError(f"this {type(model).__name__} has no classifier; give weights that have one, as of a "
                                 "run with --model.init_from")
-        metadata = getattr(model, "weights_metadata", None)
-        names: Sequence[str] = metadata.model.classes if metadata else ()
+        names = _classes(model, count)
         if not names:
             log.warning("the weights name no classes: the numbers of the %d logits, from 0 on, stand in their place",
                         count)

@@ -182,8 +182,7 @@ def _loaded(weights: Path, reader: Reader, how: How, world: World) -> _Loaded:
         raise DataError(f"{weights} cannot be read: {error}; copy it again") from error
     model = load(weights, world.device, DTYPES[how.dtype], **sizes)
     metadata: WeightsMetadata = getattr(model, "weights_metadata")
-    given: dict[str, Any] = {"crop_pct": how.crop_pct, "crop_mode": how.crop_mode}
-    model_input = replace(input_of(model), **{name: value for name, value in given.items() if value is not None})
+    model_input = input_of(model).with_crop(how.crop_pct, how.crop_mode)
     if how.img_size is not None:
         check_size(weights, model, model_input, how.img_size, DTYPES[how.dtype], world.device)
     shared = _shared(weights, metadata.model, int(getattr(model, "num_classes")), reader)

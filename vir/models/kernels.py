@@ -152,9 +152,13 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU has no memory left; beside PyTorch's allocator its libraries, Triton and CUDA itself say so."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+    """Whether a GPU or this machine has no memory left.
+
+    Of GPUs beside PyTorch's allocator its libraries, Triton and CUDA itself say so. The allocator of the CPU raises a
+    plain RuntimeError, with one of the last two.
+    """
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in (
+        "out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory"))
 
 
 def _give_up(name: str, error: Exception) -> None:

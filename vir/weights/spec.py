@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from torch import nn
@@ -73,6 +73,11 @@ class InputSpec:
         if not len(mean) == len(std) == channels:
             raise ValueError(f"mean has {len(mean)} and std has {len(std)} numbers for {channels} channels")
         return cls(size=(channels, height, width), mean=mean, std=std, **fields)
+
+    def with_crop(self, crop_pct: float | None, crop_mode: str | None) -> InputSpec:
+        """The same with these in the place of its own, where they are given."""
+        return replace(self, crop_pct=self.crop_pct if crop_pct is None else crop_pct,
+                       crop_mode=self.crop_mode if crop_mode is None else crop_mode)
 
     def timm_cfg(self) -> dict[str, Any]:
         """The fields by the names that they have in timm's pretrained_cfg."""
