@@ -103,8 +103,8 @@ def test_its_programs_are_the_documented_ones(site):
 
 
 @pytest.mark.parametrize("name, flag", list(zip(PROGRAMS, [
-    "--write-good", "--output", "--split", "--weights", "--sheet", "--checksums", "deepspeed", "--optim.lr", "--repair"
-], strict=True)))
+    "--write-good", "--output", "--split", "--weights", "--sheet", "--opset", "--checksums", "deepspeed", "--stream",
+    "--optim.lr", "--repair"], strict=True)))
 def test_a_program_answers_a_call_for_help(answers, name, flag):
     code, said = answers["programs"][name]
     assert code == 0 and flag in said and "usage: " in said
