@@ -446,16 +446,17 @@ print("grown by", streamed - at_first, "and", peak() - streamed, "MB")
 @pytest.mark.launcher
 @pytest.mark.parametrize("ending", ["jpg", "png"])
 def test_a_stream_takes_no_memory_for_the_height_of_an_image(tmp_path, ending):
-    """Of 6 and of 48 megapixels: these are 144 MB as bytes and 576 MB as the model's input."""
+    """Of 18 and of 72 megapixels: 162 MB more as bytes and 648 MB more as the model's input. The first strips of a
+    process take what later ones use again, up to 50 MB until all threads have had some."""
     weights = write_weights(tmp_path / "w.safetensors", args=ARGS | {"img_size": 128, "patch_size": 32})
-    files = [tmp_path / f"{height}.{ending}" for height in (1500, 12000)]
+    files = [tmp_path / f"{height}.{ending}" for height in (4500, 18000)]
     for file in files:
         image = Image.linear_gradient("L").resize((4000, int(file.stem))).convert("RGB")
         image.save(file, **({"compress_level": 1} if ending == "png" else {}))
     done = forked("-c", WATCHED, weights, *files, ranks=1)
     assert done.returncode == 0, done.stdout
     streamed, whole = map(int, re.findall(r"grown by (-?\d+) and (-?\d+) MB", done.stdout)[0])
-    assert streamed < 60 and whole > 70, done.stdout
+    assert streamed < 80 < whole, done.stdout
 
 
 # ---- as a library
