@@ -13,25 +13,20 @@ once more where the system grants no more than a limit of memory. Prints a Markd
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from vir import cli
-from vir.errors import VirError
+from vir.benchmarks import program
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    return program.run("benchmark_consolidation.py", _parser(), argv, _measure)
 
+
+def _measure(args: argparse.Namespace, command: str) -> str:
     from vir.benchmarks import consolidation
 
-    command = f"python tools/benchmark_consolidation.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    try:
-        print(consolidation.benchmark(consolidation.Settings(**vars(args)), command))
-    except VirError as error:
-        return cli.tell(error, "error")
-    return 0
+    return consolidation.benchmark(consolidation.Settings(**vars(args)), command)
 
 
 def _parser() -> argparse.ArgumentParser:

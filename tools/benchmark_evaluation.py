@@ -7,25 +7,20 @@ Prints a Markdown table.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from vir import cli
-from vir.errors import VirError
+from vir.benchmarks import program
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    return program.run("benchmark_evaluation.py", _parser(), argv, _measure)
 
+
+def _measure(args: argparse.Namespace, command: str) -> str:
     from vir.benchmarks import evaluation
 
-    command = f"python tools/benchmark_evaluation.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    try:
-        print(evaluation.benchmark(evaluation.Settings(**vars(args)), command))
-    except VirError as error:
-        return cli.tell(error, "error")
-    return 0
+    return evaluation.benchmark(evaluation.Settings(**vars(args)), command)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from vir import cli
+from vir.benchmarks import program
 from vir.errors import VirError
 
 _KINDS = ("pixels", "reading", "latency", "order")
@@ -28,16 +29,13 @@ _KINDS = ("pixels", "reading", "latency", "order")
 def main(argv: list[str] | None = None) -> int:
     if "--diagnose" in (words := sys.argv[1:] if argv is None else argv):
         return _diagnose(words)
-    args = _parser().parse_args(argv)
+    return program.run("benchmark_loader.py", _parser(), argv, _measure)
 
+
+def _measure(args: argparse.Namespace, command: str) -> str:
     from vir.benchmarks import loader
 
-    command = f"python tools/benchmark_loader.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    try:
-        print(loader.benchmark(loader.Settings(**vars(args)), command))
-    except VirError as error:
-        return cli.tell(error, "error")
-    return 0
+    return loader.benchmark(loader.Settings(**vars(args)), command)
 
 
 def _diagnose(words: list[str]) -> int:

@@ -10,27 +10,22 @@ Prints a table; with --output also writes KIND.md, KIND.json (the raw numbers) a
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from vir import cli
+from vir.benchmarks import program
 from vir.config import PRECISIONS
-from vir.errors import VirError
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    return program.run("benchmark_model.py", _parser(), argv, _measure)
 
+
+def _measure(args: argparse.Namespace, command: str) -> str:
     from vir.benchmarks import model
 
-    command = f"python tools/benchmark_model.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    try:
-        print(model.benchmark(model.Settings(**vars(args)), command), end="")
-    except VirError as error:
-        return cli.tell(error, "error")
-    return 0
+    return model.benchmark(model.Settings(**vars(args)), command).removesuffix("\n")
 
 
 def _model_args(text: str) -> dict[str, Any]:

@@ -7,25 +7,20 @@ an epoch of them. The folder needs about three times their space and is left as 
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from vir import cli
-from vir.errors import VirError
+from vir.benchmarks import program
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    return program.run("benchmark_traffic.py", _parser(), argv, _measure)
 
+
+def _measure(args: argparse.Namespace, command: str) -> str:
     from vir.benchmarks import traffic
 
-    command = f"python tools/benchmark_traffic.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    try:
-        print(traffic.benchmark(traffic.Settings(**vars(args)), command))
-    except VirError as error:
-        return cli.tell(error, "error")
-    return 0
+    return traffic.benchmark(traffic.Settings(**vars(args)), command)
 
 
 def counts(text: str) -> list[int]:

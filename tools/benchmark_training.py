@@ -10,25 +10,20 @@ and threads, on one batch that lies in memory. The two take turns; prints Markdo
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from vir import cli
-from vir.errors import VirError
+from vir.benchmarks import program
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    return program.run("benchmark_training.py", _parser(), argv, _measure)
 
+
+def _measure(args: argparse.Namespace, command: str) -> str:
     from vir.benchmarks import training
 
-    command = f"python tools/benchmark_training.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    try:
-        print(training.benchmark(training.Settings(**vars(args)), command))
-    except VirError as error:
-        return cli.tell(error, "error")
-    return 0
+    return training.benchmark(training.Settings(**vars(args)), command)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,25 +9,20 @@ Each training is `python -m vir.train` with vir/recipes/quickstart.yaml. Prints 
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from vir import cli
-from vir.errors import VirError
+from vir.benchmarks import program
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    return program.run("benchmark_transfer.py", _parser(), argv, _measure)
 
+
+def _measure(args: argparse.Namespace, command: str) -> str:
     from vir.benchmarks import transfer
 
-    command = f"python tools/benchmark_transfer.py {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    try:
-        print(transfer.benchmark(transfer.Settings(**vars(args)), command))
-    except VirError as error:
-        return cli.tell(error, "error")
-    return 0
+    return transfer.benchmark(transfer.Settings(**vars(args)), command)
 
 
 def _parser() -> argparse.ArgumentParser:
