@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vir import __version__, cli, launcher
 from vir.addresses import shown
-from vir.config import PRECISIONS, CropMode, DataConfig, RetentionMode
+from vir.config import PRECISIONS, DataConfig, RetentionMode
 from vir.errors import DataError, SettingsError, VirError
+from vir.evaluation.limits import add_image_flags, add_timeout
 from vir.evaluation.outputs import OUTPUTS, check_outputs, json_of, write_outputs
 from vir.log import progress_bar
 
@@ -46,15 +47,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
                       help=f"the most that it may hold (default: {DataConfig.cache_bytes})")
     data.add_argument("--index-dir", default="", metavar="DIR", help="folder for the indexes of shards that have "
                       "none beside them (default: vir-at-scale/indexes in the user's cache folder)")
-    data.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS",
-                      help=f"without an answer of a server, after which to give up (default: {DataConfig.timeout:g})")
+    add_timeout(data)
     data.add_argument("--workers", type=int, help="loader processes per process (default: what its "
                       "share of the cores allows, at most 16)")
-    images = parser.add_argument_group("images", "as the file says where not given")
-    images.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images; positions are resampled")
-    images.add_argument("--crop-pct", type=float, metavar="SHARE",
-                        help="side of the crop as a share of the resized image, in (0, 1]")
-    images.add_argument("--crop-mode", choices=get_args(CropMode), help="how images become square, by timm's names")
+    images = add_image_flags(parser)
     images.add_argument("--hflip-tta", action="store_true",
                         help="mean of the probabilities of each image and its mirror image")
     computing = parser.add_argument_group("computing")

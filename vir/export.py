@@ -141,9 +141,9 @@ def export_model(weights: str | os.PathLike[str], folder: str | os.PathLike[str]
     """
     _check_how(to, form, dynamic_size, opset)
     _check_libraries(to)
-    from vir.evaluation.run import refuse_folder
     from vir.models import load
     from vir.models.export.graphs import GRAPHS, graphs
+    from vir.weights.hub import refuse_folder
     from vir.weights.portable import files_of, read_metadata
 
     weights, folder = Path(weights), Path(folder)
@@ -182,12 +182,11 @@ def export_hub(weights: str | os.PathLike[str], folder: str | os.PathLike[str], 
         SettingsError: the folder has such files; the evaluation is of other weights.
         DataError: something cannot be read or written.
     """
-    from vir.evaluation.run import refuse_folder
     from vir.models.network import described
     from vir.weights import hub
     from vir.weights.portable import outline
 
-    refuse_folder("FILE.safetensors", Path(weights))
+    hub.refuse_folder("FILE.safetensors", Path(weights))
     metadata, outlines = outline(weights)
     hub.write_folder(Path(folder), Path(weights), described(weights, metadata.model, outlines), force=force,
                      evaluation=None if evaluation is None else Path(evaluation))
@@ -230,11 +229,7 @@ class Comparison:
 
         with torch.no_grad():
             found = [logits_of(self._model, self._form, runners, batch) for batch in self._batches]
-        return max(((one - own).abs().max() for one, own in zip(found, self._logits)), key=_with_nan_first).item()
-
-
-def _with_nan_first(value: Tensor) -> float:
-    return float("inf") if value.isnan() else value.item()
+        return torch.stack([(one - own).abs().max() for one, own in zip(found, self._logits)]).max().item()
 
 
 def _write_onnx(folder: Path, parts: list[Graph], described: dict[str, Any], compare: Comparison,

@@ -20,14 +20,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from vir import cli, launcher
-from vir.config import PRECISIONS, CropMode, DataConfig
+from vir.config import PRECISIONS
 from vir.errors import DataError, VirError
-from vir.evaluation.limits import check_asked
+from vir.evaluation.limits import add_image_flags, add_timeout, check_asked
 from vir.files import replacing
 from vir.log import progress_bar, shows_bars
 
@@ -53,13 +53,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace that file where it exists")
     parser.add_argument("--stream", action="store_true", help="each image at its own size, neither resized nor "
                         "cropped, strip by strip in bounded memory; of a ViR alone")
-    images = parser.add_argument_group("images", "as the file says where not given")
-    images.add_argument("--img-size", type=int, metavar="PIXELS", help="side of the images; positions are resampled")
-    images.add_argument("--crop-pct", type=float, metavar="SHARE",
-                        help="side of the crop as a share of the resized image, in (0, 1]")
-    images.add_argument("--crop-mode", choices=get_args(CropMode), help="how images become square, by timm's names")
-    images.add_argument("--timeout", type=float, default=DataConfig.timeout, metavar="SECONDS",
-                        help=f"without an answer of a server, after which to give up (default: {DataConfig.timeout:g})")
+    images = add_image_flags(parser)
+    add_timeout(images)
     computing = parser.add_argument_group("computing")
     computing.add_argument("--device", choices=("auto", "cpu"), default="auto",
                            help="auto takes a GPU, and the CPU on a machine without one (default: auto)")

@@ -34,12 +34,12 @@ from vir.errors import DataError, SettingsError, VirError
 from vir.evaluation.classes import in_words
 from vir.evaluation.limits import check_asked
 from vir.evaluation.pictures import pictures, read_picture, to_stream
-from vir.evaluation.run import check_size, refuse_folder
+from vir.evaluation.run import check_size
 from vir.log import log
 from vir.models import VisionRetention, load
 from vir.models.kernels import is_out_of_memory
 from vir.models.network import described
-from vir.weights.fields import is_list_of_texts
+from vir.weights.hub import class_names_of, refuse_folder
 from vir.weights.metadata import DTYPES
 from vir.weights.portable import outline
 from vir.weights.spec import InputSpec, input_of
@@ -294,17 +294,6 @@ def _in_memory(act: Callable[[], R], kind: type[VirError], asked: str, way_out: 
         raise kind(f"{asked} needs more memory than there is{told}; {way_out}") from error
 
 
-def _classes(model: nn.Module, count: int) -> Sequence[str]:
-    """Those that its weights name; empty where they name none, or those of another head."""
-    metadata = getattr(model, "weights_metadata", None)
-    if metadata is not None:
-        return metadata.model.classes
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()  # of a Hugging Face folder
-    if isinstance(names, dict):  # of the numbers of the logits
-        names = [names.get(str(number)) for number in range(len(names))]
-    return names if len(names) == count and is_list_of_texts(names) else ()
-
-
 class _Namer:
     """From logits to classes.
 
@@ -317,7 +306,8 @@ class _Namer:
         if not count:
             raise SettingsError(f"this {type(model).__name__} has no classifier; give weights that have one, as of a "
                                 "run with --model.init_from")
-        names = _classes(model, count)
+        metadata = getattr(model, "weights_metadata", None)
+        names: Sequence[str] = class_names_of(model) if metadata is None else metadata.model.classes
         if not names:
             log.warning("the weights name no classes: the numbers of the %d logits, from 0 on, stand in their place",
                         count)

@@ -27,7 +27,7 @@ from vir.log import log
 from vir.models import RETENTION_MODES, load
 from vir.models.kernels import is_out_of_memory
 from vir.models.network import described
-from vir.weights import hub
+from vir.weights.hub import refuse_folder
 from vir.weights.metadata import DTYPES, WeightsMetadata
 from vir.weights.portable import files_of, outline
 from vir.weights.spec import InputSpec, ModelSpec, input_of
@@ -135,15 +135,6 @@ def check_weights(weights: Sequence[Path], reader: Reader, how: How) -> None:
         network = described(path, metadata.model, outlines)
         _check_retention(path, metadata.model, network, how)
         _shared(path, metadata.model, int(getattr(network, "num_classes")), reader)
-
-
-def refuse_folder(flag: str, path: Path) -> None:
-    """Raises SettingsError where a run folder, one of Hugging Face, or another is given for a weights file."""
-    if hub.is_folder(path):
-        raise SettingsError(f"{flag} {path} is a folder; give the weights file in it: {path / hub.WEIGHTS}")
-    if path.is_dir():
-        raise SettingsError(f"{flag} {path} is a folder; make a weights file of a run first: vir-consolidate "
-                            f"{path} --output {path.name or 'vir'}.safetensors")
 
 
 def _check_retention(weights: Path, spec: ModelSpec, network: nn.Module, how: How) -> None:

@@ -161,14 +161,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None, kept: Tensor | None = None) -> Tensor:
         """x: [B, N, D]; grid and kept: see Retention.forward."""
-        x = x + self.drop_path1(self.ls1(self.retention(self.norm1(x), grid, kept)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self._after_retention(x, self.retention(self.norm1(x), grid, kept))
 
     def extend(self, x: Tensor, state: Tensor | None, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The next tokens of a sequence that comes in parts; see Retention.extend."""
         out, state = self.retention.extend(self.norm1(x), state, grid)
-        x = x + self.drop_path1(self.ls1(out))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state
+        return self._after_retention(x, out), state
 
     def with_retention(self, x: Tensor, retain: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """The block [B, N, D] -> [B, N, D] with another way of computing retention.
@@ -176,5 +174,9 @@ class Block(nn.Module):
         Args:
             retain: From q, k and v, each [B, H, N, K], to the output [B, H, N, K].
         """
-        x = x + self.drop_path1(self.ls1(self.retention.computed_by(retain, self.norm1(x))))
+        return self._after_retention(x, self.retention.computed_by(retain, self.norm1(x)))
+
+    def _after_retention(self, x: Tensor, out: Tensor) -> Tensor:
+        """The block's input and what retention made of it, both [B, N, D], to the block's output."""
+        x = x + self.drop_path1(self.ls1(out))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

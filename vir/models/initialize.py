@@ -17,7 +17,7 @@ from vir.errors import DataError, SettingsError, VirError
 from vir.log import log
 from vir.models.network import UNREADABLE, described, differences, filtered, mismatches, resampled
 from vir.weights.fields import some
-from vir.weights.hub import is_folder, read_config, weights_of
+from vir.weights.hub import class_names_of, is_folder, read_config, weights_of
 from vir.weights.portable import is_there, outline, read, stated_metadata
 from vir.weights.spec import input_of
 from vir.weights.tensor_files import INDEX_ENDING
@@ -119,12 +119,11 @@ def initialize_pretrained(model: nn.Module, name: str, classes: Sequence[str] = 
 def classes_of_timm(network: nn.Module, classes: Sequence[str]) -> tuple[str, ...]:
     """The classes of a network with weights of timm: where these name them, or where they are ImageNet's and some of
     `classes`, those of the run, are wnids of it. Empty where unknown."""
-    cfg = getattr(network, "pretrained_cfg")
-    named = tuple(cfg.get("label_names") or ())
-    if not named and (subset := infer_imagenet_subset(cfg)):
-        wnids = tuple(ImageNetInfo(subset).label_names())
-        named = () if set(wnids).isdisjoint(classes) else wnids
-    return named if len(named) == getattr(network, "num_classes") else ()
+    if named := class_names_of(network):
+        return named
+    subset = infer_imagenet_subset(getattr(network, "pretrained_cfg"))
+    wnids = tuple(ImageNetInfo(subset).label_names()) if subset else ()
+    return () if set(wnids).isdisjoint(classes) or len(wnids) != getattr(network, "num_classes") else wnids
 
 
 def pretrained_network(name: str, flag: str = "--model.pretrained",

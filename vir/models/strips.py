@@ -47,6 +47,17 @@ def cut_strips(
         yield waiting
 
 
+def resample(table: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """A table of positions [old rows, old columns, D] -> [1, rows * columns, D].
+
+    Args:
+        of_rows, of_columns: of resampling_weights, or some rows of that: the bicubic filter is one over columns of one
+            over rows.
+    """
+    rows = torch.einsum("ij,jkd->ikd", of_rows, table)
+    return torch.einsum("lk,ikd->ild", of_columns, rows).flatten(0, 1).unsqueeze(0)
+
+
 def resampling_weights(new: int, old: int) -> Tensor:
     """[new, old] float32: how much of each old place is in each new one, by the filter that timm resamples positions
     with (bicubic, antialiased). In operators that torch.export takes when the numbers are symbols."""

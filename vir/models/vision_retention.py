@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from vir.errors import SettingsError
 from vir.models.block import NORM_EPS, Block, Retention
-from vir.models.strips import cut_strips, resampling_weights
+from vir.models.strips import cut_strips, resample, resampling_weights
 
 __all__ = ["VisionRetention"]
 
@@ -466,10 +466,7 @@ class VisionRetention(nn.Module):
         return resample_abs_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, num_prefix_tokens=0)
 
     def _position_strips(self, grid: tuple[int, int], rows: int) -> Iterator[Tensor]:
-        """The same in strips of so many rows, [1, rows * columns, D], each made when it is asked for.
-
-        The bicubic filter is one over columns of one over rows, so that its weights are two small matrices.
-        """
+        """The same in strips of so many rows, [1, rows * columns, D], each made when it is asked for."""
         old = self.patch_embed.grid_size
         if not self.dynamic_img_size or grid == old:
             yield from self.pos_embed.split(rows * grid[1], dim=1)
@@ -477,8 +474,7 @@ class VisionRetention(nn.Module):
         table = self.pos_embed[0].float().unflatten(0, old)
         of_rows, of_columns = (resampling_weights(new, side).to(table.device) for new, side in zip(grid, old))
         for weights in of_rows.split(rows):
-            strip = torch.einsum("ij,jkd->ikd", weights, table)
-            yield torch.einsum("lk,ikd->ild", of_columns, strip).flatten(0, 1).unsqueeze(0).to(self.pos_embed.dtype)
+            yield resample(table, weights, of_columns).to(self.pos_embed.dtype)
 
     def _patches(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, P, D]."""

@@ -40,6 +40,15 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG))
 
 
+def refuse_folder(flag: str, path: Path) -> None:
+    """Raises SettingsError where a run folder, one of Hugging Face, or another is given for a weights file."""
+    if is_folder(path):
+        raise SettingsError(f"{flag} {path} is a folder; give the weights file in it: {path / WEIGHTS}")
+    if path.is_dir():
+        raise SettingsError(f"{flag} {path} is a folder; make a weights file of a run first: vir-consolidate "
+                            f"{path} --output {path.name or 'vir'}.safetensors")
+
+
 def read_config(folder: str | os.PathLike[str]) -> ModelSpec:
     """The model that the config.json of a folder describes, in timm's layout, also the older one of one level.
 
@@ -80,7 +89,7 @@ def _spec(fields: dict[str, Any]) -> ModelSpec:
     image = {key: described.get(key) or default for key, default in _DEFAULTS.items()}
     if size := args.get("img_size"):  # which timm does not always repeat below
         image["input_size"] = [3, *(size if isinstance(size, list) else (size, size))]
-    classes = _classes(_either(fields, described, "label_names", "labels"))
+    classes = _class_names(_either(fields, described, "label_names", "labels"))
     count = args.get("num_classes", _either(fields, described, "num_classes"))
     if count is not None and not is_count(count):
         raise ValueError(f"num_classes is {str(count)[:100]}, not a whole number")
@@ -95,14 +104,31 @@ def _either(fields: Mapping[str, Any], described: Mapping[str, Any], *names: str
     return next((level[name] for level in (fields, described) for name in names if level.get(name) is not None), None)
 
 
-def _classes(names: Any) -> tuple[str, ...]:
-    """A list in the order of the logits, or an object of their numbers."""
-    if isinstance(names, dict):
-        names = [names.get(str(number)) for number in range(len(names))]
-        names = [] if None in names else names
-    if names is not None and not is_list_of_texts(names):
+def class_names_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of classes that a model's pretrained_cfg has, as that of a Hugging Face folder does; none where they
+    are not of all its logits."""
+    try:
+        names = _class_names((getattr(model, "pretrained_cfg", None) or {}).get("label_names"))
+    except ValueError:
+        return ()
+    return names if len(names) == getattr(model, "num_classes", None) else ()
+
+
+def _class_names(label_names: Any) -> tuple[str, ...]:
+    """What timm has for names of classes: a list in the order of the logits, or an object of their numbers.
+
+    Returns:
+        None of them where there are none, or none for some of the logits.
+
+    Raises:
+        ValueError: a sentence, where it is neither.
+    """
+    if isinstance(label_names, dict):
+        label_names = [label_names.get(str(number)) for number in range(len(label_names))]
+        label_names = [] if None in label_names else label_names
+    if label_names is not None and not is_list_of_texts(label_names):
         raise ValueError("label_names is neither a list of names nor an object of names by number")
-    return tuple(names or ())
+    return tuple(label_names or ())
 
 
 def write_folder(folder: Path, path: Path, network: nn.Module, *, evaluation: Path | None = None,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vir.errors import SettingsError
 from vir.models.block import Block
-from vir.models.strips import resampling_weights
+from vir.models.strips import resample, resampling_weights
 from vir.models.vision_retention import VisionRetention
 
 
@@ -46,10 +46,9 @@ class AnySize(nn.Module):
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         """[1, P, D]: the table resampled bicubic, antialiased, as timm's resample_abs_pos_embed does it."""
-        old_rows, old_columns = self.model.patch_embed.grid_size
-        table = self.model.pos_embed.unflatten(1, (old_rows, old_columns))
-        table = torch.einsum("rR,bRCd->brCd", resampling_weights(rows, old_rows), table)
-        return torch.einsum("cC,brCd->brcd", resampling_weights(columns, old_columns), table).flatten(1, 2)
+        old = self.model.patch_embed.grid_size
+        return resample(self.model.pos_embed[0].unflatten(0, old), resampling_weights(rows, old[0]),
+                        resampling_weights(columns, old[1]))
 
     def _mask(self, rows: int, columns: int, block: Block) -> Tensor:
         """[H, N, N]: decay to the distance where a token sees another, else 0; times the scale of q . k."""
