@@ -15,7 +15,7 @@ BASE = {"arithmetic": 0, "driver": 0, "errors": 0, "files": 0, "streams": 0, "st
         "log": 1, "output_folder": 1, "cli": 2, "config": 2, "interfaces": 2, "distributed": 3, "flags": 3,
         "run_folder": 4}
 ROOMS = {"weights": 4, "cluster": 5, "models": 5, "data": 6, "checkpoints": 6, "engine": 7, "reports": 7,
-         "evaluation": 8, "training": 9, "benchmarks": 10}
+         "evaluation": 8, "planning": 8, "training": 9, "benchmarks": 10}
 ENTRY = 11  # vir/train.py and its like
 TOOLS = 12
 # Three pillars on one floor: they do not import each other.

@@ -4,6 +4,7 @@
     vir-verify        says whether shards are what was written       python -m vir.verify
     vir-index         makes shards from elsewhere ready to train on  python -m vir.index
     vir-check         finds what is wrong with machines                python -m vir.check
+    vir-plan          tells memory, time and cost before a run       python -m vir.plan
     vir-train         trains, continues and validates a backbone     python -m vir.train
     vir-launch        starts that by a launcher, on many machines    python -m vir.launch
     vir-explain       tells which samples a step had                 python -m vir.explain

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -238,6 +241,49 @@ def precision(config: dict[str, Any]) -> str:
 
 def zero_stage(config: dict[str, Any]) -> Any:
     return config.get("zero_optimization", {}).get("stage", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """What zero_optimization says of memory and communication; sizes in numbers, not bytes. The defaults are those of
+    DeepSpeed."""
+
+    stage: int = 0
+    reduce_bucket_size: int = 500_000_000
+    """Gradients that are reduced at a time; as many are kept in a buffer, where contiguous_gradients is on."""
+    allgather_bucket_size: int = 500_000_000
+    """Of stages 1 and 2: weights that are gathered at a time after a step."""
+    overlap_comm: bool = False
+    """Gradients are reduced while the backward pass goes on; stage 3 does it unless it is told not to."""
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    sub_group_size: int = 1_000_000_000
+    """Of stage 3: numbers that the optimizer steps at a time."""
+    stage3_max_live_parameters: int = 1_000_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_param_persistence_threshold: int = 100_000
+    """Smaller parameters stay gathered."""
+    stage3_model_persistence_threshold: int = sys.maxsize
+    zero_hpz_partition_size: int = 1
+    """Ranks, those of a node, that keep all weights among them for the second gathering (ZeRO++)."""
+    zero_quantized_weights: bool = False
+    zero_quantized_gradients: bool = False
+    offload_optimizer: bool = False
+    """Masters, optimizer state and average lie in the memory of the machine."""
+    offload_param: bool = False
+    """The shards of the weights lie there."""
+
+
+def zero_settings(config: dict[str, Any]) -> ZeroSettings:
+    """Of a checked JSON, or of a completed one."""
+    zero = config.get("zero_optimization", {})
+    named = {item.name for item in dataclasses.fields(ZeroSettings)} - {"offload_optimizer", "offload_param"}
+    given: dict[str, Any] = {"overlap_comm": zero_stage(config) == 3}
+    given |= {key: zero[key] for key in named & zero.keys() if zero[key] is not None}
+    for key in ("offload_optimizer", "offload_param"):
+        given[key] = (zero.get(key) or {}).get("device", "none") == "cpu"
+    return ZeroSettings(**given)
 
 
 def offloads(config: dict[str, Any]) -> bool:

@@ -34,7 +34,8 @@ from vir.weights.metadata import DTYPES
 from vir.weights.portable import outline, read
 from vir.weights.spec import InputSpec, ModelSpec, input_of
 
-__all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "input_for", "load"]
+__all__ = ["FORBIDDEN_ARGS", "NotBuiltError", "architecture", "build", "create", "freeze", "input_for", "load",
+           "sketch"]
 
 
 def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True,
@@ -51,26 +52,49 @@ def build(model: ModelConfig, classes: Sequence[str], fresh: bool = True,
             classifier.
         DataError: model.init_from or the pretrained weights cannot be had, or are of another architecture.
     """
-    args = architecture(model, len(classes))
-    try:
-        network = create(model.name, args, drop_path_rate=model.drop_path_rate)
-    except NotBuiltError as error:
-        raise SettingsError(f"--model.name {model.name} cannot be built with {args}: {error}") from error
+    network = _created(model, len(classes), drop_path_rate=model.drop_path_rate)
     if fresh and model.init_from:
         initialize_from(network, model.init_from, classes, reset_head=model.reset_head)
     if fresh and model.pretrained:
         initialize_pretrained(network, model.name, classes, reset_head=model.reset_head)
+    if linear_probe and fresh and not (model.init_from or model.pretrained):
+        log.warning("--train.linear_probe: the classifier is trained on what random weights make of the images; give "
+                    "weights by --model.init_from or --model.pretrained")
+    return network, _made_ready(network, model, classes, linear_probe)
+
+
+def sketch(model: ModelConfig, classes: Sequence[str], linear_probe: bool = False) -> tuple[nn.Module, ModelSpec]:
+    """What build makes, on the meta device: shapes that take no memory, whatever the size. No weights are read.
+
+    Raises:
+        SettingsError: as build.
+    """
+    try:
+        with torch.device("meta"):
+            network = _created(model, len(classes), drop_path_rate=model.drop_path_rate)
+    except SettingsError:  # some networks compute with numbers while they are built
+        network = _created(model, len(classes), drop_path_rate=model.drop_path_rate).to("meta")
+    return network, _made_ready(network, model, classes, linear_probe)
+
+
+def _created(model: ModelConfig, num_classes: int, **more: Any) -> nn.Module:
+    args = architecture(model, num_classes)
+    try:
+        return create(model.name, args, **more)
+    except NotBuiltError as error:
+        raise SettingsError(f"--model.name {model.name} cannot be built with {args}: {error}") from error
+
+
+def _made_ready(network: nn.Module, model: ModelConfig, classes: Sequence[str], linear_probe: bool) -> ModelSpec:
+    """Choose what is trained, and the form of retention; what the network is."""
     if model.freeze is not None:
         freeze(network, model.freeze)
     if linear_probe:
         make_probe(network)
-        if fresh and not (model.init_from or model.pretrained):
-            log.warning("--train.linear_probe: the classifier is trained on what random weights make of the images; "
-                        "give weights by --model.init_from or --model.pretrained")
     if hasattr(network, "set_retention_mode"):
         getattr(network, "set_retention_mode")(model.retention_mode, model.chunk_size)
-    spec = ModelSpec(name=model.name, args=args, input=_input_as_set(model, input_of(network)), classes=tuple(classes))
-    return network, spec
+    return ModelSpec(name=model.name, args=architecture(model, len(classes)),
+                     input=_input_as_set(model, input_of(network)), classes=tuple(classes))
 
 
 def input_for(model: ModelConfig, num_classes: int) -> InputSpec:
@@ -79,16 +103,7 @@ def input_for(model: ModelConfig, num_classes: int) -> InputSpec:
     Raises:
         SettingsError: it cannot be built.
     """
-    args = architecture(model, num_classes)
-    try:
-        try:
-            with torch.device("meta"):
-                network = create(model.name, args)
-        except NotBuiltError:  # some networks compute with numbers while they are built
-            network = create(model.name, args)
-    except NotBuiltError as error:
-        raise SettingsError(f"--model.name {model.name} cannot be built with {args}: {error}") from error
-    return _input_as_set(model, input_of(network))
+    return sketch(replace(model, freeze=None), [""] * num_classes)[1].input
 
 
 def architecture(model: ModelConfig, num_classes: int) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Memory, time, traffic and cost of a run before it is started; nothing here allocates what it plans."""
