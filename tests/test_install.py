@@ -14,7 +14,7 @@ import pytest
 from support.launchers import ROOT
 
 PROGRAMS = ["vir-check", "vir-consolidate", "vir-convert", "vir-evaluate", "vir-explain", "vir-export", "vir-index",
-            "vir-launch", "vir-predict", "vir-train", "vir-verify"]
+            "vir-launch", "vir-plan", "vir-predict", "vir-train", "vir-verify"]
 ASK = """
 import contextlib, io, json, sys
 from importlib.metadata import distributions
@@ -104,7 +104,7 @@ def test_its_programs_are_the_documented_ones(site):
 
 
 @pytest.mark.parametrize("name, flag", list(zip(PROGRAMS, [
-    "--write-good", "--output", "--split", "--weights", "--sheet", "--opset", "--checksums", "deepspeed", "--stream",
+    "--write-good", "--output", "--split", "--weights", "--sheet", "--opset", "--checksums", "deepspeed", "--gpus-per-node", "--stream",
     "--optim.lr", "--repair"], strict=True)))
 def test_a_program_answers_a_call_for_help(answers, name, flag):
     code, said = answers["programs"][name]

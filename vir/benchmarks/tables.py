@@ -19,9 +19,7 @@ from typing import Any
 from vir.benchmarks.results import Result
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text, try_to_write
-
-IMAGENET = 1_281_167
-"""Images of an epoch of ImageNet-1k."""
+from vir.planning.images import IMAGENET
 
 _MARKED = re.compile(r"(?P<begin><!-- table: (?P<file>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- table:")

@@ -15,7 +15,7 @@ import torch
 
 from vir.benchmarks.conversion import make_images
 from vir.benchmarks.file_server import Answer, answers, serving
-from vir.benchmarks.tables import IMAGENET, markdown
+from vir.benchmarks.tables import markdown
 from vir.config import AugmentConfig
 from vir.data import convert
 from vir.data.loader import train_batches
@@ -25,10 +25,9 @@ from vir.data.reader import Reader
 from vir.data.traffic import LANES, WINDOW, choose, downloads, working_set
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
+from vir.planning.images import IMAGE_BYTES, imagenet
 from vir.weights.spec import InputSpec
 
-_IMAGE_BYTES = 110_000
-"""Of an image of ImageNet, on average."""
 _CACHE_BYTES = 200e9
 _SHARE = 0.8
 """Of a cache may be the working set."""
@@ -48,7 +47,7 @@ class Settings:
     folder: Path
     """Everything is written in a new folder in it, and removed again."""
     images: int = 6_000
-    image_bytes: int = _IMAGE_BYTES
+    image_bytes: int = IMAGE_BYTES
     """Of each file; its picture is tiny, for pixels do not matter here."""
     samples_per_shard: int = 50
     step_ms: float = 300.0
@@ -159,9 +158,8 @@ def _simulated(order: SampleOrder, shard_sizes: Sequence[int], shard_bytes: Sequ
 
 def _imagenet_rows(samples_per_shard: int, all_nodes: Sequence[int]) -> Iterator[list[str]]:
     """With a cache of 200 GB, and with one that has just room for the working set of the usual lanes and window."""
-    sizes = [samples_per_shard] * (IMAGENET // samples_per_shard)
-    sizes += [IMAGENET - sum(sizes)] if sum(sizes) < IMAGENET else []
-    shard_bytes = [size * _IMAGE_BYTES for size in sizes]
+    images = imagenet(samples_per_shard)
+    sizes, shard_bytes = images.shard_sizes, images.shard_bytes
     average = sum(shard_bytes) / len(sizes)
     for nodes in all_nodes:
         tight = working_set(max(LANES, nodes) / nodes, WINDOW, sizes) * average / _SHARE + 1

@@ -23,13 +23,14 @@ import torch
 
 from vir.benchmarks.checkpoint_size import ema_bytes, folder_bytes, newest
 from vir.benchmarks.stopwatch import machine
-from vir.benchmarks.tables import IMAGENET, training_report
+from vir.benchmarks.tables import training_report
 from vir.config import plan_accumulation
 from vir.data.reader import ShardReader
 from vir.engine import ds_config
 from vir.errors import DataError, SettingsError
 from vir.flags import parse
 from vir.models.build import architecture
+from vir.planning.images import IMAGENET
 from vir.reports.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -1,0 +1,189 @@
+"""Tells what a run needs before machines are asked for: memory, time, traffic, checkpoints and money, on one page.
+
+    vir-plan --config vir/recipes/vir_small_in1k.yaml --deepspeed_config zero2_bf16 --nodes 2 --gpu h100-80gb
+    vir-plan --config vir/recipes/vir_giant_in1k.yaml --nodes 16 --gpu a100-80gb --price 2.5 --picture plan.png
+    vir-plan --config run.yaml --data s3://bucket/train --gpu memory=80GB,tflops=400,bandwidth=200GB --json plan.json
+
+All other options are those of vir-train (vir-train --help). Nothing is allocated, trained or written but what --json and
+--picture name: the network is built of shapes alone, so this machine needs neither GPUs nor memory for it. What cannot
+be known beforehand is an estimate, and the page ends with what each of them rests on.
+
+The exit code is 0 where the plan is told, 2 where an option is wrong or no shipped DeepSpeed JSON makes the run fit, 3
+where the shards cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vir import cli
+from vir.config import RunConfig, plan_accumulation
+from vir.errors import SettingsError, VirError
+from vir.files import replace_text, try_to_write
+from vir.flags import parse
+
+if TYPE_CHECKING:  # a wrong flag is told before torch is imported
+    from vir.planning.estimate import Estimate, Question
+    from vir.planning.images import Images
+
+PROGRAM = "vir-plan"
+IMAGENET = "imagenet-1k"
+"""Of --data: images that are assumed."""
+_HOUR = 3600.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    args, settings = _parser().parse_known_args(words)
+    try:
+        for flag, path in (("--json", args.json), ("--picture", args.picture)):
+            _check_output(flag, path)
+        config = parse(["--data.train", IMAGENET, *settings, *(["--data.train", args.data] if args.data else [])])
+        estimate = _estimate(args, config)
+        _tell(estimate, args, shlex.join(["vir-plan", *words]))
+        estimate.check_that_something_fits()
+    except VirError as error:
+        return cli.tell(error, PROGRAM)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--nodes", type=_count, default=1, metavar="N", help="machines (default: %(default)s)")
+    add("--gpus-per-node", "--gpus_per_node", type=_count, default=8, metavar="N",
+        help="GPUs of each machine (default: %(default)s)")
+    add("--gpu", default="h100-80gb", metavar="NAME",
+        help="kind of GPU, or memory=80GB,tflops=989,bandwidth=450GB[,network=50GB] of one: TFLOP/s of its dense peak in "
+             "the precision of the run, bytes/s of one GPU to the others of its machine and to other machines (default: "
+             "%(default)s; an unknown name lists all)")
+    add("--network", metavar="RATE", help="of one GPU's share of the network cards of its machine, in bytes/s, e.g. 50GB, "
+        "or bits/s, e.g. 400Gb (default: as is usual for this GPU)")
+    add("--data", metavar="SHARDS",
+        help=f"training shards, as --data.train names them; {IMAGENET} assumes 1,281,167 images of 110 KB in shards of "
+             f"1,000 (default, where no --data.train is given)")
+    add("--mfu", type=_share, metavar="SHARE",
+        help="model FLOPs utilisation, e.g. 0.3 (default: what was measured and published for such GPUs and models)")
+    add("--cores", type=_count, metavar="N", help="CPU cores of each machine, for its loader processes")
+    add("--storage", metavar="RATE", help="at which each machine reads shards, e.g. 2GB")
+    add("--disk", default="2GB", metavar="RATE",
+        help="at which all machines together write a checkpoint (default: %(default)s)")
+    add("--mtbf", type=_positive, metavar="HOURS",
+        help="mean time between failures of one machine (default: as published of 16,384 H100s)")
+    add("--restart", type=_positive, default=5.0, metavar="MINUTES",
+        help="from a failure to the first step after it (default: %(default)g)")
+    add("--price", type=_positive, metavar="PER_HOUR", help="of one GPU, in any currency")
+    add("--json", type=Path, metavar="FILE", help="write all numbers there")
+    add("--picture", type=Path, metavar="FILE", help="draw them there, e.g. plan.png")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 1 << 20):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to {1 << 20:,}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    if (value := _positive(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is above 1; 0.3 means 30 %")
+    return value
+
+
+def _check_output(flag: str, path: Path | None) -> None:
+    """At the door, for it is written when all is computed."""
+    try:
+        if path is not None:
+            try_to_write(path)
+    except OSError as error:
+        raise SettingsError(f"{flag} {path} cannot be written: {error.strerror}; give a file in a folder that is there"
+                            ) from error
+
+
+def _estimate(args: argparse.Namespace, config: RunConfig) -> Estimate:
+    world = args.nodes * args.gpus_per_node
+    _check_world(config, world, args.gpus_per_node)
+
+    from vir.planning.estimate import estimate
+
+    return estimate(_question(args, config))
+
+
+def _check_world(config: RunConfig, world: int, gpus_per_node: int) -> None:
+    """Raises SettingsError where the batch does not divide; it names batches and numbers of machines that would."""
+    train = config.train
+    try:
+        plan_accumulation(train.global_batch_size, train.micro_batch_size, world)
+    except SettingsError as error:
+        per_node = train.micro_batch_size * gpus_per_node
+        fit = [nodes for nodes in range(1, train.global_batch_size // per_node + 1)
+               if train.global_batch_size % (per_node * nodes) == 0]
+        near = sorted(fit, key=lambda nodes: abs(nodes - world // gpus_per_node))[:2]
+        raise SettingsError(f"{error}; or --nodes {' or '.join(map(str, sorted(near)))} with these" if near else
+                            f"{error}; no number of nodes with {gpus_per_node} GPUs has these") from error
+
+
+def _question(args: argparse.Namespace, config: RunConfig) -> Question:
+    from vir.engine import ds_config
+    from vir.models.build import sketch
+    from vir.planning.estimate import Question
+    from vir.planning.hardware import Cluster, Range, parse_gpu, parse_rate
+    from vir.training.schedule import total_steps
+
+    gpu = parse_gpu(args.gpu)
+    images = _images(config)
+    name = config.deepspeed_config or ("zero2_bf16" if "bf16" in gpu.tflops else "zero2_fp16")
+    network, spec = sketch(config.model, images.classes, config.train.linear_probe)
+    return Question(
+        config=config, ds_name=Path(name).stem, ds_config=ds_config.read(name), network=network, spec=spec,
+        images=images, on_gpu=True, total_steps=total_steps(config.train, images.count),
+        cluster=Cluster(nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu=gpu,
+                        network=parse_rate(args.network, "--network") if args.network else gpu.network),
+        mfu=Range(args.mfu, args.mfu) if args.mfu else None, cores=args.cores,
+        storage=parse_rate(args.storage, "--storage") if args.storage else None,
+        disk=parse_rate(args.disk, "--disk"), mtbf=args.mtbf and args.mtbf * _HOUR, restart=args.restart * 60, price=args.price)
+
+
+def _images(config: RunConfig) -> Images:
+    from vir.planning.images import Images, imagenet
+
+    if config.data.train == IMAGENET:
+        return imagenet()
+    from vir.data.opening import open_reader, places
+
+    return Images.of(open_reader(config.data.train, places(config.data), first=True))
+
+
+def _tell(estimate: Estimate, args: argparse.Namespace, command: str) -> None:
+    from vir.planning.page import lines
+
+    print(*lines(estimate), sep="\n", flush=True)
+    if args.json is not None:
+        replace_text(args.json, estimate.to_json(command))
+    if args.picture is not None:
+        from vir.planning.picture import draw
+
+        draw(estimate, args.picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

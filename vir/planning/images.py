@@ -1,0 +1,52 @@
+"""The training images of a plan: those that are there, or ImageNet-1k as it usually is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # pages of results are made without torch
+    from vir.data.reader import Reader
+
+IMAGENET = 1_281_167
+"""Training images of ImageNet-1k."""
+IMAGE_BYTES = 110_000
+"""Of one of them, on average."""
+_CLASSES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """What a plan needs to know of them."""
+
+    name: str
+    """Where they lie, or what is assumed."""
+    shard_sizes: Sequence[int]
+    """Images in each shard."""
+    shard_bytes: Sequence[int]
+    """Of each; empty where the images are files of their own."""
+    classes: Sequence[str]
+    is_assumed: bool = False
+
+    @classmethod
+    def of(cls, reader: Reader) -> Images:
+        return cls(name=reader.name, shard_sizes=reader.shard_sizes, shard_bytes=reader.shard_bytes,
+                   classes=reader.classes)
+
+    @property
+    def count(self) -> int:
+        return sum(self.shard_sizes)
+
+    @property
+    def image_bytes(self) -> float:
+        """Of one on average; assumed where it is not known."""
+        return sum(self.shard_bytes) / self.count if self.shard_bytes else IMAGE_BYTES
+
+
+def imagenet(samples_per_shard: int = 1000) -> Images:
+    """ImageNet-1k in shards of so many images; the last one has the rest."""
+    sizes = [samples_per_shard] * (IMAGENET // samples_per_shard)
+    sizes += [IMAGENET - sum(sizes)] if sum(sizes) < IMAGENET else []
+    return Images(name="imagenet-1k", shard_sizes=sizes, shard_bytes=[size * IMAGE_BYTES for size in sizes],
+                  classes=[""] * _CLASSES, is_assumed=True)
