@@ -51,6 +51,11 @@ class Needs:
         return Needs(max(step, self.first_step), self.last_step, self.steps[first:], self.shards[first:],
                      self.counts[first:])
 
+    def until_step(self, step: int) -> Needs:
+        """Without this step and those after it."""
+        end = int(np.searchsorted(self.steps, step))
+        return Needs(self.first_step, min(step, self.last_step), self.steps[:end], self.shards[:end], self.counts[:end])
+
     def and_then(self, later: Needs) -> Needs:
         """Those, and those of the steps that follow them."""
         assert later.first_step == self.last_step
@@ -66,13 +71,23 @@ def working_set(lanes: float, window: int, shard_sizes: Sequence[int]) -> float:
 def node_shards(order: SampleOrder | InOrder, shard_sizes: Sequence[int], *, first_step: int, last_step: int,
                 global_batch_size: int, ranks: range, world_size: int) -> Needs:
     """What these ranks, those of one node, read in steps [first_step, last_step)."""
+    needs, = shards_of_ranks(order, shard_sizes, first_step=first_step, last_step=last_step,
+                             global_batch_size=global_batch_size, groups=[ranks], world_size=world_size)
+    return needs
+
+
+def shards_of_ranks(order: SampleOrder | InOrder, shard_sizes: Sequence[int], *, first_step: int, last_step: int,
+                    global_batch_size: int, groups: Sequence[range], world_size: int) -> list[Needs]:
+    """What each of these groups of ranks, a group for a node, reads in steps [first_step, last_step)."""
     per_rank = global_batch_size // world_size
-    columns = slice(ranks.start * per_rank, ranks.stop * per_rank)
-    found = [(first, _shards_read(order, shard_sizes, first, last, global_batch_size, columns))
-             for first, last in _spans(first_step, last_step, global_batch_size)]
-    rows = [_rows(first, shards, len(shard_sizes)) for first, shards in found]
-    steps, needed, counts = (np.concatenate(column) for column in zip(_no_rows(), *rows))
-    return Needs(first_step, last_step, steps, needed, counts)
+    begin, end = per_rank * min(ranks.start for ranks in groups), per_rank * max(ranks.stop for ranks in groups)
+    rows = [[_no_rows()] for _ in groups]
+    for first, last in _spans(first_step, last_step, global_batch_size):
+        shards = _shards_read(order, shard_sizes, first, last, global_batch_size, slice(begin, end))
+        for found, ranks in zip(rows, groups):
+            columns = slice(per_rank * ranks.start - begin, per_rank * ranks.stop - begin)
+            found.append(_rows(first, shards[:, columns], len(shard_sizes)))
+    return [Needs(first_step, last_step, *(np.concatenate(column) for column in zip(*found))) for found in rows]
 
 
 def _spans(first_step: int, last_step: int, global_batch_size: int) -> Iterator[tuple[int, int]]:
@@ -155,6 +170,9 @@ class Downloads:
     samples: int
     """Samples that are read in parts, because their shard is not worth a download or there is no room for it."""
 
+    bytes: float
+    """Of both; a sample has its share of its shard."""
+
 
 def downloads(order: SampleOrder | InOrder, shard_sizes: Sequence[int], shard_bytes: Sequence[int], *, nodes: int,
               global_batch_size: int, budget_bytes: float | None, epoch: int = 0) -> list[Downloads]:
@@ -164,31 +182,87 @@ def downloads(order: SampleOrder | InOrder, shard_sizes: Sequence[int], shard_by
     """
     first_step = epoch * order.num_samples // global_batch_size
     last_step = -(-(epoch + 1) * order.num_samples // global_batch_size)
-    return [_simulate(node_shards(order, shard_sizes, first_step=first_step, last_step=last_step,
-                                  global_batch_size=global_batch_size, ranks=range(node, node + 1), world_size=nodes),
-                      np.asarray(shard_sizes), np.asarray(shard_bytes), budget_bytes)
-            for node in range(nodes)]
+    return [NodeCache(needs, shard_sizes, shard_bytes).fetched(budget_bytes)
+            for needs in shards_of_ranks(order, shard_sizes, first_step=first_step, last_step=last_step,
+                                         global_batch_size=global_batch_size, world_size=nodes,
+                                         groups=[range(node, node + 1) for node in range(nodes)])]
 
 
-def _simulate(needs: Needs, sizes: np.ndarray, shard_bytes: np.ndarray, budget_bytes: float | None) -> Downloads:
-    uses = NextUse(needs, len(sizes))
-    budget = float("inf") if budget_bytes is None else budget_bytes
-    cached = np.zeros(len(sizes), bool)
-    fetched = in_parts = 0
-    for step in range(needs.first_step, needs.last_step):
-        next_steps = uses.steps(step)
-        now = next_steps == step
-        if not (now & ~cached).any():
-            continue
-        wanted = cached | (now & uses.worth_a_download(step, sizes))
-        order = np.lexsort((~cached, next_steps))
-        kept = np.zeros(len(sizes), bool)
-        kept[fitting(order[wanted[order]], shard_bytes, budget)] = True
-        fetched += np.count_nonzero(kept & ~cached)
-        left = now & ~kept
-        in_parts += int((uses.samples(step) - uses.samples(step + 1))[left].sum())
-        cached = kept
-    return Downloads(int(fetched), in_parts)
+class NodeCache:
+    """What a node with these needs fetches, if its cache is empty before their first step."""
+
+    def __init__(self, needs: Needs, shard_sizes: Sequence[int], shard_bytes: Sequence[int]) -> None:
+        self.needs, self._sizes, self._bytes = needs, np.asarray(shard_sizes), np.asarray(shard_bytes)
+        by_shard = np.argsort(needs.shards.astype(np.min_scalar_type(len(self._sizes))), kind="stable")
+        shards, steps, counts = needs.shards[by_shard], needs.steps[by_shard], needs.counts[by_shard]
+        ends = np.searchsorted(shards, shards, side="right")
+        samples = np.concatenate([[0], np.cumsum(counts)])
+        is_first = np.append(True, shards[1:] != shards[:-1])[:len(shards)]
+
+        # Of each row: the next step that needs its shard, or NEVER; whether enough of it is needed from this step on.
+        self._next_steps, self._worth = np.empty_like(steps), np.empty(len(steps), bool)
+        self._next_steps[by_shard] = np.where(np.arange(len(steps)) + 1 < ends, np.append(steps, NEVER)[1:], NEVER)
+        self._worth[by_shard] = samples[ends] - samples[:-1] >= WORTH * self._sizes[shards]
+
+        self._firsts = by_shard[is_first & self._worth[by_shard]]
+        lasts = by_shard[ends[is_first & self._worth[by_shard]] - 1]
+        change = np.zeros(needs.last_step - needs.first_step + 1, np.int64)
+        np.add.at(change, needs.steps[self._firsts] - needs.first_step, self._bytes[needs.shards[self._firsts]])
+        np.add.at(change, needs.steps[lasts] - needs.first_step + 1, -self._bytes[needs.shards[lasts]])
+        self.room = int(np.cumsum(change).max())
+        """Bytes of the shards in use at once, at most: with a cache of as many each shard is downloaded once."""
+
+    def fetched(self, budget_bytes: float | None, since: int = 0) -> Downloads:
+        """From step `since` on."""
+        if budget_bytes is None or budget_bytes >= self.room:
+            whole, in_parts = self._with_room()
+        elif budget_bytes < self._bytes.min():
+            whole, in_parts = np.empty(0, np.int64), np.arange(len(self.needs.steps))
+        else:
+            whole, in_parts = self._without_room(budget_bytes)
+        steps, shards, counts = self.needs.steps, self.needs.shards, self.needs.counts
+        whole, in_parts = whole[steps[whole] >= since], in_parts[steps[in_parts] >= since]
+        per_sample = self._bytes[shards[in_parts]] / self._sizes[shards[in_parts]]
+        return Downloads(len(whole), int(counts[in_parts].sum()),
+                         float(self._bytes[shards[whole]].sum() + (counts[in_parts] * per_sample).sum()))
+
+    def _with_room(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows whose shards are downloaded, and those that are read in parts."""
+        cached = np.zeros(len(self._sizes), bool)
+        cached[self.needs.shards[self._firsts]] = True
+        return self._firsts, np.flatnonzero(~cached[self.needs.shards])
+
+    def _without_room(self, budget: float) -> tuple[np.ndarray, np.ndarray]:
+        """The same where shards have to go that are still needed: step by step."""
+        steps = self.needs.steps
+        next_steps, cached = np.full(len(self._sizes), NEVER), np.zeros(len(self._sizes), bool)
+        used = 0
+        bounds = np.flatnonzero(np.append(True, steps[1:] != steps[:-1])[:len(steps)]).tolist()
+        whole, in_parts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for first, end in zip(bounds, [*bounds[1:], len(steps)]):
+            shards, next_of_rows = self.needs.shards[first:end], self._next_steps[first:end]
+            missing = first + np.flatnonzero(~cached[shards])
+            if len(missing):
+                wanted = self.needs.shards[missing[self._worth[missing]]]
+                more = self._bytes[wanted].sum()
+                if used + more > budget:
+                    held = np.flatnonzero(cached)
+                    both = np.concatenate([held, wanted])
+                    next_steps[wanted] = steps[first]
+                    order = both[np.lexsort((np.arange(len(both)), next_steps[both]))]
+                    wanted = fitting(order, self._bytes, budget)
+                    cached[held] = False
+                    used, more = 0, self._bytes[wanted].sum()
+                cached[wanted] = True
+                used += more
+                kept = cached[self.needs.shards[missing]]
+                whole.append(missing[kept])
+                in_parts.append(missing[~kept])
+            next_steps[shards] = next_of_rows
+            done = shards[next_of_rows == NEVER]
+            used -= self._bytes[done[cached[done]]].sum()
+            cached[done] = False
+        return np.concatenate(whole), np.concatenate(in_parts)
 
 
 def choose(shard_sizes: Sequence[int], shard_bytes: float, budget_bytes: float | None, nodes: int,
