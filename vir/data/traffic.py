@@ -214,12 +214,21 @@ class NodeCache:
 
     def fetched(self, budget_bytes: float | None, since: int = 0) -> Downloads:
         """From step `since` on."""
+        return self.counted(*self.rows(budget_bytes), since)
+
+    def rows(self, budget_bytes: float | None, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of needs, of the steps before `until`, whose shards are downloaded, and those read in parts."""
         if budget_bytes is None or budget_bytes >= self.room:
-            whole, in_parts = self._with_room()
+            found = self._with_room()
         elif budget_bytes < self._bytes.min():
-            whole, in_parts = np.empty(0, np.int64), np.arange(len(self.needs.steps))
+            found = np.empty(0, np.int64), np.arange(len(self.needs.steps))
         else:
-            whole, in_parts = self._without_room(budget_bytes)
+            return self._without_room(budget_bytes, self.needs.last_step if until is None else until)
+        steps = self.needs.steps
+        return found if until is None else (found[0][steps[found[0]] < until], found[1][steps[found[1]] < until])
+
+    def counted(self, whole: np.ndarray, in_parts: np.ndarray, since: int = 0) -> Downloads:
+        """What these rows of step `since` and later ones come to."""
         steps, shards, counts = self.needs.steps, self.needs.shards, self.needs.counts
         whole, in_parts = whole[steps[whole] >= since], in_parts[steps[in_parts] >= since]
         per_sample = self._bytes[shards[in_parts]] / self._sizes[shards[in_parts]]
@@ -227,42 +236,44 @@ class NodeCache:
                          float(self._bytes[shards[whole]].sum() + (counts[in_parts] * per_sample).sum()))
 
     def _with_room(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows whose shards are downloaded, and those that are read in parts."""
+        """As rows."""
         cached = np.zeros(len(self._sizes), bool)
         cached[self.needs.shards[self._firsts]] = True
         return self._firsts, np.flatnonzero(~cached[self.needs.shards])
 
-    def _without_room(self, budget: float) -> tuple[np.ndarray, np.ndarray]:
-        """The same where shards have to go that are still needed: step by step."""
-        steps = self.needs.steps
-        next_steps, cached = np.full(len(self._sizes), NEVER), np.zeros(len(self._sizes), bool)
+    def _without_room(self, budget: float, until: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same where shards have to go that are still needed: row by row, for a step has few of them."""
+        size_of, shards, worth = self._bytes.tolist(), self.needs.shards.tolist(), self._worth.tolist()
+        # Those with the lowest ranks stay: that are needed soonest, of those in one step the ones that are there.
+        width = 2 * len(size_of)
+        arrival = (self.needs.steps * width + len(size_of) + self.needs.shards).tolist()
+        ranks = np.where(self._next_steps == NEVER, -1, self._next_steps % NEVER * width + self.needs.shards).tolist()
+        cached: dict[int, int] = {}
         used = 0
-        bounds = np.flatnonzero(np.append(True, steps[1:] != steps[:-1])[:len(steps)]).tolist()
-        whole, in_parts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for first, end in zip(bounds, [*bounds[1:], len(steps)]):
-            shards, next_of_rows = self.needs.shards[first:end], self._next_steps[first:end]
-            missing = first + np.flatnonzero(~cached[shards])
-            if len(missing):
-                wanted = self.needs.shards[missing[self._worth[missing]]]
-                more = self._bytes[wanted].sum()
-                if used + more > budget:
-                    held = np.flatnonzero(cached)
-                    both = np.concatenate([held, wanted])
-                    next_steps[wanted] = steps[first]
-                    order = both[np.lexsort((np.arange(len(both)), next_steps[both]))]
-                    wanted = fitting(order, self._bytes, budget)
-                    cached[held] = False
-                    used, more = 0, self._bytes[wanted].sum()
-                cached[wanted] = True
-                used += more
-                kept = cached[self.needs.shards[missing]]
-                whole.append(missing[kept])
-                in_parts.append(missing[~kept])
-            next_steps[shards] = next_of_rows
-            done = shards[next_of_rows == NEVER]
-            used -= self._bytes[done[cached[done]]].sum()
-            cached[done] = False
-        return np.concatenate(whole), np.concatenate(in_parts)
+        whole: list[int] = []
+        in_parts: list[int] = []
+        end_row = np.searchsorted(self.needs.steps, until)
+        bounds = np.flatnonzero(np.diff(self.needs.steps[:end_row], prepend=-1, append=-1)).tolist()
+        for first, end in zip(bounds, bounds[1:]):
+            missing = [row for row in range(first, end) if shards[row] not in cached]
+            for row in missing:
+                if worth[row]:
+                    cached[shards[row]] = arrival[row]
+                    used += size_of[shards[row]]
+            if used > budget:
+                by_rank = sorted(cached, key=cached.__getitem__)
+                while used > budget:
+                    used -= size_of[by_rank[-1]]
+                    del cached[by_rank.pop()]
+            for row in missing:
+                (whole if shards[row] in cached else in_parts).append(row)
+            for row in range(first, end):
+                if shards[row] in cached:
+                    cached[shards[row]] = ranks[row]
+                    if ranks[row] < 0:
+                        used -= size_of[shards[row]]
+                        del cached[shards[row]]
+        return np.array(whole, np.int64), np.array(in_parts, np.int64)
 
 
 def choose(shard_sizes: Sequence[int], shard_bytes: float, budget_bytes: float | None, nodes: int,
