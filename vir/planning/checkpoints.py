@@ -37,7 +37,7 @@ def young(seconds: float, mtbf_seconds: float) -> float:
 
 
 def daly(seconds: float, mtbf_seconds: float) -> float:
-    """Seconds of work between checkpoints, to higher order (Daly 2006, FGCS 22(3), equation 37).
+    """Seconds of work between checkpoints, to higher order (Daly 2006, FGCS 22(3), 303-312).
 
     sqrt(2 C M) (1 + sqrt(C / 2M) / 3 + (C / 2M) / 9) - C, and M where a checkpoint takes 2M or longer.
     """
@@ -51,13 +51,12 @@ def goodput(interval_seconds: float, seconds: float, mtbf_seconds: float, restar
     """Share of the time that is of use, with a checkpoint after so many seconds of work.
 
     t / (M e^(R/M) (e^((t + C)/M) - 1)): the exact expectation for failures that may also come during checkpoints and
-    restarts (Daly 2006, equation 20).
+    restarts (Daly 2006).
     """
     exponent = (interval_seconds + seconds) / mtbf_seconds
     if exponent + restart_seconds / mtbf_seconds > _MOST:
         return 0.0
-    expected = mtbf_seconds * math.exp(restart_seconds / mtbf_seconds) * math.expm1(exponent)
-    return interval_seconds / expected if expected > 0 else 1.0
+    return interval_seconds / (mtbf_seconds * math.exp(restart_seconds / mtbf_seconds) * math.expm1(exponent))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The cores that decode and augment images as fast as the GPUs take them, and what is read meanwhile.
 
-The rates are our own, per CPU second of the loader's processes, from tools/benchmark_loader.py pixels on two virtual cores
-of an AMD EPYC (AVX-512): docs/results/2026-11-30-loader-pixels.json. Reading from the page cache, crc32, decoding, the
-crop's resize and the batch are in them; the network is not.
+The rates are our own, per CPU second of the loader's processes and of the one that takes their batches, of
+tools/benchmark_loader.py pixels on two virtual cores of an AMD EPYC (AVX-512). Reading from the page cache, the checksum,
+decoding, the crop's resize and making batches are in them; a network is not.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Loading:
     """Of a node, if an image takes as long as one of those that were measured."""
     cores_at_most: float
     """Of a node, if all of that time grows with the bytes of an image, or with the pixels of its crop, whichever grows
-    more. JPEGs of 109 kB with RandAugment took 1.1 times as long (2026-11-30-loader-latency.json), not 1.5 times."""
+    more. JPEGs of 109 kB with RandAugment took 1.16 times as long (2026-11-30-loader-latency.json), not 1.5 times."""
     bytes_per_second: float
     """Of images, decoded on a node; from the shards' server or disk, or from the node's cache."""
     fetched_bytes_per_second: float
