@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 
 from vir.data.order import SampleOrder
-from vir.data.traffic import LANES, NEVER, WINDOW, Needs, NextUse, choose, downloads, fitting, node_shards, working_set
+from vir.data.traffic import (
+    LANES,
+    NEVER,
+    WINDOW,
+    Needs,
+    NextUse,
+    NodeCache,
+    choose,
+    downloads,
+    fitting,
+    node_shards,
+    working_set,
+)
 
 IMAGENET = [1251] * 1024 + [143]
 SHARD_BYTES = 141_000_000
@@ -125,6 +137,72 @@ def test_the_one_that_goes_is_that_with_the_farthest_next_use():
     for epoch in (0, 1):
         node, = downloads(order, sizes, [7] * 10, nodes=1, global_batch_size=32, budget_bytes=7, epoch=epoch)
         assert (node.shards, node.samples) == (10, 0)
+
+
+def downloads_by_rule(needs, sizes, shard_bytes, budget):
+    """Step by step: of what is there and what is needed and worth it, what is needed soonest stays."""
+    uses, cached = NextUse(needs, len(sizes)), np.zeros(len(sizes), bool)
+    whole, samples = [], 0
+    for step in range(needs.first_step, needs.last_step):
+        next_steps = uses.steps(step)
+        now = next_steps == step
+        wanted = cached | (now & uses.worth_a_download(step, sizes))
+        order = np.lexsort((~cached, next_steps))
+        kept = np.zeros(len(sizes), bool)
+        kept[fitting(order[wanted[order]], shard_bytes, budget)] = True
+        whole += [(step, shard) for shard in np.flatnonzero(kept & ~cached & now)]
+        samples += int((uses.samples(step) - uses.samples(step + 1))[now & ~kept].sum())
+        cached = kept
+    return whole, samples
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_downloads_are_those_of_the_rule(seed):
+    """With all budgets, of shards of all sizes, also from a later step on and up to one."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(1, 90, draw.integers(1, 30))
+    shard_bytes = sizes * draw.integers(1, 20, len(sizes)) + 7
+    nodes = int(draw.integers(1, 4))
+    batch = nodes * int(draw.integers(1, 12))
+    order = SampleOrder(seed, sizes.tolist(), int(draw.integers(1, 12)), int(draw.integers(1, 120)))
+    epoch = seed % 2
+    first, last = epoch * order.num_samples // batch, -(-(epoch + 1) * order.num_samples // batch)
+    for share in (0, 0.05, 0.2, 0.5, 0.9, 1.5):
+        budget = share * shard_bytes.sum()
+        found = downloads(order, sizes.tolist(), shard_bytes.tolist(), nodes=nodes, global_batch_size=batch,
+                          budget_bytes=budget, epoch=epoch)
+        for node in range(nodes):
+            needs = node_shards(order, sizes.tolist(), first_step=first, last_step=last, global_batch_size=batch,
+                                ranks=range(node, node + 1), world_size=nodes)
+            whole, samples = downloads_by_rule(needs, sizes, shard_bytes, budget)
+            assert (found[node].shards, found[node].samples) == (len(whole), samples)
+            cache, middle = NodeCache(needs, sizes, shard_bytes), (first + last) // 2
+            later = cache.fetched(budget, middle)
+            assert later.shards == sum(step >= middle for step, _ in whole)
+            assert len(cache.rows(budget, middle)[0]) == len(whole) - later.shards
+            if budget == 0:
+                assert found[node].bytes == pytest.approx((needs.counts * (shard_bytes / sizes)[needs.shards]).sum())
+            elif not samples:
+                assert found[node].bytes == sum(shard_bytes[shard] for _, shard in whole)
+
+
+def test_room_is_the_smallest_budget_with_which_no_shard_comes_twice():
+    sizes = [50] * 40
+    order = SampleOrder(3, sizes, 4, 60)
+    needs = node_shards(order, sizes, first_step=0, last_step=100, global_batch_size=20, ranks=range(1), world_size=1)
+    cache = NodeCache(needs, sizes, [10] * 40)
+    enough, less = cache.fetched(cache.room), cache.fetched(cache.room - 1)
+    assert (enough.shards, enough.samples) == (40, 0) and 60 < cache.room < 200
+    assert less.shards + less.samples > 40
+
+
+def test_a_cut_of_needs_is_what_needs_up_to_there_are():
+    sizes = random_sizes(6)
+    order = SampleOrder(6, sizes, 4, 30)
+    arguments = {"global_batch_size": 24, "ranks": range(1), "world_size": 2}
+    cut = node_shards(order, sizes, first_step=2, last_step=50, **arguments).until_step(30)
+    whole = node_shards(order, sizes, first_step=2, last_step=30, **arguments)
+    assert as_dict(cut) == as_dict(whole) and (cut.first_step, cut.last_step) == (2, 30)
 
 
 @pytest.mark.parametrize("nodes, global_batch_size", [

@@ -51,6 +51,11 @@ class Needs:
         return Needs(max(step, self.first_step), self.last_step, self.steps[first:], self.shards[first:],
                      self.counts[first:])
 
+    def until_step(self, step: int) -> Needs:
+        """Without this step and those after it."""
+        end = int(np.searchsorted(self.steps, step))
+        return Needs(self.first_step, min(step, self.last_step), self.steps[:end], self.shards[:end], self.counts[:end])
+
     def and_then(self, later: Needs) -> Needs:
         """Those, and those of the steps that follow them."""
         assert later.first_step == self.last_step
@@ -66,13 +71,23 @@ def working_set(lanes: float, window: int, shard_sizes: Sequence[int]) -> float:
 def node_shards(order: SampleOrder | InOrder, shard_sizes: Sequence[int], *, first_step: int, last_step: int,
                 global_batch_size: int, ranks: range, world_size: int) -> Needs:
     """What these ranks, those of one node, read in steps [first_step, last_step)."""
+    needs, = shards_of_ranks(order, shard_sizes, first_step=first_step, last_step=last_step,
+                             global_batch_size=global_batch_size, groups=[ranks], world_size=world_size)
+    return needs
+
+
+def shards_of_ranks(order: SampleOrder | InOrder, shard_sizes: Sequence[int], *, first_step: int, last_step: int,
+                    global_batch_size: int, groups: Sequence[range], world_size: int) -> list[Needs]:
+    """What each of these groups of ranks, a group for a node, reads in steps [first_step, last_step)."""
     per_rank = global_batch_size // world_size
-    columns = slice(ranks.start * per_rank, ranks.stop * per_rank)
-    found = [(first, _shards_read(order, shard_sizes, first, last, global_batch_size, columns))
-             for first, last in _spans(first_step, last_step, global_batch_size)]
-    rows = [_rows(first, shards, len(shard_sizes)) for first, shards in found]
-    steps, needed, counts = (np.concatenate(column) for column in zip(_no_rows(), *rows))
-    return Needs(first_step, last_step, steps, needed, counts)
+    begin, end = per_rank * min(ranks.start for ranks in groups), per_rank * max(ranks.stop for ranks in groups)
+    rows = [[_no_rows()] for _ in groups]
+    for first, last in _spans(first_step, last_step, global_batch_size):
+        shards = _shards_read(order, shard_sizes, first, last, global_batch_size, slice(begin, end))
+        for found, ranks in zip(rows, groups):
+            columns = slice(per_rank * ranks.start - begin, per_rank * ranks.stop - begin)
+            found.append(_rows(first, shards[:, columns], len(shard_sizes)))
+    return [Needs(first_step, last_step, *(np.concatenate(column) for column in zip(*found))) for found in rows]
 
 
 def _spans(first_step: int, last_step: int, global_batch_size: int) -> Iterator[tuple[int, int]]:
@@ -155,6 +170,9 @@ class Downloads:
     samples: int
     """Samples that are read in parts, because their shard is not worth a download or there is no room for it."""
 
+    bytes: float
+    """Of both; a sample has its share of its shard."""
+
 
 def downloads(order: SampleOrder | InOrder, shard_sizes: Sequence[int], shard_bytes: Sequence[int], *, nodes: int,
               global_batch_size: int, budget_bytes: float | None, epoch: int = 0) -> list[Downloads]:
@@ -164,31 +182,98 @@ def downloads(order: SampleOrder | InOrder, shard_sizes: Sequence[int], shard_by
     """
     first_step = epoch * order.num_samples // global_batch_size
     last_step = -(-(epoch + 1) * order.num_samples // global_batch_size)
-    return [_simulate(node_shards(order, shard_sizes, first_step=first_step, last_step=last_step,
-                                  global_batch_size=global_batch_size, ranks=range(node, node + 1), world_size=nodes),
-                      np.asarray(shard_sizes), np.asarray(shard_bytes), budget_bytes)
-            for node in range(nodes)]
+    return [NodeCache(needs, shard_sizes, shard_bytes).fetched(budget_bytes)
+            for needs in shards_of_ranks(order, shard_sizes, first_step=first_step, last_step=last_step,
+                                         global_batch_size=global_batch_size, world_size=nodes,
+                                         groups=[range(node, node + 1) for node in range(nodes)])]
 
 
-def _simulate(needs: Needs, sizes: np.ndarray, shard_bytes: np.ndarray, budget_bytes: float | None) -> Downloads:
-    uses = NextUse(needs, len(sizes))
-    budget = float("inf") if budget_bytes is None else budget_bytes
-    cached = np.zeros(len(sizes), bool)
-    fetched = in_parts = 0
-    for step in range(needs.first_step, needs.last_step):
-        next_steps = uses.steps(step)
-        now = next_steps == step
-        if not (now & ~cached).any():
-            continue
-        wanted = cached | (now & uses.worth_a_download(step, sizes))
-        order = np.lexsort((~cached, next_steps))
-        kept = np.zeros(len(sizes), bool)
-        kept[fitting(order[wanted[order]], shard_bytes, budget)] = True
-        fetched += np.count_nonzero(kept & ~cached)
-        left = now & ~kept
-        in_parts += int((uses.samples(step) - uses.samples(step + 1))[left].sum())
-        cached = kept
-    return Downloads(int(fetched), in_parts)
+class NodeCache:
+    """What a node with these needs fetches, if its cache is empty before their first step."""
+
+    def __init__(self, needs: Needs, shard_sizes: Sequence[int], shard_bytes: Sequence[int]) -> None:
+        self.needs, self._sizes, self._bytes = needs, np.asarray(shard_sizes), np.asarray(shard_bytes)
+        by_shard = np.argsort(needs.shards.astype(np.min_scalar_type(len(self._sizes))), kind="stable")
+        shards, steps, counts = needs.shards[by_shard], needs.steps[by_shard], needs.counts[by_shard]
+        ends = np.searchsorted(shards, shards, side="right")
+        samples = np.concatenate([[0], np.cumsum(counts)])
+        is_first = np.append(True, shards[1:] != shards[:-1])[:len(shards)]
+
+        # Of each row: the next step that needs its shard, or NEVER; whether enough of it is needed from this step on.
+        self._next_steps, self._worth = np.empty_like(steps), np.empty(len(steps), bool)
+        self._next_steps[by_shard] = np.where(np.arange(len(steps)) + 1 < ends, np.append(steps, NEVER)[1:], NEVER)
+        self._worth[by_shard] = samples[ends] - samples[:-1] >= WORTH * self._sizes[shards]
+
+        self._firsts = by_shard[is_first & self._worth[by_shard]]
+        lasts = by_shard[ends[is_first & self._worth[by_shard]] - 1]
+        change = np.zeros(needs.last_step - needs.first_step + 1, np.int64)
+        np.add.at(change, needs.steps[self._firsts] - needs.first_step, self._bytes[needs.shards[self._firsts]])
+        np.add.at(change, needs.steps[lasts] - needs.first_step + 1, -self._bytes[needs.shards[lasts]])
+        self.room = int(np.cumsum(change).max())
+        """Bytes of the shards in use at once, at most: with a cache of as many each shard is downloaded once."""
+
+    def fetched(self, budget_bytes: float | None, since: int = 0) -> Downloads:
+        """From step `since` on."""
+        return self.counted(*self.rows(budget_bytes), since)
+
+    def rows(self, budget_bytes: float | None, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of needs, of the steps before `until`, whose shards are downloaded, and those read in parts."""
+        if budget_bytes is None or budget_bytes >= self.room:
+            found = self._with_room()
+        elif budget_bytes < self._bytes.min():
+            found = np.empty(0, np.int64), np.arange(len(self.needs.steps))
+        else:
+            return self._without_room(budget_bytes, self.needs.last_step if until is None else until)
+        steps = self.needs.steps
+        return found if until is None else (found[0][steps[found[0]] < until], found[1][steps[found[1]] < until])
+
+    def counted(self, whole: np.ndarray, in_parts: np.ndarray, since: int = 0) -> Downloads:
+        """What these rows of step `since` and later ones come to."""
+        steps, shards, counts = self.needs.steps, self.needs.shards, self.needs.counts
+        whole, in_parts = whole[steps[whole] >= since], in_parts[steps[in_parts] >= since]
+        per_sample = self._bytes[shards[in_parts]] / self._sizes[shards[in_parts]]
+        return Downloads(len(whole), int(counts[in_parts].sum()),
+                         float(self._bytes[shards[whole]].sum() + (counts[in_parts] * per_sample).sum()))
+
+    def _with_room(self) -> tuple[np.ndarray, np.ndarray]:
+        """As rows."""
+        cached = np.zeros(len(self._sizes), bool)
+        cached[self.needs.shards[self._firsts]] = True
+        return self._firsts, np.flatnonzero(~cached[self.needs.shards])
+
+    def _without_room(self, budget: float, until: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same where shards have to go that are still needed: row by row, for a step has few of them."""
+        size_of, shards, worth = self._bytes.tolist(), self.needs.shards.tolist(), self._worth.tolist()
+        # Those with the lowest ranks stay: that are needed soonest, of those in one step the ones that are there.
+        width = 2 * len(size_of)
+        arrival = (self.needs.steps * width + len(size_of) + self.needs.shards).tolist()
+        ranks = np.where(self._next_steps == NEVER, -1, self._next_steps % NEVER * width + self.needs.shards).tolist()
+        cached: dict[int, int] = {}
+        used = 0
+        whole: list[int] = []
+        in_parts: list[int] = []
+        end_row = np.searchsorted(self.needs.steps, until)
+        bounds = np.flatnonzero(np.diff(self.needs.steps[:end_row], prepend=-1, append=-1)).tolist()
+        for first, end in zip(bounds, bounds[1:]):
+            missing = [row for row in range(first, end) if shards[row] not in cached]
+            for row in missing:
+                if worth[row]:
+                    cached[shards[row]] = arrival[row]
+                    used += size_of[shards[row]]
+            if used > budget:
+                by_rank = sorted(cached, key=cached.__getitem__)
+                while used > budget:
+                    used -= size_of[by_rank[-1]]
+                    del cached[by_rank.pop()]
+            for row in missing:
+                (whole if shards[row] in cached else in_parts).append(row)
+            for row in range(first, end):
+                if shards[row] in cached:
+                    cached[shards[row]] = ranks[row]
+                    if ranks[row] < 0:
+                        used -= size_of[shards[row]]
+                        del cached[shards[row]]
+        return np.array(whole, np.int64), np.array(in_parts, np.int64)
 
 
 def choose(shard_sizes: Sequence[int], shard_bytes: float, budget_bytes: float | None, nodes: int,

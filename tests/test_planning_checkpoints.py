@@ -1,0 +1,99 @@
+"""How often to write checkpoints, against Daly's own figures, a search for the minimum, and failures drawn by chance."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from vir.errors import SettingsError
+from vir.planning.checkpoints import HOPELESS, daly, default_mtbf, goodput, plan_checkpoints, young
+
+HOUR = 3600.0
+USUAL = {"disk_rate": 5e9, "mtbf_seconds": 24 * HOUR, "step_seconds": 2.0, "epoch_seconds": 1800.0,
+         "every_seconds": 1800.0, "restart_seconds": 600.0}
+
+
+@pytest.mark.parametrize("mtbf_minutes, interval_minutes", [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
+def test_daly_is_as_in_figures_3_to_5_of_his_paper(mtbf_minutes, interval_minutes):
+    """The captions: restart dumps of 5 minutes, and what the model predicts."""
+    assert daly(5, mtbf_minutes) == pytest.approx(interval_minutes, rel=0.006)
+
+
+@pytest.mark.parametrize("seconds, mtbf_seconds", [(1, 1e6), (60, 24 * HOUR), (300, HOUR), (900, HOUR), (3000, HOUR)])
+def test_no_interval_has_more_goodput_than_dalys(seconds, mtbf_seconds):
+    intervals = np.geomspace(1e-3, 30, 20_000) * mtbf_seconds
+    most = max(goodput(interval, seconds, mtbf_seconds, 60.0) for interval in intervals.tolist())
+    at_daly = goodput(daly(seconds, mtbf_seconds), seconds, mtbf_seconds, 60.0)
+    assert at_daly == pytest.approx(most, rel=1e-3)
+    assert goodput(young(seconds, mtbf_seconds), seconds, mtbf_seconds, 60.0) <= at_daly
+
+
+def test_beyond_twice_the_mtbf_the_interval_is_the_mtbf():
+    assert daly(2.0, 1.0) == daly(50.0, 1.0) == 1.0
+    assert goodput(1.0, 50.0, 1.0, 0.0) < goodput(1.0, 2.0, 1.0, 0.0) < HOPELESS
+
+
+@pytest.mark.parametrize("interval, seconds, mtbf_seconds, restart", [
+    (100.0, 10.0, 400.0, 20.0), (50.0, 30.0, 60.0, 0.0), (10.0, 1.0, 5.0, 15.0)])
+def test_goodput_is_that_of_failures_drawn_by_chance(interval, seconds, mtbf_seconds, restart):
+    """One event after the other. Failures also come in restarts and checkpoints."""
+    generator, segments, time = np.random.default_rng(0), 4000, 0.0
+    for _ in range(segments):
+        needed = interval + seconds
+        while (failure := generator.exponential(mtbf_seconds)) < needed:
+            time += failure
+            needed = restart + interval + seconds
+        time += needed
+    assert goodput(interval, seconds, mtbf_seconds, restart) == pytest.approx(segments * interval / time, rel=0.05)
+
+
+def test_a_plan_beside_the_cadence_of_the_settings():
+    plan = plan_checkpoints(150_000_000_000, **USUAL)  # 30 s
+    assert plan.seconds == 30.0
+    assert plan.young_seconds == pytest.approx((2 * 30 * 24 * HOUR) ** 0.5)
+    assert plan.best.interval_seconds == 2.0 * plan.best_steps == pytest.approx(daly(30, 24 * HOUR), abs=1)
+    assert plan.best_epochs == pytest.approx(plan.best.interval_seconds / 1800)
+    assert plan.as_set.interval_seconds == 1800.0 and plan.as_set.goodput < plan.best.goodput
+    for cadence in (plan.best, plan.as_set):
+        assert cadence.goodput + cadence.stall + cadence.lost == pytest.approx(1)
+        assert cadence.stall == pytest.approx(30 / cadence.interval_seconds, rel=0.05)
+        # to first order half of the interval, the checkpoint's, and the restart are lost per failure
+        assert cadence.lost == pytest.approx((cadence.interval_seconds / 2 + 600) / (24 * HOUR), rel=0.1)
+    assert not plan.hopeless and "as good as any" in plan.advice
+
+
+def test_a_cadence_that_is_far_from_the_best_is_told_with_the_flag():
+    plan = plan_checkpoints(150_000_000_000, **USUAL | {"every_seconds": 12 * HOUR})
+    assert plan.best.goodput - plan.as_set.goodput > 0.2
+    assert f"--checkpoint.every_steps {plan.best_steps} is best" in plan.advice
+
+
+def test_a_step_longer_than_the_best_interval_is_one_step():
+    plan = plan_checkpoints(1_000_000, **USUAL | {"mtbf_seconds": 1000.0, "step_seconds": 60.0, "every_seconds": 60.0})
+    assert plan.best_steps == 1 and plan.best == plan.as_set
+
+
+@pytest.mark.parametrize("mtbf_seconds", [1e-3, 1.0, 30.0])
+def test_machines_that_fail_before_a_checkpoint_is_written_are_hopeless_in_words(mtbf_seconds):
+    plan = plan_checkpoints(150_000_000_000, **USUAL | {"mtbf_seconds": mtbf_seconds, "restart_seconds": 0.0})
+    assert plan.hopeless and 0 <= plan.best.goodput < HOPELESS
+    assert "a checkpoint takes 30 s" in plan.advice and "faster disk" in plan.advice
+    assert all(np.isfinite(dataclasses.astuple(plan.best))) and all(np.isfinite(dataclasses.astuple(plan.as_set)))
+
+
+def test_the_usual_rate_of_failures_is_that_of_llama_3():
+    assert 54 * 24 * HOUR / default_mtbf(16_384) == pytest.approx(419)
+    assert default_mtbf(8) / default_mtbf(1024) == pytest.approx(128)
+    assert default_mtbf(1) / HOUR == pytest.approx(50_700, rel=1e-3)
+    assert default_mtbf(8) / HOUR == pytest.approx(6330, rel=1e-3)
+    assert default_mtbf(1024) / (24 * HOUR) == pytest.approx(2.1, rel=0.03)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"disk_rate": 0.0}, "--disk must be positive and finite, got 0"),
+    ({"mtbf_seconds": float("inf")}, "--mtbf must be positive and finite, got inf"),
+    ({"every_seconds": -1.0}, "time between checkpoints must be positive and finite, got -1"),
+    ({"restart_seconds": float("nan")}, "restart must be at least 0 s and finite, got nan")])
+def test_numbers_that_cannot_be_are_told(change, message):
+    with pytest.raises(SettingsError, match=message):
+        plan_checkpoints(10, **USUAL | change)
