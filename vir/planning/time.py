@@ -1,4 +1,4 @@
-"""Time of a step: FLOPs of the model with retention as it is computed, bytes between GPUs by ZeRO stage, what hides what.
+"""Time of a step: FLOPs of the model with retention as it is performed, bytes between GPUs by ZeRO stage, what hides.
 
 Everything here is an estimate from stated peaks and bandwidths. Units: bytes, seconds, FLOPs at 2 per multiply-add.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -141,7 +141,7 @@ class Part:
     """One kind of collective of a step."""
 
     what: str
-    """"gradients", or "weights"."""
+    """gradients, or weights."""
     payload: float
     """Bytes of the whole vectors, over all micro-batches of the step."""
     within: float
@@ -210,10 +210,12 @@ def communicate(parameters: int, trained: int, small: int, zero: ZeroSettings, p
     - Stage 1 the same in buckets, beside the last backward pass with overlap_comm, then gathers the new weights.
     - Stage 2 does so in every micro-batch. Its buckets too are reduced to all ranks (use_multi_rank_bucket_allreduce,
       its default): twice what a reduce-scatter would send.
-    - Stage 3 gathers the weights in the forward pass of every micro-batch and again in its backward pass, and scatters
-      the reduced gradients. What is used again within stage3_max_reuse_distance stays gathered: the last half of that
-      number of weights (a third with recomputation, whose second forward pass counts too). Weights of at most
-      stage3_param_persistence_threshold numbers are gathered once, after the step.
+    - Stage 3 gathers the weights in the forward pass of every micro-batch and again in its backward pass, recomputing or
+      not, and scatters the reduced gradients. The last weights of the forward pass stay gathered for the backward pass:
+      as many as stage3_max_reuse_distance, which counts up to the end of the forward pass alone where blocks are
+      gathered at once (engine.blocks), or as stage3_prefetch_bucket_size. So up to 1e9 numbers are gathered once by
+      DeepSpeed's defaults. Weights of at most stage3_param_persistence_threshold numbers are gathered once, after the
+      step.
     - ZeRO++: weights in one byte; from the first gathering of a step to the next step in each group of
       zero_hpz_partition_size ranks; between nodes gradients in half a byte, exchanged inside each node and then between
       them. Scales, one for thousands of numbers, are left out, as is padding.
@@ -250,10 +252,7 @@ def communicate(parameters: int, trained: int, small: int, zero: ZeroSettings, p
             ring("gradients", every * trained * size, window, twice=True), ring("weights", trained * size, 0.0)))
 
     large = parameters - small
-    kept = min(large, zero.stage3_max_reuse_distance // (3 if recomputes else 2))
-    again = large - kept
-    if recomputes and not zero.stage3_max_reuse_distance:  # not even from the second forward pass to the backward pass
-        again += large
+    again = max(0, large - max(zero.stage3_max_reuse_distance, zero.stage3_prefetch_bucket_size))
     of_weight = 1 if zero.zero_quantized_weights else size
     group = min(zero.zero_hpz_partition_size, ranks)
     parts = [ring("weights", small * size, 0.0)]
@@ -313,10 +312,7 @@ def step_time(work: Work, mfu: Range, cluster: Cluster, precision: str, *, micro
     compute = Range(least / mfu.high, least / mfu.low)
     communication_s = communication.seconds(cluster)
     exposed = Range(communication.exposed(cluster, compute.low), communication_s)
-    seconds = Range(*_sums(compute, exposed))
+    seconds = Range(compute.low + exposed.low, compute.high + exposed.high)
     return Step(seconds=seconds, compute=compute, communication=communication_s, exposed=exposed,
                 images_per_second=Range(images * cluster.world / seconds.high, images * cluster.world / seconds.low))
 
-
-def _sums(*ranges: Iterable[float]) -> Iterable[float]:
-    return map(sum, zip(*ranges))
