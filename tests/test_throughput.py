@@ -5,13 +5,16 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from vir.models.build import create
 from vir.reports.throughput import (
     PEAK_TFLOPS,
     Stopwatch,
     far_away,
     forward_flops,
     latecomers,
+    network_flops,
     peak_flops,
     peak_memory,
     stragglers,
@@ -35,9 +38,22 @@ def test_flops_are_those_that_timm_publishes(name, gmacs):
 def test_retention_is_counted_in_chunks():
     """Of ViR-S with 197 tokens in four chunks: projections as in ViT-S, and less than its attention."""
     linear = 12 * 197 * (4 * 384 * 384 + 2 * 4 * 384 * 384) + 196 * 768 * 384 + 384 * 1000
-    attention = 12 * 2 * 197 * 197 * 384
-    found = forward_flops(of("vir_small_patch16_224")) / 2
-    assert linear < found < linear + attention
+    scores, states, carried = 4 * 50 * 50 * 64, 4 * 50 * 64 * 64, 4 * 4 * 64 * 64  # of each head, in chunks of 50
+    assert forward_flops(of("vir_small_patch16_224")) == 2 * (linear + 12 * 6 * (2 * scores + 2 * states + carried))
+
+
+def test_blocks_are_counted_by_two_of_them_and_the_network_stays_as_it_was():
+    with torch.device("meta"):
+        network = create("vir_tiny_patch16_224", {"depth": 5, "retention_dims": 2})
+    network.set_retention_mode("parallel", 32)
+    network.blocks[3].eval()
+    before = [(module.training, getattr(module, "mode", "")) for module in network.modules()]
+    found = network_flops(network, (3, 224, 224))
+    assert [(module.training, getattr(module, "mode", "")) for module in network.modules()] == before
+    network.eval().set_retention_mode("chunkwise", 64)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        network(torch.empty(1, 3, 224, 224))
+    assert len(network.blocks) == 5 and found == counter.get_total_flops()
 
 
 def test_mfu_is_three_forwards_over_the_peak():

@@ -5,13 +5,17 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from typing import Any, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator, Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
 from vir.log import log
+from vir.models.block import Retention
 from vir.models.build import NotBuiltError, create
+from vir.models.vision_retention import VisionRetention
 from vir.weights.spec import ModelSpec
 
 # Dense peak of bf16 and fp16 matrix products in 1e12 FLOP/s, without sparsity, summed in float32, from the vendor's
@@ -35,21 +39,69 @@ FP16_TFLOPS = {
 
 
 def forward_flops(spec: ModelSpec) -> int | None:
+    """See network_flops; None also for a model that is not built without data."""
+    try:
+        with torch.device("meta"):
+            network = create(spec.name, spec.args)
+    except (RuntimeError, NotBuiltError):
+        return None
+    return network_flops(network, spec.input.size)
+
+
+def network_flops(network: nn.Module, size: tuple[int, int, int]) -> int | None:
     """FLOPs (2 per multiply-add) of the matrix products and convolutions of one image's forward pass.
 
     Retention is counted in its chunkwise form of 64 tokens, the one with the fewest; masks, norms and softmax are not.
     None for a model that cannot run without data.
+
+    Args:
+        network: on the meta device; it is left as it was.
+        size: of the image, (channels, height, width).
     """
     try:
-        with torch.device("meta"):
-            model = create(spec.name, spec.args).eval().requires_grad_(False)
-            if hasattr(model, "set_retention_mode"):
-                getattr(model, "set_retention_mode")("chunkwise", 64)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                model(torch.empty(1, *spec.input.size))
-        return counter.get_total_flops()
-    except (RuntimeError, NotBuiltError):
+        with _in_chunks_of_64(network):
+            if not isinstance(network, VisionRetention):
+                return _count(network, size)
+            # Its blocks are alike but for what acts in training alone; 50 of them would take a second.
+            every, depth = network.blocks, len(network.blocks)
+            try:
+                network.blocks = every[:1]
+                one = _count(network, size)
+                network.blocks = every[:2]
+                return one + (depth - 1) * (_count(network, size) - one)
+            finally:
+                network.blocks = every
+    except RuntimeError:
         return None
+
+
+def _count(network: nn.Module, size: tuple[int, int, int]) -> int:
+    # torch 2.15 has no formula for baddbmm_, by which chunkwise retention adds a product to a sum in place.
+    def in_place(total: Sequence[int], a: Sequence[int], b: Sequence[int], *args: Any, **options: Any) -> int:
+        return int(bmm_flop(a, b))
+
+    counting = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place})
+    with torch.device("meta"), torch.no_grad(), counting as counter:
+        network(torch.empty(1, *size))
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def _in_chunks_of_64(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode, with retention in that form, for the block."""
+    were = [(module, module.training) for module in network.modules()]
+    layers = [module for module in network.modules() if isinstance(module, Retention)]
+    forms = [(layer.mode, layer.chunk_size) for layer in layers]
+    network.eval()
+    for layer in layers:
+        layer.set_mode("chunkwise", 64)
+    try:
+        yield
+    finally:
+        for module, training in were:
+            module.training = training
+        for layer, form in zip(layers, forms):
+            layer.set_mode(*form)
 
 
 def peak_flops(device: torch.device, precision: str, given: float | None) -> float | None:
