@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vir import cli
-from vir.config import RunConfig, plan_accumulation
+from vir.config import RunConfig, parse_bytes, plan_accumulation
 from vir.errors import SettingsError, VirError
 from vir.files import replace_text, try_to_write
 from vir.flags import parse
@@ -160,7 +160,13 @@ def _question(args: argparse.Namespace, config: RunConfig) -> Question:
                         network=parse_rate(args.network, "--network") if args.network else gpu.network),
         mfu=Range(args.mfu, args.mfu) if args.mfu else None, cores=args.cores,
         storage=parse_rate(args.storage, "--storage") if args.storage else None,
-        disk=parse_rate(args.disk, "--disk"), mtbf=args.mtbf and args.mtbf * _HOUR, restart=args.restart * 60, price=args.price)
+        cache=_cache(config, images), disk=parse_rate(args.disk, "--disk"), mtbf=args.mtbf and args.mtbf * _HOUR, restart=args.restart * 60, price=args.price)
+
+
+def _cache(config: RunConfig, images: Images) -> float | None:
+    """Of each machine; images that are assumed lie on a server, and are kept."""
+    size = float(parse_bytes(config.data.cache_bytes, "--data.cache_bytes"))
+    return size if config.data.cache or images.is_assumed else None
 
 
 def _images(config: RunConfig) -> Images:

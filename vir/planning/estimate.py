@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vir.config import RunConfig, parse_bytes, plan_accumulation
-from vir.engine import ds_config
+from vir.config import RunConfig, plan_accumulation
+from vir.engine import ds_config, optimizer
 from vir.errors import SettingsError
 from vir.planning.activations import NotMeasuredError
-from vir.planning.checkpoints import CheckpointPlan, plan_checkpoints
+from vir.planning.checkpoints import DAYS, GPUS, INTERRUPTIONS, CheckpointPlan, default_mtbf, plan_checkpoints
 from vir.planning.efficiency import Mfu, mfu_range
 from vir.planning.hardware import Cluster, Range
 from vir.planning.images import Images
-from vir.planning.loading import Loading, loading
+from vir.planning.loading import DECODER, RATES, Loading, augmentation, loading
 from vir.planning.memory import Memory, checkpoint_bytes, largest_micro_batch, plan_memory
 from vir.planning.time import Communication, Step, Work, communicate, count_work, step_time
-from vir.planning.traffic import CacheRow, ShuffleQuality, Traffic, cache_table, shuffle_quality, simulate
+from vir.planning.traffic import ShuffleQuality, Traffic, shuffle_quality, simulate
 from vir.weights.spec import ModelSpec
 
 _MORE_NODES = (2, 4, 8, 16, 32, 64, 128)
@@ -58,6 +58,8 @@ class Question:
     """Seconds from a failure to the first step after it."""
     price: float | None = None
     """Of a GPU hour."""
+    cache: float | None = None
+    """Bytes that each machine may keep of shards; None: it keeps none."""
     teacher: int = 0
     """Bytes of a model that teaches, on each rank."""
 
@@ -74,6 +76,8 @@ class Choice:
     name: str
     recomputes: bool
     offloads: bool
+    quantizes: bool
+    """It rounds weights or gradients before they are sent."""
     memory: Memory | None
     """None: unknown, the network cannot be measured without data."""
     fits: bool
@@ -106,13 +110,13 @@ class Estimate:
     choices: tuple[Choice, ...]
     """Of the shipped ones in its precision."""
     best: str | None
-    """The one of these that fits with the least communication; None: no one does."""
+    """The one of these that fits with the least communication, of those that round nothing; None: no one does."""
     work: Work | None
     mfu: Mfu | None
     rates: dict[str, Range]
-    """Images/s of all ranks that each part allows: compute, links, cores, storage; those that are known."""
+    """Images/s of all ranks that each part allows by itself: computing, links, cores, storage; those that are known."""
     bound: str | None
-    """The part that allows least."""
+    """The part that allows least, in the best case."""
     images_per_second: Range | None
     epoch_seconds: Range | None
     seconds: Range | None
@@ -123,9 +127,10 @@ class Estimate:
     image_bytes: float
     traffic: Traffic | None
     """None: the images are files of their own."""
-    caches: tuple[CacheRow, ...]
     shuffle: ShuffleQuality | None
-    checkpoints: CheckpointPlan
+    checkpoint_bytes: int
+    checkpoints: CheckpointPlan | None
+    """None where the time of a step is not known."""
     wall_seconds: Range | None
     """With checkpoints and failures."""
     cost: Range | None
@@ -157,41 +162,43 @@ def estimate(asked: Question) -> Estimate:
             cluster.gpu, precision, parameters, config.model.compile)
     chosen = _choice(asked, asked.ds_name, asked.ds_config, work, mfu)
     choices = tuple(_choice(asked, name, content, work, mfu) for name, content in _shipped(asked, precision))
-    fitting = [choice for choice in choices if choice.fits]
+    fitting = [choice for choice in choices if choice.fits and not choice.quantizes]
     best = min(fitting, key=_preference, default=None)
-    lanes, window = config.data.lanes, config.data.window
-    cache = float(parse_bytes(config.data.cache_bytes, "--data.cache_bytes")) if config.data.cache else None
-    traffic, caches, shuffle = None, (), None
+    traffic = shuffle = None
     if images.shard_bytes:
         traffic = simulate(images.shard_sizes, images.shard_bytes, nodes=cluster.nodes, global_batch_size=size,
-                           cache_bytes=cache, lanes=lanes, window=window, seed=config.train.seed)
-        caches = tuple(cache_table(images.shard_sizes, images.shard_bytes, nodes=cluster.nodes, global_batch_size=size,
-                                   lanes=traffic.lanes, window=traffic.window, seed=config.train.seed))
+                           cache_bytes=asked.cache, lanes=config.data.lanes, window=config.data.window,
+                           seed=config.train.seed)
         shuffle = shuffle_quality(images.shard_sizes, traffic.lanes, traffic.window, config.train.seed)
     rates = _rates(asked, chosen.step)
-    bound = min(rates, key=lambda part: rates[part].high, default=None)
-    speed = step_seconds = epoch = seconds = loads = None
+    speed = epoch = seconds = loads = checkpoints = wall = None
+    written = _checkpoint_bytes(asked, parameters, trained)
     if chosen.step is not None:
-        speed = Range(*(min([ends, *(rate[at] for part, rate in rates.items() if part in ("cores", "storage"))])
-                        for at, ends in enumerate(chosen.step.images_per_second)))
-        epoch = _over(images.count, speed)
-        step_seconds = _over(size, speed)
-        seconds = Range(*(asked.total_steps * one for one in step_seconds))
-        loads = loading(chosen.step.images_per_second.high, cluster.nodes, images.image_bytes, config.augment)
-    checkpoints = plan_checkpoints()
-    wall = None if seconds is None else Range(*(one / checkpoints.goodput for one in seconds))
-    hours = None if wall is None or asked.price is None else [one / 3600 * cluster.world for one in wall]
+        limit = min([rate.low for part, rate in rates.items() if part in ("cores", "storage")], default=math.inf)
+        speed = Range(*(min(rate, limit) for rate in chosen.step.images_per_second))
+        epoch, step = _over(images.count, speed), _over(size, speed)
+        seconds = Range(*(asked.total_steps * one for one in step))
+        loads = loading(chosen.step.images_per_second.high, nodes=cluster.nodes, image_bytes=images.image_bytes,
+                        augment=config.augment, traffic=traffic, img_size=max(asked.spec.input.size[1:]))
+        checkpoints = _checkpoints(asked, written, middle(step), middle(epoch))
+        wall = Range(*(one / checkpoints.as_set.goodput for one in seconds))
     return Estimate(
         model=asked.spec.name, parameters=parameters, trained=trained, image=asked.spec.input.size,
         global_batch_size=size, micro_batch_size=config.train.micro_batch_size, accumulation=asked.accumulation,
         total_steps=asked.total_steps, epochs=asked.total_steps * size / images.count, cluster=cluster,
         on_gpu=asked.on_gpu, room=cluster.gpu.memory, chosen=chosen, choices=choices,
-        best=best.name if best else None, work=work, mfu=mfu, rates=rates, bound=bound, images_per_second=speed,
+        best=best.name if best else None, work=work, mfu=mfu, rates=rates,
+        bound=min(rates, key=lambda part: rates[part].high, default=None), images_per_second=speed,
         epoch_seconds=epoch, seconds=seconds, loading=loads, images=images.name, num_images=images.count,
-        image_bytes=images.image_bytes, traffic=traffic, caches=caches, shuffle=shuffle, checkpoints=checkpoints,
-        wall_seconds=wall, cost=None if hours is None or asked.price is None else Range(
-            *(asked.price * one for one in hours)),
+        image_bytes=images.image_bytes, traffic=traffic, shuffle=shuffle, checkpoint_bytes=written,
+        checkpoints=checkpoints, wall_seconds=wall, cost=None if wall is None or asked.price is None else Range(
+            *(asked.price * cluster.world * one / 3600 for one in wall)),
         basis=tuple(_basis(asked, chosen, mfu)), remedy=_remedy(asked, [chosen, *choices]))
+
+
+def middle(ends: Range) -> float:
+    """Of an estimate, where one number is needed."""
+    return (ends.low + ends.high) / 2
 
 
 def _over(number: float, rate: Range) -> Range:
@@ -220,12 +227,12 @@ def _choice(asked: Question, name: str, content: dict[str, Any], work: Work | No
     recomputes = "activation_checkpointing" in content
     communication = communicate(
         sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains),
-        sum(size for size, _ in sizes if size < zero.stage3_param_persistence_threshold), zero, precision, cluster,
+        sum(size for size, _ in sizes if size <= zero.stage3_param_persistence_threshold), zero, precision, cluster,
         asked.accumulation, recomputes)
     step = None
     if work is not None and mfu is not None:
-        step = step_time(work, mfu.range, cluster, precision, zero, config.train.micro_batch_size, asked.accumulation,
-                         recomputes, communication)
+        step = step_time(work, mfu.range, cluster, precision, micro_batch=config.train.micro_batch_size,
+                         accumulation=asked.accumulation, recomputes=recomputes, communication=communication)
     memory, largest = None, 0
     try:
         memory = plan_memory(asked.network, asked.spec, config, content, cluster.world, asked.on_gpu,
@@ -235,27 +242,93 @@ def _choice(asked: Question, name: str, content: dict[str, Any], work: Work | No
     except NotMeasuredError:
         pass
     return Choice(name=name, recomputes=recomputes, offloads=zero.offload_optimizer or zero.offload_param,
+                  quantizes=zero.zero_quantized_weights or zero.zero_quantized_gradients,
                   memory=memory, fits=memory is not None and memory.total <= cluster.gpu.memory,
                   largest_micro_batch=largest, communication=communication, step=step)
 
 
 def _preference(choice: Choice) -> tuple[Any, ...]:
-    """The least communication; of those with as much the one that computes least and works on the GPU."""
-    assert choice.memory is not None
-    return round(choice.communication.wire), choice.offloads, choice.recomputes, choice.memory.total
+    """The least communication; of those with as much the one that works on the GPU, computes least, shards least."""
+    return round(choice.communication.sent), choice.offloads, choice.recomputes, choice.name
 
 
 def _rates(asked: Question, step: Step | None) -> dict[str, Range]:
-    """Images/s of all ranks that each part allows."""
+    """Images/s of all ranks that each part allows by itself."""
     size, found = asked.config.train.global_batch_size, {}
     if step is not None:
-        found["compute"] = Range(size / step.compute.high, size / step.compute.low)
+        found["computing"] = _over(size, step.compute)
         if step.communication > 0:
-            found["links"] = Range(size / step.communication, size / step.communication)
-    if asked.cores is not None:
-        rate = asked.cluster.nodes * asked.cores * loading.rate
-        found["cores"] = Range(rate, rate)
-    if asked.storage is not None:
-        rate = asked.cluster.nodes * asked.storage / asked.images.image_bytes
-        found["storage"] = Range(rate, rate)
+            found["links"] = _over(size, Range(step.communication, step.communication))
+    for part, per_node in (
+            ("cores", asked.cores and asked.cores * RATES[augmentation(asked.config.augment)[0], DECODER]),
+            ("storage", asked.storage and asked.storage / asked.images.image_bytes)):
+        if per_node:
+            found[part] = Range(asked.cluster.nodes * per_node, asked.cluster.nodes * per_node)
     return found
+
+
+def _checkpoints(asked: Question, size: int, step_seconds: float, epoch_seconds: float) -> CheckpointPlan:
+    often = asked.config.checkpoint
+    every = epoch_seconds * often.every_epochs if often.every_steps is None else step_seconds * often.every_steps
+    mtbf = default_mtbf(asked.cluster.world) if asked.mtbf is None else asked.mtbf / asked.cluster.nodes
+    return plan_checkpoints(size, disk_rate=asked.disk, mtbf_seconds=mtbf, step_seconds=step_seconds,
+                            epoch_seconds=epoch_seconds, every_seconds=min(every, asked.total_steps * step_seconds),
+                            restart_seconds=asked.restart)
+
+
+def _checkpoint_bytes(asked: Question, parameters: int, trained: int) -> int:
+    states = optimizer.states_per_number(asked.config.optim) + (asked.config.ema.decay > 0)
+    return checkpoint_bytes(parameters, parameters - trained, ds_config.zero_stage(asked.ds_config),
+                            4 if ds_config.precision(asked.ds_config) == "fp32" else 2, states)
+
+
+def _remedy(asked: Question, choices: Sequence[Choice]) -> str:
+    """By how much no shipped JSON makes the run fit, and what would; empty where one does, also with smaller
+    micro-batches."""
+    if any(choice.largest_micro_batch or choice.memory is None for choice in choices):
+        return ""
+    room, world = asked.cluster.gpu.memory, asked.cluster.world
+    smallest = 2 if asked.config.augment.mixes else 1
+
+    def needed(name: str, ranks: int) -> int:
+        return plan_memory(asked.network, asked.spec, asked.config, ds_config.read(name), ranks, asked.on_gpu,
+                           micro_batch=smallest, teacher=asked.teacher).total
+
+    names = [choice.name for choice in choices[1:]] or [choices[0].name]
+    least, name = min((needed(name, world), name) for name in names)
+    ways = [f"a GPU of {least / 1e9:.3g} GB"]
+    for times in _MORE_NODES:
+        found = min((needed(name, world * times), name) for name in names)
+        if found[0] <= room:
+            ways.insert(0, f"--nodes {asked.cluster.nodes * times} with --deepspeed_config {found[1]}")
+            break
+    return (f"{asked.spec.name} fits into {asked.cluster.gpu.name} with no shipped --deepspeed_config: {name} needs "
+            f"{least / 1e9:.3g} GB of {room / 1e9:.3g} GB with micro-batches of {smallest}, {(least - room) / 1e9:.3g} "
+            f"GB too many; what would do: {', or '.join(ways)}, or a smaller model")
+
+
+def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:
+    """What the estimates rest on."""
+    gpu, config = asked.cluster.gpu, asked.config
+    if chosen.memory is not None:
+        yield (f"memory: shapes of a forward and backward pass {'as on a GPU' if asked.on_gpu else 'on CPU'}, and "
+               f"DeepSpeed's buffers; of a GPU {chosen.memory.reserved / 1e9:.3g} GB are assumed to be taken by CUDA, "
+               "NCCL and gaps")
+    yield f"{gpu.name}: {gpu.source}"
+    if mfu is not None:
+        yield f"MFU: {mfu.basis}"
+        yield ("communication: ring algorithms at the bandwidth of data sheets; the best case hides behind the backward "
+               "pass what the DeepSpeed JSON overlaps, the worst hides nothing")
+    if config.model.compile:
+        yield "--model.compile: memory is planned as without it, which takes more"
+    if asked.images.is_assumed:
+        yield (f"{asked.images.name}: {asked.images.count:,} images of {asked.images.image_bytes / 1000:.0f} KB in "
+               f"{len(asked.images.shard_sizes):,} shards are assumed; --data names others")
+    if chosen.step is not None:
+        yield (f"loader: {RATES[augmentation(config.augment)[0], DECODER]:.0f} images per second and core, measured on "
+               "JPEGs of 72 KB on one core of an AMD EPYC (docs/benchmarks.md)")
+        yield (f"checkpoints: {asked.disk / 1e9:.3g} GB/s of disk" + (
+            f"; each machine fails every {asked.mtbf / 3600:.4g} hours" if asked.mtbf is not None else
+            f"; failures as often as those of {GPUS:,} H100s in the training of Llama 3 (arXiv:2407.21783), "
+            f"{INTERRUPTIONS} in {DAYS} days") + f"; {asked.restart / 60:.3g} minutes to start again")
+        yield "evaluations are not counted, nor the time of an optimizer in the machine's memory"

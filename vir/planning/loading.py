@@ -25,6 +25,9 @@ RATES = {
 }
 """Images per CPU second by augmentation and decoder: that of one or of two loader processes, whichever is less."""
 
+DECODER = "simplejpeg"
+"""That of an installation without extras."""
+
 IMAGE_BYTES = 72_000
 """Of a JPEG of those measurements, on average, of 500 x 375 pixels."""
 
@@ -77,7 +80,7 @@ def augmentation(augment: AugmentConfig) -> tuple[str, bool]:
 
 
 def loading(images_per_second: float, *, nodes: int, image_bytes: float, augment: AugmentConfig,
-            traffic: Traffic | None = None, img_size: int = MEASURED_SIZE, decoder: str = "simplejpeg") -> Loading:
+            traffic: Traffic | None = None, img_size: int = MEASURED_SIZE, decoder: str = DECODER) -> Loading:
     """What loading asks of a node where the cluster takes images at this rate.
 
     Args:

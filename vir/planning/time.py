@@ -184,6 +184,11 @@ class Communication:
         """Bytes that one GPU's share of the network sends."""
         return sum(part.between for part in self.parts)
 
+    @property
+    def sent(self) -> float:
+        """Bytes that one GPU sends over all its links."""
+        return self.within_node + self.between_nodes
+
     def seconds(self, cluster: Cluster) -> float:
         """Where nothing else takes the links, and these reach the bandwidth of their data sheets."""
         return sum(part.seconds(cluster) for part in self.parts)

@@ -1,0 +1,86 @@
+"""A plan as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vir.planning.checkpoints import goodput
+from vir.planning.estimate import Estimate
+from vir.planning.page import KINDS
+
+_POINTS = 60
+
+
+def draw(plan: Estimate, path: Path) -> None:
+    """Memory by DeepSpeed JSON, images/s that each part allows, traffic by cache, and goodput by cadence.
+
+    Args:
+        path: its ending names the format; see reports.curves.check_picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    (memory, rates), (caches, cadence) = figure.subplots(2, 2)
+    _memory(memory, plan)
+    _rates(rates, plan)
+    _caches(caches, plan)
+    _cadence(cadence, plan)
+    for axis in (memory, rates, caches, cadence):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="x-small")
+    figure.suptitle(f"{plan.model}, {plan.chosen.name}, {plan.cluster.world} {plan.cluster.gpu.name}: estimates")
+    figure.savefig(path, dpi=110)
+
+
+def _memory(axis: Any, plan: Estimate) -> None:
+    from matplotlib import colormaps
+
+    stacked = {kind: title for kind, title in KINDS.items() if kind != "update"}  # which comes at another time
+    known = [(choice.name, choice.memory) for choice in plan.choices or (plan.chosen,) if choice.memory is not None]
+    left = [0.0] * len(known)
+    for (kind, title), color in zip(stacked.items(), colormaps["tab20"].colors):
+        sizes = [getattr(memory, kind) / 1e9 for _, memory in known]
+        if any(sizes):
+            axis.barh([name for name, _ in known], sizes, left=left, color=color, label=title)
+            left = [start + size for start, size in zip(left, sizes)]
+    axis.axvline(plan.room / 1e9, color="black", label="of the GPU")
+    axis.set(title=f"memory of a rank, micro-batches of {plan.micro_batch_size}", xlabel="GB")
+
+
+def _rates(axis: Any, plan: Estimate) -> None:
+    shown = {**plan.rates, **({"the run": plan.images_per_second} if plan.images_per_second else {})}
+    for part, ends in shown.items():
+        axis.plot(ends, [part, part], "|-", linewidth=6, markersize=16)
+    axis.set(title="images/s that each part allows, from the worst to the best case",
+             xscale="log" if shown else "linear")
+    axis.margins(0.1, 0.2)
+
+
+def _caches(axis: Any, plan: Estimate) -> None:
+    if plan.traffic is not None:
+        rows = plan.traffic.table
+        sizes = [row.cache_bytes / 1e9 for row in rows]
+        axis.plot(sizes, [row.fetched.downloads_per_shard for row in rows], "o-", label="downloads per shard")
+        axis.plot(sizes, [row.fetched.in_parts for row in rows], "s--", label="share read in parts")
+        axis.set(xscale="log", xlabel="cache of a machine, GB", ylim=(0, None))
+    axis.set(title="first epoch")
+
+
+def _cadence(axis: Any, plan: Estimate) -> None:
+    found = plan.checkpoints
+    if found is not None:
+        ends = min(found.best.interval_seconds, found.as_set.interval_seconds) / 8, 8 * max(
+            found.best.interval_seconds, found.as_set.interval_seconds)
+        times = [ends[0] * (ends[1] / ends[0]) ** (at / (_POINTS - 1)) for at in range(_POINTS)]
+        axis.plot([time / 60 for time in times], [
+            100 * goodput(time, found.seconds, found.mtbf_seconds, found.restart_seconds) for time in times])
+        for title, one in (("best", found.best), ("as set", found.as_set)):
+            axis.plot(one.interval_seconds / 60, 100 * one.goodput, "o", label=title)
+        axis.set(xscale="log", xlabel="minutes of work between checkpoints", ylabel="% of the time is of use")
+    axis.set(title="checkpoints and failures")
+
+
+if __name__ == "__main__":
+    raise SystemExit("vir.planning.picture is a part of the library; the program is vir-plan")
