@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from vir.config import RetentionMode
-from vir.models.kernels import fla_retention, fla_supports, fused_retention, fused_supports
+from vir.models.kernels import (
+    FLA_WIDTHS,
+    FUSED_WIDTHS,
+    fla_retention,
+    fla_supports,
+    fused_retention,
+    fused_supports,
+)
 from vir.models.retention import chunkwise_retention, parallel_retention, recurrent_retention
 from vir.models.retention_2d import chunkwise_retention_2d, parallel_retention_2d, recurrent_retention_2d
 
@@ -22,6 +29,7 @@ AUTO_PARALLEL_TOKENS = 144
 AUTO_CHUNK_SIZE, AUTO_LONG_CHUNK_SIZE, AUTO_LONG_TOKENS = 64, 128, 12_000
 AUTO_PARALLEL_TOKENS_2D = 600  # more than in 1-D: a state for each column costs more than one state for all tokens
 AUTO_CHUNK_SIZE_2D = 256
+FLA_CHUNK_SIZE = 64  # its own choice for sequences of more than 64 tokens
 AUTO_FUSED_TOKENS = 2048  # on CUDA, not measured yet; fla's tables have it behind fused attention up to about 1,000
 
 
@@ -47,8 +55,7 @@ def retain(
         [B, H, N, K].
     """
     if mode == "auto":
-        half = q.dtype != torch.float32  # exact float32 products use no tensor cores: cuBLAS may be faster
-        if half and fused_supports(q, v) and (grid is not None or q.shape[2] <= AUTO_FUSED_TOKENS):
+        if fused_supports(q, v) and _prefers_fused(q.shape[2], grid is not None, q.dtype != torch.float32):
             return fused_retention(q, k, v, decay, grid=grid)
         if grid is None and fla_supports(q, v):
             return fla_retention(q, k, v, decay)[0]
@@ -64,6 +71,25 @@ def retain(
     if mode == "chunkwise":
         return chunkwise_retention(q, k, v, decay, chunk_size)[0]
     return recurrent_retention(q, k, v, decay)[0]
+
+
+def taken(num_tokens: int, head_width: int, two_dimensional: bool, half: bool, on_gpu: bool) -> tuple[str, int]:
+    """The form that `auto` takes, "fused", "fla", "parallel" or "chunkwise", and the tokens of its chunks.
+
+    Args:
+        half: bfloat16 or float16; they differ in long sequences alone, where float16 is computed "chunkwise".
+        on_gpu: on one of Ampere or later, with fla-core installed; without it "fla" is "chunkwise".
+    """
+    if on_gpu and head_width in FUSED_WIDTHS and _prefers_fused(num_tokens, two_dimensional, half):
+        return "fused", num_tokens
+    if on_gpu and half and head_width in FLA_WIDTHS and not two_dimensional:
+        return "fla", FLA_CHUNK_SIZE
+    return choose(num_tokens, two_dimensional)
+
+
+def _prefers_fused(num_tokens: int, two_dimensional: bool, half: bool) -> bool:
+    """Whether it is the fastest form; exact float32 products use no tensor cores: cuBLAS may be faster there."""
+    return half and (two_dimensional or num_tokens <= AUTO_FUSED_TOKENS)
 
 
 def choose(num_tokens: int, two_dimensional: bool) -> tuple[str, int]:
