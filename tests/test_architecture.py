@@ -72,6 +72,7 @@ TESTED_ELSEWHERE = {
     "vir.data.explanation": "test_explain.py: beside the batches of the loader",
     "vir.data.decode": "test_reader.py: bytes and pixels belong together",
     "vir.engine.engine": "test_engine.py: in processes of its own",
+    "vir.engine.stacks": "test_blocks.py: with what is done to the blocks",
     "vir.__main__": "test_cli.py", "vir.errors": "test_cli.py",
     "vir.models.block": "test_vision_retention.py",
     "vir.models.export.any_size": "test_export.py: with all that is exported",

@@ -22,10 +22,11 @@ from vir.config import (
 from vir.data.reader import ShardReader
 from vir.data.shards import ShardSample, write_shard, write_split
 from vir.distributed import World
+from vir.engine.optimizer import parameter_groups
 from vir.errors import SettingsError
 from vir.models.build import build
 from vir.training import schedule
-from vir.training.plan import describe, make_plan, model_state_bytes
+from vir.training.plan import describe, make_plan
 
 WORLD = World(rank=1, size=2, device=torch.device("cpu"))
 CLASSES = ["a", "b", "c"]
@@ -114,18 +115,20 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000_000))
     model, spec = network
-    groups = [{"name": "decay", "names": ["a", "b"], "lr_scale": 1.0},
-              {"name": "no_decay", "names": ["c"], "lr_scale": 0.5}]
+    decayed, others = parameter_groups(model, config().optim)
     engine = SimpleNamespace(module=model, zero_stage=2, precision="bf16", dtype=torch.bfloat16, has_ema=True,
-                             bucket_bytes=3_000_000, groups=groups)
+                             groups=[decayed, others | {"lr_scale": 0.5}])
+    settings = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1_500_000}, "bf16": {"enabled": True}}
     plan = plan_of(reader, network)
     given = replace(config(), output=str(tmp_path / "not yet" / "there"))
-    what, optim, data, order, steps, course, memory, disk = describe(given, plan, engine, spec, reader, reader, WORLD)
+    what, optim, data, order, steps, course, memory, disk = describe(
+        given, settings, plan, engine, spec, reader, reader, WORLD)
     count = sum(p.numel() for p in model.parameters())
     assert what.startswith(f"vir_tiny_patch16_224, {count / 1e6:.2f} M parameters, ")
     assert f"{plan.forward_flops / 1e9:.3g} GFLOP" in what and what.endswith(
         "forward per image of 3x28x28; ZeRO 2, bf16, 2 ranks on cpu")
-    assert optim == "adamw, peak lr 0.01, tensors per group: decay 2, no_decay 1 lr x0.5"
+    assert optim == (f"adamw, peak lr 0.01, tensors per group: decay {len(decayed['names'])}, "
+                     f"no_decay {len(others['names'])} lr x0.5")
     assert data == "50 training images in 2 shards, 50 validation images, 3 classes"
     size = sum(reader.shard_bytes) / 1e9
     assert order == f"order: 2 lanes, window 5; about 2 shards of {size:.3g} GB in use at a time on each machine"
@@ -134,8 +137,8 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
     size = (2 + 4 + 4 * 3) * count                                  # bf16, masters, two moments and the average
     assert disk == (f"disk: 5 checkpoints of {size / 1e6:.1f} MB (3 newest, the best, one being written) take "
                     f"{5 * size / 1e9:.3g} GB; 0 GB are there, 2 GB are free")
-    half = (count + 1) // 2
-    weights, state = 2 * count + 2 * half, (4 + 4 * 3) * half       # two moments and the average
+    half = sum(-(-sum(p.numel() for p in group["params"]) // 4) * 2 for group in engine.groups)
+    weights, state = 2 * count + 2 * 2 * half, (4 + 4 * 3) * half   # of two micro-batches; two moments and the average
     assert memory == (f"memory per rank: {(weights + state) / 1e6 + 3:.1f} MB = {weights / 1e6:.1f} weights and "
                       f"gradients + {state / 1e6:.1f} optimizer and EMA + 3.0 buckets of gradients, without "
                       "activations")
@@ -143,10 +146,11 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
 
 def test_a_teacher_has_a_line_and_its_memory_is_counted(reader, network):
     engine = SimpleNamespace(module=network[0], zero_stage=2, precision="fp32", dtype=torch.float32, has_ema=False,
-                             bucket_bytes=0, groups=[])
+                             groups=parameter_groups(network[0], config().optim))
     teacher = SimpleNamespace(bytes=5_000_000, describe=lambda: "teacher: a resnet")
-    plain, taught = ([*describe(config(), plan_of(reader, network), engine, network[1], reader, None, WORLD, *more)]
-                     for more in ((), (teacher,)))
+    settings = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}
+    plain, taught = ([*describe(config(), settings, plan_of(reader, network), engine, network[1], reader, None, WORLD,
+                                *more)] for more in ((), (teacher,)))
     assert taught[1] == "teacher: a resnet" and taught[2:-2] == plain[1:-2]
     before, after = (float(re.search("memory per rank: ([0-9.]+) MB", lines[-2])[1]) for lines in (plain, taught))
     assert after == pytest.approx(before + 5, abs=0.11) and taught[-2].endswith(" + 5.0 teacher, without activations")
@@ -155,7 +159,7 @@ def test_a_teacher_has_a_line_and_its_memory_is_counted(reader, network):
 def test_a_disk_that_is_too_small_is_told_and_what_is_there_already_counts(reader, network, tmp_path, monkeypatch):
     model, spec = network
     engine = SimpleNamespace(module=model, zero_stage=0, precision="fp32", dtype=torch.float32, has_ema=False,
-                             bucket_bytes=0, groups=[])
+                             groups=parameter_groups(model, config().optim))
     usage = shutil.disk_usage(tmp_path)
     size = (4 + 4 * 2) * sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * size))
@@ -165,7 +169,7 @@ def test_a_disk_that_is_too_small_is_told_and_what_is_there_already_counts(reade
     plan = make_plan(given, reader, spec, WORLD, "fp32")
 
     def disk() -> str:
-        return list(describe(given, plan, engine, spec, reader, None, WORLD))[-1]
+        return list(describe(given, {}, plan, engine, spec, reader, None, WORLD))[-1]
 
     assert "5 checkpoints" in disk() and "(2 newest, the best, 1 for good, one being written)" in disk()
     assert f": {3 * size / 1e9:.3g} GB TOO FEW, lower --checkpoint.keep or free some space" in disk()
@@ -178,19 +182,13 @@ def test_a_model_that_cannot_be_counted_has_no_number(reader, network):
     assert make_plan(config(), reader, spec, WORLD, "bf16").forward_flops is None
 
 
-@pytest.mark.parametrize("stage, itemsize, expected", [
-    (0, 4, (80, 120)),      # float32 weights are their own masters
-    (0, 2, (40, 160)),
-    (1, 2, (40, 48)),       # 4 ranks hold 3 of 10 numbers each: the last one pads
-    (2, 2, (26, 48)),
-    (3, 2, (12, 48)),
-    (1, 4, (80, 48)),
-])
-def test_bytes_per_rank_are_those_of_the_zero_paper(stage, itemsize, expected):
-    assert model_state_bytes(10, 0, 4, stage, itemsize, states=3) == expected
-
-
-@pytest.mark.parametrize("stage, expected", [(0, (32, 96)), (1, (32, 32)), (2, (24, 32)), (3, (10, 32))])
-def test_frozen_parameters_have_nothing_but_their_weights(stage, expected):
-    """Of 10 in bf16, 4 are frozen: in stage 2 a rank of 4 has 10 weights, 2 gradients and 2 masters with 3 states."""
-    assert model_state_bytes(10, 4, 4, stage, 2, states=3) == expected
+def test_what_is_offloaded_is_told_apart(reader, network):
+    """Of 2 ranks in bf16 each steps a half on the host: 4 bytes of masters, two moments and gradients, and 2 beside."""
+    engine = SimpleNamespace(module=network[0], zero_stage=3, precision="bf16", dtype=torch.bfloat16, has_ema=False,
+                             groups=parameter_groups(network[0], config().optim))
+    settings = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 0},
+                "bf16": {"enabled": True}}
+    memory = list(describe(config(), settings, plan_of(reader, network), engine, network[1], reader, None, WORLD))[-2]
+    half = sum(-(-p.numel() // 2) for p in network[0].parameters())
+    assert memory == (f"memory per rank: {2 * half / 1e6:.1f} MB = {2 * half / 1e6:.1f} weights and gradients, without "
+                      f"activations; {18 * half / 1e6:.1f} MB of the machine's, to which it is offloaded")

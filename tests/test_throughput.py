@@ -20,7 +20,6 @@ from vir.reports.throughput import (
     stragglers,
     utilisation,
 )
-from vir.training.plan import model_state_bytes
 from vir.weights.spec import InputSpec, ModelSpec
 
 
@@ -136,17 +135,6 @@ def test_short_intervals_accuse_nobody():
     ([0], [1], [])])
 def test_the_rank_that_comes_last_is_named_with_its_machine(meets, waits, said):
     assert latecomers(meets, waits, HOSTS, 10, 10.0) == said
-
-
-@pytest.mark.parametrize("stage, weights, rest", [(0, 4, 16), (1, 4, 4), (2, 2.5, 4), (3, 1, 4)])
-def test_model_states_are_those_of_the_zero_paper(stage, weights, rest):
-    """Bytes per parameter of bf16 with Adam and an average on four ranks: 2 + 2, and 4 + 4 x 3."""
-    assert model_state_bytes(1000, 0, 4, stage, 2, 3) == (weights * 1000, rest * 1000)
-
-
-def test_float32_without_zero_is_its_own_master():
-    assert model_state_bytes(1000, 0, 4, 0, 4, 2) == (8000, 8000)
-    assert model_state_bytes(1000, 0, 4, 1, 4, 2) == (8000, 3000)
 
 
 @pytest.mark.gpu

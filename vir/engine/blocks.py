@@ -1,5 +1,4 @@
-"""What is done to the repeated blocks of a model before training: gathered at once under ZeRO 3, compiled, or
-recomputed in the backward pass."""
+"""What is done to the repeated blocks of a model before training: gathered at once under ZeRO 3, or compiled."""
 
 from __future__ import annotations
 
@@ -10,23 +9,10 @@ from deepspeed.utils import set_z3_leaf_module
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vir.engine.batch_norm import batch_norms
+from vir.engine.stacks import repeated_blocks
 from vir.errors import SettingsError
 
 _GRAPHS = 64  # of one kind of block: first and others, training and evaluation, widths of stages, the last batch
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer, or of the stages of a convnet: neither these stages nor the layers in a block."""
-    return [block for owner in model.modules() if _is_stack(owner) and not any(
-        _is_stack(module) for block in owner.children() for module in block.modules()) for block in owner.children()]
-
-
-def _is_stack(owner: nn.Module) -> bool:
-    """Whether these are modules of one class that is a model's own, so neither layers nor lists of them."""
-    kinds = {type(child) for child in owner.children()}
-    return (isinstance(owner, (nn.Sequential, nn.ModuleList)) and len(owner) > 1 and len(kinds) == 1
-            and not kinds.pop().__module__.startswith(("torch.", "timm.layers.")))
 
 
 def gather_by_block(model: nn.Module) -> None:
@@ -85,20 +71,3 @@ class _DropPath(nn.Module):
             return x
         kept = torch.bernoulli(self.keep.expand(x.shape[0], *[1] * (x.ndim - 1)))
         return x * (kept / self.keep if self.scale_by_keep else kept).to(x.dtype)
-
-
-def recompute(model: nn.Module) -> None:
-    """Have every block compute its activations again in the backward pass instead of keeping them.
-
-    Raises:
-        SettingsError: a model that cannot, or whose batch norms would count each batch twice.
-    """
-    kind = type(model).__name__
-    if batch_norms(model):
-        raise SettingsError(f"activation_checkpointing: {kind} has batch norms, whose running statistics recomputation "
-                            "would update twice; take a --deepspeed_config without it")
-    try:
-        getattr(model, "set_grad_checkpointing")(True)
-    except (AttributeError, AssertionError) as error:
-        raise SettingsError(f"activation_checkpointing: {kind} does not support it; take a --deepspeed_config without "
-                            "it") from error

@@ -31,10 +31,11 @@ from vir.engine import builds
 from vir.engine import ds_config as ds
 from vir.engine import ema, half_precision
 from vir.engine.batch_norm import RunningStatistics, compute_in_float32
-from vir.engine.blocks import compile_blocks, gather_by_block, recompute
+from vir.engine.blocks import compile_blocks, gather_by_block
 from vir.engine.builds import warn_of_killed_builds
 from vir.engine.loss_scale import LossScale
 from vir.engine.optimizer import build, copied, parameter_groups, set_rates
+from vir.engine.stacks import recompute
 from vir.engine.zero import LAYOUTS
 from vir.errors import LossScaleError, SettingsError
 from vir.log import log
@@ -93,15 +94,6 @@ class Engine:
         self._shows_average = False
         if self.has_ema:
             ema.attach(self._optimizer, self._decay)
-
-    @property
-    def bucket_bytes(self) -> int:
-        """Of the buffers in which ZeRO reduces gradients: two where that overlaps the backward pass of stage 1 or 2."""
-        settings = self.deepspeed
-        if not self.zero_stage or not settings.zero_contiguous_gradients():
-            return 0
-        buffers = 2 if self.zero_stage < 3 and settings.zero_overlap_comm() else 1
-        return int(buffers * settings.zero_reduce_bucket_size() * self.dtype.itemsize)
 
     def _decay(self) -> float:
         """Of the average, at the update that follows."""

@@ -6,7 +6,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 from vir import launcher
 from vir.config import DataConfig, OptimConfig, RunConfig, ScheduleConfig, plan_accumulation
@@ -15,6 +15,7 @@ from vir.data.traffic import working_set
 from vir.distributed import World
 from vir.engine import optimizer
 from vir.engine.engine import Engine
+from vir.planning.memory import Memory, checkpoint_bytes, count_numbers, plan_states
 from vir.reports.throughput import forward_flops, peak_flops
 from vir.run_folder import CHECKPOINTS
 from vir.training.distill import Teacher
@@ -91,13 +92,12 @@ def steps_every(epochs: float, num_samples: int, global_batch_size: int, total: 
     return frozenset(step for step in (*ends, total) if 0 < step <= total)
 
 
-def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, train: Reader,
+def describe(config: RunConfig, ds_config: dict[str, Any], plan: Plan, engine: Engine, spec: ModelSpec, train: Reader,
              val: Reader | None, world: World, teacher: Teacher | None = None) -> Iterator[str]:
     """Lines for people: model, teacher, parameter groups, data, batches, steps, learning rate, memory, disk."""
-    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()}
-    parameters, frozen = sum(sizes.values()), sum(size for p, size in sizes.items() if not p.requires_grad)
-    states = optimizer.states_per_number(config.optim) + engine.has_ema
-    weights, state = model_state_bytes(parameters, frozen, world.size, engine.zero_stage, engine.dtype.itemsize, states)
+    numbers, states = count_numbers(engine.module, engine.groups), optimizer.states_per_number(config.optim)
+    memory = plan_states(numbers, ds_config, world.size, states, engine.has_ema, plan.accumulation)
+    parameters, frozen = numbers.all, sum(numbers.frozen)
     groups = (f"{group['name']} {len(group['names'])}" +
               ("" if group["lr_scale"] == 1 else f" lr x{group['lr_scale']:.3g}") for group in engine.groups)
     yield (f"{spec.name}, {parameters / 1e6:.2f} M parameters{f', {frozen / 1e6:.2f} M frozen' if frozen else ''}, "
@@ -116,12 +116,21 @@ def describe(config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, tra
            f"{config.train.micro_batch_size} x {world.size} ranks; {len(plan.eval_steps)} evaluations, "
            f"{len(plan.checkpoint_steps)} checkpoints")
     yield _course(plan)
-    buckets, teachers = engine.bucket_bytes, teacher.bytes if teacher else 0
-    yield (f"memory per rank: {(weights + state + buckets + teachers) / 1e6:.1f} MB = {weights / 1e6:.1f} weights and "
-           f"gradients + {state / 1e6:.1f} optimizer{' and EMA' if engine.has_ema else ''}" +
-           (f" + {buckets / 1e6:.1f} buckets of gradients" if buckets else "") +
-           (f" + {teachers / 1e6:.1f} teacher" if teacher else "") + ", without activations")
-    yield _disk(config, plan, checkpoint_bytes(parameters, frozen, engine.zero_stage, engine.dtype.itemsize, states))
+    yield _memory(memory, engine.has_ema, teacher.bytes if teacher else 0)
+    yield _disk(config, plan, checkpoint_bytes(parameters, frozen, engine.zero_stage, engine.dtype.itemsize,
+                                               states + engine.has_ema))
+
+
+def _memory(memory: Memory, averages: bool, teacher: int) -> str:
+    """What a rank holds in its device's memory, and in the machine's where the JSON offloads."""
+    weights, state = memory.weights + memory.gradients, memory.masters + memory.optimizer + memory.average
+    parts = [(weights, "weights and gradients")] * (weights > 0)
+    parts += [(state, f"optimizer{' and EMA' if averages else ''}")] * (state > 0)
+    parts += [(memory.buckets, "buckets of gradients")] * (memory.buckets > 0)
+    parts += [(teacher, "teacher")] * (teacher > 0)
+    said = " + ".join(f"{size / 1e6:.1f} {what}" for size, what in parts)
+    host = f"; {memory.host / 1e6:.1f} MB of the machine's, to which it is offloaded" if memory.host else ""
+    return f"memory per rank: {sum(size for size, _ in parts) / 1e6:.1f} MB = {said}, without activations{host}"
 
 
 def _order(config: DataConfig, train: Reader) -> str:
@@ -172,25 +181,3 @@ def _disk(config: RunConfig, plan: Plan, size: int) -> str:
     return (f"disk: {count} checkpoints of {size / 1e6:.1f} MB ({kept}) take {count * size / 1e9:.3g} GB; "
             f"{present / 1e9:.3g} GB are there, {free / 1e9:.3g} GB are free" +
             (f": {lacking / 1e9:.3g} GB TOO FEW, lower --checkpoint.keep or free some space" if lacking > 0 else ""))
-
-
-def checkpoint_bytes(parameters: int, frozen: int, zero_stage: int, itemsize: int, states: int) -> int:
-    """Bytes of a checkpoint over all ranks: weights as they compute, and float32 masters with `states` numbers each."""
-    masters = 0 if zero_stage == 0 and itemsize == 4 else 4
-    return itemsize * parameters + (masters + 4 * states) * (parameters - frozen) + 4 * frozen
-
-
-def model_state_bytes(parameters: int, frozen: int, ranks: int, zero_stage: int, itemsize: int,
-                      states: int) -> tuple[int, int]:
-    """Bytes per rank of weights with gradients, and of masters with `states` float32 numbers per parameter.
-
-    The `frozen` ones among the parameters have nothing but their weights. Weights are sharded in stage 3, gradients
-    from stage 2 on, the rest from stage 1 on (ZeRO, arXiv:1910.02054, table 1); float32 weights under stage 0 are their
-    own masters.
-    """
-    trained = parameters - frozen
-    share = -(-trained // ranks)
-    weights = itemsize * (-(-parameters // ranks) if zero_stage == 3 else parameters)
-    gradients = itemsize * (share if zero_stage >= 2 else trained)
-    masters = 0 if zero_stage == 0 and itemsize == 4 else 4
-    return weights + gradients, (masters + 4 * states) * (share if zero_stage else trained)

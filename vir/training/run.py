@@ -160,7 +160,8 @@ def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, 
 def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teacher: Teacher | None,
               world: World) -> None:
     if world.is_main:  # it looks at the disk
-        for line in describe(prepared.config, plan, engine, spec, prepared.train, prepared.val, world, teacher):
+        for line in describe(prepared.config, prepared.ds_config, plan, engine, spec, prepared.train, prepared.val,
+                             world, teacher):
             log.info(line)
         if prepared.config.train.linear_probe:
             log.info(features.describe(prepared.config.augment, plan, engine))

@@ -1,0 +1,336 @@
+"""What a run takes of each GPU's memory, and of its machine's where it offloads, before it is started.
+
+Which tensors DeepSpeed 0.19 holds was found by counting those of runs on two processes, as tests/test_memory.py does: its
+own estimators know weights, gradients and optimizer alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from vir.config import RunConfig
+from vir.engine.ds_config import ZeroSettings, precision, zero_settings
+from vir.engine.optimizer import parameter_groups, states_per_number
+from vir.engine.stacks import repeated_blocks
+from vir.planning.activations import DTYPES, Activations, measure
+from vir.weights.spec import ModelSpec
+
+CONTEXT = 1_500_000_000
+"""Bytes of a GPU that CUDA, NCCL, cuBLAS and their like take: an assumption, at the upper end of what is usual."""
+FRAGMENTATION = 0.05
+"""Share of activations and of what is temporary that PyTorch's allocator holds beyond it: an assumption."""
+_REDUCED_AT_ONCE = 500_000_000
+"""Gradients that DeepSpeed copies into one buffer to reduce them without ZeRO."""
+_ALIGNED = 2
+"""Numbers to which DeepSpeed pads the parts of ranks in stages 1 and 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Of a network: numbers (not bytes) of its parameters."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """Of each trained parameter, by groups of the optimizer."""
+    frozen: tuple[int, ...]
+    """Of each parameter that is not trained."""
+    units: tuple[tuple[int, ...], ...] = ()
+    """Of the parameters that stage 3 gathers together: of a repeated block, or of a layer outside of them."""
+
+    @property
+    def trained(self) -> int:
+        return sum(map(sum, self.groups))
+
+    @property
+    def all(self) -> int:
+        return self.trained + sum(self.frozen)
+
+    @property
+    def each(self) -> list[int]:
+        return [size for group in (*self.groups, self.frozen) for size in group]
+
+    def shares(self, stage: int, ranks: int) -> list[int]:
+        """Numbers of each group of which a rank holds masters and optimizer state, with padding."""
+        if stage == 0:
+            return [sum(group) for group in self.groups]
+        if stage == 3:
+            return [sum(-(-size // ranks) for size in group) for group in self.groups]
+        return [-(-sum(group) // (_ALIGNED * ranks)) * _ALIGNED for group in self.groups]
+
+
+def count_numbers(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Numbers:
+    """Of a network, also of one that ZeRO 3 has cut to pieces.
+
+    Args:
+        groups: as engine.optimizer.parameter_groups gives them.
+    """
+    sizes = {name: int(getattr(p, "ds_numel", p.numel())) for name, p in network.named_parameters()}
+    trained = tuple(tuple(sizes[name] for name in group["names"]) for group in groups)
+    frozen = tuple(sizes[name] for name, p in network.named_parameters() if not p.requires_grad)
+    blocks = repeated_blocks(network)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    layers = [module.parameters(recurse=False) for module in network.modules() if id(module) not in inside]
+    units = [tuple(int(getattr(p, "ds_numel", p.numel())) for p in unit)
+             for unit in (*(block.parameters() for block in blocks), *layers)]
+    return Numbers(groups=trained, frozen=frozen, units=tuple(filter(None, units)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank; on its GPU but for host. Not all of them are there at the same time, see total."""
+
+    weights: int
+    """In the precision of training, with those that ZeRO++ keeps a second time on each node."""
+    gradients: int
+    """Of all micro-batches of a step."""
+    masters: int
+    """Weights in float32; 0 where the weights themselves are."""
+    optimizer: int
+    average: int
+    """Of the weights, in float32."""
+    buckets: int
+    """In which gradients are reduced; where the optimizer is offloaded also those through which they go to the host."""
+    gathered: int = 0
+    """Stage 3: the most weights that are whole at a time."""
+    update: int
+    """Gradients in float32 in the optimizer's step, at another time than activations; without ZeRO in fp32 the buffer
+    in which they are reduced after the backward pass."""
+    activations: int = 0
+    """Kept for the backward pass, with the inputs, of one micro-batch."""
+    temporary: int = 0
+    """Beyond them at the peak, with gradients that are not yet in a bucket."""
+    teacher: int = 0
+    reserved: int = 0
+    """By CUDA, its libraries and fragmentation: assumed, not measured."""
+    host: int = 0
+    """In the memory of the machine, where the JSON offloads."""
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.gradients + self.masters + self.optimizer + self.average
+
+    @property
+    def total(self) -> int:
+        """What the GPU must have: what is always there, and more of what passes need and what the update needs.
+
+        Gradients and activations count whole, although gradients come as activations go: an upper bound where there is
+        one micro-batch a step.
+        """
+        passes = self.gathered + self.activations + self.temporary
+        return self.states + self.buckets + self.teacher + self.reserved + max(passes, self.update)
+
+
+def plan_memory(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json: dict[str, Any], ranks: int,
+                on_gpu: bool, micro_batch: int | None = None, teacher: int = 0) -> Memory:
+    """Of one rank of a run without torch.compile, which keeps less.
+
+    Args:
+        network, spec: of models.build.sketch.
+        ds_json: checked (engine.ds_config.read).
+        micro_batch: images; those of config.train.micro_batch_size when None.
+        teacher: bytes of the model that teaches, with what it takes in a forward pass.
+
+    Raises:
+        SettingsError: what the optimizer refuses, or recomputation of a model that has none.
+        NotMeasuredError: its activations cannot be measured; plan_states tells the rest.
+    """
+    batch = config.train.micro_batch_size if micro_batch is None else micro_batch
+    return _with_activations(_states_at(network, config, ds_json, ranks)(batch), _measured(
+        network, spec, config, ds_json, on_gpu)(batch), on_gpu, teacher)
+
+
+def _states_at(network: nn.Module, config: RunConfig, ds_json: dict[str, Any], ranks: int) -> Callable[[int], Memory]:
+    """plan_states of a network, by the micro-batch."""
+    numbers, states = count_numbers(network, parameter_groups(network, config.optim)), states_per_number(config.optim)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in network.buffers())
+
+    def at(micro_batch: int) -> Memory:
+        accumulation = max(1, config.train.global_batch_size // (micro_batch * ranks))
+        memory = plan_states(numbers, ds_json, ranks, states, config.ema.decay > 0, accumulation)
+        return dataclasses.replace(memory, weights=memory.weights + buffers)
+
+    return at
+
+
+def plan_states(numbers: Numbers, ds_json: dict[str, Any], ranks: int, states: int, averages: bool,
+                accumulation: int) -> Memory:
+    """All but activations.
+
+    Weights are sharded in stage 3, gradients from stage 2 on, the rest from stage 1 on (ZeRO, arXiv:1910.02054, table
+    1). Stage 1 cuts gradients to a share after the last backward pass of a step, and holds both for a moment; where it
+    overlaps the only one, it needs no more than stage 2. Stage 2 adds the share of each further micro-batch to that of
+    those before it.
+
+    Args:
+        states: numbers that the optimizer keeps for each number of a parameter.
+        averages: whether an average of the weights is kept.
+        accumulation: micro-batches of a rank in a step.
+    """
+    zero, itemsize = zero_settings(ds_json), DTYPES[precision(ds_json)].itemsize
+    summed = DTYPES[ds_json.get("data_types", {}).get("grad_accum_dtype") or precision(ds_json)].itemsize
+    shares = numbers.shares(zero.stage, ranks)
+    share, masters = sum(shares), 4 * (zero.stage > 0 or itemsize < 4)
+    pieces = sum(-(-size // ranks) for size in numbers.each)
+    weights = itemsize * (pieces if zero.stage == 3 else numbers.all)
+    bucket = bucket_bytes(zero, itemsize, ranks)
+    largest = itemsize * max((max(group) for group in numbers.groups), default=0)
+    gathered, unit = _gathered(numbers, zero)
+    found = dict(weights=weights, gradients=_gradients(numbers, zero, itemsize, summed, share, ranks, accumulation),
+                 masters=masters * share, optimizer=4 * states * share, average=4 * averages * share, buckets=bucket,
+                 gathered=itemsize * gathered, temporary=itemsize * unit if zero.stage == 3 else largest,
+                 update=_update(numbers, zero, itemsize, summed, shares, ranks))
+    if zero.offload_optimizer:
+        found["host"] = sum(found[key] for key in ("masters", "optimizer", "average")) + 4 * share
+        found |= dict(masters=0, optimizer=0, average=0, update=0)
+        if zero.stage == 3:
+            found["host"] += summed * share
+        else:
+            found["host"] += itemsize * share * (1 + (accumulation > 1)) + largest
+            found["buckets"] += largest
+    if zero.offload_param:
+        found["host"] = found.get("host", 0) + weights
+        found["weights"] = 0
+    if zero.stage == 3 and (part := min(zero.zero_hpz_partition_size, ranks)) > 1:
+        found["weights"] += itemsize * sum(-(-size // part) for size in numbers.each)
+    return Memory(**found)
+
+
+def _gradients(numbers: Numbers, zero: ZeroSettings, itemsize: int, summed: int, share: int, ranks: int,
+               accumulation: int) -> int:
+    """Of one step, in bytes, on the device.
+
+    Args:
+        summed: bytes of a number of the accumulated gradient.
+    """
+    if zero.stage == 0 or zero.stage == 1 and (accumulation > 1 or not _overlaps(zero, ranks)):
+        part = share if zero.stage and not zero.offload_optimizer else 0
+        return itemsize * (numbers.trained + part)
+    if zero.offload_optimizer:
+        return 0
+    again = zero.stage < 3 and accumulation > 1 and summed == itemsize
+    return summed * share * (2 if again else 1)
+
+
+def _update(numbers: Numbers, zero: ZeroSettings, itemsize: int, summed: int, shares: list[int], ranks: int) -> int:
+    """Of what the step makes of gradients: a flat copy and one in float32, group by group, in bytes.
+
+    Stage 3 goes by parts of a group. float32 gradients of stage 2 that were summed in low precision are flat already.
+    """
+    if zero.stage == 0:
+        return 4 * numbers.trained if itemsize < 4 else 4 * min(numbers.trained, _REDUCED_AT_ONCE) * (ranks > 1)
+    largest = max(shares, default=0)
+    if zero.stage == 3:
+        largest = min(largest, zero.sub_group_size + max(numbers.each, default=0) // ranks)
+    if summed > itemsize and zero.stage == 2:
+        return 0
+    return largest * (4 + (summed if summed < 4 else 0))
+
+
+def _gathered(numbers: Numbers, zero: ZeroSettings) -> tuple[int, int]:
+    """Numbers that are whole at a time in stage 3, and those of the largest unit among them.
+
+    Small parameters stay so. Of the others those of a block, or of a layer outside of the blocks, are gathered at once.
+    The fetching ahead goes on from layer to layer and is bounded by stage3_max_live_parameters alone, not by
+    stage3_prefetch_bucket_size; what comes again within stage3_max_reuse_distance is kept.
+    """
+    if zero.stage < 3:
+        return 0, 0
+    threshold = zero.stage3_param_persistence_threshold
+    small = sum(size for size in numbers.each if size <= threshold)
+    unit = max((sum(size for size in unit if size > threshold) for unit in numbers.units), default=0)
+    ahead = max(zero.stage3_max_live_parameters if zero.stage3_prefetch_bucket_size else 0,
+                zero.stage3_max_reuse_distance)
+    return small + min(numbers.all - small, ahead + unit), max(map(sum, numbers.units), default=0)
+
+
+def _overlaps(zero: ZeroSettings, ranks: int) -> bool:
+    """Whether gradients are reduced in the backward pass; engine.ds_config.complete switches it off for one rank."""
+    return zero.overlap_comm and (ranks > 1 or zero.stage == 3)
+
+
+def bucket_bytes(zero: ZeroSettings, itemsize: int, ranks: int) -> int:
+    """Of the buffers in which ZeRO reduces gradients: two where that overlaps the backward pass of stage 1 or 2."""
+    if not zero.stage or not zero.contiguous_gradients:
+        return 0
+    return itemsize * zero.reduce_bucket_size * (2 if zero.stage < 3 and _overlaps(zero, ranks) else 1)
+
+
+_measurements: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Activations]] = WeakKeyDictionary()
+"""Of each network; by micro-batch, precision, recomputation, device, loss and images."""
+
+
+def _measured(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json: dict[str, Any],
+              on_gpu: bool) -> Callable[[int], Activations]:
+    """activations.measure by the micro-batch, once for each."""
+    known = _measurements.setdefault(network, {})
+    of, recomputes = precision(ds_json), "activation_checkpointing" in ds_json
+
+    def at(micro_batch: int) -> Activations:
+        key = micro_batch, of, recomputes, on_gpu, config.train.loss, spec.input.size, len(spec.classes)
+        if key not in known:
+            known[key] = measure(network, spec, config, micro_batch, of, recomputes, on_gpu)
+        return known[key]
+
+    return at
+
+
+def _with_activations(states: Memory, found: Activations, on_gpu: bool, teacher: int) -> Memory:
+    temporary = states.temporary + found.peak - found.saved
+    reserved = CONTEXT + int(FRAGMENTATION * (found.saved + temporary)) if on_gpu else 0
+    return dataclasses.replace(states, activations=found.saved, temporary=temporary, reserved=reserved,
+                               teacher=teacher)
+
+
+def largest_micro_batch(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json: dict[str, Any], ranks: int,
+                        on_gpu: bool, capacity: int, teacher: int = 0) -> int:
+    """Images of the largest micro-batch that fits into `capacity` bytes and into the rank's part of the global batch; 0
+    where none fits. It is even where samples are mixed in pairs, and need not divide the global batch.
+
+    Raises:
+        SettingsError, NotMeasuredError: as plan_memory.
+    """
+    step = 2 if config.augment.mixes else 1
+    most = config.train.global_batch_size // ranks // step * step
+    states, measured = _states_at(network, config, ds_json, ranks), _measured(network, spec, config, ds_json, on_gpu)
+    if most < step:
+        return 0
+
+    def fits(batch: int, found: Activations) -> bool:
+        return _with_activations(states(batch), found, on_gpu, teacher).total <= capacity
+
+    if not fits(step, measured(step)):
+        return 0
+    high = most
+    while high > step and not fits(high, measured(high)):
+        # The peak is the largest of several lines, so between two batches it is at or below the line through them.
+        low, end = measured(step), measured(high)
+        high = _last(step, high - step, step, lambda batch: fits(batch, _between(low, end, (batch - step) / (
+            high - step))))
+    return high
+
+
+def _between(low: Activations, high: Activations, part: float) -> Activations:
+    names = (field.name for field in dataclasses.fields(Activations))
+    return Activations(**{name: math.ceil((1 - part) * getattr(low, name) + part * getattr(high, name))
+                          for name in names})
+
+
+def _last(first: int, last: int, step: int, holds: Callable[[int], bool]) -> int:
+    """The last of first, first + step, ..., last for which it holds, from the first one on."""
+    low, high = 0, (last - first) // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(first + middle * step) else (low, middle - 1)
+    return first + low * step
+
+
+def checkpoint_bytes(parameters: int, frozen: int, zero_stage: int, itemsize: int, states: int) -> int:
+    """Bytes of a checkpoint over all ranks: weights as they compute, and float32 masters with `states` numbers each."""
+    masters = 0 if zero_stage == 0 and itemsize == 4 else 4
+    return itemsize * parameters + (masters + 4 * states) * (parameters - frozen) + 4 * frozen
