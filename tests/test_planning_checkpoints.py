@@ -1,4 +1,4 @@
-"""How often to write checkpoints, against Daly's own figures, a search for the minimum, and failures drawn by chance."""
+"""How often to write checkpoints: Daly's own figures, a search for the minimum, and failures drawn by chance."""
 
 import dataclasses
 

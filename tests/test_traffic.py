@@ -156,6 +156,19 @@ def downloads_by_rule(needs, sizes, shard_bytes, budget):
     return whole, samples
 
 
+def room_by_loop(needs, sizes, shard_bytes):
+    """The most bytes of shards that are worth a download, in a step between their first and their last use."""
+    rows = as_dict(needs)
+    spans = []
+    for shard, size in enumerate(sizes.tolist()):
+        steps = [step for step, needed in rows if needed == shard]
+        samples = sum(count for (_, needed), count in rows.items() if needed == shard)
+        if steps and 16 * samples >= size:
+            spans.append((min(steps), max(steps), int(shard_bytes[shard])))
+    return max(sum(size for first, last, size in spans if first <= step <= last)
+               for step in range(needs.first_step, needs.last_step))
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_downloads_are_those_of_the_rule(seed):
     """With all budgets, of shards of all sizes, also from a later step on and up to one."""
@@ -177,6 +190,7 @@ def test_downloads_are_those_of_the_rule(seed):
             whole, samples = downloads_by_rule(needs, sizes, shard_bytes, budget)
             assert (found[node].shards, found[node].samples) == (len(whole), samples)
             cache, middle = NodeCache(needs, sizes, shard_bytes), (first + last) // 2
+            assert cache.room == room_by_loop(needs, sizes, shard_bytes)
             later = cache.fetched(budget, middle)
             assert later.shards == sum(step >= middle for step, _ in whole)
             assert len(cache.rows(budget, middle)[0]) == len(whole) - later.shards

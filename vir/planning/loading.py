@@ -1,7 +1,7 @@
 """The cores that decode and augment images as fast as the GPUs take them, and what is read meanwhile.
 
-The rates are our own, per CPU second of the loader's processes and of the one that takes their batches, of
-tools/benchmark_loader.py pixels on two virtual cores of an AMD EPYC (AVX-512). Reading from the page cache, the checksum,
+The rates are our own, per CPU second of the loader's processes and of the one that takes their batches, measured by
+tools/benchmark_loader.py pixels on two virtual cores of an AMD EPYC (AVX-512). Reading from the page cache, checksums,
 decoding, the crop's resize and making batches are in them; a network is not.
 """
 
