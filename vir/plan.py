@@ -1,8 +1,8 @@
 """Tells what a run needs before machines are asked for: memory, time, traffic, checkpoints and money, on one page.
 
-    vir-plan --config vir/recipes/vir_small_in1k.yaml --deepspeed_config zero2_bf16 --nodes 2 --gpu h100-80gb
+    vir-plan --config vir/recipes/vir_small_in1k.yaml --deepspeed_config zero2_bf16 --nodes 1 --gpu h100-80gb
     vir-plan --config vir/recipes/vir_giant_in1k.yaml --nodes 16 --gpu a100-80gb --price 2.5 --picture plan.png
-    vir-plan --config run.yaml --data s3://bucket/train --gpu memory=80GB,tflops=400,bandwidth=200GB --json plan.json
+    vir-plan --config run.yaml --data s3://b/train --gpu memory=80GB,tflops=400,bandwidth=200GB --json plan.json
 
 All other options are those of vir-train (vir-train --help). Nothing is allocated, trained or written but what --json and
 --picture name: the network is built of shapes alone, so this machine needs neither GPUs nor memory for it. What cannot
@@ -27,6 +27,7 @@ from vir.config import RunConfig, parse_bytes, plan_accumulation
 from vir.errors import SettingsError, VirError
 from vir.files import replace_text, try_to_write
 from vir.flags import parse
+from vir.planning.checkpoints import DISK_RATE, RESTART_S
 
 if TYPE_CHECKING:  # a wrong flag is told before torch is imported
     from vir.planning.estimate import Estimate, Question
@@ -63,11 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus-per-node", "--gpus_per_node", type=_count, default=8, metavar="N",
         help="GPUs of each machine (default: %(default)s)")
     add("--gpu", default="h100-80gb", metavar="NAME",
-        help="kind of GPU, or memory=80GB,tflops=989,bandwidth=450GB[,network=50GB] of one: TFLOP/s of its dense peak in "
-             "the precision of the run, bytes/s of one GPU to the others of its machine and to other machines (default: "
-             "%(default)s; an unknown name lists all)")
-    add("--network", metavar="RATE", help="of one GPU's share of the network cards of its machine, in bytes/s, e.g. 50GB, "
-        "or bits/s, e.g. 400Gb (default: as is usual for this GPU)")
+        help="kind of GPU, or memory=80GB,tflops=989,bandwidth=450GB[,network=50GB] of one: TFLOP/s of its dense peak "
+             "in the precision of the run, bytes/s of one GPU to the others of its machine and to other machines "
+             "(default: %(default)s)")
+    add("--network", metavar="RATE",
+        help="of one GPU's share of the network cards of its machine, in bytes/s, e.g. 50GB, or bits/s, e.g. 400Gb "
+             "(default: as is usual for this GPU)")
     add("--data", metavar="SHARDS",
         help=f"training shards, as --data.train names them; {IMAGENET} assumes 1,281,167 images of 110 KB in shards of "
              f"1,000 (default, where no --data.train is given)")
@@ -75,11 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         help="model FLOPs utilisation, e.g. 0.3 (default: what was measured and published for such GPUs and models)")
     add("--cores", type=_count, metavar="N", help="CPU cores of each machine, for its loader processes")
     add("--storage", metavar="RATE", help="at which each machine reads shards, e.g. 2GB")
-    add("--disk", default="2GB", metavar="RATE",
+    add("--disk", default=f"{DISK_RATE / 1e9:g}GB", metavar="RATE",
         help="at which all machines together write a checkpoint (default: %(default)s)")
     add("--mtbf", type=_positive, metavar="HOURS",
         help="mean time between failures of one machine (default: as published of 16,384 H100s)")
-    add("--restart", type=_positive, default=5.0, metavar="MINUTES",
+    add("--restart", type=_positive, default=RESTART_S / 60, metavar="MINUTES",
         help="from a failure to the first step after it (default: %(default)g)")
     add("--price", type=_positive, metavar="PER_HOUR", help="of one GPU, in any currency")
     add("--json", type=Path, metavar="FILE", help="write all numbers there")
@@ -160,7 +162,8 @@ def _question(args: argparse.Namespace, config: RunConfig) -> Question:
                         network=parse_rate(args.network, "--network") if args.network else gpu.network),
         mfu=Range(args.mfu, args.mfu) if args.mfu else None, cores=args.cores,
         storage=parse_rate(args.storage, "--storage") if args.storage else None,
-        cache=_cache(config, images), disk=parse_rate(args.disk, "--disk"), mtbf=args.mtbf and args.mtbf * _HOUR, restart=args.restart * 60, price=args.price)
+        cache=_cache(config, images), disk=parse_rate(args.disk, "--disk"), mtbf=args.mtbf and args.mtbf * _HOUR,
+        restart=args.restart * 60, price=args.price)
 
 
 def _cache(config: RunConfig, images: Images) -> float | None:

@@ -20,9 +20,9 @@ from vir.benchmarks.tables import check_json, markdown
 from vir.errors import DataError
 from vir.files import replace_text
 
-COLUMNS = ("model", "parameters", "GPUs", "JSON", "batch = accumulation x micro-batch x ranks", "memory of a GPU, GB",
-           "images/s", "bound by", "hours of the recipe, with failures", "GPU hours", "goodput %", "downloads per shard",
-           "planned in s", "command")
+COLUMNS = ("model", "parameters", "GPUs", "JSON", "batch = accumulation x micro-batch x ranks",
+           "memory of a GPU, GB", "images/s", "bound by", "hours of the recipe, with failures", "GPU hours",
+           "goodput %", "downloads per shard", "planned in s", "command")
 _SMALL = ("--config vir/recipes/vir_small_in1k.yaml", "zero2_bf16")
 _LARGE = ("--config vir/recipes/vir_small_in1k.yaml --model.name vir_large_patch14_224", "zero2_bf16")
 _GIANT = ("--config vir/recipes/vir_giant_in1k.yaml", "zero2_bf16")
@@ -63,8 +63,8 @@ def benchmark(settings: Settings, command: str) -> str:
             rows.append(_row(model, plan, seconds, words))
     if settings.json is not None:
         replace_text(settings.json, json.dumps({
-            "title": f"Plans for {settings.gpu}", "command": command, "machine": machine(torch.device("cpu")), "columns": COLUMNS,
-            "rows": rows}, indent=1) + "\n")
+            "title": f"Plans for {settings.gpu}", "command": command, "machine": machine(torch.device("cpu")),
+            "columns": COLUMNS, "rows": rows}, indent=1) + "\n")
     if settings.picture is not None:
         _draw(plans, settings.picture)
     return markdown(COLUMNS, rows)

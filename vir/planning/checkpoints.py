@@ -15,6 +15,12 @@ INTERRUPTIONS, DAYS, GPUS = 419, 54, 16_384
 """Unexpected interruptions of the pre-training of Llama 3 405B on H100s, 8 on a node (arXiv:2407.21783, section 3.3.4:
 "419 unexpected interruptions" in "a 54-day snapshot period"; 16,384 GPUs, table 4)."""
 
+DISK_RATE = 2e9
+"""Bytes per second that a disk which all machines share is assumed to take of them together."""
+
+RESTART_S = 300.0
+"""From a failure to the first step after it, as it is assumed: to notice it, to start again, to read a checkpoint."""
+
 HOPELESS = 0.2
 """Goodput at the best cadence below which a plan is hopeless: it is less wherever a checkpoint takes as long as the
 machines last, where 0.16 of the time is of use."""

@@ -158,7 +158,7 @@ def estimate(asked: Question) -> Estimate:
     work = count_work(asked.network, asked.spec, asked.on_gpu, precision)
     mfu = None
     if precision in cluster.gpu.tflops:
-        mfu = Mfu(range=asked.mfu, basis="as given") if asked.mfu else mfu_range(
+        mfu = Mfu(range=asked.mfu, basis="as given", measurements=()) if asked.mfu else mfu_range(
             cluster.gpu, precision, parameters, config.model.compile)
     chosen = _choice(asked, asked.ds_name, asked.ds_config, work, mfu)
     choices = tuple(_choice(asked, name, content, work, mfu) for name, content in _shipped(asked, precision))
@@ -317,10 +317,12 @@ def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:
     yield f"{gpu.name}: {gpu.source}"
     if mfu is not None:
         yield f"MFU: {mfu.basis}"
-        yield ("communication: ring algorithms at the bandwidth of data sheets; the best case hides behind the backward "
-               "pass what the DeepSpeed JSON overlaps, the worst hides nothing")
+        yield ("communication: ring algorithms at the bandwidth of data sheets; the best case hides behind computing "
+               "what the DeepSpeed JSON overlaps, the worst hides nothing")
     if config.model.compile:
         yield "--model.compile: memory is planned as without it, which takes more"
+    if config.distill.teacher and not asked.teacher:
+        yield "--distill.teacher: its memory and its time are not counted"
     if asked.images.is_assumed:
         yield (f"{asked.images.name}: {asked.images.count:,} images of {asked.images.image_bytes / 1000:.0f} KB in "
                f"{len(asked.images.shard_sizes):,} shards are assumed; --data names others")

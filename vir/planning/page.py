@@ -55,8 +55,9 @@ def _memory(plan: Estimate) -> Iterator[str]:
         yield ""
         yield from _table(("shipped JSON", "memory", "fits", "largest micro-batch", "sent per step", "images/s"),
                           map(_choice, plan.choices))
-        yield (f"{plan.best} fits with the least communication, of those that round nothing" if plan.best else plan.remedy or
-               f"none of them fits with micro-batches of {plan.micro_batch_size}; take a smaller --train.micro_batch_size")
+        yield (f"{plan.best} fits with the least communication, of those that round nothing" if plan.best else
+               plan.remedy or f"none of them fits with micro-batches of {plan.micro_batch_size}; lower "
+                              "--train.micro_batch_size")
 
 
 def _choice(choice: Choice) -> tuple[str, ...]:
@@ -70,8 +71,8 @@ def _choice(choice: Choice) -> tuple[str, ...]:
 def _time(plan: Estimate) -> Iterator[str]:
     step = plan.chosen.step
     if plan.work is not None and plan.work.form:
-        yield (f"retention is computed {plan.work.form}: {flop(plan.work.performed)} of an image's forward pass; an MFU "
-               f"counts {flop(plan.work.retention)} for it")
+        yield (f"retention is computed {plan.work.form}: {flop(plan.work.performed)} of an image's forward pass; an "
+               f"MFU counts {flop(plan.work.retention)} for it")
     sent = plan.chosen.communication
     yield (f"each step and GPU sends {gigabytes(sent.sent)}: {gigabytes(sent.within_node)} within its machine, "
            f"{gigabytes(sent.between_nodes)} to others")
@@ -118,7 +119,8 @@ def _data(plan: Estimate) -> Iterator[str]:
                                     f" (recommended: {traffic.recommended[0]} and {traffic.recommended[1]:,})") +
            f"; a machine has {traffic.working_set:.0f} of {gigabytes(traffic.working_set_bytes)} in use at a time, and "
            f"reads of {traffic.shards_per_node:,.0f} in an epoch")
-    yield f"in the first epoch {_fetched(traffic, traffic.first_epoch)}; in the next {_fetched(traffic, traffic.later_epoch)}"
+    yield f"in the first epoch {_fetched(traffic, traffic.first_epoch)}"
+    yield f"in the next one {_fetched(traffic, traffic.later_epoch)}"
     if plan.loading is not None:
         yield (f"a machine asks servers {plan.loading.reads_per_second:,.3g} times a second for "
                f"{gigabytes(plan.loading.fetched_bytes_per_second)}/s, then "
@@ -132,16 +134,16 @@ def _data(plan: Estimate) -> Iterator[str]:
     simulated = traffic.first_epoch.simulated_nodes
     if simulated < traffic.nodes:
         yield f"of {simulated} of the {traffic.nodes} machines, spread evenly; the others are taken to be like them"
-    yield (f"neighbours in a shard are {shuffle.distance:,.0f} images apart in training on average, {shuffle.neighbours:.3f} "
-           "of what they are in a full shuffle")
+    yield (f"neighbours in a shard are {shuffle.distance:,.0f} images apart in training on average, "
+           f"{shuffle.neighbours:.3f} of what they are in a full shuffle")
 
 
 def _fetched(traffic: Traffic, fetched: Fetched) -> str:
     if traffic.cache_bytes is None:
         return f"every image is read by itself, {gigabytes(fetched.bytes_per_node)} by a machine (no --data.cache)"
     parts = f", {100 * fetched.in_parts:.1f} % of the images in parts" if fetched.in_parts else ""
-    return (f"each shard is downloaded {fetched.downloads_per_shard:.3f} times{parts}, {gigabytes(fetched.bytes_per_node)} "
-            f"by a machine")
+    return (f"each shard is downloaded {fetched.downloads_per_shard:.3f} times{parts}, "
+            f"{gigabytes(fetched.bytes_per_node)} by a machine")
 
 
 def _checkpoints(plan: Estimate) -> Iterator[str]:
@@ -149,12 +151,13 @@ def _checkpoints(plan: Estimate) -> Iterator[str]:
     if found is None:
         yield f"{gigabytes(plan.checkpoint_bytes)} each"
         return
-    yield (f"{gigabytes(found.bytes)} each, {duration(found.seconds)} at {gigabytes(found.disk_rate)}/s; a failure every "
-           f"{duration(found.mtbf_seconds)} on average, {duration(found.restart_seconds)} to start again")
+    yield (f"{gigabytes(found.bytes)} each, {duration(found.seconds)} at {gigabytes(found.disk_rate)}/s; a failure "
+           f"every {duration(found.mtbf_seconds)} on average, {duration(found.restart_seconds)} to start again")
     for title, cadence in (("as set", found.as_set), ("best", found.best)):
         steps = f", --checkpoint.every_steps {found.best_steps}" if cadence is found.best else ""
-        yield (f"{title}: one after each {duration(cadence.interval_seconds)}{steps}: {100 * cadence.goodput:.2f} % of the "
-               f"time is of use, {100 * cadence.stall:.2f} % waits for checkpoints, {100 * cadence.lost:.2f} % is lost")
+        yield (f"{title}: one after each {duration(cadence.interval_seconds)}{steps}: {100 * cadence.goodput:.2f} % of "
+               f"the time is of use, {100 * cadence.stall:.2f} % waits for checkpoints, {100 * cadence.lost:.2f} % is "
+               "lost")
     yield found.advice
 
 

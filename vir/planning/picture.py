@@ -40,7 +40,7 @@ def _memory(axis: Any, plan: Estimate) -> None:
     stacked = {kind: title for kind, title in KINDS.items() if kind != "update"}  # which comes at another time
     known = [(choice.name, choice.memory) for choice in plan.choices or (plan.chosen,) if choice.memory is not None]
     left = [0.0] * len(known)
-    for (kind, title), color in zip(stacked.items(), colormaps["tab20"].colors):
+    for (kind, title), color in zip(stacked.items(), colormaps["tab20"](range(len(stacked)))):
         sizes = [getattr(memory, kind) / 1e9 for _, memory in known]
         if any(sizes):
             axis.barh([name for name, _ in known], sizes, left=left, color=color, label=title)

@@ -320,4 +320,3 @@ def step_time(work: Work, mfu: Range, cluster: Cluster, precision: str, *, micro
     seconds = Range(compute.low + exposed.low, compute.high + exposed.high)
     return Step(seconds=seconds, compute=compute, communication=communication_s, exposed=exposed,
                 images_per_second=Range(images * cluster.world / seconds.high, images * cluster.world / seconds.low))
-

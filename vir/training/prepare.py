@@ -47,6 +47,11 @@ class Prepared:
     """What of the training samples is left out."""
 
     @property
+    def ds_name(self) -> str:
+        """Of the DeepSpeed JSON, without its folder."""
+        return Path(self.config.deepspeed_config).stem
+
+    @property
     def fingerprint(self) -> str:
         """Of the training data as it is served."""
         return self.exclusion.fingerprint(self.train.fingerprint)

@@ -35,6 +35,7 @@ from vir.reports.metrics import MetricsWriter, read_metrics
 from vir.training import features
 from vir.training.distill import Teacher, load_teacher, make_student
 from vir.training.features import FeatureBatches, FeaturePreparation
+from vir.training.forecast import forecast
 from vir.training.guard import FiniteGuard
 from vir.training.loop import Ending, GlobalStep, Trainer
 from vir.training.meter import Meter
@@ -151,6 +152,9 @@ def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, 
     if stop.agree():
         return Ending.STOPPED
     _describe(prepared, plan, engine, spec, teacher, world)
+    if world.is_main:
+        for line in forecast(prepared, plan, world, teacher):
+            log.info(line)
     done = info.samples_seen // plan.global_batch_size if info else 0
     log.info("a dry run: nothing was trained and nothing is left; the run would %s of %d",
              f"go on after step {done}" if done else "begin at step 1", plan.total_steps)
