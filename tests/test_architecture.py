@@ -86,6 +86,8 @@ TESTED_ELSEWHERE = {
     "vir.evaluation.pictures": "test_predict.py: as its images are named",
     "vir.evaluation.outputs": "test_evaluate.py: as its files are asked for",
     "vir.index": "test_foreign.py: with what it runs",
+    "vir.planning.checkpoints": "test_planning_checkpoints.py", "vir.planning.loading": "test_planning_loading.py",
+    "vir.planning.traffic": "test_planning_traffic.py: and test_traffic.py, of what it counts by",
     "vir.reports.curves": "test_metrics.py",
     "vir.training.features": "test_linear_probe.py: in runs, and on models of which none are kept",
     "vir.training.loop": "test_train.py: the loop is seen at work", "vir.training.meter": "test_train.py: as the loop",
