@@ -91,6 +91,8 @@ TESTED_ELSEWHERE = {
     "vir.planning.estimate": "test_planning.py: as vir-plan and --dry_run tell it",
     "vir.planning.images": "test_planning.py", "vir.planning.page": "test_planning.py",
     "vir.planning.picture": "test_planning.py",
+    "vir.planning.checkpoints": "test_planning_checkpoints.py", "vir.planning.loading": "test_planning_loading.py",
+    "vir.planning.traffic": "test_planning_traffic.py: and test_traffic.py, of what it counts by",
     "vir.reports.curves": "test_metrics.py",
     "vir.training.features": "test_linear_probe.py: in runs, and on models of which none are kept",
     "vir.training.loop": "test_train.py: the loop is seen at work", "vir.training.meter": "test_train.py: as the loop",
