@@ -131,9 +131,10 @@ def jobs(tmp):
                   recompute=recompute, steps=2, zero=PERSISTENT if stage == 3 else {},
                   precision="bf16" if stage in (1, 3) and recompute else "fp32")
     yield Job(output=str(tmp / "frozen"), stage=2, args=ARGS, steps=2, freeze="blocks.0")
+    live = {"stage3_max_live_parameters": 3 * BLOCK, "stage3_prefetch_bucket_size": BLOCK // 4}
     for name, recompute, more in (
             ("twice", False, {"stage3_max_reuse_distance": 0}), ("again", True, {"stage3_max_reuse_distance": 0}),
-            ("some", True, {"stage3_max_reuse_distance": 3 * BLOCK}),
+            ("some", True, {"stage3_max_reuse_distance": 3 * BLOCK, **live}),
             ("groups", False, {"stage3_max_reuse_distance": 0, "zero_hpz_partition_size": 2})):
         yield Job(output=str(tmp / name), stage=3, args=ARGS, steps=2, accumulation=2, recompute=recompute,
                   zero={**PERSISTENT, "stage3_prefetch_bucket_size": 0, **more})

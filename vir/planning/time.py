@@ -215,12 +215,13 @@ def communicate(parameters: int, trained: int, small: int, zero: ZeroSettings, p
     - Stage 1 the same in buckets, beside the last backward pass with overlap_comm, then gathers the new weights.
     - Stage 2 does so in every micro-batch. Its buckets too are reduced to all ranks (use_multi_rank_bucket_allreduce,
       its default): twice what a reduce-scatter would send.
-    - Stage 3 gathers the weights in the forward pass of every micro-batch and again in its backward pass, recomputing or
-      not, and scatters the reduced gradients. The last weights of the forward pass stay gathered for the backward pass:
-      as many as stage3_max_reuse_distance, which counts up to the end of the forward pass alone where blocks are
-      gathered at once (engine.blocks), or as stage3_prefetch_bucket_size. So up to 1e9 numbers are gathered once by
-      DeepSpeed's defaults. Weights of at most stage3_param_persistence_threshold numbers are gathered once, after the
-      step.
+    - Stage 3 gathers the weights in the forward pass of every micro-batch and again in its backward pass, recomputing
+      or not, and scatters the reduced gradients. The last weights of the forward pass stay gathered for the backward
+      pass: as many as stage3_max_reuse_distance, which counts up to the end of the forward pass alone where blocks
+      are gathered at once (engine.blocks), or as stage3_prefetch_bucket_size. So by DeepSpeed's defaults a network of
+      up to 1e9 numbers is gathered once. Where stage3_max_live_parameters is larger than that distance (by default
+      they are equal), prefetching may keep more, up to it: then less is gathered than told here. Weights of at most
+      stage3_param_persistence_threshold numbers are gathered once, after the step.
     - ZeRO++: weights in one byte; from the first gathering of a step to the next step in each group of
       zero_hpz_partition_size ranks; between nodes gradients in half a byte, exchanged inside each node and then between
       them. Scales, one for thousands of numbers, are left out, as is padding.
