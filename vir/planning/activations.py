@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -108,9 +108,9 @@ class _Passes:
 
     def __call__(self, rows: list[_Row]) -> Activations:
         with ExitStack() as stack:
-            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(as_on_gpu() if self._on_gpu else nullcontext())
-            network = _fake(self._network, self._dtype, mode).train()
+            network = _fake(self._network, self._dtype, [name for row in rows for name in row.left_out]).train()
             if self._recomputes:
                 recompute(network)
             if self._dtype != torch.float32:
@@ -203,24 +203,41 @@ class _Ledger(TorchDispatchMode):
         return max(itertools.accumulate(size for number, size in self._changes if number not in self._gradients))
 
 
-def _fake(network: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
+class _Through(nn.Module):
+    """In the place of a block that is left out."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+def _fake(network: nn.Module, dtype: torch.dtype, left_out: list[str]) -> nn.Module:
     """A copy with fake parameters of a dtype, and fake buffers in the places of those on the meta device.
 
     Buffers keep their dtype, as under DeepSpeed. Those with numbers keep them: a network may compute with them.
+
+    Args:
+        left_out: modules that hand on their input, by their names. In large networks they are most of all.
     """
-    copies: dict[int, Any] = {}
-    for parameter in network.parameters():
-        kind = dtype if parameter.is_floating_point() else parameter.dtype
-        copies[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kind), parameter.requires_grad)
-    for buffer in network.buffers():
-        copies[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer
+    copies: dict[int, Any] = {id(network.get_submodule(name)): _Through() for name in left_out}
+    for module in _kept(network, copies):
+        for parameter in module.parameters(recurse=False):
+            kind = dtype if parameter.is_floating_point() else parameter.dtype
+            copies[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kind), parameter.requires_grad)
+        for buffer in module.buffers(recurse=False):
+            copies[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer
     return copy.deepcopy(network, copies)
 
 
+def _kept(network: nn.Module, left_out: Container[int]) -> Iterator[nn.Module]:
+    """It and all modules in it, without those left out and what is in them."""
+    yield network
+    for child in network.children():
+        if id(child) not in left_out:
+            yield from _kept(child, left_out)
+
+
 def _fold(network: nn.Module, row: _Row, ledger: _Ledger) -> None:
-    """Leave blocks of a row out: they hand on their input, and the ledger counts for each what the second one kept."""
-    for name in row.left_out:
-        setattr(network.get_submodule(name), "forward", lambda x, *args, **kwargs: x)
+    """Let the ledger count for each block of a row that is left out what the second one kept."""
     before: list[int] = []
 
     def after_first(block: nn.Module, inputs: Any, output: Any) -> None:
