@@ -104,8 +104,8 @@ def test_its_programs_are_the_documented_ones(site):
 
 
 @pytest.mark.parametrize("name, flag", list(zip(PROGRAMS, [
-    "--write-good", "--output", "--split", "--weights", "--sheet", "--opset", "--checksums", "deepspeed", "--gpus-per-node", "--stream",
-    "--optim.lr", "--repair"], strict=True)))
+    "--write-good", "--output", "--split", "--weights", "--sheet", "--opset", "--checksums", "deepspeed",
+    "--gpus-per-node", "--stream", "--optim.lr", "--repair"], strict=True)))
 def test_a_program_answers_a_call_for_help(answers, name, flag):
     code, said = answers["programs"][name]
     assert code == 0 and flag in said and "usage: " in said

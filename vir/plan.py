@@ -2,7 +2,7 @@
 
     vir-plan --config vir/recipes/vir_small_in1k.yaml --deepspeed_config zero2_bf16 --nodes 1 --gpu h100-80gb
     vir-plan --config vir/recipes/vir_giant_in1k.yaml --nodes 16 --gpu a100-80gb --price 2.5 --picture plan.png
-    vir-plan --config run.yaml --data s3://b/train --gpu memory=80GB,tflops=400,bandwidth=200GB --json plan.json
+    vir-plan --config run.yaml --data s3://b/train --gpu memory=80GB,tflops=400,bandwidth=20GB --json plan.json
 
 All other options are those of vir-train (vir-train --help). Nothing is allocated, trained or written but what --json and
 --picture name: the network is built of shapes alone, so this machine needs neither GPUs nor memory for it. What cannot
@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args, settings = _parser().parse_known_args(words)
     try:
-        for flag, path in (("--json", args.json), ("--picture", args.picture)):
-            _check_output(flag, path)
+        _check_json(args.json)
         config = parse(["--data.train", IMAGENET, *settings, *(["--data.train", args.data] if args.data else [])])
         estimate = _estimate(args, config)
         _tell(estimate, args, shlex.join(["vir-plan", *words]))
@@ -111,13 +110,13 @@ def _share(text: str) -> float:
     return value
 
 
-def _check_output(flag: str, path: Path | None) -> None:
+def _check_json(path: Path | None) -> None:
     """At the door, for it is written when all is computed."""
     try:
         if path is not None:
             try_to_write(path)
     except OSError as error:
-        raise SettingsError(f"{flag} {path} cannot be written: {error.strerror}; give a file in a folder that is there"
+        raise SettingsError(f"--json {path} cannot be written: {error.strerror}; give a file in a folder that is there"
                             ) from error
 
 
@@ -126,7 +125,10 @@ def _estimate(args: argparse.Namespace, config: RunConfig) -> Estimate:
     _check_world(config, world, args.gpus_per_node)
 
     from vir.planning.estimate import estimate
+    from vir.reports.curves import check_picture
 
+    if args.picture is not None:
+        check_picture("--picture", args.picture)
     return estimate(_question(args, config))
 
 
@@ -139,13 +141,14 @@ def _check_world(config: RunConfig, world: int, gpus_per_node: int) -> None:
         per_node = train.micro_batch_size * gpus_per_node
         fit = [nodes for nodes in range(1, train.global_batch_size // per_node + 1)
                if train.global_batch_size % (per_node * nodes) == 0]
-        near = sorted(fit, key=lambda nodes: abs(nodes - world // gpus_per_node))[:2]
-        raise SettingsError(f"{error}; or --nodes {' or '.join(map(str, sorted(near)))} with these" if near else
+        asked = world // gpus_per_node
+        near = [*[nodes for nodes in fit if nodes < asked][-1:], *[nodes for nodes in fit if nodes > asked][:1]]
+        raise SettingsError(f"{error}; or --nodes {' or '.join(map(str, near))} with these" if near else
                             f"{error}; no number of nodes with {gpus_per_node} GPUs has these") from error
 
 
 def _question(args: argparse.Namespace, config: RunConfig) -> Question:
-    from vir.engine import ds_config
+    from vir.engine import ds_config, optimizer
     from vir.models.build import sketch
     from vir.planning.estimate import Question
     from vir.planning.hardware import Cluster, Range, parse_gpu, parse_rate
@@ -154,9 +157,12 @@ def _question(args: argparse.Namespace, config: RunConfig) -> Question:
     gpu = parse_gpu(args.gpu)
     images = _images(config)
     name = config.deepspeed_config or ("zero2_bf16" if "bf16" in gpu.tflops else "zero2_fp16")
+    content = ds_config.read(name)
+    gpu.peak(ds_config.precision(content))
+    optimizer.check_name(config.optim.name, ds_config.zero_stage(content))
     network, spec = sketch(config.model, images.classes, config.train.linear_probe)
     return Question(
-        config=config, ds_name=Path(name).stem, ds_config=ds_config.read(name), network=network, spec=spec,
+        config=config, ds_name=Path(name).stem, ds_config=content, network=network, spec=spec,
         images=images, on_gpu=True, total_steps=total_steps(config.train, images.count),
         cluster=Cluster(nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu=gpu,
                         network=parse_rate(args.network, "--network") if args.network else gpu.network),

@@ -24,8 +24,8 @@ from vir.planning.time import Communication, Step, Work, communicate, count_work
 from vir.planning.traffic import ShuffleQuality, Traffic, shuffle_quality, simulate
 from vir.weights.spec import ModelSpec
 
-_MORE_NODES = (2, 4, 8, 16, 32, 64, 128)
-"""By how many times more machines are tried, where nothing fits."""
+_FEWER_LIVE = 10_000_000
+"""Numbers that stage 3 may keep gathered where nothing else fits, for more communication."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,10 @@ class Choice:
     step: Step | None
     """None where FLOPs or the peak of the device are not known."""
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "memory_total": self.memory and self.memory.total,
+                "sent_bytes": self.communication.sent}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -138,7 +142,9 @@ class Estimate:
     """What the estimates rest on, in words."""
 
     def to_json(self, command: str) -> str:
-        return json.dumps({"command": command, **asdict(self)}, indent=1) + "\n"
+        """All numbers, in bytes, seconds and images/s; a range is a list of two."""
+        return json.dumps({"command": command, **asdict(self), "chosen": self.chosen.to_dict(),
+                           "choices": [choice.to_dict() for choice in self.choices]}, indent=1) + "\n"
 
     remedy: str
     """Where no shipped JSON makes it fit: by how much, and what would; else empty."""
@@ -287,24 +293,24 @@ def _remedy(asked: Question, choices: Sequence[Choice]) -> str:
     micro-batches."""
     if any(choice.largest_micro_batch or choice.memory is None for choice in choices):
         return ""
-    room, world = asked.cluster.gpu.memory, asked.cluster.world
-    smallest = 2 if asked.config.augment.mixes else 1
+    room, smallest = asked.cluster.gpu.memory, 2 if asked.config.augment.mixes else 1
 
-    def needed(name: str, ranks: int) -> int:
-        return plan_memory(asked.network, asked.spec, asked.config, ds_config.read(name), ranks, asked.on_gpu,
+    def needed(content: dict[str, Any]) -> int:
+        return plan_memory(asked.network, asked.spec, asked.config, content, asked.cluster.world, asked.on_gpu,
                            micro_batch=smallest, teacher=asked.teacher).total
 
-    names = [choice.name for choice in choices[1:]] or [choices[0].name]
-    least, name = min((needed(name, world), name) for name in names)
-    ways = [f"a GPU of {least / 1e9:.3g} GB"]
-    for times in _MORE_NODES:
-        found = min((needed(name, world * times), name) for name in names)
-        if found[0] <= room:
-            ways.insert(0, f"--nodes {asked.cluster.nodes * times} with --deepspeed_config {found[1]}")
-            break
+    contents = {choice.name: ds_config.read(choice.name) for choice in choices[1:]} or {asked.ds_name: asked.ds_config}
+    least, name = min((needed(content), name) for name, content in contents.items())
+    ways = [f"a GPU of {math.ceil(least / 1e8) / 10:g} GB", "a smaller model or smaller images"]
+    if ds_config.zero_stage(contents[name]) == 3:  # more machines shard more, but as much is gathered on each
+        fewer = {**contents[name], "zero_optimization": {**contents[name]["zero_optimization"], **dict.fromkeys(
+            ("stage3_max_live_parameters", "stage3_max_reuse_distance"), _FEWER_LIVE)}}
+        if needed(fewer) <= room:
+            ways.insert(0, f"{name} with stage3_max_live_parameters and stage3_max_reuse_distance of {_FEWER_LIVE}, "
+                           f"which needs {needed(fewer) / 1e9:.3g} GB")
     return (f"{asked.spec.name} fits into {asked.cluster.gpu.name} with no shipped --deepspeed_config: {name} needs "
             f"{least / 1e9:.3g} GB of {room / 1e9:.3g} GB with micro-batches of {smallest}, {(least - room) / 1e9:.3g} "
-            f"GB too many; what would do: {', or '.join(ways)}, or a smaller model")
+            f"GB too many; what would do: {', or '.join(ways)}")
 
 
 def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Collection, Sequence
+from typing import Any, Sequence
 
 from vir.errors import DataError, SettingsError
 from vir.files import try_to_write
@@ -21,11 +21,10 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         SettingsError: `output` has no ending of a picture, or cannot be written.
         DataError: a folder that is not a run, or whose metrics are damaged.
     """
-    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
 
     recorded = [(run, _curves(run)) for run in runs]
-    _check_output(output, FigureCanvasBase.get_supported_filetypes())
+    check_picture("--output", output)
     figure = Figure(figsize=(11, 7), layout="constrained")
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2, sharex=True)
     for run, events in recorded:
@@ -73,14 +72,18 @@ def _curves(run: Path) -> list[dict[str, Any]]:
     return [{name: float("nan") if value is None else value for name, value in event.items()} for event in events]
 
 
-def _check_output(output: Path, formats: Collection[str]) -> None:
+def check_picture(flag: str, output: Path) -> None:
+    """Raises SettingsError where it has no ending of a picture, or cannot be written."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
     if output.suffix.lower().removeprefix(".") not in formats:
-        raise SettingsError(f"--output {output} has not the ending of a picture; give a name such as "
+        raise SettingsError(f"{flag} {output} has not the ending of a picture; give a name such as "
                             f"{output.with_suffix('.png').name} (known: {', '.join(sorted(formats))})")
     try:
         try_to_write(output)
     except OSError as error:
-        raise SettingsError(f"--output {output} cannot be written: {error.strerror}; give a file in a folder that is "
+        raise SettingsError(f"{flag} {output} cannot be written: {error.strerror}; give a file in a folder that is "
                             "there") from error
 
 

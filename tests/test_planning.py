@@ -1,0 +1,214 @@
+"""vir-plan as it is called, and what a dry run tells: the parts of a plan together, and its refusals."""
+
+import json
+import re
+import shlex
+
+import matplotlib.image
+import pytest
+import torch
+
+from support.forked import forked
+from support.launchers import ROOT, TINY, call
+from support.tiny_runs import command
+from vir import plan
+from vir.data.reader import ShardReader
+from vir.engine import ds_config
+from vir.flags import parse
+from vir.models.build import sketch
+from vir.planning import page
+from vir.planning.checkpoints import DISK_RATE, RESTART_S
+from vir.planning.estimate import Question, estimate
+from vir.planning.hardware import Cluster, Gpu, Range
+from vir.planning.images import Images, imagenet
+
+torch.set_num_threads(1)
+TINY_GPU = "memory=2GB,tflops=1,bandwidth=1GB,network=1GB"
+SMALL = [*TINY, "--gpu", TINY_GPU, "--gpus-per-node", "2", "--train.micro_batch_size", "4",
+         "--train.global_batch_size", "16"]
+
+
+def planned(capsys, *words):
+    """Exit code, what was printed, and what was said of an error."""
+    code = plan.main(list(map(str, words)))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def told(shards, tmp_path_factory):
+    """Of the tiny network on two GPUs of two machines for the digits, by the tool: its page, JSON and picture."""
+    folder = tmp_path_factory.mktemp("plan")
+    done = call("python", "tools/plan_run.py", *SMALL, "--nodes", "2", "--data", shards / "train", "--mfu", "0.5",
+                "--price", "2.5", "--cores", "4", "--storage", "1GB", "--mtbf", "100", "--disk", "1GB",
+                "--deepspeed_config", "zero2_bf16", "--train.epochs", "10", "--checkpoint.every_steps", "50",
+                "--json", folder / "plan.json", "--picture", folder / "plan.png")
+    assert done.returncode == 0, done.stdout
+    return done.stdout, json.loads((folder / "plan.json").read_text()), matplotlib.image.imread(folder / "plan.png")
+
+
+def test_steps_and_images_are_those_of_the_run(told):
+    said, numbers, _ = told
+    assert (numbers["num_images"], numbers["total_steps"], numbers["accumulation"]) == (400, 250, 1)
+    assert numbers["cluster"]["nodes"] == 2 and numbers["traffic"]["num_shards"] == 7
+    assert "250 steps of 16 = 1 x 4 x 4 ranks: 10 epochs of 400 images" in said
+    for title in ("MEMORY", "TIME", "DATA", "CHECKPOINTS", "MONEY", "WHAT THE ESTIMATES REST ON"):
+        assert f"\n{title}\n" in said
+
+
+def test_time_follows_from_flops_peak_and_links(told):
+    _, numbers, _ = told
+    step, work = numbers["chosen"]["step"], numbers["work"]
+    computed = 3 * (work["model"] - work["retention"] + work["performed"]) * 4 / (0.5 * 1e12)
+    assert step["compute"] == pytest.approx([computed, computed])
+    assert step["seconds"][1] == pytest.approx(computed + step["communication"])
+    assert step["images_per_second"] == pytest.approx([16 / seconds for seconds in reversed(step["seconds"])])
+    assert numbers["images_per_second"] == [3192, 3192]                         # the cores of the two machines
+    assert numbers["epoch_seconds"][1] == pytest.approx(400 / numbers["images_per_second"][0])
+    assert numbers["seconds"] == pytest.approx([250 * 16 / rate for rate in reversed(numbers["images_per_second"])])
+
+
+def test_cores_and_storage_bound_the_run_where_they_are_less(told, capsys, shards, tmp_path):
+    _, numbers, _ = told
+    assert numbers["rates"]["cores"] == [2 * 4 * 399.0] * 2
+    assert numbers["rates"]["storage"][0] == pytest.approx(2e9 / numbers["image_bytes"])
+    least = min(numbers["rates"], key=lambda part: numbers["rates"][part][1])
+    assert numbers["bound"] == least
+    _, said, _ = planned(capsys, *SMALL, "--nodes", "2", "--data", shards / "train", "--mfu", "1", "--storage", "1KB",
+                         "--json", tmp_path / "slow.json")
+    slow = json.loads((tmp_path / "slow.json").read_text())
+    assert slow["bound"] == "storage" and "bound by storage" in said
+    assert slow["images_per_second"] == pytest.approx([2e3 / numbers["image_bytes"]] * 2)
+
+
+def test_money_is_gpu_hours_times_the_price(told):
+    said, numbers, _ = told
+    goodput = numbers["checkpoints"]["as_set"]["goodput"]
+    assert numbers["wall_seconds"] == pytest.approx([one / goodput for one in numbers["seconds"]])
+    assert numbers["cost"] == pytest.approx([2.5 * 4 * one / 3600 for one in numbers["wall_seconds"]])
+    assert numbers["checkpoints"]["mtbf_seconds"] == 100 * 3600 / 2             # one of two machines
+    assert "as set: one after each" in said
+
+
+def test_the_page_says_the_numbers_of_the_json(told):
+    said, numbers, _ = told
+    memory = numbers["chosen"]["memory"]
+    assert f"{page.gigabytes(numbers['chosen']['memory_total'])} of 2 GB on each rank: fits" in said
+    assert f"{page.gigabytes(memory['activations'])} activations" in said
+    assert page.between(Range(*numbers["images_per_second"])) in said
+    for choice in numbers["choices"]:
+        row = next(line for line in said.splitlines() if line.startswith(f"  {choice['name']} "))
+        assert page.gigabytes(choice["memory_total"]) in row and f" {choice['largest_micro_batch']:,} " in row
+    assert f"{numbers['best']} fits with the least communication" in said
+
+
+def test_the_shipped_ones_in_the_precision_are_compared(told):
+    _, numbers, _ = told
+    assert {choice["name"] for choice in numbers["choices"]} == {
+        path.stem for path in ds_config.SHIPPED.glob("*bf16*.json")}
+    sent = {choice["name"]: choice["communication"] for choice in numbers["choices"]}
+    assert numbers["best"] == "zero0_bf16" and sent["zero1_bf16"] == sent["zero2_bf16"]
+
+
+def test_the_picture_is_one(told):
+    _, _, pixels = told
+    assert min(pixels.shape[:2]) > 500 and pixels.std() > 0.05
+
+
+def test_a_dry_run_tells_what_vir_plan_would_of_its_world(shards, tmp_path):
+    words = command(shards, tmp_path / "run", "zero2_fp32", "--dry_run")
+    done = forked("-m", "vir.train", *words)
+    assert done.returncode == 0, done.stdout[-4000:]
+    config, train = parse(words), ShardReader(shards / "train")
+    network, spec = sketch(config.model, train.classes)
+    asked = Question(
+        config=config, ds_name="zero2_fp32", ds_config=ds_config.read("zero2_fp32"), network=network, spec=spec,
+        images=Images.of(train), on_gpu=False, total_steps=8, disk=DISK_RATE, restart=RESTART_S,
+        cluster=Cluster(nodes=1, gpus_per_node=2, network=0.0, gpu=Gpu(
+            name="CPU", memory=10**11, tflops={}, bandwidth=0.0, network=0.0, source="")))
+    expected = [line.strip() for line in page.lines(estimate(asked))]
+    first, last = expected.index("MEMORY"), expected.index("WHAT THE ESTIMATES REST ON")
+    free = re.compile(r" of \S+ \S+ on each rank: fits, .* to spare")           # the memory of this machine
+    said = free.sub("", done.stdout)
+    for line in filter(None, expected[first:last]):
+        assert free.sub("", line) in said
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--gpu", "h100-80g"], "did you mean h100-80gb"),
+    (["--gpu", "memory=80GB,tflops=x,bandwidth=1GB"], "--gpu tflops is 'x'"),
+    (["--nodes", "3"], "--train.global_batch_size 1024 is not a multiple of --train.micro_batch_size 128 x 24 ranks = "
+                       "3072; nearest: 3072; or --nodes 1 with these"),
+    (["--nodes", "5", "--train.micro_batch_size", "16", "--train.global_batch_size", "1024"],
+     "640; nearest: 640 or 1280; or --nodes 4 or 8 with these"),
+    (["--gpus-per-node", "7"], "no number of nodes with 7 GPUs has these"),
+    (["--gpu", "v100-32gb", "--deepspeed_config", "zero2_bf16"], "v100-32gb has no known peak in bf16"),
+    (["--storage", "fast"], "--storage is 'fast'"), (["--network", "50gb"], "write GB for bytes per second or Gb"),
+    (["--disk", "0GB"], "--disk"), (["--data", "nowhere"], "nowhere"),
+    (["--json", "/nowhere/plan.json"], "--json /nowhere/plan.json cannot be written"),
+    (["--picture", "plan.txt"], "--picture plan.txt has not the ending of a picture"),
+    (["--model.nme", "x"], "no such flag: --model.nme"), (["--deepspeed_config", "zero9"], "zero9"),
+    (["--model.name", "vir_smal"], "--model.name vir_smal"),
+    (["--optim.name", "lamb"], "--optim.name lamb needs whole"),
+])
+def test_what_cannot_be_planned_is_refused_with_the_way_out(capsys, words, message):
+    code, said, error = planned(capsys, *words)
+    assert code in (2, 3) and said == "" and message in error
+
+
+@pytest.mark.parametrize("words", [["--nodes", "0"], ["--price", "-1"], ["--mfu", "30"], ["--mtbf", "nan"]])
+def test_numbers_out_of_range_are_refused_by_the_parser(capsys, words):
+    with pytest.raises(SystemExit) as end:
+        plan.main(words)
+    assert end.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+def test_a_model_that_nothing_makes_fit_says_by_how_much_and_what_would(capsys, tmp_path):
+    gpu = "memory=4GB,tflops=1,bandwidth=1GB"
+    words = [*SMALL, "--gpu", gpu, "--model.args", "{patch_size: 14, embed_dim: 4096, depth: 8, num_heads: 32}"]
+    code, said, error = planned(capsys, *words)
+    lacking = re.search(r"(\S+) needs (\S+) GB of 4 GB with micro-batches of 2, (\S+) GB too many", error)
+    assert code == 2 and lacking and "DOES NOT FIT" in said
+    assert float(lacking[2]) - 4 == pytest.approx(float(lacking[3]), abs=0.01)
+    ways = re.search(rf"{lacking[1]} with stage3_max_live_parameters and stage3_max_reuse_distance of (\d+), which needs "
+                     r"\S+ GB, or a GPU of (\S+) GB, or a smaller model", error)
+    content = json.loads((ds_config.SHIPPED / f"{lacking[1]}.json").read_text())
+    content["zero_optimization"] |= dict.fromkeys(
+        ("stage3_max_live_parameters", "stage3_max_reuse_distance"), int(ways[1]))
+    (tmp_path / "fewer.json").write_text(json.dumps(content))
+    smallest = ["--train.micro_batch_size", "2", "--train.global_batch_size", "4", "--deepspeed_config"]
+    for more in ([tmp_path / "fewer.json"], [lacking[1], "--gpu", gpu.replace("4GB", f"{ways[2]}GB", 1)]):
+        code, said, error = planned(capsys, *words, *smallest, *more)
+        assert "fits, " in said, error
+
+
+def test_a_network_that_needs_numbers_is_planned_without_its_memory(capsys, monkeypatch):
+    from vir.planning import activations
+
+    def refuse(*args):
+        raise activations.NotMeasuredError("it needs numbers")
+
+    monkeypatch.setattr("vir.planning.memory.measure", refuse)
+    code, said, _ = planned(capsys, *SMALL)
+    assert code == 0 and "not known: the network cannot be measured without data" in said
+
+
+def test_settings_of_a_file_win_over_assumed_images_and_data_over_those(capsys, shards, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"data: {{train: {shards / 'train'}}}\ntrain: {{epochs: 2}}\n")
+    words = [*SMALL, "--config", tmp_path / "run.yaml"]
+    assert "of 400 images" in planned(capsys, *words)[1]
+    assert "of 1,281,167 images (imagenet-1k)" in planned(capsys, *words, "--data", "imagenet-1k")[1]
+
+
+def test_imagenet_is_cut_into_shards():
+    images = imagenet(1000)
+    assert images.count == 1_281_167 and len(images.shard_sizes) == 1282 and images.shard_sizes[-1] == 167
+    assert images.image_bytes == 110_000 and len(images.classes) == 1000
+
+
+def test_the_commands_of_the_page_are_ones_that_are_understood():
+    rows = re.findall(r"`vir-plan ([^`]+)`", (ROOT / "docs" / "planning.md").read_text())
+    assert len(rows) >= 16
+    for row in rows:
+        args, settings = plan._parser().parse_known_args(shlex.split(row))
+        parse(["--data.train", plan.IMAGENET, *settings])
