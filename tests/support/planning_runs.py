@@ -1,15 +1,13 @@
 """Engines one after another in the ranks of one launch, with what their tensors take, counted in the process.
 
-usage: tests/support/planning_runs.py JOBS.json RESULTS.json, in each rank   (a list of Run fields; see below)
+usage: tests/support/planning_runs.py RUNS.json RESULTS.json, in each rank   (a list of Run fields; see below)
 """
 
 import gc
 import json
 import sys
 import weakref
-from collections import Counter
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,47 +21,43 @@ CLASSES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One engine, trained for two steps."""
+    """One engine, trained for some steps: under ZeRO 3 the second one is the first that fetches ahead."""
 
     name: str
+    stage: int
     zero: dict = field(default_factory=dict)
-    precision: str = "fp32"
+    precision: str = "bf16"
     settings: dict = field(default_factory=dict)
     ema: float = 0.9
     optim: str = "adamw"
     accumulation: int = 1
-    micro_batch: int = 4
     freeze: str | None = None
-    linear_probe: bool = False
-    model: str = "vir_tiny_patch16_224"
-    img_size: int = 32
-    args: dict = field(default_factory=lambda: dict(patch_size=8, embed_dim=64, depth=6, num_heads=2))
+    steps: int = 2
+    micro_batch: int = 2
 
     def config(self, ranks: int) -> RunConfig:
         return RunConfig(
             deepspeed_config="planned", output="nowhere", data=DataConfig(train="t"),
-            augment=AugmentConfig(mixup=0, cutmix=0),
-            model=ModelConfig(name=self.model, img_size=self.img_size, args=self.args, freeze=self.freeze),
+            augment=AugmentConfig(mixup=0, cutmix=0), ema=EmaConfig(decay=self.ema),
+            model=ModelConfig(name="vir_tiny_patch16_224", img_size=16, freeze=self.freeze, args=dict(
+                patch_size=8, embed_dim=64, depth=4, num_heads=2)),
             train=TrainConfig(global_batch_size=self.micro_batch * ranks * self.accumulation,
-                              micro_batch_size=self.micro_batch, linear_probe=self.linear_probe),
-            optim=OptimConfig(name=self.optim), ema=EmaConfig(decay=self.ema))
+                              micro_batch_size=self.micro_batch), optim=OptimConfig(name=self.optim))
 
     def ds_config(self) -> dict:
         low = {self.precision: {"enabled": True}} if self.precision != "fp32" else {}
-        return {"zero_optimization": self.zero, **low, **self.settings}
+        buckets = {"reduce_bucket_size": 20000} if self.stage else {}
+        return {"zero_optimization": {"stage": self.stage, **buckets, **self.zero}, **low, **self.settings}
 
 
 class Living(TorchDispatchMode):
-    """The most bytes that were held at an operator's end beyond those of its beginning; numbers of gathered weights.
-
-    What was there before counts as nothing until it is gone, and then below nothing.
-    """
+    """The most bytes that were there beyond those of the beginning, and the most weights that were gathered."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
         self.now = self.peak = self.gathered = 0
         self._known: dict[int, object] = {}
-        self._sharded = [p for p in module.parameters() if hasattr(p, "ds_numel")]
+        self._sharded = [p for p in module.parameters() if hasattr(p, "ds_status")]
         for tensor in held().values():
             self._came(tensor.untyped_storage())
         self.now = 0
@@ -84,21 +78,40 @@ class Living(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._came(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
-        if self._sharded: self.gathered = max(self.gathered, sum(p.ds_numel for p in self._sharded if p.ds_status.name != "NOT_AVAILABLE"))
+        if self._sharded:
+            self.gathered = max(self.gathered, sum(
+                p.ds_numel for p in self._sharded if p.ds_status.name != "NOT_AVAILABLE"))
         return out
 
 
 def held() -> dict[int, torch.Tensor]:
     """The tensors that Python knows of, one of each storage."""
-    found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu" and thing.untyped_storage().nbytes():
-            found[thing.untyped_storage().data_ptr()] = thing
-    return found
+    return {thing.untyped_storage().data_ptr(): thing for thing in gc.get_objects()
+            if issubclass(type(thing), torch.Tensor) and not thing.is_meta and thing.untyped_storage().nbytes()}
 
 
-def size(tensors) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+def size() -> int:
+    gc.collect()
+    return sum(tensor.untyped_storage().nbytes() for tensor in held().values())
+
+
+def watch_reduction(optimizer, found: list[int]) -> None:
+    """Count when ZeRO 1 or 2 has begun to copy gradients into this rank's part, and before it lets go of buckets."""
+    copy, release = optimizer.copy_grads_in_partition, optimizer._release_ipg_buffers
+    begun = []
+
+    def copied(*args, **kwargs):
+        copy(*args, **kwargs)
+        if not begun:
+            begun.append(True)
+            found.append(size())
+
+    def released():
+        found.append(size())
+        begun.clear()
+        release()
+
+    optimizer.copy_grads_in_partition, optimizer._release_ipg_buffers = copied, released
 
 
 def count(run: Run, world) -> dict:
@@ -106,44 +119,50 @@ def count(run: Run, world) -> dict:
     from vir.models.build import build
     from vir.training.loss import training_loss
 
-    before = size(held())
+    gc.collect()
+    before = size()
     config = run.config(world.size)
     torch.manual_seed(0)
-    network, spec = build(config.model, [str(n) for n in range(CLASSES)], linear_probe=run.linear_probe)
+    network, spec = build(config.model, [str(n) for n in range(CLASSES)])
     engine = Engine(network, config, run.ds_config(), run.accumulation)
-    found = {}
-    for step in range(3):
-        for micro in range(run.accumulation):
+    found, reducing = {"passes": 0, "update": 0, "gathered": 0}, []
+    if run.stage in (1, 2):
+        watch_reduction(engine.deepspeed.optimizer, reducing)
+    for _ in range(run.steps):
+        begin = size()
+        for _ in range(run.accumulation):
             with Living(engine.module) as passes:
+                at_begin = size() - begin  # gradients of the micro-batches before
                 images = torch.randn(run.micro_batch, *spec.input.size)
                 targets = torch.randn(run.micro_batch, CLASSES).softmax(1)
                 loss = training_loss(engine(images), targets, config.train)
                 engine.backward(loss)
             del images, targets, loss
-            gradients = size(held()) - before
+            reducing.append(size())
             with Living(engine.module) as update:
                 engine.step(1e-3, 0.0)
-            if not micro:
-                found["after one backward"] = gradients
-    found |= {"with gradients": gradients, "update": update.peak, "passes": passes.peak, "gathered": passes.gathered, "states": size(held()) - before}
+            found["passes"] = max(found["passes"], at_begin + passes.peak)
+            if "states" in found:  # the first step makes them
+                found["update"] = max(found["update"], update.peak)
+            found["gathered"] = max(found["gathered"], passes.gathered)
+        found["states"] = size() - before
+    found["reducing"] = max(reducing) - before
     engine.close()
     return found
 
 
 if __name__ == "__main__":
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
     from vir import distributed
 
-    gc.collect()
-    gc.freeze()
-
     world = distributed.start()
-    results = {}
-    for fields in json.loads(Path(sys.argv[1]).read_text()):
-        run = Run(**fields)
-        gc.collect()
-        results[run.name] = distributed.gather(count(run, world))
-        if world.is_main:
-            Path(sys.argv[2]).write_text(json.dumps(results))
+    gc.collect()
+    gc.freeze()  # so that what is imported is not looked through
+    results = {run.name: distributed.gather(count(run, world))
+               for run in (Run(**fields) for fields in json.loads(Path(sys.argv[1]).read_text()))}
     if world.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        defaults = DeepSpeedZeroConfig().model_dump(by_alias=True)
+        Path(sys.argv[2]).write_text(json.dumps({"runs": results, "defaults": {
+            key: value for key, value in defaults.items() if isinstance(value, (bool, int, float)) or value is None}}))
     distributed.stop()

@@ -1,7 +1,7 @@
 """What a run takes of each GPU's memory, and of its machine's where it offloads, before it is started.
 
-Which tensors DeepSpeed 0.19 holds was found by counting those of runs on two processes, as tests/test_memory.py does: its
-own estimators know weights, gradients and optimizer alone.
+Which tensors DeepSpeed 0.19 holds was found by counting those of runs on two processes, as tests/test_memory.py does;
+its own estimators know weights, gradients and optimizer alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from vir.config import RunConfig
+from vir.config import OptimConfig, RunConfig
 from vir.engine.ds_config import ZeroSettings, precision, zero_settings
-from vir.engine.optimizer import parameter_groups, states_per_number
+from vir.engine.optimizer import FUSED, parameter_groups, states_per_number
 from vir.engine.stacks import repeated_blocks
 from vir.planning.activations import DTYPES, Activations, measure
 from vir.weights.spec import ModelSpec
@@ -41,7 +41,8 @@ class Numbers:
     frozen: tuple[int, ...]
     """Of each parameter that is not trained."""
     units: tuple[tuple[int, ...], ...] = ()
-    """Of the parameters that stage 3 gathers together: of a repeated block, or of a layer outside of them."""
+    """Of the parameters that are whole together in stage 3: of a repeated block, or of a layer outside of them, and
+    those of the model itself."""
 
     @property
     def trained(self) -> int:
@@ -75,10 +76,11 @@ def count_numbers(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Nu
     frozen = tuple(sizes[name] for name, p in network.named_parameters() if not p.requires_grad)
     blocks = repeated_blocks(network)
     inside = {id(module) for block in blocks for module in block.modules()}
+    own = list(network.parameters(recurse=False))
     layers = [module.parameters(recurse=False) for module in network.modules() if id(module) not in inside]
-    units = [tuple(int(getattr(p, "ds_numel", p.numel())) for p in unit)
-             for unit in (*(block.parameters() for block in blocks), *layers)]
-    return Numbers(groups=trained, frozen=frozen, units=tuple(filter(None, units)))
+    units = [tuple(int(getattr(p, "ds_numel", p.numel())) for p in (*unit, *own))
+             for unit in (*(block.parameters() for block in blocks), *layers[1:])]
+    return Numbers(groups=trained, frozen=frozen, units=tuple(units))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,20 +149,20 @@ def plan_memory(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json:
 
 def _states_at(network: nn.Module, config: RunConfig, ds_json: dict[str, Any], ranks: int) -> Callable[[int], Memory]:
     """plan_states of a network, by the micro-batch."""
-    numbers, states = count_numbers(network, parameter_groups(network, config.optim)), states_per_number(config.optim)
+    numbers = count_numbers(network, parameter_groups(network, config.optim))
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in network.buffers())
 
     def at(micro_batch: int) -> Memory:
         accumulation = max(1, config.train.global_batch_size // (micro_batch * ranks))
-        memory = plan_states(numbers, ds_json, ranks, states, config.ema.decay > 0, accumulation)
+        memory = plan_states(numbers, ds_json, ranks, config.optim, config.ema.decay > 0, accumulation)
         return dataclasses.replace(memory, weights=memory.weights + buffers)
 
     return at
 
 
-def plan_states(numbers: Numbers, ds_json: dict[str, Any], ranks: int, states: int, averages: bool,
+def plan_states(numbers: Numbers, ds_json: dict[str, Any], ranks: int, optim: OptimConfig, averages: bool,
                 accumulation: int) -> Memory:
-    """All but activations.
+    """All but activations, and buffers of the network.
 
     Weights are sharded in stage 3, gradients from stage 2 on, the rest from stage 1 on (ZeRO, arXiv:1910.02054, table
     1). Stage 1 cuts gradients to a share after the last backward pass of a step, and holds both for a moment; where it
@@ -168,23 +170,21 @@ def plan_states(numbers: Numbers, ds_json: dict[str, Any], ranks: int, states: i
     those before it.
 
     Args:
-        states: numbers that the optimizer keeps for each number of a parameter.
         averages: whether an average of the weights is kept.
         accumulation: micro-batches of a rank in a step.
     """
     zero, itemsize = zero_settings(ds_json), DTYPES[precision(ds_json)].itemsize
     summed = DTYPES[ds_json.get("data_types", {}).get("grad_accum_dtype") or precision(ds_json)].itemsize
-    shares = numbers.shares(zero.stage, ranks)
-    share, masters = sum(shares), 4 * (zero.stage > 0 or itemsize < 4)
+    share, masters = sum(numbers.shares(zero.stage, ranks)), 4 * (zero.stage > 0 or itemsize < 4)
     pieces = sum(-(-size // ranks) for size in numbers.each)
     weights = itemsize * (pieces if zero.stage == 3 else numbers.all)
-    bucket = bucket_bytes(zero, itemsize, ranks)
     largest = itemsize * max((max(group) for group in numbers.groups), default=0)
-    gathered, unit = _gathered(numbers, zero)
+    gathered, on_the_way = _gathered(numbers, zero)
     found = dict(weights=weights, gradients=_gradients(numbers, zero, itemsize, summed, share, ranks, accumulation),
-                 masters=masters * share, optimizer=4 * states * share, average=4 * averages * share, buckets=bucket,
-                 gathered=itemsize * gathered, temporary=itemsize * unit if zero.stage == 3 else largest,
-                 update=_update(numbers, zero, itemsize, summed, shares, ranks))
+                 masters=masters * share, optimizer=4 * states_per_number(optim) * share,
+                 average=4 * averages * share, buckets=bucket_bytes(zero, itemsize, ranks),
+                 gathered=itemsize * gathered, temporary=itemsize * on_the_way if zero.stage == 3 else largest,
+                 update=_update(numbers, zero, itemsize, summed, optim, ranks))
     if zero.offload_optimizer:
         found["host"] = sum(found[key] for key in ("masters", "optimizer", "average")) + 4 * share
         found |= dict(masters=0, optimizer=0, average=0, update=0)
@@ -217,27 +217,31 @@ def _gradients(numbers: Numbers, zero: ZeroSettings, itemsize: int, summed: int,
     return summed * share * (2 if again else 1)
 
 
-def _update(numbers: Numbers, zero: ZeroSettings, itemsize: int, summed: int, shares: list[int], ranks: int) -> int:
+def _update(numbers: Numbers, zero: ZeroSettings, itemsize: int, summed: int, optim: OptimConfig, ranks: int) -> int:
     """Of what the step makes of gradients: a flat copy and one in float32, group by group, in bytes.
 
-    Stage 3 goes by parts of a group. float32 gradients of stage 2 that were summed in low precision are flat already.
+    Stage 3 goes by parts of a group. What stage 2 sums in float32 is flat already. Optimizers that are not fused make a
+    tensor as large as that in float32 of their own, when the flat copy is gone.
     """
+    own = 0 if optim.name in FUSED else 4
     if zero.stage == 0:
-        return 4 * numbers.trained if itemsize < 4 else 4 * min(numbers.trained, _REDUCED_AT_ONCE) * (ranks > 1)
-    largest = max(shares, default=0)
+        reduced = 4 * min(numbers.trained, _REDUCED_AT_ONCE) * (ranks > 1)
+        return (4 + own) * numbers.trained if itemsize < 4 else max(reduced, own * numbers.trained)
+    largest = max(numbers.shares(zero.stage, ranks), default=0)
     if zero.stage == 3:
         largest = min(largest, zero.sub_group_size + max(numbers.each, default=0) // ranks)
     if summed > itemsize and zero.stage == 2:
-        return 0
-    return largest * (4 + (summed if summed < 4 else 0))
+        return largest * own
+    return largest * (4 + max(own, summed if summed < 4 else 0))
 
 
 def _gathered(numbers: Numbers, zero: ZeroSettings) -> tuple[int, int]:
-    """Numbers that are whole at a time in stage 3, and those of the largest unit among them.
+    """Numbers of the weights that are whole at a time in stage 3, and those of what is on the way.
 
-    Small parameters stay so. Of the others those of a block, or of a layer outside of the blocks, are gathered at once.
-    The fetching ahead goes on from layer to layer and is bounded by stage3_max_live_parameters alone, not by
+    Small parameters stay whole. Of the others those of a block, or of a layer outside of the blocks, are gathered at
+    once. The fetching ahead goes on from layer to layer and is bounded by stage3_max_live_parameters alone, not by
     stage3_prefetch_bucket_size; what comes again within stage3_max_reuse_distance is kept.
+    On the way are weights as they are gathered, and gradients of one unit with the flat copy that is reduced.
     """
     if zero.stage < 3:
         return 0, 0
@@ -246,7 +250,7 @@ def _gathered(numbers: Numbers, zero: ZeroSettings) -> tuple[int, int]:
     unit = max((sum(size for size in unit if size > threshold) for unit in numbers.units), default=0)
     ahead = max(zero.stage3_max_live_parameters if zero.stage3_prefetch_bucket_size else 0,
                 zero.stage3_max_reuse_distance)
-    return small + min(numbers.all - small, ahead + unit), max(map(sum, numbers.units), default=0)
+    return small + min(numbers.all - small, ahead + unit), unit + 2 * max(map(sum, numbers.units), default=0)
 
 
 def _overlaps(zero: ZeroSettings, ranks: int) -> bool:

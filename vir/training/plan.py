@@ -96,7 +96,7 @@ def describe(config: RunConfig, ds_config: dict[str, Any], plan: Plan, engine: E
              val: Reader | None, world: World, teacher: Teacher | None = None) -> Iterator[str]:
     """Lines for people: model, teacher, parameter groups, data, batches, steps, learning rate, memory, disk."""
     numbers, states = count_numbers(engine.module, engine.groups), optimizer.states_per_number(config.optim)
-    memory = plan_states(numbers, ds_config, world.size, states, engine.has_ema, plan.accumulation)
+    memory = plan_states(numbers, ds_config, world.size, config.optim, engine.has_ema, plan.accumulation)
     parameters, frozen = numbers.all, sum(numbers.frozen)
     groups = (f"{group['name']} {len(group['names'])}" +
               ("" if group["lr_scale"] == 1 else f" lr x{group['lr_scale']:.3g}") for group in engine.groups)
