@@ -2,7 +2,7 @@
 
     vir-plan --config vir/recipes/vir_small_in1k.yaml --deepspeed_config zero2_bf16 --nodes 1 --gpu h100-80gb
     vir-plan --config vir/recipes/vir_giant_in1k.yaml --nodes 16 --gpu a100-80gb --price 2.5 --picture plan.png
-    vir-plan --config run.yaml --data s3://b/train --gpu memory=80GB,tflops=400,bandwidth=20GB --json plan.json
+    vir-plan --config run.yaml --data s3://b/train --gpu memory=80GB,tflops=400,bandwidth=20GB --json p.json
 
 All other options are those of vir-train (vir-train --help). Nothing is allocated, trained or written but what --json and
 --picture name: the network is built of shapes alone, so this machine needs neither GPUs nor memory for it. What cannot

@@ -149,7 +149,10 @@ def plan_memory(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json:
 
 def _states_at(network: nn.Module, config: RunConfig, ds_json: dict[str, Any], ranks: int) -> Callable[[int], Memory]:
     """plan_states of a network, by the micro-batch."""
-    numbers = count_numbers(network, parameter_groups(network, config.optim))
+    counted = _counts.setdefault(network, {})
+    if config.optim not in counted:
+        counted[config.optim] = count_numbers(network, parameter_groups(network, config.optim))
+    numbers = counted[config.optim]
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in network.buffers())
 
     def at(micro_batch: int) -> Memory:
@@ -265,6 +268,9 @@ def bucket_bytes(zero: ZeroSettings, itemsize: int, ranks: int) -> int:
     return itemsize * zero.reduce_bucket_size * (2 if zero.stage < 3 and _overlaps(zero, ranks) else 1)
 
 
+_counts: WeakKeyDictionary[nn.Module, dict[OptimConfig, Numbers]] = WeakKeyDictionary()
+"""Of each network, by how its parameters are grouped."""
+
 _measurements: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Activations]] = WeakKeyDictionary()
 """Of each network; by micro-batch, precision, recomputation, device, loss and images."""
 
@@ -293,30 +299,33 @@ def _with_activations(states: Memory, found: Activations, on_gpu: bool, teacher:
 
 def largest_micro_batch(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json: dict[str, Any], ranks: int,
                         on_gpu: bool, capacity: int, teacher: int = 0) -> int:
-    """Images of the largest micro-batch that fits into `capacity` bytes and into the rank's part of the global batch; 0
-    where none fits. It is even where samples are mixed in pairs, and need not divide the global batch.
+    """Images of the largest micro-batch found to fit into `capacity` bytes, however large the global batch; 0 where
+    none fits. It is even where samples are mixed in pairs.
+
+    Activations are measured at two micro-batches, for each further one takes seconds with all shipped JSONs. The peak is
+    the largest of several lines, so between two micro-batches it is at or below the line through them: what is found
+    does fit, and hardly more does.
 
     Raises:
         SettingsError, NotMeasuredError: as plan_memory.
     """
     step = 2 if config.augment.mixes else 1
-    most = config.train.global_batch_size // ranks // step * step
     states, measured = _states_at(network, config, ds_json, ranks), _measured(network, spec, config, ds_json, on_gpu)
-    if most < step:
-        return 0
 
     def fits(batch: int, found: Activations) -> bool:
         return _with_activations(states(batch), found, on_gpu, teacher).total <= capacity
 
-    if not fits(step, measured(step)):
+    low = max(step, config.train.micro_batch_size // step * step)
+    if fits(low, measured(low)):
+        high = step * math.ceil(2 * capacity / measured(low).peak * low / step)
+        while fits(high, measured(high)):
+            low, high = high, 2 * high
+    elif low > step and fits(step, measured(step)):
+        low, high = step, low
+    else:
         return 0
-    high = most
-    while high > step and not fits(high, measured(high)):
-        # The peak is the largest of several lines, so between two batches it is at or below the line through them.
-        low, end = measured(step), measured(high)
-        high = _last(step, high - step, step, lambda batch: fits(batch, _between(low, end, (batch - step) / (
-            high - step))))
-    return high
+    ends = measured(low), measured(high)
+    return _last(low, high - step, step, lambda batch: fits(batch, _between(*ends, (batch - low) / (high - low))))
 
 
 def _between(low: Activations, high: Activations, part: float) -> Activations:
