@@ -17,7 +17,8 @@ from vir.checkpoints.consolidate import consolidate
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 OURS = ("tools/", "launch/", "tests/", "ds_configs/", "vir/", "docs/")
-PASS_ON = ("tools/check_cluster.py", "vir-check", "tools/benchmark_loader.py")
+PASS_ON = ("tools/check_cluster.py", "vir-check", "tools/benchmark_loader.py",
+           "tools/plan_run.py", "vir-plan")
 """Programs that take the options of vir.train beside their own."""
 PROGRAM = re.compile(r"vir[.-]\w+|(?:tools|tests)/\w+\.py")
 

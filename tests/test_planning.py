@@ -170,8 +170,8 @@ def test_a_model_that_nothing_makes_fit_says_by_how_much_and_what_would(capsys, 
     lacking = re.search(r"(\S+) needs (\S+) GB of 4 GB with micro-batches of 2, (\S+) GB too many", error)
     assert code == 2 and lacking and "DOES NOT FIT" in said
     assert float(lacking[2]) - 4 == pytest.approx(float(lacking[3]), abs=0.01)
-    ways = re.search(rf"{lacking[1]} with stage3_max_live_parameters and stage3_max_reuse_distance of (\d+), which needs "
-                     r"\S+ GB, or a GPU of (\S+) GB, or a smaller model", error)
+    ways = re.search(rf"{lacking[1]} with stage3_max_live_parameters and stage3_max_reuse_distance of (\d+), which "
+                     r"needs \S+ GB, or a GPU of (\S+) GB, or a smaller model", error)
     content = json.loads((ds_config.SHIPPED / f"{lacking[1]}.json").read_text())
     content["zero_optimization"] |= dict.fromkeys(
         ("stage3_max_live_parameters", "stage3_max_reuse_distance"), int(ways[1]))

@@ -302,7 +302,7 @@ def largest_micro_batch(network: nn.Module, spec: ModelSpec, config: RunConfig, 
     """Images of the largest micro-batch found to fit into `capacity` bytes, however large the global batch; 0 where
     none fits. It is even where samples are mixed in pairs.
 
-    Activations are measured at two micro-batches, for each further one takes seconds with all shipped JSONs. The peak is
+    Activations are measured at two micro-batches, for each further one takes time with all shipped JSONs. The peak is
     the largest of several lines, so between two micro-batches it is at or below the line through them: what is found
     does fit, and hardly more does.
 
