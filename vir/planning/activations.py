@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -69,6 +70,7 @@ def measure(network: nn.Module, spec: ModelSpec, config: RunConfig, micro_batch:
         SettingsError: the network cannot be run with recomputes.
         NotMeasuredError: it computes with numbers, which fake tensors do not have, or does not take these images.
     """
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # the error tells what it would print
     runs = _Passes(network, spec, config, micro_batch, precision, recomputes, on_gpu)
     try:
         if folded := _alike_blocks(network):
