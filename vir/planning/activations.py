@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, nullcontext
@@ -69,6 +70,8 @@ def measure(network: nn.Module, spec: ModelSpec, config: RunConfig, micro_batch:
         SettingsError: the network cannot be run with recomputes.
         NotMeasuredError: it computes with numbers, which fake tensors do not have, or does not take these images.
     """
+    torchs = logging.getLogger("torch._subclasses.fake_tensor")
+    before, torchs.disabled = torchs.disabled, True  # the error tells what it would print
     runs = _Passes(network, spec, config, micro_batch, precision, recomputes, on_gpu)
     try:
         if folded := _alike_blocks(network):
@@ -83,6 +86,8 @@ def measure(network: nn.Module, spec: ModelSpec, config: RunConfig, micro_batch:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotMeasuredError(f"{spec.name}: its activations are not known, because its passes cannot be run on "
                                f"tensors without numbers: {reason}; see the memory of a short run") from error
+    finally:
+        torchs.disabled = before
 
 
 class _NotAlikeError(Exception):
