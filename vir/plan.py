@@ -4,8 +4,8 @@
     vir-plan --config vir/recipes/vir_giant_in1k.yaml --nodes 16 --gpu a100-80gb --price 2.5 --picture plan.png
     vir-plan --config run.yaml --data s3://b/train --gpu memory=80GB,tflops=400,bandwidth=20GB --json p.json
 
-All other options are those of vir-train (vir-train --help). Nothing is allocated, trained or written but what --json and
---picture name: the network is built of shapes alone, so this machine needs neither GPUs nor memory for it. What cannot
+All other options are those of vir-train (vir-train --help). Nothing is allocated, trained or written, but what --json
+and --picture name: the network is built of shapes alone, so this machine needs neither GPUs nor memory for it. What cannot
 be known beforehand is an estimate, and the page ends with what each of them rests on.
 
 The exit code is 0 where the plan is told, 2 where an option is wrong or no shipped DeepSpeed JSON makes the run fit, 3
