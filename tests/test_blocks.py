@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import nn
 
 import vir.models  # noqa: F401  registers the models
-from vir.engine import blocks
+from vir.engine import blocks, stacks
 from vir.errors import SettingsError
 from vir.models.build import freeze
 
@@ -40,7 +40,7 @@ def graphs(monkeypatch):
 def names(model):
     """Where its repeated blocks are, without their numbers, and how many."""
     where = {id(module): name for name, module in model.named_modules()}
-    found = [where[id(block)].rpartition(".")[0] for block in blocks.repeated_blocks(model)]
+    found = [where[id(block)].rpartition(".")[0] for block in stacks.repeated_blocks(model)]
     return {name: found.count(name) for name in found}
 
 
@@ -165,7 +165,7 @@ def train(model, device, by_block, offload, size):
     engine.eval()
     with torch.no_grad():
         told.append(float(engine(torch.ones(1, 3, size, size, device=device)).sum()))
-    hooked = sum(bool(module._forward_pre_hooks) for block in blocks.repeated_blocks(model) for module in
+    hooked = sum(bool(module._forward_pre_hooks) for block in stacks.repeated_blocks(model) for module in
                  list(block.modules())[1:])
     engine.destroy()
     return told, hooked
@@ -187,7 +187,7 @@ def test_weights_gathered_by_block_train_to_the_same_bits(name, frozen, recomput
         if frozen:
             freeze(model, frozen)
         if recomputed:
-            blocks.recompute(model)
+            stacks.recompute(model)
         return model
 
     size = 32 if name == "test_convnext" else 16
