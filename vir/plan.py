@@ -5,8 +5,8 @@
     vir-plan --config run.yaml --data s3://b/train --gpu memory=80GB,tflops=400,bandwidth=20GB --json p.json
 
 All other options are those of vir-train (vir-train --help). Nothing is allocated, trained or written, but what --json
-and --picture name: the network is built of shapes alone, so this machine needs neither GPUs nor memory for it. What cannot
-be known beforehand is an estimate, and the page ends with what each of them rests on.
+and --picture name: the network is built of shapes alone, so this machine needs neither GPUs nor memory for it. What
+cannot be known beforehand is an estimate, and the page ends with what each of them rests on.
 
 The exit code is 0 where the plan is told, 2 where an option is wrong or no shipped DeepSpeed JSON makes the run fit, 3
 where the shards cannot be read.
