@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vir import cli
-from vir.config import RunConfig, parse_bytes, plan_accumulation
+from vir.config import RunConfig, plan_accumulation
 from vir.errors import SettingsError, VirError
 from vir.files import replace_text, try_to_write
 from vir.flags import parse
@@ -37,6 +37,8 @@ PROGRAM = "vir-plan"
 IMAGENET = "imagenet-1k"
 """Of --data: images that are assumed."""
 _HOUR = 3600.0
+_LEAST = 1e-6
+"""Of prices, shares and times."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     args, settings = _parser().parse_known_args(words)
     try:
         _check_json(args.json)
-        config = parse(["--data.train", IMAGENET, *settings, *(["--data.train", args.data] if args.data else [])])
+        config = parse(["--data.train", IMAGENET, *settings, *(["--data.train", args.data] if args.data is not None else [])])
         estimate = _estimate(args, config)
         _tell(estimate, args, shlex.join(["vir-plan", *words]))
         estimate.check_that_something_fits()
@@ -59,27 +61,27 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--nodes", type=_count, default=1, metavar="N", help="machines (default: %(default)s)")
+    add("--nodes", type=_count, default=1, metavar="N", help="nodes (default: %(default)s)")
     add("--gpus-per-node", "--gpus_per_node", type=_count, default=8, metavar="N",
-        help="GPUs of each machine (default: %(default)s)")
+        help="GPUs of each node (default: %(default)s)")
     add("--gpu", default="h100-80gb", metavar="NAME",
         help="kind of GPU, or memory=80GB,tflops=989,bandwidth=450GB[,network=50GB] of one: TFLOP/s of its dense peak "
-             "in the precision of the run, bytes/s of one GPU to the others of its machine and to other machines "
+             "in the precision of the run, bytes/s of one GPU to the others of its node and to other nodes "
              "(default: %(default)s)")
     add("--network", metavar="RATE",
-        help="of one GPU's share of the network cards of its machine, in bytes/s, e.g. 50GB, or bits/s, e.g. 400Gb "
+        help="of one GPU's share of the network cards of its node, in bytes/s, e.g. 50GB, or bits/s, e.g. 400Gb "
              "(default: as is usual for this GPU)")
     add("--data", metavar="SHARDS",
         help=f"training shards, as --data.train names them; {IMAGENET} assumes 1,281,167 images of 110 KB in shards of "
              f"1,000 (default, where no --data.train is given)")
     add("--mfu", type=_share, metavar="SHARE",
         help="model FLOPs utilisation, e.g. 0.3 (default: what was measured and published for such GPUs and models)")
-    add("--cores", type=_count, metavar="N", help="CPU cores of each machine, for its loader processes")
-    add("--storage", metavar="RATE", help="at which each machine reads shards, e.g. 2GB")
+    add("--cores", type=_count, metavar="N", help="CPU cores of each node, for its loader processes")
+    add("--storage", metavar="RATE", help="at which each node reads images, from a disk, its cache or a server, e.g. 2GB")
     add("--disk", default=f"{DISK_RATE / 1e9:g}GB", metavar="RATE",
-        help="at which all machines together write a checkpoint (default: %(default)s)")
+        help="at which all nodes together write a checkpoint (default: %(default)s)")
     add("--mtbf", type=_positive, metavar="HOURS",
-        help="mean time between failures of one machine (default: as published of 16,384 H100s)")
+        help="mean time between failures of one node (default: as published of 16,384 H100s)")
     add("--restart", type=_positive, default=RESTART_S / 60, metavar="MINUTES",
         help="from a failure to the first step after it (default: %(default)g)")
     add("--price", type=_positive, metavar="PER_HOUR", help="of one GPU, in any currency")
@@ -99,8 +101,8 @@ def _positive(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    if not _LEAST <= value <= 1 / _LEAST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {_LEAST:g} to {1 / _LEAST:g}")
     return value
 
 
@@ -133,49 +135,49 @@ def _estimate(args: argparse.Namespace, config: RunConfig) -> Estimate:
 
 
 def _check_world(config: RunConfig, world: int, gpus_per_node: int) -> None:
-    """Raises SettingsError where the batch does not divide; it names batches and numbers of machines that would."""
+    """Raises SettingsError where the batch does not divide; it names batches and numbers of nodes that would."""
     train = config.train
     try:
         plan_accumulation(train.global_batch_size, train.micro_batch_size, world)
     except SettingsError as error:
-        per_node = train.micro_batch_size * gpus_per_node
-        fit = [nodes for nodes in range(1, train.global_batch_size // per_node + 1)
-               if train.global_batch_size % (per_node * nodes) == 0]
-        asked = world // gpus_per_node
-        near = [*[nodes for nodes in fit if nodes < asked][-1:], *[nodes for nodes in fit if nodes > asked][:1]]
-        raise SettingsError(f"{error}; or --nodes {' or '.join(map(str, near))} with these" if near else
-                            f"{error}; no number of nodes with {gpus_per_node} GPUs has these") from error
+        per_node, nodes = train.micro_batch_size * gpus_per_node, world // gpus_per_node
+        fit = [few for few in range(1, train.global_batch_size // per_node + 1)
+               if train.global_batch_size % (per_node * few) == 0]
+        near = [*[few for few in fit if few < nodes][-1:], *[more for more in fit if more > nodes][:1]]
+        step = 2 if config.augment.mixes else 1
+        micro = [size for size in range(step, train.micro_batch_size, step)
+                 if train.global_batch_size % (size * world) == 0][-1:]
+        ways = [f"--nodes {' or '.join(map(str, near))}"] * bool(near)
+        ways += [f"--train.micro_batch_size {size}" for size in micro]
+        raise SettingsError(f"{error}; or, as the rest is, {', or '.join(ways)}" if ways else str(error)) from error
 
 
 def _question(args: argparse.Namespace, config: RunConfig) -> Question:
-    from vir.engine import ds_config, optimizer
+    from vir.engine import ds_config
     from vir.models.build import sketch
     from vir.planning.estimate import Question
     from vir.planning.hardware import Cluster, Range, parse_gpu, parse_rate
-    from vir.training.schedule import total_steps
+    from vir.training.distill import make_student
+    from vir.training.schedule import check_schedule, total_steps
 
     gpu = parse_gpu(args.gpu)
     images = _images(config)
     name = config.deepspeed_config or ("zero2_bf16" if "bf16" in gpu.tflops else "zero2_fp16")
     content = ds_config.read(name)
     gpu.peak(ds_config.precision(content))
-    optimizer.check_name(config.optim.name, ds_config.zero_stage(content))
+    steps = total_steps(config.train, images.count)
+    check_schedule(steps, images.count / config.train.global_batch_size, config.schedule)
     network, spec = sketch(config.model, images.classes, config.train.linear_probe)
+    make_student(network, spec.name, config.distill)
     return Question(
         config=config, ds_name=Path(name).stem, ds_config=content, network=network, spec=spec,
-        images=images, on_gpu=True, total_steps=total_steps(config.train, images.count),
+        images=images, on_gpu=True, total_steps=steps,
         cluster=Cluster(nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu=gpu,
-                        network=parse_rate(args.network, "--network") if args.network else gpu.network),
+                        network=parse_rate(args.network, "--network") if args.network is not None else gpu.network),
         mfu=Range(args.mfu, args.mfu) if args.mfu else None, cores=args.cores,
-        storage=parse_rate(args.storage, "--storage") if args.storage else None,
-        cache=_cache(config, images), disk=parse_rate(args.disk, "--disk"), mtbf=args.mtbf and args.mtbf * _HOUR,
+        storage=parse_rate(args.storage, "--storage") if args.storage is not None else None,
+        disk=parse_rate(args.disk, "--disk"), mtbf=args.mtbf and args.mtbf * _HOUR,
         restart=args.restart * 60, price=args.price)
-
-
-def _cache(config: RunConfig, images: Images) -> float | None:
-    """Of each machine; images that are assumed lie on a server, and are kept."""
-    size = float(parse_bytes(config.data.cache_bytes, "--data.cache_bytes"))
-    return size if config.data.cache or images.is_assumed else None
 
 
 def _images(config: RunConfig) -> Images:

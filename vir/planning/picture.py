@@ -7,7 +7,7 @@ from typing import Any
 
 from vir.planning.checkpoints import goodput
 from vir.planning.estimate import Estimate
-from vir.planning.page import KINDS
+from vir.planning.page import PARTS, parts
 
 _POINTS = 60
 
@@ -37,16 +37,15 @@ def draw(plan: Estimate, path: Path) -> None:
 def _memory(axis: Any, plan: Estimate) -> None:
     from matplotlib import colormaps
 
-    stacked = {kind: title for kind, title in KINDS.items() if kind != "update"}  # which comes at another time
-    known = [(choice.name, choice.memory) for choice in plan.choices or (plan.chosen,) if choice.memory is not None]
+    known = {choice.name: parts(choice.memory) for choice in plan.choices if choice.memory is not None}
     left = [0.0] * len(known)
-    for (kind, title), color in zip(stacked.items(), colormaps["tab20"](range(len(stacked)))):
-        sizes = [getattr(memory, kind) / 1e9 for _, memory in known]
+    for title, color in zip(PARTS.values(), colormaps["tab20"](range(len(PARTS)))):
+        sizes = [of_choice.get(title, 0) / 1e9 for of_choice in known.values()]
         if any(sizes):
-            axis.barh([name for name, _ in known], sizes, left=left, color=color, label=title)
+            axis.barh(list(known), sizes, left=left, color=color, label=title)
             left = [start + size for start, size in zip(left, sizes)]
-    axis.axvline(plan.room / 1e9, color="black", label="of the GPU")
-    axis.set(title=f"memory of a rank, micro-batches of {plan.micro_batch_size}", xlabel="GB")
+    axis.axvline(plan.cluster.gpu.memory / 1e9, color="black", label="what it has")
+    axis.set(title=f"memory of a GPU, micro-batches of {plan.micro_batch_size}", xlabel="GB")
 
 
 def _rates(axis: Any, plan: Estimate) -> None:
@@ -64,7 +63,7 @@ def _caches(axis: Any, plan: Estimate) -> None:
         sizes = [row.cache_bytes / 1e9 for row in rows]
         axis.plot(sizes, [row.fetched.downloads_per_shard for row in rows], "o-", label="downloads per shard")
         axis.plot(sizes, [row.fetched.in_parts for row in rows], "s--", label="share read in parts")
-        axis.set(xscale="log", xlabel="cache of a machine, GB", ylim=(0, None))
+        axis.set(xscale="log", xlabel="cache of a node, GB", ylim=(0, None))
     axis.set(title="first epoch")
 
 

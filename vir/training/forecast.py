@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
 import torch
 
 from vir import launcher
-from vir.config import parse_bytes
 from vir.distributed import World
 from vir.models.build import sketch
-from vir.planning import page
 from vir.planning.checkpoints import DISK_RATE, RESTART_S
-from vir.planning.estimate import Question, estimate
+from vir.planning.estimate import Estimate, Question, estimate
 from vir.planning.hardware import Cluster, Gpu, gpu_of_device
 from vir.planning.images import Images
 from vir.training.distill import Teacher, make_student
@@ -22,30 +19,18 @@ from vir.training.plan import Plan
 from vir.training.prepare import Prepared
 
 
-def forecast(prepared: Prepared, plan: Plan, world: World, teacher: Teacher | None) -> Iterator[str]:
-    """Lines for people, as those of vir-plan for such machines.
-
-    Raises:
-        SettingsError: no shipped DeepSpeed JSON makes the run fit.
-    """
-    found = estimate(question(prepared, plan, world, teacher))
-    yield from page.lines(found)
-    found.check_that_something_fits()
-
-
-def question(prepared: Prepared, plan: Plan, world: World, teacher: Teacher | None) -> Question:
-    """The run as vir-plan asks for it."""
+def forecast(prepared: Prepared, plan: Plan, world: World, teacher: Teacher | None) -> Estimate:
+    """As vir-plan makes it for such machines."""
     config = prepared.config
     network, spec = sketch(config.model, prepared.train.classes, config.train.linear_probe)
     make_student(network, spec.name, config.distill)
     gpu = _device(world.device, plan.peak_flops)
-    return Question(
+    return estimate(Question(
         config=config, ds_name=prepared.ds_name, ds_config=prepared.ds_config, network=network, spec=spec,
         images=Images.of(prepared.train), on_gpu=world.device.type == "cuda", total_steps=plan.total_steps,
         cluster=Cluster(nodes=launcher.nodes(), gpus_per_node=world.size // launcher.nodes(), gpu=gpu,
                         network=gpu.network),
-        cache=float(parse_bytes(config.data.cache_bytes, "--data.cache_bytes")) if config.data.cache else None,
-        disk=DISK_RATE, restart=RESTART_S, teacher=teacher.bytes if teacher else 0)
+        disk=DISK_RATE, restart=RESTART_S, teacher=teacher.bytes if teacher else 0))
 
 
 def _device(device: torch.device, peak: float | None) -> Gpu:

@@ -29,6 +29,7 @@ from vir.errors import EXIT_STOPPED_BY_SIGNAL, SettingsError, VirError
 from vir.files import replace_text
 from vir.log import log
 from vir.models.build import build
+from vir.planning import page
 from vir.reports.curves import plot_runs
 from vir.reports.environment import describe_environment
 from vir.reports.metrics import MetricsWriter, read_metrics
@@ -152,9 +153,17 @@ def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, 
     if stop.agree():
         return Ending.STOPPED
     _describe(prepared, plan, engine, spec, teacher, world)
+    problem = ""
     if world.is_main:
-        for line in forecast(prepared, plan, world, teacher):
-            log.info(line)
+        try:
+            found = forecast(prepared, plan, world, teacher)
+            for line in page.lines(found):
+                log.info(line)
+            found.check_that_something_fits()
+        except SettingsError as error:
+            problem = str(error)
+    if problem := distributed.broadcast(problem):
+        raise SettingsError(problem)
     done = info.samples_seen // plan.global_batch_size if info else 0
     log.info("a dry run: nothing was trained and nothing is left; the run would %s of %d",
              f"go on after step {done}" if done else "begin at step 1", plan.total_steps)
