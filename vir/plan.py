@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     args, settings = _parser().parse_known_args(words)
     try:
         _check_json(args.json)
-        config = parse(["--data.train", IMAGENET, *settings, *(["--data.train", args.data] if args.data is not None else [])])
+        images = [] if args.data is None else ["--data.train", args.data]
+        config = parse(["--data.train", IMAGENET, *settings, *images])
         estimate = _estimate(args, config)
         _tell(estimate, args, shlex.join(["vir-plan", *words]))
         estimate.check_that_something_fits()
@@ -77,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--mfu", type=_share, metavar="SHARE",
         help="model FLOPs utilisation, e.g. 0.3 (default: what was measured and published for such GPUs and models)")
     add("--cores", type=_count, metavar="N", help="CPU cores of each node, for its loader processes")
-    add("--storage", metavar="RATE", help="at which each node reads images, from a disk, its cache or a server, e.g. 2GB")
+    add("--storage", metavar="RATE",
+        help="at which each node reads images, from a disk, its cache or a server, e.g. 2GB")
     add("--disk", default=f"{DISK_RATE / 1e9:g}GB", metavar="RATE",
         help="at which all nodes together write a checkpoint (default: %(default)s)")
     add("--mtbf", type=_positive, metavar="HOURS",

@@ -68,9 +68,10 @@ class Question:
 
     @property
     def cache(self) -> float | None:
-        """Bytes that each node may keep of shards; None: it keeps none. Images that are assumed are taken to be kept."""
+        """Bytes that each node may keep of shards; None: it keeps none. It is assumed to where the images are."""
         data = self.config.data
-        return float(parse_bytes(data.cache_bytes, "--data.cache_bytes")) if data.cache or self.images.is_assumed else None
+        size = float(parse_bytes(data.cache_bytes, "--data.cache_bytes"))
+        return size if data.cache or self.images.is_assumed else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +273,8 @@ def _choice(asked: Question, name: str, content: dict[str, Any], planner: Memory
     return Choice(name=name, stage=zero.stage, recomputes=recomputes,
                   offloads=zero.offload_optimizer or zero.offload_param,
                   quantizes=zero.zero_quantized_weights or zero.zero_quantized_gradients, memory=memory,
-                  unknown=unknown, fits=memory is not None and memory.total <= cluster.gpu.memory, largest_micro_batch=largest,
-                  communication=communication, step=step)
+                  unknown=unknown, fits=memory is not None and memory.total <= cluster.gpu.memory,
+                  largest_micro_batch=largest, communication=communication, step=step)
 
 
 def _preference(choice: Choice) -> tuple[Any, ...]:
@@ -299,8 +300,9 @@ def _checkpoints(asked: Question, size: int, step_seconds: float, epoch_seconds:
     often = asked.config.checkpoint
     every = epoch_seconds * often.every_epochs if often.every_steps is None else step_seconds * often.every_steps
     mtbf = default_mtbf(asked.cluster.world) if asked.mtbf is None else asked.mtbf / asked.cluster.nodes
+    every = max(step_seconds, min(every, asked.total_steps * step_seconds))
     return plan_checkpoints(size, disk_rate=asked.disk, mtbf_seconds=mtbf, step_seconds=step_seconds,
-                            epoch_seconds=epoch_seconds, every_seconds=max(step_seconds, min(every, asked.total_steps * step_seconds)),
+                            epoch_seconds=epoch_seconds, every_seconds=every,
                             restart_seconds=asked.restart)
 
 
@@ -334,16 +336,16 @@ def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:
     gpu, config, network = asked.cluster.gpu, asked.config, asked.cluster.network
     precision = ds_config.precision(asked.ds_config)
     if chosen.memory is not None:
-        yield (f"memory: shapes of a forward and backward pass{' as on a GPU' if asked.on_gpu else ''}, and the buffers "
-               f"of DeepSpeed 0.19" + (f"; {chosen.memory.reserved / 1e9:.3g} GB are assumed for CUDA, NCCL and "
+        yield (f"memory: shapes of a forward and backward pass{' as on a GPU' if asked.on_gpu else ''}, and the "
+               f"buffers of DeepSpeed 0.19" + (f"; {chosen.memory.reserved / 1e9:.3g} GB are assumed for CUDA, NCCL and "
                                        "fragmentation" if chosen.memory.reserved else ""))
     peak = f"{gpu.tflops[precision]:g} TFLOP/s in {precision}, " if precision in gpu.tflops else ""
-    links = (f"; {gpu.bandwidth / 1e9:.4g} GB/s to the others of its node ({gpu.link_source}), {network / 1e9:.4g} GB/s "
-             f"to other nodes ({gpu.network_source if network == gpu.network else 'as given'})" if peak else "")
+    links = (f"; {gpu.bandwidth / 1e9:.4g} GB/s to the others of its node ({gpu.link_source}), {network / 1e9:.4g} "
+             f"GB/s to other nodes ({gpu.network_source if network == gpu.network else 'as given'})" if peak else "")
     yield f"{gpu.name}: {peak}{gpu.memory / 1e9:.4g} GB ({gpu.source}){links}"
     if mfu is not None:
-        yield (f"MFU: {mfu.basis}; with micro-batches of few images less is reached, for the time to launch kernels and "
-               "the latency of links are not counted")
+        yield (f"MFU: {mfu.basis}; with micro-batches of few images less is reached, for the time to launch kernels "
+               "and the latency of links are not counted")
         yield ("communication: ring algorithms at these bandwidths; the best case hides behind computing what the "
                "DeepSpeed JSON overlaps, the worst hides nothing")
     if config.model.compile:

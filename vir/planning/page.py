@@ -73,8 +73,8 @@ def _memory(plan: Estimate) -> Iterator[str]:
         yield (f"{best.name} fits with the least communication, of those that round nothing they send" +
                (f"; it takes {_host(best.memory, plan)} of the memory of each node" if best.memory.host else ""))
     else:
-        yield plan.remedy or (f"none of them fits with micro-batches of {plan.micro_batch_size}; {smaller.name} does with "
-                              f"--train.micro_batch_size {smaller.largest_micro_batch}")
+        yield plan.remedy or (f"none of them fits with micro-batches of {plan.micro_batch_size}; {smaller.name} does "
+                              f"with --train.micro_batch_size {smaller.largest_micro_batch}")
 
 
 def _host(memory: Memory, plan: Estimate) -> str:
@@ -138,21 +138,21 @@ def _data(plan: Estimate) -> Iterator[str]:
         yield f"{plan.num_images:,} images in files of their own: no shards are downloaded"
         return
     node = _each_node(traffic.nodes)
-    yield (f"{traffic.num_shards:,} shards of {gigabytes(traffic.data_bytes)}, in {traffic.lanes} lanes with a window of "
-           f"{traffic.window:,}: {node} has {traffic.working_set:.0f} shards ({gigabytes(traffic.working_set_bytes)}) "
+    yield (f"{traffic.num_shards:,} shards of {gigabytes(traffic.data_bytes)}, in {traffic.lanes} lanes with a window "
+           f"of {traffic.window:,}: {node} has {traffic.working_set:.0f} shards ({gigabytes(traffic.working_set_bytes)}) "
            f"in use at a time, and reads images of {traffic.shards_per_node:,.0f} in an epoch")
     if not traffic.whole_lanes:
         yield "nodes share lanes, and so download the same shards; see the recommended lanes"
     if traffic.cache_bytes is None:
-        yield (f"without a cache (--data.cache) every image is read by itself: {gigabytes(traffic.first_epoch.bytes_per_node)} "
-               "by a node in an epoch")
+        yield ("without a cache (--data.cache) every image is read by itself: "
+               f"{gigabytes(traffic.first_epoch.bytes_per_node)} by a node in an epoch")
     else:
         yield (f"with a cache of {gigabytes(traffic.cache_bytes)} on each node (--data.cache_bytes) "
                f"{_fetched(traffic.first_epoch)} in the first epoch, {_fetched(traffic.later_epoch)} in the next one")
     if plan.recommended is not None:
         best = plan.recommended
-        yield (f"recommended: {best.lanes} lanes, window {best.window:,}; with these {_fetched(best.first_epoch)} in the "
-               "first epoch")
+        yield (f"recommended: {best.lanes} lanes, window {best.window:,}; with these {_fetched(best.first_epoch)} in "
+               "the first epoch")
     if plan.loading is not None:
         yield (f"{node} asks servers {plan.loading.reads_per_second:,.3g} times a second for "
                f"{gigabytes(plan.loading.fetched_bytes_per_second)}/s, from the second epoch on for "
@@ -181,8 +181,8 @@ def _cache(row: CacheRow) -> tuple[str, ...]:
 
 def _fetched(fetched: Fetched) -> str:
     alone = f" and {100 * fetched.in_parts:.1f} % of the images by themselves" if fetched.in_parts >= 0.0005 else ""
-    return (f"each shard is downloaded {fetched.downloads_per_shard:.3f} times{alone} ({gigabytes(fetched.bytes_per_node)} "
-            "by a node)")
+    return (f"each shard is downloaded {fetched.downloads_per_shard:.3f} times{alone} "
+            f"({gigabytes(fetched.bytes_per_node)} by a node)")
 
 
 def _checkpoints(plan: Estimate) -> Iterator[str]:
@@ -193,9 +193,10 @@ def _checkpoints(plan: Estimate) -> Iterator[str]:
     yield (f"{gigabytes(found.bytes)} each, {duration(found.seconds)} at {gigabytes(found.disk_rate)}/s; one of these "
            f"{plan.cluster.world} GPUs fails every {duration(found.mtbf_seconds)} on average, and the run takes "
            f"{duration(found.restart_seconds)} to start again")
-    for title, cadence in (("as set", found.as_set), (f"best, --checkpoint.every_steps {found.best_steps}", found.best)):
-        yield (f"{title}: one after each {duration(cadence.interval_seconds)}; {100 * cadence.goodput:.2f} % of the time "
-               f"is of use, {100 * cadence.stall:.2f} % waits for checkpoints, {100 * cadence.lost:.2f} % is lost")
+    best = f"best, --checkpoint.every_steps {found.best_steps}"
+    for title, cadence in (("as set", found.as_set), (best, found.best)):
+        yield (f"{title}: one after each {duration(cadence.interval_seconds)}; {100 * cadence.goodput:.2f} % of the "
+               f"time is of use, {100 * cadence.stall:.2f} % waits for checkpoints, {100 * cadence.lost:.2f} % is lost")
     if found.hopeless:
         yield found.advice
 
