@@ -337,11 +337,12 @@ def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:
     precision = ds_config.precision(asked.ds_config)
     if chosen.memory is not None:
         yield (f"memory: shapes of a forward and backward pass{' as on a GPU' if asked.on_gpu else ''}, and the "
-               f"buffers of DeepSpeed 0.19" + (f"; {chosen.memory.reserved / 1e9:.3g} GB are assumed for CUDA, NCCL and "
-                                       "fragmentation" if chosen.memory.reserved else ""))
+               f"buffers of DeepSpeed 0.19" + (
+                   f"; {chosen.memory.reserved / 1e9:.3g} GB are assumed for CUDA, NCCL and fragmentation"
+                   if chosen.memory.reserved else ""))
     peak = f"{gpu.tflops[precision]:g} TFLOP/s in {precision}, " if precision in gpu.tflops else ""
-    links = (f"; {gpu.bandwidth / 1e9:.4g} GB/s to the others of its node ({gpu.link_source}), {network / 1e9:.4g} "
-             f"GB/s to other nodes ({gpu.network_source if network == gpu.network else 'as given'})" if peak else "")
+    links = (f"; {gpu.bandwidth / 1e9:.4g} GB/s to the others of its node ({gpu.link_source}), "
+             f"{network / 1e9:.4g} GB/s to other nodes ({gpu.network_source if network == gpu.network else 'as given'})" if peak else "")
     yield f"{gpu.name}: {peak}{gpu.memory / 1e9:.4g} GB ({gpu.source}){links}"
     if mfu is not None:
         yield (f"MFU: {mfu.basis}; with micro-batches of few images less is reached, for the time to launch kernels "

@@ -139,8 +139,8 @@ def _data(plan: Estimate) -> Iterator[str]:
         return
     node = _each_node(traffic.nodes)
     yield (f"{traffic.num_shards:,} shards of {gigabytes(traffic.data_bytes)}, in {traffic.lanes} lanes with a window "
-           f"of {traffic.window:,}: {node} has {traffic.working_set:.0f} shards ({gigabytes(traffic.working_set_bytes)}) "
-           f"in use at a time, and reads images of {traffic.shards_per_node:,.0f} in an epoch")
+           f"of {traffic.window:,}: {node} has {traffic.working_set:.0f} ({gigabytes(traffic.working_set_bytes)}) in "
+           f"use at a time, and reads images of {traffic.shards_per_node:,.0f} in an epoch")
     if not traffic.whole_lanes:
         yield "nodes share lanes, and so download the same shards; see the recommended lanes"
     if traffic.cache_bytes is None:

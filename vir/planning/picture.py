@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vir.planning.checkpoints import goodput
 from vir.planning.estimate import Estimate
 from vir.planning.page import PARTS, parts
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _POINTS = 60
 
 
 def draw(plan: Estimate, path: Path) -> None:
-    """Memory by DeepSpeed JSON, images/s that each part allows, traffic by cache, and goodput by cadence.
+    """Its ending names the format; see reports.curves.check_picture."""
+    drawn(plan).savefig(path, dpi=110)
 
-    Args:
-        path: its ending names the format; see reports.curves.check_picture.
-    """
+
+def drawn(plan: Estimate) -> Figure:
+    """Memory by DeepSpeed JSON, images/s that each part allows, traffic by cache, and goodput by cadence."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -31,7 +35,7 @@ def draw(plan: Estimate, path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="x-small")
     figure.suptitle(f"{plan.model}, {plan.chosen.name}, {plan.cluster.world} {plan.cluster.gpu.name}: estimates")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def _memory(axis: Any, plan: Estimate) -> None:
