@@ -341,8 +341,9 @@ def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:
                    f"; {chosen.memory.reserved / 1e9:.3g} GB are assumed for CUDA, NCCL and fragmentation"
                    if chosen.memory.reserved else ""))
     peak = f"{gpu.tflops[precision]:g} TFLOP/s in {precision}, " if precision in gpu.tflops else ""
+    usual = gpu.network_source if network == gpu.network else "as given"
     links = (f"; {gpu.bandwidth / 1e9:.4g} GB/s to the others of its node ({gpu.link_source}), "
-             f"{network / 1e9:.4g} GB/s to other nodes ({gpu.network_source if network == gpu.network else 'as given'})" if peak else "")
+             f"{network / 1e9:.4g} GB/s to other nodes ({usual})" if peak else "")
     yield f"{gpu.name}: {peak}{gpu.memory / 1e9:.4g} GB ({gpu.source}){links}"
     if mfu is not None:
         yield (f"MFU: {mfu.basis}; with micro-batches of few images less is reached, for the time to launch kernels "
