@@ -1,12 +1,15 @@
 """GPUs against numbers of their data sheets, names as users type them, and what is refused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from vir.errors import SettingsError
 from vir.planning.hardware import GPUS, Cluster, gpu_of_device, parse_gpu, parse_rate
 from vir.reports.throughput import FP16_TFLOPS, PEAK_TFLOPS
+from vir.training import forecast
 
 
 @pytest.mark.parametrize("name, gigabytes, bf16, nvlink, gigabits", [  # data sheets: both directions of the link
@@ -23,28 +26,47 @@ def test_every_gpu_is_whole_and_tells_where_its_numbers_are_from(name):
     gpu = GPUS[name]
     assert parse_gpu(name) is gpu and name == gpu.name and f"-{gpu.memory // 10**9}gb" in name
     assert 0 < gpu.tflops["fp32"] < gpu.tflops["fp16"] and gpu.network <= gpu.bandwidth
-    assert "data sheet" in gpu.source and ("assumption" in gpu.source or "as in" in gpu.source)
+    assert gpu.source == "data sheet" and gpu.link_source.startswith(("NVLink ", "PCIe "))
+    assert "assumption" in gpu.network_source or "as in" in gpu.network_source
 
 
-@pytest.mark.parametrize("name, precision", [("v100-32gb", "bf16"), ("t4-16gb", "bf16")])
-def test_before_ampere_there_is_no_bf16(name, precision):
-    with pytest.raises(SettingsError, match=r"no known peak in bf16, only in fp16 and fp32.*zero2_fp16"):
-        parse_gpu(name).peak(precision)
+def test_before_ampere_there_is_no_bf16_and_no_fused_kernel():
+    before = [name for name, gpu in GPUS.items() if not gpu.fused]
+    assert before == ["v100-32gb", "v100-16gb", "t4-16gb"]
+    for name in before:
+        with pytest.raises(SettingsError, match=r"no known peak in bf16, only in fp16 and fp32.*zero2_fp16"):
+            parse_gpu(name).peak("bf16")
 
 
 def test_the_gpu_of_this_machine_has_the_memory_that_was_found():
     gpu = gpu_of_device("NVIDIA H200", 150_000_000_000)
-    assert gpu == dataclasses.replace(GPUS["h200-141gb"], memory=150_000_000_000)
+    assert gpu == dataclasses.replace(GPUS["h200-141gb"], memory=150_000_000_000, source=gpu.source)
+    assert gpu.source == "memory as found here, peak of its data sheet"
     assert gpu_of_device("NVIDIA H200 MIG 1g.18gb", 18) is None and gpu_of_device("NVIDIA A40", 48) is None
     assert {GPUS[name].tflops["fp16"] for name in GPUS} <= {*PEAK_TFLOPS.values(), *FP16_TFLOPS.values()}
+
+
+@pytest.mark.parametrize("name, capability, given, fused, source", [
+    ("NVIDIA H200", (9, 0), None, True, "memory as found here, peak of its data sheet"),
+    ("NVIDIA H200", (9, 0), 500.0, True, "memory as found here, peak as given"),
+    ("NVIDIA A40", (8, 6), None, True, "its links are not known here"),
+    ("Quadro RTX 8000", (7, 5), None, False, "its links are not known here")])
+def test_a_forecast_is_for_the_gpu_of_this_machine(monkeypatch, name, capability, given, fused, source):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10**11))
+    gpu = forecast._device(torch.device("cuda"), given)
+    assert gpu.memory == 10**11 and gpu.fused == fused and gpu.source.startswith(source)
+    assert gpu.tflops.get("bf16") == (given or (989.0 if name == "NVIDIA H200" else None))
 
 
 def test_a_gpu_can_be_given_by_its_numbers():
     gpu = parse_gpu("memory=80GB, tflops=989,bandwidth=450GB,network=400Gb")
     assert (gpu.memory, gpu.bandwidth, gpu.network) == (80 * 10**9, 450e9, 50e9)
     assert [gpu.peak(precision) for precision in ("bf16", "fp16", "fp32")] == [989e12] * 3
+    assert [gpu.source, gpu.link_source, gpu.network_source] == ["as given"] * 3 and gpu.fused
     plain = parse_gpu("memory=24GiB,tflops=70.5,bandwidth=32 GB/s")
-    assert plain.memory == 24 << 30 and plain.network == 12.5e9 and "assumption" in plain.source
+    assert plain.memory == 24 << 30 and plain.network == 12.5e9 and plain.network_source == "an assumption"
 
 
 @pytest.mark.parametrize("text, said", [

@@ -9,8 +9,8 @@ from vir.errors import SettingsError
 from vir.planning.checkpoints import HOPELESS, daly, default_mtbf, goodput, plan_checkpoints, young
 
 HOUR = 3600.0
-USUAL = {"disk_rate": 5e9, "mtbf_seconds": 24 * HOUR, "step_seconds": 2.0, "epoch_seconds": 1800.0,
-         "every_seconds": 1800.0, "restart_seconds": 600.0}
+USUAL = {"disk_rate": 5e9, "mtbf_seconds": 24 * HOUR, "step_seconds": 2.0, "every_seconds": 1800.0,
+         "restart_seconds": 600.0}
 
 
 @pytest.mark.parametrize("mtbf_minutes, interval_minutes", [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
@@ -50,9 +50,7 @@ def test_goodput_is_that_of_failures_drawn_by_chance(interval, seconds, mtbf_sec
 def test_a_plan_beside_the_cadence_of_the_settings():
     plan = plan_checkpoints(150_000_000_000, **USUAL)  # 30 s
     assert plan.seconds == 30.0
-    assert plan.young_seconds == pytest.approx((2 * 30 * 24 * HOUR) ** 0.5)
     assert plan.best.interval_seconds == 2.0 * plan.best_steps == pytest.approx(daly(30, 24 * HOUR), abs=1)
-    assert plan.best_epochs == pytest.approx(plan.best.interval_seconds / 1800)
     assert plan.as_set.interval_seconds == 1800.0 and plan.as_set.goodput < plan.best.goodput
     for cadence in (plan.best, plan.as_set):
         assert cadence.goodput + cadence.stall + cadence.lost == pytest.approx(1)

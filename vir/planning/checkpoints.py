@@ -90,14 +90,10 @@ class CheckpointPlan:
     """Between failures of the whole cluster, on average."""
     restart_seconds: float
     """From a failure to the first step after it, without the work that is lost."""
-    young_seconds: float
-    """Between checkpoints, by Young's formula."""
     best: Cadence
     """By Daly's formula, in whole steps."""
     best_steps: int
     """The same as checkpoint.every_steps."""
-    best_epochs: float
-    """The same as checkpoint.every_epochs."""
     as_set: Cadence
 
     @property
@@ -120,15 +116,15 @@ class CheckpointPlan:
                 f"({100 * self.best.goodput:.1f} % of use instead of {100 * self.as_set.goodput:.1f} %)")
 
 
-def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_seconds: float, epoch_seconds: float,
-                     every_seconds: float, restart_seconds: float) -> CheckpointPlan:
+def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_seconds: float, every_seconds: float,
+                     restart_seconds: float) -> CheckpointPlan:
     """The cadence that minimises lost work and stall, beside the one that is set.
 
     Args:
         size: bytes of a checkpoint of all ranks, which write it to one disk that they share.
         disk_rate: bytes per second that the disk takes of all of them together.
         mtbf_seconds: between failures of the whole cluster; that of a node divided by the nodes.
-        step_seconds, epoch_seconds: of work, without checkpoints.
+        step_seconds: of work, without checkpoints.
         every_seconds: of work between checkpoints as the settings have it.
         restart_seconds: from a failure to the first step after it.
 
@@ -136,8 +132,7 @@ def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_s
         SettingsError: a number that is not positive and finite.
     """
     for name, value in (("a checkpoint's bytes", size), ("--disk", disk_rate), ("--mtbf", mtbf_seconds),
-                        ("seconds per step", step_seconds), ("seconds per epoch", epoch_seconds),
-                        ("the time between checkpoints", every_seconds)):
+                        ("seconds per step", step_seconds), ("the time between checkpoints", every_seconds)):
         if not 0 < value < float("inf"):
             raise SettingsError(f"{name} must be positive and finite, got {value:g}")
     if not 0 <= restart_seconds < float("inf"):
@@ -152,8 +147,7 @@ def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_s
     steps = max(1, round(daly(seconds, mtbf_seconds) / step_seconds))
     return CheckpointPlan(
         bytes=size, disk_rate=disk_rate, seconds=seconds, mtbf_seconds=mtbf_seconds, restart_seconds=restart_seconds,
-        young_seconds=young(seconds, mtbf_seconds), best=cadence(steps * step_seconds), best_steps=steps,
-        best_epochs=steps * step_seconds / epoch_seconds, as_set=cadence(every_seconds))
+        best=cadence(steps * step_seconds), best_steps=steps, as_set=cadence(every_seconds))
 
 
 if __name__ == "__main__":

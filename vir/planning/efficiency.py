@@ -5,9 +5,9 @@ None is of ViR: no training of one on a GPU is published.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 
 from vir.planning.hardware import GPUS, Gpu, Range
 from vir.reports.throughput import utilisation
@@ -45,11 +45,9 @@ class Measurement:
         return found
 
 
-_NEMO = ("NVIDIA NeMo Framework user guide, Vision Transformer, performance "
-         "(docs.nvidia.com/nemo-framework/user-guide)")
+_NEMO = "docs.nvidia.com/nemo-framework/user-guide, Vision Transformer"
 _VIT5 = "nvidia-bionemo.github.io/nvSubquadratic/benchmarks.html"
 _TIMM = "github.com/huggingface/pytorch-image-models, results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv"
-_TITAN = "github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
 
 
 def _giant(gpu: str, gpus: int, images_per_second: float) -> Measurement:
@@ -67,19 +65,13 @@ def _timm(model: str, parameters: float, images_per_second: float, gmacs: float)
                        images_per_second=images_per_second, gmacs=gmacs)
 
 
-def _llama(compiled: bool, stated: float) -> Measurement:
-    return Measurement(model="Llama-3.1-8B, a language model", parameters=8.03e9, gpu="h100-80gb", gpus=8,
-                       compiled=compiled, source=_TITAN, stated=stated)
-
-
-# Not here: runs whose time is that of the loader too (ViT-5-Small on 8 GPUs, CLIP), and inference.
+# Not here: runs whose time is that of the loader too (ViT-5-Small on 8 GPUs, CLIP), inference, and language models.
 MEASURED: tuple[Measurement, ...] = (
     _giant("a100-80gb", 8, 693), _giant("a100-80gb", 128, 10_644),
     _giant("h100-80gb", 8, 1428), _giant("h100-80gb", 128, 21_561),
     _vit5(False, 0.046, 1608), _vit5(True, 0.220, 7716), _vit5(True, 0.229, 8003),
     _timm("ViT-S/16", 22.05e6, 1058, 4.61), _timm("ViT-B/16", 86.57e6, 393, 17.58),
     _timm("ViT-L/16", 304.33e6, 117, 61.6),
-    _llama(False, 0.33), _llama(True, 0.39),
 )
 
 
@@ -90,36 +82,36 @@ class Mfu:
     range: Range
     basis: str
     """Which measurements that rests on, in words."""
-    measurements: tuple[Measurement, ...]
 
 
 def mfu_range(gpu: Gpu, precision: str, parameters: int, compiled: bool) -> Mfu:
     """The least and the most of what was measured nearest to this: at least two measurements, or all there are.
 
-    Nearest is first the same chip (H100 and H200 share one), then compiled or not, then a size within a factor of 8,
-    then of 64. Where nothing is known of the chip, all chips are taken.
+    Nearest is first the same chip (H100 and H200 share one), then a size within a factor of 8, then of 64, and of these
+    compiled or not. Where nothing is known of the chip, all chips are taken.
     """
-    def alike(chip: bool, mode: bool, factor: float) -> Callable[[Measurement], bool]:
-        return lambda measured: ((not chip or _chip(measured.gpu) == _chip(gpu.name))
-                                 and (not mode or measured.compiled == compiled)
-                                 and 1 / factor <= parameters / measured.parameters <= factor)
-
-    wanted = "compiled" if compiled else "eager"
-    for chip, mode, factor in [*product((True,), (True, False), (8, 64, float("inf"))), (False, True, float("inf"))]:
-        found = tuple(filter(alike(chip, mode, factor), MEASURED))
+    chip = [measured for measured in MEASURED if _chip(measured.gpu) == _chip(gpu.name)]
+    for factor, same_mode in product((8, 64, math.inf), (True, False)) if chip else [(math.inf, False)]:
+        found = [measured for measured in chip or MEASURED
+                 if 1 / factor <= parameters / measured.parameters <= factor and (
+                     not same_mode or measured.compiled == compiled)]
         if len(found) >= 2:
             break
-    told = [f"{'measured on' if chip else f'nothing measured on {gpu.name} is known; on'} "
-            f"{', '.join(sorted({measured.gpu for measured in found}))}",
-            f"{wanted}" if mode else f"eager, for nothing {wanted} is known of it",
-            "of any size" if factor == float("inf") else f"of a size within a factor of {factor}",
-            "; ".join(f"{measured.model} {100 * measured.mfu:.1f} % ({measured.source})" for measured in found),
-            "none of them is a ViR"]
-    if precision == "fp32":
-        told.append("all in 16 bits, none is known in fp32")
+    modes = sorted({_mode(measured.compiled) for measured in found})
+    told = "; ".join(", ".join(f"{measured.model} {100 * measured.mfu:.1f} % on {measured.gpus} x {measured.gpu}"
+                               for measured in of_source) + f" ({source})"
+                     for source, of_source in groupby(found, lambda measured: measured.source))
+    others = ["a ViR", *([] if _mode(compiled) in modes else [_mode(compiled)]),
+              *(["in fp32"] if precision == "fp32" else [])]
     values = [measured.mfu for measured in found]
-    return Mfu(range=Range(min(values), max(values)), basis=", ".join(told[:3]) + ": " + ". ".join(told[3:]),
-               measurements=found)
+    return Mfu(range=Range(min(values), max(values)), basis=(
+        f"{'measured' if chip else f'nothing measured on {gpu.name} is known; elsewhere'} {' and '.join(modes)}, of "
+        f"{'any size' if factor == math.inf else f'a size within a factor of {factor}'}: {told}; none of them is "
+        f"{' or '.join(others)}"))
+
+
+def _mode(compiled: bool) -> str:
+    return "compiled" if compiled else "eager"
 
 
 def _chip(name: str) -> str:

@@ -37,6 +37,11 @@ class Gpu:
     network: float
     """Bytes/s in one direction of its share of the network cards that its nodes usually have."""
     source: str
+    """Of memory and peak."""
+    link_source: str = ""
+    network_source: str = ""
+    fused: bool = False
+    """It has the fused kernel of retention: it is of Ampere or later."""
 
     def peak(self, precision: str) -> float:
         """FLOP/s.
@@ -91,7 +96,7 @@ class _Sheet(NamedTuple):
 
 _DGX, _AWS = "as in NVIDIA's DGX", "as in Amazon's"
 _ASSUMED = "an assumption: nodes with it differ"
-_NVLINK = "NVLink {} of its data sheet, half of the sum of both directions"
+_NVLINK = "NVLink {}, half of the sum of both directions"
 _PCIE = "PCIe {} x16, half of the sum of both directions"
 
 _SHEETS = {
@@ -126,14 +131,14 @@ def _of_sheet(name: str, sheet: _Sheet) -> Gpu:
     peaks["fp16"] = (PEAK_TFLOPS | FP16_TFLOPS)[device]
     return Gpu(name=name, memory=int(sheet.gigabytes * 1e9), tflops=dict(sorted(peaks.items())),
                bandwidth=sheet.link * 1e9, network=sheet.network * 1e9,
-               source=f"data sheet; inside a node {sheet.link_is}; between nodes {sheet.network_is}")
+               source="data sheet", link_source=sheet.link_is, network_source=sheet.network_is, fused="bf16" in peaks)
 
 
 GPUS: dict[str, Gpu] = {name: _of_sheet(name, sheet) for name, sheet in _SHEETS.items()}
 """By the name that users type."""
 
 _OWN_NETWORK = 12.5e9
-"""Of a GPU that is given by its numbers without one: 100 Gb/s."""
+"""Of a GPU that is given by its numbers without one: 100 Gb/s. Such a GPU counts as one of Ampere or later."""
 
 
 def parse_gpu(text: str) -> Gpu:
@@ -159,7 +164,7 @@ def parse_gpu(text: str) -> Gpu:
 def gpu_of_device(name: str, memory: int) -> Gpu | None:
     """The GPU that torch.cuda.get_device_name calls so, with the memory that it really has; None for an unknown one."""
     found = next((GPUS[ours] for ours, sheet in _SHEETS.items() if sheet.device == name), None)
-    return found and replace(found, memory=memory)
+    return found and replace(found, memory=memory, source="memory as found here, peak of its data sheet")
 
 
 def parse_rate(text: str, flag: str) -> float:
@@ -198,7 +203,8 @@ def _by_numbers(text: str) -> Gpu:
         tflops=dict.fromkeys(("bf16", "fp16", "fp32"), tflops),
         bandwidth=parse_rate(given["bandwidth"], "--gpu bandwidth"),
         network=parse_rate(given["network"], "--gpu network") if "network" in given else _OWN_NETWORK,
-        source="as given" + ("" if "network" in given else "; between nodes 100 Gb/s for each GPU, an assumption"))
+        source="as given", link_source="as given", network_source="as given" if "network" in given else "an assumption",
+        fused=True)
 
 
 def _positive(text: str) -> float:

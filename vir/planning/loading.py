@@ -1,8 +1,9 @@
 """The cores that decode and augment images as fast as the GPUs take them, and what is read meanwhile.
 
 The rates are our own, per CPU second of the loader's processes and of the one that takes their batches, measured by
-tools/benchmark_loader.py pixels on two virtual cores of an AMD EPYC (AVX-512). Reading from the page cache, checksums,
-decoding, the crop's resize and making batches are in them; a network is not.
+tools/benchmark_loader.py pixels on two virtual cores of an AMD EPYC (AVX-512), as in
+docs/results/2026-11-30-loader-pixels.json. Reading from the page cache, checksums, decoding, the crop's resize and
+making batches are in them; a network is not.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 from vir.config import AugmentConfig
 from vir.errors import SettingsError
 from vir.planning.traffic import Traffic
-
-SOURCE = "docs/results/2026-11-30-loader-pixels.json"
 
 CROP_AND_FLIP, RANDAUGMENT = "crop, flip", "RandAugment"
 

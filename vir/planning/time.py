@@ -9,19 +9,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from vir.engine.ds_config import ZeroSettings
 from vir.models.block import Retention
-from vir.models.forms import chunk_rows, taken
+from vir.models.forms import retain, taken
 from vir.planning.hardware import Cluster, Range
-from vir.reports.throughput import network_flops
+from vir.reports.throughput import count_flops, network_flops
 from vir.weights.spec import ModelSpec
 
 FUSED_TILE = 64
 """Tokens of a tile of the fused kernel in half precision, in which alone `auto` takes it."""
-
-_LARGEST_CARRY, _CARRY_GROUP = 128, 32  # of vir.models.retention; a test compares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +42,11 @@ class Work:
         return self.model - self.retention + self.performed
 
 
-def count_work(network: nn.Module, spec: ModelSpec, on_gpu: bool, precision: str) -> Work | None:
+def count_work(network: nn.Module, spec: ModelSpec, fused: bool, precision: str) -> Work | None:
     """The work of a network on the meta device, which stays as it is; None for one that cannot run without data.
 
     Args:
-        on_gpu: on one of Ampere or later, see forms.taken.
+        fused: the device has the kernels of retention, which `auto` then takes; see hardware.Gpu.fused.
         precision: fp32, bf16 or fp16.
     """
     layers = [module for module in network.modules() if isinstance(module, Retention)]
@@ -70,7 +69,7 @@ def count_work(network: nn.Module, spec: ModelSpec, on_gpu: bool, precision: str
     width = layer.qkv.in_features // layer.num_heads
     form, chunk = layer.mode, layer.chunk_size
     if form == "auto":
-        form, chunk = taken(tokens, width, layer.dims == 2, precision != "fp32", on_gpu)
+        form, chunk = taken(tokens, width, layer.dims == 2, precision != "fp32", fused)
     heads = len(layers) * layer.num_heads
     return Work(model=model, form={"chunkwise": f"chunkwise of {chunk}", "fla": f"fla in chunks of {chunk}"}.get(
                     form, form),
@@ -81,59 +80,28 @@ def count_work(network: nn.Module, spec: ModelSpec, on_gpu: bool, precision: str
 def retention_flops(form: str, chunk: int, tokens: int, width: int, grid: tuple[int, int] | None) -> int:
     """FLOPs of the matrix products of one head's retention of one image, forward.
 
-    With N tokens of key and value width K, every product of a score matrix with keys or with values is 2 K for each
-    score, so 4 K for each score in all:
+    torch's counter tells them but for kernels, which it does not see, and for the recurrent form, for which it took 8 s
+    of 4,097 tokens. Every score of a query and a key, both of width K, costs 4 K: 2 K to compute it and 2 K to multiply
+    a value with it.
 
-    - parallel: each of up to four blocks of queries sees the keys up to its own end (retention._masked_product);
     - fused: tiles of 64 x 64 scores on and below the diagonal, of widths padded to a power of 2;
-    - chunkwise, in M chunks of C tokens: C^2 scores of a chunk; the state that it adds and the one that it reads,
-      2 C K^2 each; what is carried between chunks, a matrix of M x M times M states of K^2 (retention._carry);
-    - fla: as chunkwise, but its states are carried one after the other, by no product;
+    - fla: C^2 scores of a chunk of C tokens, the state that it adds and the one that it reads, 2 C K^2 each. States are
+      carried from chunk to chunk by no product;
     - recurrent: each token reads a state, 2 K^2.
 
-    In 2-D a chunk is a block of whole rows, whose columns each have a state: the state of a block is summed along the
-    row by a matrix of columns x columns, and the first block reads none. The class token reads one.
-
     Args:
+        form: one of RETENTION_MODES but "auto", "fused" or "fla".
         grid: rows and columns of patches for decay over both; None for decay along the sequence.
     """
-    if form == "parallel":
-        return 4 * width * _scores(tokens)
     if form == "fused":
         tiles = math.ceil(tokens / FUSED_TILE)
         return 4 * (1 << (width - 1).bit_length()) * FUSED_TILE ** 2 * (tiles * (tiles + 1) // 2)
-    if form == "recurrent":
-        return 2 * width ** 2 * tokens
     if form == "fla":
         return math.ceil(tokens / chunk) * (4 * width * chunk ** 2 + 4 * chunk * width ** 2)
-    if grid is None:
-        chunks = math.ceil(tokens / chunk)
-        length = math.ceil(tokens / chunks)
-        return chunks * (4 * width * length ** 2 + 4 * length * width ** 2) + 2 * width ** 2 * _carried(chunks)
-    rows, columns = grid
-    blocks = math.ceil(rows / chunk_rows(chunk, grid))
-    height = math.ceil(rows / blocks)
-    found = 2 * width ** 2 * (tokens - rows * columns)
-    for top in range(0, rows, height):
-        size = min(height, rows - top) * columns
-        found += 4 * width * _scores(size) + 2 * width ** 2 * (size * (2 if top else 1) + columns ** 2)
-    return found
-
-
-def _scores(tokens: int) -> int:
-    """Scores that retention._masked_product computes."""
-    block = max(math.ceil(tokens / 4), 80)
-    ends = [min(start + block, tokens) for start in range(0, tokens, block)]
-    return sum((end - start) * end for start, end in zip([0, *ends], ends))
-
-
-def _carried(chunks: int) -> int:
-    """Multiply-adds of retention._carry for each number of a state."""
-    if chunks <= _LARGEST_CARRY:
-        return chunks ** 2
-    groups = math.ceil(chunks / _CARRY_GROUP)
-    size = math.ceil(chunks / groups)
-    return groups * (size + size ** 2) + _carried(groups)
+    if form == "recurrent":
+        return 2 * width ** 2 * tokens
+    q, decay = torch.empty(1, 1, tokens, width, device="meta"), torch.empty(1, device="meta")
+    return count_flops(retain, q, q, q, decay, grid, form, chunk)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,16 +131,6 @@ class Communication:
     parts: tuple[Part, ...]
     overlapped: bool
     """Gradients are reduced beside the backward pass, as the JSON says."""
-
-    @property
-    def reduced(self) -> int:
-        """Gradients that are reduced (payload: numbers x their size, over all micro-batches of the step)."""
-        return round(sum(part.payload for part in self.parts if part.what == "gradients"))
-
-    @property
-    def gathered(self) -> int:
-        """Weights that are gathered (payload)."""
-        return round(sum(part.payload for part in self.parts if part.what == "weights"))
 
     @property
     def within_node(self) -> float:

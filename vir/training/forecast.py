@@ -24,7 +24,7 @@ def forecast(prepared: Prepared, plan: Plan, world: World, teacher: Teacher | No
     config = prepared.config
     network, spec = sketch(config.model, prepared.train.classes, config.train.linear_probe)
     make_student(network, spec.name, config.distill)
-    gpu = _device(world.device, plan.peak_flops)
+    gpu = _device(world.device, config.train.peak_tflops)
     return estimate(Question(
         config=config, ds_name=prepared.ds_name, ds_config=prepared.ds_config, network=network, spec=spec,
         images=Images.of(prepared.train), on_gpu=world.device.type == "cuda", total_steps=plan.total_steps,
@@ -33,7 +33,7 @@ def forecast(prepared: Prepared, plan: Plan, world: World, teacher: Teacher | No
         disk=DISK_RATE, restart=RESTART_S, teacher=teacher.bytes if teacher else 0))
 
 
-def _device(device: torch.device, peak: float | None) -> Gpu:
+def _device(device: torch.device, tflops: float | None) -> Gpu:
     """Of this rank. Without links, which nothing here tells, no time is planned on one that is not known."""
     if device.type != "cuda":
         share = psutil.virtual_memory().total // launcher.local_size()
@@ -43,5 +43,7 @@ def _device(device: torch.device, peak: float | None) -> Gpu:
     known = gpu_of_device(name, memory)
     if known is None:
         return Gpu(name=name, memory=memory, tflops={}, bandwidth=0.0, network=0.0,
-                   source="its links are not known here, so no time is planned; vir-plan takes them by --gpu")
-    return known if peak is None else replace(known, tflops=dict.fromkeys(known.tflops, peak / 1e12))
+                   source="its links are not known here, so no time is planned; vir-plan takes them by --gpu",
+                   fused=torch.cuda.get_device_capability(device) >= (8, 0))
+    return known if tflops is None else replace(known, tflops=dict.fromkeys(known.tflops, tflops),
+                                                source="memory as found here, peak as given")
