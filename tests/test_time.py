@@ -144,7 +144,8 @@ def sent(zero, nodes=4, accumulation=1, recomputes=False):
 def test_each_ring_crosses_every_link():
     """All-gather of 2 GB among 32: 31/32 of it over each GPU's link, an eighth of that over its share of the cards."""
     gathered, = [part for part in sent({"stage": 1}).parts if part.what == "weights"]
-    assert gathered.within == 2e9 * 31 / 32 and gathered.between == gathered.within / 8
+    each = 2e9 * 31 / 32
+    assert gathered.between == each / 8 and gathered.within == each * 7 / 8
     one = sent({"stage": 0}, nodes=1)
     assert one.within_node == 2 * 2e9 * 7 / 8 and one.between_nodes == 0
     alone = communicate(P, P, SMALL, ZeroSettings(stage=0), "fp32", cluster(4, 1), 1, False)

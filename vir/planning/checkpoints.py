@@ -97,27 +97,17 @@ class CheckpointPlan:
     as_set: Cadence
 
     @property
-    def hopeless(self) -> bool:
-        """Whether the machines fail too often for a run at any cadence."""
-        return self.best.goodput < HOPELESS
-
-    @property
     def advice(self) -> str:
-        """One sentence on the cadence."""
-        if self.hopeless:
-            return (f"the machines fail every {self.mtbf_seconds:,.0f} s on average, a checkpoint takes "
-                    f"{self.seconds:,.0f} s and a restart {self.restart_seconds:,.0f} s: at no cadence more than "
-                    f"{100 * self.best.goodput:.1f} % of the time is of use; take a faster disk, fewer machines or "
-                    "better ones")
-        gain = self.best.goodput - self.as_set.goodput
-        if gain < 0.005:
-            return f"the cadence of the settings is as good as any ({100 * self.as_set.goodput:.1f} % of use)"
-        return (f"--checkpoint.every_steps {self.best_steps} is best, by {100 * gain:.1f} % of the time "
-                f"({100 * self.best.goodput:.1f} % of use instead of {100 * self.as_set.goodput:.1f} %)")
+        """What to do where the cadence does not help; empty where it does."""
+        if self.best.goodput >= HOPELESS:
+            return ""
+        return (f"the nodes fail every {self.mtbf_seconds:,.3g} s on average, a checkpoint takes {self.seconds:,.3g} s "
+                f"and a restart {self.restart_seconds:,.3g} s: at no cadence more than {100 * self.best.goodput:.1f} % "
+                "of the time is of use; take a faster disk, fewer nodes or better ones")
 
 
-def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_seconds: float, every_seconds: float,
-                     restart_seconds: float) -> CheckpointPlan:
+def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_seconds: float, total_steps: int,
+                     every_seconds: float, restart_seconds: float) -> CheckpointPlan:
     """The cadence that minimises lost work and stall, beside the one that is set.
 
     Args:
@@ -125,6 +115,7 @@ def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_s
         disk_rate: bytes per second that the disk takes of all of them together.
         mtbf_seconds: between failures of the whole cluster; that of a node divided by the nodes.
         step_seconds: of work, without checkpoints.
+        total_steps: of the run, whose end is saved at any cadence.
         every_seconds: of work between checkpoints as the settings have it.
         restart_seconds: from a failure to the first step after it.
 
@@ -144,7 +135,7 @@ def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_s
         stall = useful * seconds / interval
         return Cadence(interval_seconds=interval, goodput=useful, stall=stall, lost=max(0.0, 1 - useful - stall))
 
-    steps = max(1, round(daly(seconds, mtbf_seconds) / step_seconds))
+    steps = min(max(1, round(daly(seconds, mtbf_seconds) / step_seconds)), total_steps)
     return CheckpointPlan(
         bytes=size, disk_rate=disk_rate, seconds=seconds, mtbf_seconds=mtbf_seconds, restart_seconds=restart_seconds,
         best=cadence(steps * step_seconds), best_steps=steps, as_set=cadence(every_seconds))

@@ -87,12 +87,13 @@ class Mfu:
 def mfu_range(gpu: Gpu, precision: str, parameters: int, compiled: bool) -> Mfu:
     """The least and the most of what was measured nearest to this: at least two measurements, or all there are.
 
-    Nearest is first the same chip (H100 and H200 share one), then a size within a factor of 8, then of 64, and of these
-    compiled or not. Where nothing is known of the chip, all chips are taken.
+    Nearest is a size within a factor of 8, on the same chip (H100 and H200 share one), then on any; then a size within
+    a factor of 64 on the same chip; then all; and of each of these compiled or not.
     """
     chip = [measured for measured in MEASURED if _chip(measured.gpu) == _chip(gpu.name)]
-    for factor, same_mode in product((8, 64, math.inf), (True, False)) if chip else [(math.inf, False)]:
-        found = [measured for measured in chip or MEASURED
+    for (pool, factor), same_mode in product(
+            ((chip, 8), (MEASURED, 8), (chip, 64), (MEASURED, math.inf)), (True, False)):
+        found = [measured for measured in pool
                  if 1 / factor <= parameters / measured.parameters <= factor and (
                      not same_mode or measured.compiled == compiled)]
         if len(found) >= 2:
@@ -105,8 +106,8 @@ def mfu_range(gpu: Gpu, precision: str, parameters: int, compiled: bool) -> Mfu:
               *(["in fp32"] if precision == "fp32" else [])]
     values = [measured.mfu for measured in found]
     return Mfu(range=Range(min(values), max(values)), basis=(
-        f"{'measured' if chip else f'nothing measured on {gpu.name} is known; elsewhere'} {' and '.join(modes)}, of "
-        f"{'any size' if factor == math.inf else f'a size within a factor of {factor}'}: {told}; none of them is "
+        f"{'measured' if pool is chip else f'nothing near is known of {gpu.name}; elsewhere'} {' and '.join(modes)}, "
+        f"of {'any size' if factor == math.inf else f'a size within a factor of {factor}'}: {told}; none of them is "
         f"{' or '.join(others)}"))
 
 

@@ -263,7 +263,8 @@ def _choice(asked: Question, name: str, content: dict[str, Any], planner: Memory
     step = None
     if work is not None and mfu is not None:
         step = step_time(work, mfu.range, cluster, precision, micro_batch=config.train.micro_batch_size,
-                         accumulation=asked.accumulation, recomputes=recomputes, communication=communication)
+                         accumulation=asked.accumulation, recomputes=recomputes, communication=communication,
+                         backward=not config.train.linear_probe)
     memory, largest, unknown = None, 0, ""
     try:
         memory = planner.plan(content)
@@ -302,7 +303,7 @@ def _checkpoints(asked: Question, size: int, step_seconds: float, epoch_seconds:
     mtbf = default_mtbf(asked.cluster.world) if asked.mtbf is None else asked.mtbf / asked.cluster.nodes
     every = max(step_seconds, min(every, asked.total_steps * step_seconds))
     return plan_checkpoints(size, disk_rate=asked.disk, mtbf_seconds=mtbf, step_seconds=step_seconds,
-                            epoch_seconds=epoch_seconds, every_seconds=every,
+                            total_steps=asked.total_steps, every_seconds=every,
                             restart_seconds=asked.restart)
 
 
@@ -352,6 +353,9 @@ def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:
                "DeepSpeed JSON overlaps, the worst hides nothing")
     if config.model.compile:
         yield "--model.compile: memory is planned as without it, which takes more"
+    if config.model.freeze is not None or config.train.linear_probe:
+        yield ("not counted: what frozen layers spare in the backward pass, and what a linear probe spares whose "
+               "features are kept, where nothing is drawn in --augment")
     if config.distill.teacher:
         yield f"--distill.teacher: {'beside its weights nothing of it is' if asked.teacher else 'it is not'} counted"
     if asked.images.is_assumed:

@@ -212,7 +212,7 @@ def _positive(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
+    if not 1e-3 <= number <= 1e6:
         raise SettingsError(f"--gpu tflops is {text!r}; give its dense peak in the precision of the run in 1e12 "
-                            "FLOP/s, a number above 0 such as 989")
+                            "FLOP/s, from 0.001 to 1000000, such as 989")
     return number

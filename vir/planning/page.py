@@ -197,7 +197,7 @@ def _checkpoints(plan: Estimate) -> Iterator[str]:
     for title, cadence in (("as set", found.as_set), (best, found.best)):
         yield (f"{title}: one after each {duration(cadence.interval_seconds)}; {100 * cadence.goodput:.2f} % of the "
                f"time is of use, {100 * cadence.stall:.2f} % waits for checkpoints, {100 * cadence.lost:.2f} % is lost")
-    if found.hopeless:
+    if found.advice:
         yield found.advice
 
 

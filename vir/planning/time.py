@@ -186,8 +186,8 @@ def communicate(parameters: int, trained: int, small: int, zero: ZeroSettings, p
 
     Gradients and weights are sent in the precision of the run. Ring algorithms send (n - 1) / n of a vector over each
     link to gather or to scatter it, twice that to reduce it for all (NVIDIA nccl-tests, doc/PERFORMANCE.md). Between
-    nodes one ring runs through each network card: a GPU's share of the network carries 1 / gpus_per_node of it, its own
-    link inside the node all of it. For a few nodes NCCL has faster algorithms, so that this is then too much.
+    nodes one ring runs through each network card: a GPU's share of the network carries 1 / gpus_per_node of what it
+    sends, its link inside the node the rest. For a few nodes NCCL has faster algorithms, so that this is then too much.
 
     Args:
         parameters: of the network.
@@ -205,7 +205,8 @@ def communicate(parameters: int, trained: int, small: int, zero: ZeroSettings, p
     def ring(what: str, payload: float, window: float, twice: bool = False, among: int = ranks) -> Part:
         sent = payload * (among - 1) / among * (2 if twice else 1)
         return Part(what=what, payload=payload, window=window if overlapped else 0.0,
-                    within=sent if here > 1 else 0.0, between=sent / here if among > here else 0.0)
+                    within=sent * (here - 1) / here if among > here else sent,
+                    between=sent / here if among > here else 0.0)
 
     if zero.stage == 0:
         return Communication(parts=(ring("gradients", trained * size, 0.0, twice=True),), overlapped=False)
@@ -256,7 +257,7 @@ class Step:
 
 
 def step_time(work: Work, mfu: Range, cluster: Cluster, precision: str, *, micro_batch: int, accumulation: int,
-              recomputes: bool, communication: Communication) -> Step:
+              recomputes: bool, communication: Communication, backward: bool = True) -> Step:
     """The best case has the higher MFU and hides all that can be hidden, the worst the lower one and hides nothing.
 
     A step computes 3 x forward (the backward pass is twice the forward pass), and 4 x with recomputation, of which MFU
@@ -267,12 +268,14 @@ def step_time(work: Work, mfu: Range, cluster: Cluster, precision: str, *, micro
 
     Args:
         mfu: parts of the peak, each in (0, 1].
+        backward: whether there is more than a forward pass; not in a linear probe, of whose head alone there is one.
 
     Raises:
         SettingsError: the peak of the GPU in this precision is not known.
     """
     images = micro_batch * accumulation
-    least = 3 * work.total * images * (4 / 3 if recomputes else 1) / cluster.gpu.peak(precision)
+    passes = (4 if recomputes else 3) if backward else 1
+    least = passes * work.total * images / cluster.gpu.peak(precision)
     compute = Range(least / mfu.high, least / mfu.low)
     communication_s = communication.seconds(cluster)
     exposed = Range(communication.exposed(cluster, compute.low), communication_s)
