@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 
 import matplotlib.image
+import psutil
 import pytest
 import torch
 
@@ -94,9 +95,9 @@ def test_money_is_gpu_hours_times_the_price(told):
 
 def test_the_page_says_the_numbers_of_the_json(told):
     said, numbers, _ = told
-    memory = numbers["chosen"]["memory"]
     assert f"{page.gigabytes(numbers['chosen']['memory_total'])} of 2 GB of each GPU: fits" in said
-    assert f"{page.gigabytes(memory['activations'])} activations" in said
+    for title, size in page.parts(Memory(**numbers["chosen"]["memory"])).items():
+        assert not size or f"{page.gigabytes(size)} {title}" in said
     assert page.between(Range(*numbers["images_per_second"])) in said
     for choice in numbers["choices"]:
         row = [line for line in said.splitlines() if line.startswith(f"  {choice['name']} ")][-1]
@@ -141,13 +142,12 @@ def test_a_dry_run_tells_what_vir_plan_would_of_its_world(shards, tmp_path):
         config=config, ds_name="zero2_fp32", ds_config=ds_config.read("zero2_fp32"), network=network, spec=spec,
         images=Images.of(train), on_gpu=False, total_steps=8, disk=DISK_RATE, restart=RESTART_S,
         cluster=Cluster(nodes=1, gpus_per_node=2, network=0.0, gpu=Gpu(
-            name="CPU", memory=10**11, tflops={}, bandwidth=0.0, network=0.0, source="")))
+            name="CPU", memory=psutil.virtual_memory().total // 2, tflops={}, bandwidth=0.0, network=0.0, source="")))
     expected = [line.strip() for line in page.lines(estimate(asked))]
     first, last = expected.index("MEMORY"), expected.index("WHAT THE ESTIMATES REST ON")
-    free = re.compile(r" of \S+ \S+ of each rank: fits, .* to spare")           # the memory of this machine
-    said = free.sub("", done.stdout)
-    for line in filter(None, expected[first:last]):
-        assert free.sub("", line) in said
+    assert last - first > 20
+    for line in expected[first:last]:
+        assert line in done.stdout
     assert "no shipped --deepspeed_config" in estimate(replace(asked, teacher=10**12)).remedy  # it is on every rank
 
 
@@ -191,21 +191,21 @@ def test_a_model_that_nothing_makes_fit_says_by_how_much_and_what_would(capsys, 
     lacking = re.search(r"(\S+) needs (\S+) GB of 4 GB with micro-batches of 2, (\S+) GB too many", error)
     assert code == 2 and lacking and "DOES NOT FIT" in said
     assert float(lacking[2]) - 4 == pytest.approx(float(lacking[3]), abs=0.01)
-    ways = re.search(rf"{lacking[1]} with stage3_max_live_parameters and stage3_max_reuse_distance of (\d+), which "
+    ways = re.search(r"(\S+) with stage3_max_live_parameters and stage3_max_reuse_distance of (\d+), which "
                      r"needs \S+ GB, or a GPU of (\S+) GB, or a smaller model", error)
-    content = json.loads((ds_config.SHIPPED / f"{lacking[1]}.json").read_text())
+    content = json.loads((ds_config.SHIPPED / f"{ways[1]}.json").read_text())
     content["zero_optimization"] |= dict.fromkeys(
-        ("stage3_max_live_parameters", "stage3_max_reuse_distance"), int(ways[1]))
+        ("stage3_max_live_parameters", "stage3_max_reuse_distance"), int(ways[2]))
     (tmp_path / "fewer.json").write_text(json.dumps(content))
     smallest = ["--train.micro_batch_size", "2", "--train.global_batch_size", "4", "--deepspeed_config"]
-    for more in ([tmp_path / "fewer.json"], [lacking[1], "--gpu", gpu.replace("4GB", f"{ways[2]}GB", 1)]):
+    for more in ([tmp_path / "fewer.json"], [lacking[1], "--gpu", gpu.replace("4GB", f"{ways[3]}GB", 1)]):
         code, said, error = planned(capsys, *words, *smallest, *more)
         assert "fits, " in said, error
 
 
 def test_a_network_that_cannot_be_measured_is_planned_without_its_memory_and_says_why(capsys):
     code, said, _ = planned(capsys, "--model.name", "swin_tiny_patch4_window7_224")
-    assert code == 0 and re.search("not known: swin_tiny_patch4_window7_224: .* float32 but found .*loat16", said)
+    assert code == 0 and re.search("not known: swin_tiny_patch4_window7_224: .*float32 but found .*bfloat16", said)
 
 
 def test_what_a_network_does_not_have_is_left_out_of_the_shipped_ones(capsys):
@@ -215,7 +215,7 @@ def test_what_a_network_does_not_have_is_left_out_of_the_shipped_ones(capsys):
 
 def test_inputs_that_are_given_and_those_that_are_assumed(capsys, tmp_path):
     code, said, _ = planned(capsys, *TINY, "--gpu", "v100-32gb", "--network", "10GB", "--restart", "7", "--nodes", "2",
-                            "--json", tmp_path / "plan.json")
+                            "--train.micro_batch_size", "64", "--json", tmp_path / "plan.json")
     numbers = json.loads((tmp_path / "plan.json").read_text())
     assert code == 0 and numbers["chosen"]["name"] == "zero2_fp16" and numbers["work"]["form"] == "parallel"
     assert numbers["cluster"]["network"] == 1e10 and "10 GB/s to other nodes (as given)" in said

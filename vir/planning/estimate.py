@@ -321,15 +321,20 @@ def _remedy(asked: Question, planner: MemoryPlanner, contents: dict[str, dict[st
     room, smallest = asked.cluster.gpu.memory, 2 if asked.config.augment.mixes else 1
     least, name = min((planner.plan(content, smallest).total, name) for name, content in contents.items())
     ways = [f"a GPU of {math.ceil(least / 1e8) / 10:g} GB", "a smaller model or smaller images"]
-    if found[name].stage == 3:  # more nodes shard more, but as much is gathered on each
-        fewer = {**contents[name], "zero_optimization": {**contents[name]["zero_optimization"], **dict.fromkeys(
-            ("stage3_max_live_parameters", "stage3_max_reuse_distance"), _FEWER_LIVE)}}
-        if (needed := planner.plan(fewer, smallest).total) <= room:
-            ways.insert(0, f"{name} with stage3_max_live_parameters and stage3_max_reuse_distance of {_FEWER_LIVE}, "
-                           f"which needs {needed / 1e9:.3g} GB")
+    fewer = [(planner.plan(_keeping_less(content), smallest).total, other) for other, content in contents.items()
+             if ds_config.zero_stage(content) == 3]  # more nodes shard more, but as much is gathered on each
+    if fewer and min(fewer)[0] <= room:
+        needed, other = min(fewer)
+        ways.insert(0, f"{other} with stage3_max_live_parameters and stage3_max_reuse_distance of {_FEWER_LIVE}, which "
+                       f"needs {needed / 1e9:.3g} GB")
     return (f"{asked.spec.name} fits into {asked.cluster.gpu.name} with no shipped --deepspeed_config: {name} needs "
             f"{least / 1e9:.3g} GB of {room / 1e9:.3g} GB with micro-batches of {smallest}, {(least - room) / 1e9:.3g} "
             f"GB too many; what would do: {', or '.join(ways)}")
+
+
+def _keeping_less(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "zero_optimization": {**content["zero_optimization"], **dict.fromkeys(
+        ("stage3_max_live_parameters", "stage3_max_reuse_distance"), _FEWER_LIVE)}}
 
 
 def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:
