@@ -98,8 +98,8 @@ def test_the_peak_is_that_of_torchs_own_tracker():
     """Of recomputed blocks with small weights: their gradients have no part in its peak then."""
     network, spec = sketched("vir")
     batch = 16
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        copy = activations._fake(network, torch.float32, mode).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        copy = activations._fake(network, torch.float32, []).train()
         recompute(copy)
         tracker = MemTracker()
         tracker.track_external(copy)
@@ -115,10 +115,9 @@ def test_the_peak_is_that_of_torchs_own_tracker():
 @pytest.mark.parametrize("name", ["vir", "vir in 2-D", "vit", "resnet"])
 def test_activations_are_affine_in_the_micro_batch(name):
     four, eight, twenty = (measured(name, batch, "bf16", on_gpu=True) for batch in (4, 8, 20))
-    for part in ("saved", "peak", "inputs"):
+    for part in ("saved", "peak"):
         low, middle, high = (getattr(found, part) for found in (four, eight, twenty))
         assert high == pytest.approx(low + 4 * (middle - low), rel=0.002)
-    assert four.inputs == 4 * (3 * sketched(name)[1].input.size[1] ** 2 + len(CLASSES)) * 4
 
 
 @pytest.mark.parametrize("name, recomputes", [
@@ -213,5 +212,5 @@ def test_blocks_that_cannot_be_left_out_are_all_run():
     with torch.device("meta"):
         network = Pairs()
     found = measure(network, spec, config_of(MODELS["vir"]), 4, "fp32", False, False)
-    chain = 6 * (4 * 3 + 4 * 3) * 4  # what each block makes
-    assert found.saved >= found.inputs + chain
+    inputs, chain = 4 * (3 * 32 * 32 + 10) * 4, 6 * (4 * 3 + 4 * 3) * 4  # images and targets; what each block makes
+    assert found.saved >= inputs + chain

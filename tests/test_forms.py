@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vir.models.forms
 from vir.models import retain, retention_decay
 from vir.models.forms import chunk_rows, taken
-from vir.models.kernels import as_on_gpu
+from vir.models.retention import as_on_gpu
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from support.planning_runs import CLASSES, Run
 from vir.config import AugmentConfig, OptimConfig, TrainConfig
 from vir.engine.ds_config import ZeroSettings
 from vir.models.build import sketch
-from vir.planning.memory import Memory, Numbers, checkpoint_bytes, largest_micro_batch, plan_memory, plan_states
+from vir.planning.memory import Memory, MemoryPlanner, Numbers, checkpoint_bytes, plan_states
 from vir.weights.spec import ModelSpec
 
 torch.set_num_threads(1)
@@ -58,7 +58,7 @@ def network_of(freeze: str | None) -> tuple[torch.nn.Module, ModelSpec]:
 
 
 def planned(run: Run) -> Memory:
-    return plan_memory(*network_of(run.freeze), run.config(RANKS), run.ds_config(), RANKS, on_gpu=False)
+    return MemoryPlanner(*network_of(run.freeze), run.config(RANKS), RANKS, on_gpu=False).plan(run.ds_config())
 
 
 def always(run: Run, memory: Memory) -> int:
@@ -74,24 +74,31 @@ def always(run: Run, memory: Memory) -> int:
 @pytest.mark.timeout(2 * HANGS)
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_memory_is_what_ranks_hold(run, counted):
-    """That of the rank that holds most, within 10 %; of the update, and while gradients are reduced, too."""
+    """That of the rank that holds most, within 10 %, also while gradients are reduced."""
     memory, ranks = planned(run), counted["runs"][run.name]
     found = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
     stays = always(run, memory)
     assert found["states"] == pytest.approx(stays, rel=0.1)
     if run.stage == 3:
         gathered = found["gathered"] * (4 if run.precision == "fp32" else 2)
-        assert 0.5 * memory.gathered < gathered < 1.05 * memory.gathered  # how far it fetches ahead is a bound
+        least = 0.5 if run.name == "z3 bf16 ahead" else 0.99  # how far it fetches ahead is a bound
+        assert least * memory.gathered < gathered < 1.01 * memory.gathered
     else:
         largest = 2 * 64 * 256  # a gradient that is not yet in a bucket
         reducing = stays + memory.gradients + memory.buckets * (run.stage > 0) + largest * (run.stage > 0)
         assert found["reducing"] == pytest.approx(reducing, rel=0.1)
-        if run.name != "z0 fp32":  # whose buffer is of the passes
-            assert stays + found["update"] == pytest.approx(stays + memory.update, rel=0.1)
+    nothing_stays = run.zero.keys() >= NOTHING_STAYS.keys()
+    scalars = 1000  # bytes
+    is_bound = run.name == "z0 fp32" or run.stage == 3 and not nothing_stays  # it is of the passes; weights go in it
+    least = 0 if is_bound else 0.95
+    assert least * memory.update - scalars < found["update"] < 1.05 * memory.update + scalars
     if not memory.host and run.accumulation == 1:
-        new = memory.gathered if run.zero.keys() >= NOTHING_STAYS.keys() else 0  # else they are there before
+        new = memory.gathered if nothing_stays else 0  # else they are there before
         new += memory.gradients + memory.buckets if run.stage < 3 else 0
-        assert found["passes"] < 1.1 * (new + max(memory.activations + memory.temporary, memory.update))
+        passes = memory.activations + memory.temporary
+        expected = new + (passes if run.stage else max(passes, memory.update))
+        copied = memory.buckets * (0 < run.stage < 3)  # as it is reduced, when most activations are gone
+        assert 0.65 * expected < found["passes"] < 1.15 * expected + copied  # gradients come as activations go
 
 
 def test_the_defaults_of_zero_are_those_of_deepspeed(counted):
@@ -117,19 +124,21 @@ def states(stage: int, precision: str = "bf16", ranks: int = 4, accumulation: in
     (states(0, "fp32"), dict(weights=72, gradients=56, optimizer=112, average=56, update=56, temporary=24)),
     (states(0, "fp32", ranks=1), dict(weights=72, gradients=56, optimizer=112, average=56, temporary=24)),
     (states(0), dict(weights=36, gradients=28, masters=56, optimizer=112, average=56, update=56, temporary=12)),
-    # A rank has 4 and 2 of the 11 and 3, with padding to an even number.
+    # A rank has 4 and 2 of the 11 and 3, with padding to an even number; the norm takes 4 in float64.
     (states(1), dict(weights=36, gradients=28 + 12, masters=24, optimizer=48, average=24, buckets=20, temporary=12,
-                     update=4 * (2 + 4))),
+                     update=4 * 8)),
     (states(1, overlap_comm=True), dict(weights=36, gradients=12, masters=24, optimizer=48, average=24, buckets=40,
-                                        temporary=12, update=24)),
+                                        temporary=12, update=32)),
     (states(1, overlap_comm=True, accumulation=2)["gradients"], 28 + 12),
     (states(2), dict(weights=36, gradients=12, masters=24, optimizer=48, average=24, buckets=20, temporary=12,
-                     update=24)),
+                     update=32)),
+    # Of two ranks one has 6 of the 11: a flat copy of them and one in float32 are more than 5 in float64.
+    (states(2, ranks=1, optim="sgd")["update"], 12 * 8), (states(2, ranks=2)["update"], 6 * 8),
     (states(2, accumulation=3)["gradients"], 24),
     (states(2, "fp32"), dict(weights=72, gradients=24, masters=24, optimizer=48, average=24, buckets=40, temporary=24,
-                             update=4 * 4)),
+                             update=4 * 8)),
     (states(2, accumulation=3, settings={"data_types": {"grad_accum_dtype": "fp32"}}), dict(
-        weights=36, gradients=24, masters=24, optimizer=48, average=24, buckets=20, temporary=12)),
+        weights=36, gradients=24, masters=24, optimizer=48, average=24, buckets=20, temporary=12, update=4 * 8)),
     (states(2, contiguous_gradients=False).get("buckets", 0), 0),
     (states(2, optim="sgd", averages=False), dict(weights=36, gradients=12, masters=24, optimizer=24, buckets=20,
                                                   temporary=12, update=4 * 8)),
@@ -176,14 +185,14 @@ def test_a_checkpoint_holds_weights_and_masters_with_their_states():
 def test_the_largest_micro_batch_fits_and_the_next_does_not(mixup, on_gpu, given):
     config = replace(Run(name="", stage=0).config(RANKS), augment=AugmentConfig(mixup=mixup, cutmix=0),
                      train=TrainConfig(global_batch_size=4096, micro_batch_size=2))
-    network, spec = network_of(None)
+    planner = MemoryPlanner(*network_of(None), config, RANKS, on_gpu)
     given = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "bf16": {"enabled": True}, **given}
 
     def total(batch: int) -> int:
-        return plan_memory(network, spec, config, given, RANKS, on_gpu, batch).total
+        return planner.plan(given, batch).total
 
     def largest(capacity: int) -> int:
-        return largest_micro_batch(network, spec, config, given, RANKS, on_gpu, capacity)
+        return planner.largest_micro_batch(given, capacity)
 
     step = 2 if mixup else 1
     assert largest(total(step) - 1) == 0 and total(largest(total(step))) == total(step)  # the update takes more
@@ -194,7 +203,17 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(mixup, on_gpu, given
 
 
 def test_a_teacher_takes_its_bytes():
-    network, spec = network_of(None)
     config = Run(name="", stage=0).config(RANKS)
-    alone, taught = (plan_memory(network, spec, config, {}, RANKS, False, teacher=bytes) for bytes in (0, 5000))
+    alone, taught = (MemoryPlanner(*network_of(None), config, RANKS, False, bytes).plan({}) for bytes in (0, 5000))
     assert taught.total == alone.total + 5000
+
+
+def test_cuda_takes_its_share_of_every_gpu():
+    """1.5 GB, and 5 % of what the passes allocate; without the fused kernel they keep what they keep on a CPU."""
+    config, given = Run(name="", stage=0).config(RANKS), {"bf16": {"enabled": True}}
+    cpu, fused, other = (MemoryPlanner(*network_of(None), config, RANKS, on_gpu, fused=fused).plan(given, 512)
+                         for on_gpu, fused in ((False, True), (True, True), (True, False)))
+    assert cpu.reserved == 0 and fused.activations < cpu.activations == other.activations
+    for memory in (fused, other):
+        assert memory.reserved == int(1.5e9 + 0.05 * (memory.activations + memory.temporary))
+        assert memory.total - replace(memory, reserved=0).total == memory.reserved

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable
@@ -251,8 +250,6 @@ class ZeroSettings:
     stage: int = 0
     reduce_bucket_size: int = 500_000_000
     """Gradients that are reduced at a time; as many are kept in a buffer, where contiguous_gradients is on."""
-    allgather_bucket_size: int = 500_000_000
-    """Of stages 1 and 2: weights that are gathered at a time after a step."""
     overlap_comm: bool = False
     """Gradients are reduced while the backward pass goes on; stage 3 does it unless it is told not to."""
     contiguous_gradients: bool = True
@@ -264,7 +261,6 @@ class ZeroSettings:
     stage3_prefetch_bucket_size: int = 50_000_000
     stage3_param_persistence_threshold: int = 100_000
     """Smaller parameters stay gathered."""
-    stage3_model_persistence_threshold: int = sys.maxsize
     zero_hpz_partition_size: int = 1
     """Ranks, those of a node, that keep all weights among them for the second gathering (ZeRO++)."""
     zero_quantized_weights: bool = False

@@ -19,16 +19,21 @@ from __future__ import annotations  # the kernels' signatures name triton, which
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from vir.models import retention
-from vir.models.retention import _check_shapes, _check_state, _own_precision, _rounded, chunkwise_retention
+from vir.models.retention import (
+    _check_shapes,
+    _check_state,
+    _own_precision,
+    _rounded,
+    chunkwise_retention,
+    counts_as_on_gpu,
+)
 from vir.models.retention_2d import _check_grid, parallel_retention_2d
 
 try:
@@ -51,26 +56,6 @@ _broken: set[str] = set()
 """The kernels that have failed in this process and are not tried again."""
 
 
-_as_on_gpu = False
-"""Whether tensors of any device count as those of a GPU."""
-
-
-@contextmanager
-def as_on_gpu() -> Iterator[None]:
-    """In the block, forms are chosen as on a GPU of Ampere or later, with Triton: for fake tensors on the CPU.
-
-    The fused kernel has fake results for them. flash-linear-attention has none: chunkwise_retention, which keeps much
-    the same tensors for the backward pass, takes its place.
-    """
-    global _as_on_gpu
-    before = _as_on_gpu, retention._CPU_MULTIPLIES_BFLOAT16
-    _as_on_gpu, retention._CPU_MULTIPLIES_BFLOAT16 = True, True
-    try:
-        yield
-    finally:
-        _as_on_gpu, retention._CPU_MULTIPLIES_BFLOAT16 = before
-
-
 def fused_supports(q: Tensor, v: Tensor) -> bool:
     """Whether fused_retention supports q (and a k like it) [B, H, N, K] and v [B, H, N, V].
 
@@ -78,7 +63,7 @@ def fused_supports(q: Tensor, v: Tensor) -> bool:
     """
     if torch._C._are_functorch_transforms_active():
         return False
-    if _as_on_gpu:
+    if counts_as_on_gpu():
         return _fits(q, q, v)
     return triton is not None and "fused" not in _broken and _fits(q, q, v) and _on_ampere_or_later(q)
 
@@ -91,7 +76,7 @@ def fla_supports(q: Tensor, v: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if _as_on_gpu or not _HAS_FLA or "fla" in _broken:
+    if counts_as_on_gpu() or not _HAS_FLA or "fla" in _broken:
         return False
     precise = q.dtype == torch.bfloat16 or (q.dtype == torch.float32 and _precision(q.dtype) == "tf32")
     fits = q.shape[-1] in FLA_WIDTHS and v.shape[-1] in FLA_WIDTHS and 0 < max(q.numel(), v.numel()) < 2**31

@@ -14,7 +14,8 @@ have no instructions for it.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -26,6 +27,28 @@ _CPU_MULTIPLIES_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mk
 
 _LARGEST_CARRY, _CARRY_GROUP = 128, 32
 """Chunks that are carried by one matrix, and those of a group where there are more."""
+
+_as_on_gpu = False
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """In the block, retention is computed as on a GPU of Ampere or later, with Triton: for fake tensors on the CPU.
+
+    The fused kernel has fake results for them. flash-linear-attention has none: chunkwise_retention, which keeps much
+    the same tensors for the backward pass, takes its place.
+    """
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
+
+
+def counts_as_on_gpu() -> bool:
+    """Whether this is in a block of as_on_gpu."""
+    return _as_on_gpu
 
 
 def retention_decay(num_heads: int) -> Tensor:
@@ -352,8 +375,8 @@ def _state_dtype(v: Tensor) -> torch.dtype:
 
 def _compute_dtype(v: Tensor) -> torch.dtype:
     """The dtype in which tokens are multiplied."""
-    slow = v.dtype == torch.bfloat16 and v.device.type == "cpu" and not _CPU_MULTIPLIES_BFLOAT16
-    return torch.float32 if slow or v.dtype == torch.float16 else v.dtype
+    fast = _CPU_MULTIPLIES_BFLOAT16 or v.device.type != "cpu" or counts_as_on_gpu()
+    return torch.float32 if v.dtype == torch.float16 or v.dtype == torch.bfloat16 and not fast else v.dtype
 
 
 def _first_state(k: Tensor, v: Tensor, initial_state: Tensor | None, columns: int | None = None) -> Tensor:

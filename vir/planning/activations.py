@@ -22,7 +22,7 @@ from vir.config import RunConfig
 from vir.engine.batch_norm import compute_in_float32
 from vir.engine.stacks import recompute
 from vir.errors import SettingsError
-from vir.models.kernels import as_on_gpu
+from vir.models.retention import as_on_gpu
 from vir.weights.spec import ModelSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,12 +43,6 @@ class Activations:
     """Live at the end of the forward pass: the inputs, and what the backward pass needs."""
     peak: int
     """The most that is live at once in both passes, beside parameters, buffers and gradients of parameters."""
-    inputs: int
-    """Images and targets among them."""
-
-    def __sub__(self, other: Activations) -> Activations:
-        return Activations(saved=self.saved - other.saved, peak=self.peak - other.peak,
-                           inputs=self.inputs - other.inputs)
 
 
 def measure(network: nn.Module, spec: ModelSpec, config: RunConfig, micro_batch: int, precision: str,
@@ -129,14 +123,13 @@ class _Passes:
                 _fold(network, row, ledger)
             images = torch.empty(self._micro_batch, *self._spec.input.size)
             targets = torch.empty(self._micro_batch, max(len(self._spec.classes), 1))
-            inputs = ledger.live
             logits = network(images.to(self._dtype))
             loss = self._loss(logits, targets)
             del logits
             saved = ledger.live + sum(extra for extra in ledger.extras.values())
             if loss.requires_grad:
                 loss.backward()
-            return Activations(saved=saved, peak=ledger.peak(), inputs=inputs)
+            return Activations(saved=saved, peak=ledger.peak())
 
     def _loss(self, logits: Any, targets: Tensor) -> Tensor:
         """What training.loss computes; of a pair of heads, which are taught apart, the sum."""

@@ -10,8 +10,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -128,41 +128,6 @@ class Memory:
         return self.states + self.buckets + self.teacher + self.reserved + max(passes, self.update)
 
 
-def plan_memory(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json: dict[str, Any], ranks: int,
-                on_gpu: bool, micro_batch: int | None = None, teacher: int = 0) -> Memory:
-    """Of one rank of a run without torch.compile, which keeps less.
-
-    Args:
-        network, spec: of models.build.sketch.
-        ds_json: checked (engine.ds_config.read).
-        micro_batch: images; those of config.train.micro_batch_size when None.
-        teacher: bytes of the model that teaches, with what it takes in a forward pass.
-
-    Raises:
-        SettingsError: what the optimizer refuses, or recomputation of a model that has none.
-        NotMeasuredError: its activations cannot be measured; plan_states tells the rest.
-    """
-    batch = config.train.micro_batch_size if micro_batch is None else micro_batch
-    return _with_activations(_states_at(network, config, ds_json, ranks)(batch), _measured(
-        network, spec, config, ds_json, on_gpu)(batch), on_gpu, teacher)
-
-
-def _states_at(network: nn.Module, config: RunConfig, ds_json: dict[str, Any], ranks: int) -> Callable[[int], Memory]:
-    """plan_states of a network, by the micro-batch."""
-    counted = _counts.setdefault(network, {})
-    if config.optim not in counted:
-        counted[config.optim] = count_numbers(network, parameter_groups(network, config.optim))
-    numbers = counted[config.optim]
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in network.buffers())
-
-    def at(micro_batch: int) -> Memory:
-        accumulation = max(1, config.train.global_batch_size // (micro_batch * ranks))
-        memory = plan_states(numbers, ds_json, ranks, config.optim, config.ema.decay > 0, accumulation)
-        return dataclasses.replace(memory, weights=memory.weights + buffers)
-
-    return at
-
-
 def plan_states(numbers: Numbers, ds_json: dict[str, Any], ranks: int, optim: OptimConfig, averages: bool,
                 accumulation: int) -> Memory:
     """All but activations, and buffers of the network.
@@ -224,7 +189,8 @@ def _update(numbers: Numbers, zero: ZeroSettings, itemsize: int, summed: int, op
     """Of what the step makes of gradients: a flat copy and one in float32, group by group, in bytes.
 
     Stage 3 goes by parts of a group. What stage 2 sums in float32 is flat already. Optimizers that are not fused make a
-    tensor as large as that in float32 of their own, when the flat copy is gone.
+    tensor as large as that in float32 of their own, when the flat copy is gone. Before, the norm takes a copy in
+    float64 of one gradient after the other.
     """
     own = 0 if optim.name in FUSED else 4
     if zero.stage == 0:
@@ -233,9 +199,10 @@ def _update(numbers: Numbers, zero: ZeroSettings, itemsize: int, summed: int, op
     largest = max(numbers.shares(zero.stage, ranks), default=0)
     if zero.stage == 3:
         largest = min(largest, zero.sub_group_size + max(numbers.each, default=0) // ranks)
+    norm = 8 * min(largest, max(map(max, numbers.groups), default=0)) * (zero.stage < 3)
     if summed > itemsize and zero.stage == 2:
-        return largest * own
-    return largest * (4 + max(own, summed if summed < 4 else 0))
+        return max(norm, largest * own)
+    return max(norm, largest * (4 + max(own, summed if summed < 4 else 0)))
 
 
 def _gathered(numbers: Numbers, zero: ZeroSettings) -> tuple[int, int]:
@@ -268,70 +235,84 @@ def bucket_bytes(zero: ZeroSettings, itemsize: int, ranks: int) -> int:
     return itemsize * zero.reduce_bucket_size * (2 if zero.stage < 3 and _overlaps(zero, ranks) else 1)
 
 
-_counts: WeakKeyDictionary[nn.Module, dict[OptimConfig, Numbers]] = WeakKeyDictionary()
-"""Of each network, by how its parameters are grouped."""
+class MemoryPlanner:
+    """What ranks of a run take with one DeepSpeed JSON or another; without torch.compile, with which they take less.
 
-_measurements: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Activations]] = WeakKeyDictionary()
-"""Of each network; by micro-batch, precision, recomputation, device, loss and images."""
+    Its methods take a checked JSON (engine.ds_config.read) and raise
+        SettingsError: what the optimizer refuses, or recomputation of a model that has none.
+        NotMeasuredError: activations cannot be measured; plan_states tells the rest.
 
-
-def _measured(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json: dict[str, Any],
-              on_gpu: bool) -> Callable[[int], Activations]:
-    """activations.measure by the micro-batch, once for each."""
-    known = _measurements.setdefault(network, {})
-    of, recomputes = precision(ds_json), "activation_checkpointing" in ds_json
-
-    def at(micro_batch: int) -> Activations:
-        key = micro_batch, of, recomputes, on_gpu, config.train.loss, spec.input.size, len(spec.classes)
-        if key not in known:
-            known[key] = measure(network, spec, config, micro_batch, of, recomputes, on_gpu)
-        return known[key]
-
-    return at
-
-
-def _with_activations(states: Memory, found: Activations, on_gpu: bool, teacher: int) -> Memory:
-    temporary = states.temporary + found.peak - found.saved
-    reserved = CONTEXT + int(FRAGMENTATION * (found.saved + temporary)) if on_gpu else 0
-    return dataclasses.replace(states, activations=found.saved, temporary=temporary, reserved=reserved,
-                               teacher=teacher)
-
-
-def largest_micro_batch(network: nn.Module, spec: ModelSpec, config: RunConfig, ds_json: dict[str, Any], ranks: int,
-                        on_gpu: bool, capacity: int, teacher: int = 0) -> int:
-    """Images of the largest micro-batch found to fit into `capacity` bytes, however large the global batch; 0 where
-    none fits. It is even where samples are mixed in pairs.
-
-    Activations are measured at two micro-batches, for each further one takes time with all shipped JSONs. The peak is
-    the largest of several lines, so between two micro-batches it is at or below the line through them: what is found
-    does fit, and hardly more does.
-
-    Raises:
-        SettingsError, NotMeasuredError: as plan_memory.
+    Args:
+        network, spec: of models.build.sketch.
+        on_gpu: CUDA takes its share.
+        teacher: bytes of the model that teaches, with what it takes in a forward pass.
+        fused: the GPU has the fused kernel of retention; without it the form is the one of CPUs.
     """
-    step = 2 if config.augment.mixes else 1
-    states, measured = _states_at(network, config, ds_json, ranks), _measured(network, spec, config, ds_json, on_gpu)
 
-    def fits(batch: int, found: Activations) -> bool:
-        return _with_activations(states(batch), found, on_gpu, teacher).total <= capacity
+    def __init__(self, network: nn.Module, spec: ModelSpec, config: RunConfig, ranks: int, on_gpu: bool,
+                 teacher: int = 0, *, fused: bool = True) -> None:
+        self.numbers = count_numbers(network, parameter_groups(network, config.optim))
+        self._config, self._ranks, self._on_gpu, self._teacher = config, ranks, on_gpu, teacher
+        self._buffers = sum(buffer.numel() * buffer.element_size() for buffer in network.buffers())
+        self._measured = cache(lambda micro_batch, precision, recomputes: measure(
+            network, spec, config, micro_batch, precision, recomputes, on_gpu and fused))
 
-    low = max(step, config.train.micro_batch_size // step * step)
-    if fits(low, measured(low)):
-        high = step * math.ceil(2 * capacity / measured(low).peak * low / step)
-        while fits(high, measured(high)):
-            low, high = high, 2 * high
-    elif low > step and fits(step, measured(step)):
-        low, high = step, low
-    else:
-        return 0
-    ends = measured(low), measured(high)
-    return _last(low, high - step, step, lambda batch: fits(batch, _between(*ends, (batch - low) / (high - low))))
+    def plan(self, ds_json: dict[str, Any], micro_batch: int | None = None) -> Memory:
+        """Of one rank.
+
+        Args:
+            micro_batch: images; those of config.train.micro_batch_size when None.
+        """
+        batch = self._config.train.micro_batch_size if micro_batch is None else micro_batch
+        return self._with(ds_json, batch, self._activations(ds_json, batch))
+
+    def largest_micro_batch(self, ds_json: dict[str, Any], capacity: int) -> int:
+        """Images of the largest micro-batch found to fit into `capacity` bytes, however large the global batch; 0 where
+        none fits. It is even where samples are mixed in pairs.
+
+        Activations are measured at two micro-batches, for each further one takes time with all shipped JSONs. The peak
+        is the largest of several lines, so between two micro-batches it is at or below the line through them: what is
+        found does fit, and hardly more does.
+        """
+        step = 2 if self._config.augment.mixes else 1
+
+        def measured(batch: int) -> Activations:
+            return self._activations(ds_json, batch)
+
+        def fits(batch: int, found: Activations) -> bool:
+            return self._with(ds_json, batch, found).total <= capacity
+
+        low = max(step, self._config.train.micro_batch_size // step * step)
+        if not fits(low, Activations(saved=0, peak=0)):
+            return 0  # with smaller ones the rest takes as much
+        if fits(low, measured(low)):
+            high = step * math.ceil(2 * capacity / measured(low).peak * low / step)
+            while fits(high, measured(high)):
+                low, high = high, 2 * high
+        elif low > step and fits(step, measured(step)):
+            low, high = step, low
+        else:
+            return 0
+        ends = measured(low), measured(high)
+        return _last(low, high - step, step, lambda batch: fits(batch, _between(*ends, (batch - low) / (high - low))))
+
+    def _activations(self, ds_json: dict[str, Any], micro_batch: int) -> Activations:
+        return self._measured(micro_batch, precision(ds_json), "activation_checkpointing" in ds_json)
+
+    def _with(self, ds_json: dict[str, Any], micro_batch: int, found: Activations) -> Memory:
+        """What a rank takes where its activations are those that were found."""
+        accumulation = max(1, self._config.train.global_batch_size // (micro_batch * self._ranks))
+        states = plan_states(self.numbers, ds_json, self._ranks, self._config.optim, self._config.ema.decay > 0,
+                             accumulation)
+        temporary = states.temporary + found.peak - found.saved
+        reserved = CONTEXT + int(FRAGMENTATION * (found.saved + temporary)) if self._on_gpu else 0
+        return dataclasses.replace(states, weights=states.weights + self._buffers, activations=found.saved,
+                                   temporary=temporary, teacher=self._teacher, reserved=reserved)
 
 
 def _between(low: Activations, high: Activations, part: float) -> Activations:
-    names = (field.name for field in dataclasses.fields(Activations))
-    return Activations(**{name: math.ceil((1 - part) * getattr(low, name) + part * getattr(high, name))
-                          for name in names})
+    return Activations(saved=math.ceil((1 - part) * low.saved + part * high.saved),
+                       peak=math.ceil((1 - part) * low.peak + part * high.peak))
 
 
 def _last(first: int, last: int, step: int, holds: Callable[[int], bool]) -> int:
