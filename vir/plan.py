@@ -58,6 +58,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def command() -> int:
+    """main() as a program of its own, which ends without taking all apart that was imported: in a second less."""
+    end = cli.QuickEnd()
+    end.code = main()
+    return end.code
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,8 +135,9 @@ def _estimate(args: argparse.Namespace, config: RunConfig) -> Estimate:
     world = args.nodes * args.gpus_per_node
     _check_world(config, world, args.gpus_per_node)
 
-    from vir.planning.estimate import estimate
-    from vir.reports.curves import check_picture
+    with cli.importing():
+        from vir.planning.estimate import estimate
+        from vir.reports.curves import check_picture
 
     if args.picture is not None:
         check_picture("--picture", args.picture)
@@ -205,4 +213,4 @@ def _tell(estimate: Estimate, args: argparse.Namespace, command: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -148,7 +148,7 @@ def _data(plan: Estimate) -> Iterator[str]:
                f"{gigabytes(traffic.first_epoch.bytes_per_node)} by a node in an epoch")
     else:
         yield (f"with a cache of {gigabytes(traffic.cache_bytes)} on each node (--data.cache_bytes) "
-               f"{_fetched(traffic.first_epoch)} in the first epoch, {_fetched(traffic.later_epoch)} in the next one")
+               f"{_fetched(traffic.first_epoch)} in the first epoch; in the next one {_fetched(traffic.later_epoch)}")
     if plan.recommended is not None:
         best = plan.recommended
         yield (f"recommended: {best.lanes} lanes, window {best.window:,}; with these {_fetched(best.first_epoch)} in "
