@@ -184,9 +184,10 @@ def test_numbers_out_of_range_are_refused_by_the_parser(capsys, words):
     assert end.value.code == 2 and words[0] in capsys.readouterr().err
 
 
-def test_a_model_that_nothing_makes_fit_says_by_how_much_and_what_would(capsys, tmp_path):
+def test_a_model_that_nothing_makes_fit_says_by_how_much_and_what_would(capsys, tmp_path, shards):
     gpu = "memory=4GB,tflops=1,bandwidth=1GB"
-    words = [*SMALL, "--gpu", gpu, "--model.args", "{patch_size: 14, embed_dim: 4096, depth: 8, num_heads: 32}"]
+    words = [*SMALL, "--data", shards / "train", "--gpu", gpu, "--model.args",
+             "{patch_size: 14, embed_dim: 4096, depth: 8, num_heads: 32}"]
     code, said, error = planned(capsys, *words)
     lacking = re.search(r"(\S+) needs (\S+) GB of 4 GB with micro-batches of 2, (\S+) GB too many", error)
     assert code == 2 and lacking and "DOES NOT FIT" in said
@@ -225,15 +226,15 @@ def test_inputs_that_are_given_and_those_that_are_assumed(capsys, tmp_path):
     assert numbers["checkpoints"]["as_set"]["interval_seconds"] >= numbers["chosen"]["step"]["seconds"][0]
 
 
-def test_machines_that_fail_too_often_are_told(capsys):
-    code, said, _ = planned(capsys, *SMALL, "--mtbf", "0.00001")
+def test_machines_that_fail_too_often_are_told(capsys, shards):
+    code, said, _ = planned(capsys, *SMALL, "--data", shards / "train", "--mtbf", "0.00001")
     assert code == 0 and "at no cadence more than" in said
     assert "not known: with these failures nothing gets done" in said
 
 
 def test_settings_of_a_file_win_over_assumed_images_and_data_over_those(capsys, shards, tmp_path):
     (tmp_path / "run.yaml").write_text(f"data: {{train: {shards / 'train'}}}\ntrain: {{epochs: 2}}\n")
-    words = [*SMALL, "--config", tmp_path / "run.yaml"]
+    words = [*SMALL, "--train.global_batch_size", "1024", "--config", tmp_path / "run.yaml"]
     assert "of 400 images" in planned(capsys, *words)[1]
     assert "of 1,281,167 images (imagenet-1k)" in planned(capsys, *words, "--data", "imagenet-1k")[1]
 

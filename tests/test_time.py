@@ -175,7 +175,7 @@ def test_zero_plus_plus_quantizes_and_gathers_again_inside_a_node():
     part = sent({**zero, "zero_hpz_partition_size": 8}, accumulation=2)
     assert payload(part, "weights") == payload(plain, "weights")
     assert part.between_nodes * 8 == pytest.approx(every * (SMALL + large + 2 * P))
-    assert part.within_node == pytest.approx(every * (SMALL + large + 2 * P) + 2 * 3 * large * 7 / 8)
+    assert part.within_node == pytest.approx(every * 7 / 8 * (SMALL + large + 2 * P) + 2 * 3 * large * 7 / 8)
     bytes_of_weights = sent({**zero, "zero_quantized_weights": True}, accumulation=2)
     assert payload(bytes_of_weights, "weights") == 2 * SMALL + 4 * large
     quarter = sent({**zero, "zero_quantized_gradients": True}, accumulation=2)

@@ -99,7 +99,8 @@ def _row(model: str, plan: dict[str, Any], seconds: float, words: Sequence[str])
             f"{plan['global_batch_size']:,} = {plan['accumulation']} x {plan['micro_batch_size']} x {world:,}",
             f"{memory / 1e9:.1f}{fits}", _between(plan["images_per_second"]), plan["bound"], _between(wall),
             _between([one * world for one in wall]), f"{100 * plan['checkpoints']['as_set']['goodput']:.1f}",
-            f"{plan['traffic']['downloads_per_shard']:.3f}", f"{seconds:.1f}", f"`vir-plan {shlex.join(words)}`"]
+            f"{plan['traffic']['first_epoch']['downloads_per_shard']:.3f}", f"{seconds:.1f}",
+            f"`vir-plan {shlex.join(words)}`"]
 
 
 def _between(ends: Sequence[float]) -> str:
