@@ -1,4 +1,4 @@
-"""Folders of several files that belong together: they get their names when all of them are whole."""
+"""What programs write: asked for at the door; folders of several files get their names when all of them are whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vir.errors import DataError, SettingsError
-from vir.files import TEMPORARY, flush
+from vir.files import TEMPORARY, flush, try_to_write
 
 
 def check_folder(folder: Path, names: Sequence[str], force: bool) -> None:
@@ -27,6 +27,16 @@ def check_folder(folder: Path, names: Sequence[str], force: bool) -> None:
                             "remove it")
     if there and not force:
         raise SettingsError(f"{folder} has {', '.join(there)} already; give another folder, or --force to replace")
+
+
+def check_file(flag: str, path: Path | None) -> None:
+    """Raises SettingsError where a file that is named by a flag cannot be written: to ask before long work."""
+    try:
+        if path is not None:
+            try_to_write(path)
+    except OSError as error:
+        raise SettingsError(f"{flag} {path} cannot be written: {error.strerror}; give a file in a folder that is there"
+                            ) from error
 
 
 @contextmanager

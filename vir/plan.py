@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING
 from vir import cli
 from vir.config import RunConfig, plan_accumulation
 from vir.errors import SettingsError, VirError
-from vir.files import replace_text, try_to_write
+from vir.files import replace_text
 from vir.flags import parse
+from vir.output_folder import check_file
 from vir.planning.checkpoints import DISK_RATE, RESTART_S
 
 if TYPE_CHECKING:  # a wrong flag is told before torch is imported
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args, settings = _parser().parse_known_args(words)
     try:
-        _check_json(args.json)
+        check_file("--json", args.json)
         images = [] if args.data is None else ["--data.train", args.data]
         config = parse(["--data.train", IMAGENET, *settings, *images])
         estimate = _estimate(args, config)
@@ -119,16 +120,6 @@ def _share(text: str) -> float:
     if (value := _positive(text)) > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is above 1; 0.3 means 30 %")
     return value
-
-
-def _check_json(path: Path | None) -> None:
-    """At the door, for it is written when all is computed."""
-    try:
-        if path is not None:
-            try_to_write(path)
-    except OSError as error:
-        raise SettingsError(f"--json {path} cannot be written: {error.strerror}; give a file in a folder that is there"
-                            ) from error
 
 
 def _estimate(args: argparse.Namespace, config: RunConfig) -> Estimate:

@@ -20,7 +20,7 @@ import torch
 
 from vir import arithmetic, distributed, launcher
 from vir.benchmarks.stopwatch import machine
-from vir.benchmarks.tables import check_json, markdown
+from vir.benchmarks.tables import markdown
 from vir.config import RunConfig
 from vir.data import worker
 from vir.data.batch import Batch
@@ -39,6 +39,7 @@ from vir.errors import SettingsError
 from vir.files import replace_text
 from vir.flags import parse
 from vir.models.build import build
+from vir.output_folder import check_file
 from vir.reports.throughput import Stopwatch
 from vir.training.guard import FiniteGuard
 from vir.training.loop import GlobalStep
@@ -112,7 +113,7 @@ def run(argv: Sequence[str], settings: Settings, command: str) -> str:
     """
     launcher.enter_folder()
     if launcher.adopt().rank == 0:
-        check_json(settings.json)
+        check_file("--json", settings.json)
     config = parse([word for word in argv if not word.startswith("--local_rank=")])
     if launcher.wants_cpu(config.device):
         launcher.hide_gpus()

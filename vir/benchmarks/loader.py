@@ -22,7 +22,7 @@ from vir.benchmarks.feeds import Feed, Rate
 from vir.benchmarks.file_server import serving
 from vir.benchmarks.plot import plot_rates
 from vir.benchmarks.stopwatch import machine
-from vir.benchmarks.tables import check_json, markdown
+from vir.benchmarks.tables import markdown
 from vir.config import AugmentConfig
 from vir.data import convert, jpeg
 from vir.data.folder_reader import FolderReader
@@ -31,6 +31,7 @@ from vir.data.reader import Reader, ShardReader
 from vir.data.sidecars import write_sidecars
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
+from vir.output_folder import check_file
 
 _SHARDS = 20
 """About; every worker of a peer must have some."""
@@ -105,7 +106,7 @@ def benchmark(settings: Settings, command: str) -> str:
         raise SettingsError(f"--plot shows the rates of pixels, not of {settings.kind}; leave it out")
     if not settings.folder.is_dir():
         raise DataError(f"no such folder: {settings.folder}")
-    check_json(settings.json)
+    check_file("--json", settings.json)
     table = {"pixels": _pixels, "reading": _reading, "latency": _latency, "order": _order}[settings.kind](settings)
     if settings.json is not None:
         replace_text(settings.json, json.dumps({

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from vir.benchmarks.stopwatch import machine
-from vir.benchmarks.tables import check_json, markdown
+from vir.benchmarks.tables import markdown
 from vir.errors import DataError
 from vir.files import replace_text
+from vir.output_folder import check_file
 
 COLUMNS = ("model", "parameters", "GPUs", "JSON", "batch = accumulation x micro-batch x ranks",
            "memory of a GPU, GB", "images/s", "bound by", "hours of the recipe, with failures", "GPU hours",
@@ -37,6 +38,10 @@ BATCHES = {"ViR-S/16": {1: (1024, 128), 8: (4096, 64), 32: (8192, 32), 128: (819
 """Global and micro-batch by the number of machines with 8 GPUs."""
 
 
+_CORES = 112
+"""Of a node, as NVIDIA's DGX H100 has them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     gpu: str = "h100-80gb"
@@ -53,7 +58,7 @@ def benchmark(settings: Settings, command: str) -> str:
         SettingsError: --json or --picture cannot be written.
         DataError: a plan fails.
     """
-    check_json(settings.json)
+    check_file("--json", settings.json)
     rows, plans = [], []
     for model in settings.models:
         for nodes in settings.nodes:
@@ -74,7 +79,7 @@ def _words(model: str, nodes: int, gpu: str) -> list[str]:
     """Of vir-plan."""
     settings, name = MODELS[model]
     size, micro = BATCHES[model][nodes]
-    return [*shlex.split(settings), "--deepspeed_config", name, "--nodes", str(nodes), "--gpu", gpu,
+    return [*shlex.split(settings), "--deepspeed_config", name, "--nodes", str(nodes), "--gpu", gpu, "--cores", str(_CORES),
             "--train.global_batch_size", str(size), "--train.micro_batch_size", str(micro)]
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vir.benchmarks.results import Result
-from vir.errors import DataError, SettingsError
-from vir.files import replace_text, try_to_write
+from vir.errors import DataError
+from vir.files import replace_text
 from vir.planning.images import IMAGENET
 
 _MARKED = re.compile(r"(?P<begin><!-- table: (?P<file>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -29,16 +29,6 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table, without a line break at its end."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
-
-
-def check_json(path: Path | None) -> None:
-    """At the door, for it is written when all is measured. Raises SettingsError where --json PATH cannot be written."""
-    try:
-        if path is not None:
-            try_to_write(path)
-    except OSError as error:
-        raise SettingsError(f"--json {path} cannot be written: {error.strerror}; give a file in a folder that is there"
-                            ) from error
 
 
 def model_table(results: list[Result], kind: str) -> str:

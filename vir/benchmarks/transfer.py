@@ -21,11 +21,12 @@ import torch
 import yaml
 
 from vir.benchmarks.stopwatch import machine
-from vir.benchmarks.tables import check_json, markdown
+from vir.benchmarks.tables import markdown
 from vir.benchmarks.training import RECIPE
 from vir.checkpoints.consolidate import consolidate
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
+from vir.output_folder import check_file
 from vir.reports.metrics import read_metrics
 
 PARTS = ("all", "few", "distilled")
@@ -105,7 +106,7 @@ def benchmark(settings: Settings, command: str) -> str:
             raise DataError(f"--{flag} {source} has no folder {missing[0]}; python tools/make_demo_dataset.py makes it")
     if not settings.folder.is_dir():
         raise DataError(f"no such folder: {settings.folder}")
-    check_json(settings.json)
+    check_file("--json", settings.json)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
         rows = list(_rows(settings, _Runs(Path(place), settings.scale), Path(place)))
     if settings.json is not None:

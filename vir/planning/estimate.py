@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -169,19 +169,18 @@ def estimate(asked: Question) -> Estimate:
     """All of it; a few seconds, whatever the size of the network."""
     config, cluster, images = asked.config, asked.cluster, asked.images
     precision, size = ds_config.precision(asked.ds_config), config.train.global_batch_size
-    sizes = [parameter.numel() for parameter in asked.network.parameters()]
-    parameters, trained = sum(sizes), sum(one.numel() for one in asked.network.parameters() if one.requires_grad)
+    planner = MemoryPlanner(asked.network, asked.spec, config, cluster.world, asked.on_gpu, asked.teacher,
+                            fused=cluster.gpu.fused)
+    parameters, trained = planner.numbers.all, planner.numbers.trained
     work = count_work(asked.network, asked.spec, cluster.gpu.fused, precision)
     mfu = None
     if precision in cluster.gpu.tflops:
         mfu = Mfu(range=asked.mfu, basis="as given") if asked.mfu else mfu_range(
             cluster.gpu, precision, parameters, config.model.compile)
-    planner = MemoryPlanner(asked.network, asked.spec, config, cluster.world, asked.on_gpu, asked.teacher,
-                            fused=cluster.gpu.fused)
     contents, found = {**dict(_shipped(asked, precision)), asked.ds_name: asked.ds_config}, {}
     for name, content in contents.items():
         try:
-            found[name] = _choice(asked, name, content, planner, sizes, trained, work, mfu)
+            found[name] = _choice(asked, name, content, planner, work, mfu)
         except SettingsError:  # what this network or this optimizer does not have
             if name == asked.ds_name:
                 raise
@@ -252,14 +251,15 @@ def _shipped(asked: Question, precision: str) -> Iterator[tuple[str, dict[str, A
         yield path.stem, content
 
 
-def _choice(asked: Question, name: str, content: dict[str, Any], planner: MemoryPlanner, sizes: Sequence[int],
-            trained: int, work: Work | None, mfu: Mfu | None) -> Choice:
-    config, cluster = asked.config, asked.cluster
+def _choice(asked: Question, name: str, content: dict[str, Any], planner: MemoryPlanner, work: Work | None,
+            mfu: Mfu | None) -> Choice:
+    config, cluster, numbers = asked.config, asked.cluster, planner.numbers
     optimizer.check_name(config.optim.name, ds_config.zero_stage(content))
     zero = ds_config.zero_settings(ds_config.complete(content, config, asked.accumulation))
     precision, recomputes = ds_config.precision(content), "activation_checkpointing" in content
-    small = sum(size for size in sizes if size <= zero.stage3_param_persistence_threshold)
-    communication = communicate(sum(sizes), trained, small, zero, precision, cluster, asked.accumulation, recomputes)
+    small = sum(size for size in numbers.each if size <= zero.stage3_param_persistence_threshold)
+    communication = communicate(numbers.all, numbers.trained, small, zero, precision, cluster, asked.accumulation,
+                                recomputes)
     step = None
     if work is not None and mfu is not None:
         step = step_time(work, mfu.range, cluster, precision, micro_batch=config.train.micro_batch_size,

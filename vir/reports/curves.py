@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from vir.errors import DataError, SettingsError
-from vir.files import try_to_write
+from vir.output_folder import check_file
 from vir.reports.metrics import read_metrics
 from vir.run_folder import METRICS
 
@@ -80,11 +80,7 @@ def check_picture(flag: str, output: Path) -> None:
     if output.suffix.lower().removeprefix(".") not in formats:
         raise SettingsError(f"{flag} {output} has not the ending of a picture; give a name such as "
                             f"{output.with_suffix('.png').name} (known: {', '.join(sorted(formats))})")
-    try:
-        try_to_write(output)
-    except OSError as error:
-        raise SettingsError(f"{flag} {output} cannot be written: {error.strerror}; give a file in a folder that is "
-                            "there") from error
+    check_file(flag, output)
 
 
 if __name__ == "__main__":
