@@ -14,6 +14,7 @@ from support.forked import forked
 from support.launchers import ROOT, TINY, call
 from support.tiny_runs import command
 from vir import plan
+from vir.benchmarks import planning
 from vir.data.reader import ShardReader
 from vir.engine import ds_config
 from vir.flags import parse
@@ -243,6 +244,16 @@ def test_imagenet_is_cut_into_shards():
     images = imagenet(1000)
     assert images.count == 1_281_167 and len(images.shard_sizes) == 1282 and images.shard_sizes[-1] == 167
     assert images.image_bytes == 110_000 and len(images.classes) == 1000
+
+
+def test_a_row_of_the_page_is_what_its_command_gives(tmp_path):
+    planning.benchmark(planning.Settings(models=["one billion"], nodes=[8], json=tmp_path / "rows.json",
+                                         picture=tmp_path / "rows.png"), "a command")
+    row, = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    seconds = planning.COLUMNS.index("planned in s")
+    documented = json.loads((ROOT / "docs" / "results" / "2026-11-30-planning.json").read_text())["rows"]
+    assert [*row[:seconds], *row[seconds + 1:]] in [[*one[:seconds], *one[seconds + 1:]] for one in documented]
+    assert matplotlib.image.imread(tmp_path / "rows.png").std() > 0.05
 
 
 def test_the_commands_of_the_page_are_ones_that_are_understood():

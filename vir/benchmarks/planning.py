@@ -79,8 +79,8 @@ def _words(model: str, nodes: int, gpu: str) -> list[str]:
     """Of vir-plan."""
     settings, name = MODELS[model]
     size, micro = BATCHES[model][nodes]
-    return [*shlex.split(settings), "--deepspeed_config", name, "--nodes", str(nodes), "--gpu", gpu, "--cores", str(_CORES),
-            "--train.global_batch_size", str(size), "--train.micro_batch_size", str(micro)]
+    return [*shlex.split(settings), "--deepspeed_config", name, "--nodes", str(nodes), "--gpu", gpu, "--cores",
+            str(_CORES), "--train.global_batch_size", str(size), "--train.micro_batch_size", str(micro)]
 
 
 def _planned(words: Sequence[str]) -> tuple[dict[str, Any], float]:
