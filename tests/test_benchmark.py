@@ -241,7 +241,7 @@ def test_the_server_counts_what_it_sends(tmp_path):
 
 def test_downloads_per_shard_measured_beside_simulated(tmp_path, benchmark_traffic, monkeypatch, capsys):
     monkeypatch.setattr(traffic, "_BATCH", 20)
-    monkeypatch.setattr(traffic, "IMAGENET", 125_200)
+    monkeypatch.setattr("vir.planning.images.IMAGENET", 125_200)
     assert benchmark_traffic(["--folder", str(tmp_path), "--images", "250", "--image_bytes", "9000",
                               "--samples_per_shard", "10", "--step_ms", "60", "--nodes", "1,24",
                               "--json", str(tmp_path / "traffic.json")]) == 0
