@@ -191,8 +191,8 @@ def _checkpoints(plan: Estimate) -> Iterator[str]:
         yield f"{gigabytes(plan.checkpoint_bytes)} each"
         return
     failing = f"one of these {plan.cluster.world} GPUs" if plan.cluster.world > 1 else "the GPU"
-    yield (f"{gigabytes(found.bytes)} each, {duration(found.seconds)} at {gigabytes(found.disk_rate)}/s; {failing} fails "
-           f"every {duration(found.mtbf_seconds)} on average, and the run takes {duration(found.restart_seconds)} to "
+    yield (f"{gigabytes(found.bytes)} each, {duration(found.seconds)} at {gigabytes(found.disk_rate)}/s; {failing} "
+           f"fails every {duration(found.mtbf_seconds)} on average, and the run takes {duration(found.restart_seconds)} to "
            "start again")
     best = f"best, --checkpoint.every_steps {found.best_steps}"
     for title, cadence in (("as set", found.as_set), (best, found.best)):
