@@ -192,8 +192,8 @@ def _checkpoints(plan: Estimate) -> Iterator[str]:
         return
     failing = f"one of these {plan.cluster.world} GPUs" if plan.cluster.world > 1 else "the GPU"
     yield (f"{gigabytes(found.bytes)} each, {duration(found.seconds)} at {gigabytes(found.disk_rate)}/s; {failing} "
-           f"fails every {duration(found.mtbf_seconds)} on average, and the run takes {duration(found.restart_seconds)} to "
-           "start again")
+           f"fails every {duration(found.mtbf_seconds)} on average, and the run takes "
+           f"{duration(found.restart_seconds)} to start again")
     best = f"best, --checkpoint.every_steps {found.best_steps}"
     for title, cadence in (("as set", found.as_set), (best, found.best)):
         yield (f"{title}: one after each {duration(cadence.interval_seconds)}; {100 * cadence.goodput:.2f} % of the "
