@@ -87,7 +87,6 @@ TESTED_ELSEWHERE = {
     "vir.evaluation.pictures": "test_predict.py: as its images are named",
     "vir.evaluation.outputs": "test_evaluate.py: as its files are asked for",
     "vir.index": "test_foreign.py: with what it runs",
-    "vir.benchmarks.planning": "test_planning.py: by its tool",
     "vir.plan": "test_planning.py: as it is called", "vir.training.forecast": "test_planning.py: by a dry run",
     "vir.planning.estimate": "test_planning.py: as vir-plan and --dry_run tell it",
     "vir.planning.images": "test_planning.py", "vir.planning.page": "test_planning.py",

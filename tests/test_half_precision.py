@@ -15,7 +15,9 @@ from vir.engine.half_precision import Speed
 
 WITHOUT = {"ONEDNN_MAX_CPU_ISA": "AVX2", "CUDA_VISIBLE_DEVICES": ""}
 """A processor of 2013, as far as PyTorch's matrix products know: without instructions for bf16 and fp16."""
-WITH = any(word in Path("/proc/cpuinfo").read_text() for word in ("avx512_bf16", "amx_bf16"))
+CPU = Path("/proc/cpuinfo").read_text()
+WITH = "amx_bf16" in CPU or ("avx512_bf16" in CPU and "AuthenticAMD" in CPU)
+"""Intel's without AMX have instructions too, and took 1.8 times as long as in float32."""
 x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="takes instructions from an x86 processor")
 
 
@@ -42,10 +44,9 @@ def test_a_processor_without_the_instructions_is_told_with_what_was_measured_and
     assert "WARNING" not in of_fp32 and "trained" in of_fp32
 
 
-@pytest.mark.skipif(not WITH, reason="this processor has no instructions for bf16")
+@pytest.mark.skipif(not WITH, reason="this processor has no fast instructions for bf16")
 def test_a_processor_with_the_instructions_is_not_slow():
-    """Which other programs may make look slow in one measurement, but not in each."""
-    assert any(not half_precision.measure.__wrapped__("bf16").is_slow for _ in range(20))
+    assert not half_precision.measure.__wrapped__("bf16").is_slow
 
 
 def test_measuring_leaves_the_random_numbers_and_the_threads_as_they_are():
