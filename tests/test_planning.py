@@ -23,7 +23,7 @@ from vir.planning import page, picture
 from vir.planning.checkpoints import DISK_RATE, RESTART_S, default_mtbf
 from vir.planning.estimate import Question, estimate
 from vir.planning.hardware import Cluster, Gpu, Range
-from vir.planning.images import Images, imagenet
+from vir.planning.images import IMAGENET_1K, Images, imagenet
 from vir.planning.memory import Memory
 
 torch.set_num_threads(1)
@@ -261,4 +261,4 @@ def test_the_commands_of_the_page_are_ones_that_are_understood():
     assert len(rows) >= 16
     for row in rows:
         args, settings = plan._parser().parse_known_args(shlex.split(row))
-        parse(["--data.train", plan.IMAGENET, *settings])
+        parse(["--data.train", IMAGENET_1K, *settings])

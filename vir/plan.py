@@ -29,14 +29,12 @@ from vir.files import replace_text
 from vir.flags import parse
 from vir.output_folder import check_file
 from vir.planning.checkpoints import DISK_RATE, RESTART_S
+from vir.planning.images import IMAGE_BYTES, IMAGENET, IMAGENET_1K, SAMPLES_PER_SHARD, Images, imagenet
 
 if TYPE_CHECKING:  # a wrong flag is told before torch is imported
     from vir.planning.estimate import Estimate, Question
-    from vir.planning.images import Images
 
 PROGRAM = "vir-plan"
-IMAGENET = "imagenet-1k"
-"""Of --data: images that are assumed."""
 _HOUR = 3600.0
 _LEAST = 1e-6
 """Of prices, shares and times."""
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_file("--json", args.json)
         images = [] if args.data is None else ["--data.train", args.data]
-        config = parse(["--data.train", IMAGENET, *settings, *images])
+        config = parse(["--data.train", IMAGENET_1K, *settings, *images])
         estimate = _estimate(args, config)
         _tell(estimate, args, shlex.join(["vir-plan", *words]))
         estimate.check_that_something_fits()
@@ -81,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of one GPU's share of the network cards of its node, in bytes/s, e.g. 50GB, or bits/s, e.g. 400Gb "
              "(default: as is usual for this GPU)")
     add("--data", metavar="SHARDS",
-        help=f"training shards, as --data.train names them; {IMAGENET} assumes 1,281,167 images of 110 KB in shards of "
-             f"1,000 (default, where no --data.train is given)")
+        help=f"training shards, as --data.train names them; {IMAGENET_1K} assumes {IMAGENET:,} images of "
+             f"{IMAGE_BYTES / 1000:.0f} KB in shards of {SAMPLES_PER_SHARD:,} (default, where no --data.train is given)")
     add("--mfu", type=_share, metavar="SHARE",
         help="model FLOPs utilisation, e.g. 0.3 (default: what was measured and published for such GPUs and models)")
     add("--cores", type=_count, metavar="N", help="CPU cores of each node, for its loader processes")
@@ -182,9 +180,7 @@ def _question(args: argparse.Namespace, config: RunConfig) -> Question:
 
 
 def _images(config: RunConfig) -> Images:
-    from vir.planning.images import Images, imagenet
-
-    if config.data.train == IMAGENET:
+    if config.data.train == IMAGENET_1K:
         return imagenet()
     from vir.data.opening import open_reader, places
 

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # pages of results are made without torch
     from vir.data.reader import Reader
 
+IMAGENET_1K = "imagenet-1k"
+"""Its name, of images that are assumed."""
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k."""
 IMAGE_BYTES = 110_000
 """Of one of them, on average."""
+SAMPLES_PER_SHARD = 1000
 _CLASSES = 1000
 
 
@@ -44,9 +47,9 @@ class Images:
         return sum(self.shard_bytes) / self.count if self.shard_bytes else IMAGE_BYTES
 
 
-def imagenet(samples_per_shard: int = 1000) -> Images:
+def imagenet(samples_per_shard: int = SAMPLES_PER_SHARD) -> Images:
     """ImageNet-1k in shards of so many images; the last one has the rest."""
     sizes = [samples_per_shard] * (IMAGENET // samples_per_shard)
     sizes += [IMAGENET - sum(sizes)] if sum(sizes) < IMAGENET else []
-    return Images(name="imagenet-1k", shard_sizes=sizes, shard_bytes=[size * IMAGE_BYTES for size in sizes],
+    return Images(name=IMAGENET_1K, shard_sizes=sizes, shard_bytes=[size * IMAGE_BYTES for size in sizes],
                   classes=[""] * _CLASSES, is_assumed=True)
