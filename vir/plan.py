@@ -79,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of one GPU's share of the network cards of its node, in bytes/s, e.g. 50GB, or bits/s, e.g. 400Gb "
              "(default: as is usual for this GPU)")
     add("--data", metavar="SHARDS",
-        help=f"training shards, as --data.train names them; {IMAGENET_1K} assumes {IMAGENET:,} images of "
-             f"{IMAGE_BYTES / 1000:.0f} KB in shards of {SAMPLES_PER_SHARD:,} (default, where no --data.train is given)")
+        help=f"training shards, as --data.train names them; {IMAGENET_1K} assumes {IMAGENET:,} images "
+             f"of {IMAGE_BYTES / 1000:.0f} KB in shards of {SAMPLES_PER_SHARD:,} (default, "
+             "where no --data.train is given)")
     add("--mfu", type=_share, metavar="SHARE",
         help="model FLOPs utilisation, e.g. 0.3 (default: what was measured and published for such GPUs and models)")
     add("--cores", type=_count, metavar="N", help="CPU cores of each node, for its loader processes")
