@@ -15,8 +15,9 @@ from vir.engine.stacks import recompute
 from vir.errors import SettingsError
 from vir.models.build import build, sketch
 from vir.planning import activations
-from vir.planning.activations import DTYPES, NotMeasuredError, measure
+from vir.planning.activations import NotMeasuredError, measure
 from vir.training.loss import training_loss
+from vir.weights.metadata import DTYPES
 
 torch.set_num_threads(1)
 CLASSES = [str(n) for n in range(10)]

@@ -177,8 +177,10 @@ def test_the_total_is_the_larger_of_passes_and_update():
 
 
 def test_a_checkpoint_holds_weights_and_masters_with_their_states():
-    assert checkpoint_bytes(10, 4, 2, 2, 3) == 2 * 10 + (4 + 12) * 6 + 4 * 4
-    assert checkpoint_bytes(10, 4, 0, 4, 3) == 4 * 10 + 12 * 6 + 4 * 4
+    numbers = Numbers(groups=((6,),), frozen=(4,))
+    sharded = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    assert checkpoint_bytes(numbers, sharded, OptimConfig(), True) == 2 * 10 + (4 + 12) * 6 + 4 * 4
+    assert checkpoint_bytes(numbers, {}, OptimConfig(), True) == 4 * 10 + 12 * 6 + 4 * 4
 
 
 @pytest.mark.parametrize("mixup, on_gpu, given", [(0.0, False, {}), (0.8, True, {"activation_checkpointing": {}})])

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Container, Literal, Optional
+from typing import Any, Container, Literal, Mapping, Optional
 
 import yaml
 
@@ -35,6 +35,13 @@ def check(holds: bool, flag: str, value: object, limit: str) -> None:
     """Raises SettingsError with the limit where it does not hold."""
     if not holds:
         raise SettingsError(f"--{flag} is {value!r}; it must be {limit}")
+
+
+def check_positive(numbers: Mapping[str, float]) -> None:
+    """Raises SettingsError with the name of the first that is not above 0, or infinite."""
+    for name, value in numbers.items():
+        if not 0 < value < float("inf"):
+            raise SettingsError(f"{name} must be positive and finite, got {value:g}")
 
 
 def check_timeout(flag: str, seconds: float) -> None:

@@ -45,8 +45,6 @@ _CORES = 112
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     gpu: str = "h100-80gb"
-    models: Sequence[str] = tuple(MODELS)
-    nodes: Sequence[int] = (1, 8, 32, 128)
     json: Path | None = None
     picture: Path | None = None
 
@@ -60,8 +58,8 @@ def benchmark(settings: Settings, command: str) -> str:
     """
     check_file("--json", settings.json)
     rows, plans = [], []
-    for model in settings.models:
-        for nodes in settings.nodes:
+    for model, batches in BATCHES.items():
+        for nodes in batches:
             words = _words(model, nodes, settings.gpu)
             plan, seconds = _planned(words)
             plans.append((model, plan))

@@ -23,9 +23,8 @@ from vir.engine.batch_norm import compute_in_float32
 from vir.engine.stacks import recompute
 from vir.errors import SettingsError
 from vir.models.retention import as_on_gpu
+from vir.weights.metadata import DTYPES
 from vir.weights.spec import ModelSpec
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _WHOLE = 4
 """Alike blocks in a row up to which all are run. Of more, the first two and the last are."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vir.config import check_positive
 from vir.errors import SettingsError
 
 INTERRUPTIONS, DAYS, GPUS = 419, 54, 16_384
@@ -122,10 +123,8 @@ def plan_checkpoints(size: int, *, disk_rate: float, mtbf_seconds: float, step_s
     Raises:
         SettingsError: a number that is not positive and finite.
     """
-    for name, value in (("a checkpoint's bytes", size), ("--disk", disk_rate), ("--mtbf", mtbf_seconds),
-                        ("seconds per step", step_seconds), ("the time between checkpoints", every_seconds)):
-        if not 0 < value < float("inf"):
-            raise SettingsError(f"{name} must be positive and finite, got {value:g}")
+    check_positive({"a checkpoint's bytes": size, "--disk": disk_rate, "--mtbf": mtbf_seconds,
+                    "seconds per step": step_seconds, "the time between checkpoints": every_seconds})
     if not 0 <= restart_seconds < float("inf"):
         raise SettingsError(f"the time of a restart must be at least 0 s and finite, got {restart_seconds:g}")
     seconds = size / disk_rate

@@ -195,7 +195,7 @@ def estimate(asked: Question) -> Estimate:
         shuffle = shuffle_quality(images.shard_sizes, traffic.lanes, traffic.window, config.train.seed)
     speed = epoch = seconds = loads = checkpoints = wall = cost = None
     rates: dict[str, Range] = {}
-    written = _checkpoint_bytes(asked, parameters, trained)
+    written = checkpoint_bytes(planner.numbers, asked.ds_config, config.optim, config.ema.decay > 0)
     if chosen.step is not None:
         loads = loading(chosen.step.images_per_second.high, nodes=cluster.nodes, image_bytes=images.image_bytes,
                         augment=config.augment, traffic=traffic, img_size=max(asked.spec.input.size[1:]))
@@ -305,12 +305,6 @@ def _checkpoints(asked: Question, size: int, step_seconds: float, epoch_seconds:
     return plan_checkpoints(size, disk_rate=asked.disk, mtbf_seconds=mtbf, step_seconds=step_seconds,
                             total_steps=asked.total_steps, every_seconds=every,
                             restart_seconds=asked.restart)
-
-
-def _checkpoint_bytes(asked: Question, parameters: int, trained: int) -> int:
-    states = optimizer.states_per_number(asked.config.optim) + (asked.config.ema.decay > 0)
-    return checkpoint_bytes(parameters, parameters - trained, ds_config.zero_stage(asked.ds_config),
-                            4 if ds_config.precision(asked.ds_config) == "fp32" else 2, states)
 
 
 def _remedy(asked: Question, planner: MemoryPlanner, contents: dict[str, dict[str, Any]],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vir.config import AugmentConfig
+from vir.config import AugmentConfig, check_positive
 from vir.errors import SettingsError
 from vir.planning.traffic import Traffic
 
@@ -92,10 +92,8 @@ def loading(images_per_second: float, *, nodes: int, image_bytes: float, augment
     Raises:
         SettingsError: numbers that are not positive and finite, or a decoder that was not measured.
     """
-    for name, value in (("images per second", images_per_second), ("--nodes", nodes), ("bytes per image", image_bytes),
-                        ("--model.img_size", img_size)):
-        if not 0 < value < float("inf"):
-            raise SettingsError(f"{name} must be positive and finite, got {value:g}")
+    check_positive({"images per second": images_per_second, "--nodes": nodes, "bytes per image": image_bytes,
+                    "--model.img_size": img_size})
     name, is_measured = augmentation(augment)
     if (name, decoder) not in RATES:
         raise SettingsError(f"no rate of the decoder {decoder} was measured, only of "

@@ -16,10 +16,11 @@ from typing import Any
 from torch import nn
 
 from vir.config import OptimConfig, RunConfig
-from vir.engine.ds_config import ZeroSettings, precision, zero_settings
+from vir.engine.ds_config import ZeroSettings, precision, zero_settings, zero_stage
 from vir.engine.optimizer import FUSED, parameter_groups, states_per_number
 from vir.engine.stacks import repeated_blocks
-from vir.planning.activations import DTYPES, Activations, measure
+from vir.planning.activations import Activations, measure
+from vir.weights.metadata import DTYPES
 from vir.weights.spec import ModelSpec
 
 CONTEXT = 1_500_000_000
@@ -324,7 +325,8 @@ def _last(first: int, last: int, step: int, holds: Callable[[int], bool]) -> int
     return first + low * step
 
 
-def checkpoint_bytes(parameters: int, frozen: int, zero_stage: int, itemsize: int, states: int) -> int:
-    """Bytes of a checkpoint over all ranks: weights as they compute, and float32 masters with `states` numbers each."""
-    masters = 0 if zero_stage == 0 and itemsize == 4 else 4
-    return itemsize * parameters + (masters + 4 * states) * (parameters - frozen) + 4 * frozen
+def checkpoint_bytes(numbers: Numbers, ds_json: dict[str, Any], optim: OptimConfig, averages: bool) -> int:
+    """Of a checkpoint over all ranks: weights as they compute, float32 masters, optimizer state and average."""
+    itemsize, states = DTYPES[precision(ds_json)].itemsize, states_per_number(optim) + averages
+    masters = 0 if zero_stage(ds_json) == 0 and itemsize == 4 else 4
+    return itemsize * numbers.all + (masters + 4 * states) * numbers.trained + 4 * sum(numbers.frozen)

@@ -13,7 +13,6 @@ from vir.config import DataConfig, OptimConfig, RunConfig, ScheduleConfig, plan_
 from vir.data.reader import Reader
 from vir.data.traffic import working_set
 from vir.distributed import World
-from vir.engine import optimizer
 from vir.engine.engine import Engine
 from vir.planning.memory import Memory, checkpoint_bytes, count_numbers, plan_states
 from vir.reports.throughput import forward_flops, peak_flops
@@ -95,7 +94,7 @@ def steps_every(epochs: float, num_samples: int, global_batch_size: int, total: 
 def describe(config: RunConfig, ds_config: dict[str, Any], plan: Plan, engine: Engine, spec: ModelSpec, train: Reader,
              val: Reader | None, world: World, teacher: Teacher | None = None) -> Iterator[str]:
     """Lines for people: model, teacher, parameter groups, data, batches, steps, learning rate, memory, disk."""
-    numbers, states = count_numbers(engine.module, engine.groups), optimizer.states_per_number(config.optim)
+    numbers = count_numbers(engine.module, engine.groups)
     memory = plan_states(numbers, ds_config, world.size, config.optim, engine.has_ema, plan.accumulation)
     parameters, frozen = numbers.all, sum(numbers.frozen)
     groups = (f"{group['name']} {len(group['names'])}" +
@@ -117,8 +116,7 @@ def describe(config: RunConfig, ds_config: dict[str, Any], plan: Plan, engine: E
            f"{len(plan.checkpoint_steps)} checkpoints")
     yield _course(plan)
     yield _memory(memory, engine.has_ema, teacher.bytes if teacher else 0)
-    yield _disk(config, plan, checkpoint_bytes(parameters, frozen, engine.zero_stage, engine.dtype.itemsize,
-                                               states + engine.has_ema))
+    yield _disk(config, plan, checkpoint_bytes(numbers, ds_config, config.optim, engine.has_ema))
 
 
 def _memory(memory: Memory, averages: bool, teacher: int) -> str:
