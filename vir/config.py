@@ -418,6 +418,14 @@ class CheckpointConfig:
     """Epochs between checkpoints; the end of the run and a stop by signal are always saved."""
     every_steps: Optional[int] = _free(None)
     """Steps between checkpoints, instead of every_epochs."""
+    every_minutes: Optional[float] = _free(10.0)
+    """Minutes after the last checkpoint at which one is saved beside those; null: none is."""
+    asynchronous: bool = _free(True)
+    """Copy the state into host memory at the end of a step, and write it from there while training goes on; false:
+    training waits until it is on the disk, which takes no memory."""
+    local: str = _free("")
+    """Folder on a disk of each node's own, such as an NVMe drive, that also keeps the newest checkpoint: the parts of
+    that node's ranks and of the next node's. A run whose shared copy is older begins from these."""
     keep: int = _free(3)
     """Newest checkpoints to keep."""
     keep_every_epochs: Optional[float] = _free(None)
@@ -429,6 +437,10 @@ class CheckpointConfig:
         check(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "positive")
         check(self.every_steps is None or self.every_steps >= 1, "checkpoint.every_steps", self.every_steps,
               "at least 1")
+        check(self.every_minutes is None or self.every_minutes > 0, "checkpoint.every_minutes", self.every_minutes,
+              "positive")
+        check(self.asynchronous or not self.local, "checkpoint.local", self.local,
+              "left out with --checkpoint.asynchronous false: it is written from the copy in host memory")
         check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
         check(self.keep_every_epochs is None or self.keep_every_epochs > 0, "checkpoint.keep_every_epochs",
               self.keep_every_epochs, "positive")
