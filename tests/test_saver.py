@@ -30,12 +30,11 @@ class Engine:
 
     updates, zero_stage, precision, has_ema = 7, 2, "fp16", True
     loss_scale = SimpleNamespace(state=lambda: {"cur_scale": 256.0})
-    problems = ()
+    to = ""
 
-    def save(self, folder):
+    def save(self, folder, take):
         folder.mkdir()
-        (folder / "mp_rank_00_model_states.pt").write_text("weights")
-        return list(self.problems)
+        take({"weights": torch.zeros(2)}, folder / self.to / "mp_rank_00_model_states.pt")
 
 
 def config_of(run, **checkpoint):

@@ -45,7 +45,7 @@ def test_a_signal_is_remembered(handlers, number):
 def test_a_signal_before_joining_is_not_lost(handlers):
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGTERM)
-    stop.join(1)
+    stop.join()
     assert stop.agree() is True
 
 

@@ -13,7 +13,8 @@ import torch
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo, read_info
 from vir.checkpoints.names import newest
-from vir.checkpoints.store import Kept, best_so_far, save, select
+from vir.checkpoints.saving import save
+from vir.checkpoints.store import Kept, best_so_far, select
 from vir.distributed import World
 from vir.errors import CheckpointError, SettingsError
 from vir.weights.spec import InputSpec, ModelSpec
@@ -33,14 +34,17 @@ def warnings_alone(caplog):
     caplog.set_level(logging.WARNING, "vir")
 
 
-def writing(content="weights", problems=()):
-    def write(folder):
+def writing(content="weights", files=FILES):
+    def hand_over(folder, take):
         folder.mkdir()
-        for name in FILES:
-            (folder / name).write_text(f"{name} {content}")
-        return list(problems)
+        for name in files:
+            take(f"{name} {content}", folder / name)
 
-    return write
+    return hand_over
+
+
+def holds(path, content):
+    return content.encode() in path.read_bytes()
 
 
 def checkpoint(run, step, write=None, *, samples=None, kept=Kept(100, None), best=False, **said):
@@ -79,9 +83,9 @@ def test_a_checkpoint_lists_its_files_as_they_are_and_latest_names_it(tmp_path):
 
 
 def test_it_takes_its_name_when_it_is_whole(tmp_path):
-    def write(folder):
+    def write(folder, take):
         assert folder.name == "step-00000003.part" and not newest(tmp_path)
-        return writing()(folder)
+        writing()(folder, take)
 
     checkpoint(tmp_path, 3, write)
 
@@ -89,7 +93,7 @@ def test_it_takes_its_name_when_it_is_whole(tmp_path):
 def test_a_step_that_is_saved_again_is_replaced(tmp_path):
     checkpoint(tmp_path, 3, writing("old"))
     folder = checkpoint(tmp_path, 3, writing("new"))
-    assert all(path.read_text().endswith("new") for path in folder.glob("*.pt"))
+    assert all(holds(path, "new") for path in folder.glob("*.pt"))
     assert steps(tmp_path) == [3]
 
 
@@ -99,19 +103,19 @@ def test_what_a_kill_left_behind_is_removed_by_the_next_save(tmp_path):
         (tmp_path / "checkpoints" / name / FILES[0]).write_text("half")
     checkpoint(tmp_path, 2)
     assert steps(tmp_path) == [2]
-    assert "half" not in (newest(tmp_path) / FILES[0]).read_text()
+    assert not holds(newest(tmp_path) / FILES[0], "half")
 
 
 def test_a_checkpoint_that_was_being_replaced_stays_until_a_newer_one_is_whole(tmp_path):
     folder = checkpoint(tmp_path, 1)
     kept = folder.rename(folder.with_name("step-00000001.replaced.part"))  # latest names what is not there
 
-    def killed(folder):
-        writing("half")(folder)
+    def killed(folder, take):
+        writing("half")(folder, take)
         raise Killed
 
-    with pytest.raises(CheckpointError, match="disk full"):
-        checkpoint(tmp_path, 2, writing(problems=["disk full"]))
+    with pytest.raises(CheckpointError, match="No such file"):
+        checkpoint(tmp_path, 2, writing(files=["no/a.pt"]))
     assert select(tmp_path, WORLD) == (kept, read_info(kept))
     with pytest.raises(Killed):
         checkpoint(tmp_path, 2, killed)
@@ -124,7 +128,7 @@ def test_a_step_whose_replacement_was_not_cleaned_up_is_saved_again(tmp_path):
     folder = checkpoint(tmp_path, 1)
     shutil.copytree(folder, folder.with_name("step-00000001.replaced.part"))
     checkpoint(tmp_path, 1, writing("new"))
-    assert steps(tmp_path) == [1] and all(path.read_text().endswith("new") for path in folder.glob("*.pt"))
+    assert steps(tmp_path) == [1] and all(holds(path, "new") for path in folder.glob("*.pt"))
 
 
 # ---- what is kept
@@ -260,15 +264,15 @@ def given_up(run, write, said, **more):
 
 def test_a_problem_of_the_writer_gives_the_checkpoint_up_and_no_other(tmp_path):
     checkpoint(tmp_path, 1)
-    given_up(tmp_path, writing(problems=["a.pt: No space left on device"]), "rank 0: a.pt: No space left",
+    given_up(tmp_path, writing(files=[FILES[0], "no/a.pt"]), "rank 0: .*/no/a.pt: .*No such file",
              kept=Kept(1, None), best=True)
     checkpoint(tmp_path, 2)  # and the next one can be written
     assert steps(tmp_path) == [1, 2]
 
 
 def test_a_writer_that_breaks_off_half_way_costs_no_other_checkpoint(tmp_path):
-    def write(folder):
-        writing("half")(folder)
+    def write(folder, take):
+        writing("half")(folder, take)
         raise OSError(28, "No space left on device")
 
     checkpoint(tmp_path, 1)
@@ -278,21 +282,12 @@ def test_a_writer_that_breaks_off_half_way_costs_no_other_checkpoint(tmp_path):
     assert before.items() <= contents(tmp_path).items()
     assert select(tmp_path, WORLD)[1].step == 1
     checkpoint(tmp_path, 2)  # what it left is gone
-    assert steps(tmp_path) == [1, 2] and "half" not in (newest(tmp_path) / FILES[0]).read_text()
+    assert steps(tmp_path) == [1, 2] and not holds(newest(tmp_path) / FILES[0], "half")
 
 
 def test_a_writer_that_wrote_nothing_is_told(tmp_path):
     checkpoint(tmp_path, 1)
-    given_up(tmp_path, lambda folder: [], "No such file or directory.*step-00000002.part")
-
-
-def test_what_cannot_be_read_back_is_told(tmp_path):
-    def write(folder):
-        (folder / "mp_rank_00_model_states.pt").mkdir(parents=True)
-        return []
-
-    checkpoint(tmp_path, 1)
-    given_up(tmp_path, write, "mp_rank_00_model_states.pt cannot be read: Is a directory")
+    given_up(tmp_path, lambda folder, take: None, "No such file or directory.*step-00000002.part")
 
 
 def test_a_pointer_that_cannot_be_moved_is_told_and_the_one_before_stays(tmp_path):

@@ -42,6 +42,7 @@ class World:
 TIMEOUT = timedelta(hours=1)
 """Of a collective. Longer than any save or evaluation that others wait for; a lost rank is found by the heartbeat."""
 
+_host: Any = None
 _server: Store | None = None
 """Keeps serving while it is referred to."""
 _starting_server = threading.Lock()
@@ -145,12 +146,14 @@ def start() -> World:
         torch.cuda.set_device(device)
     share_cores()
     interfaces.set_gloos(place, launcher.nodes())
+    global _host
     if not dist.is_initialized():
         store = HashStore() if place.size == 1 else PrefixStore("group", connect(place, TIMEOUT))
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=place.rank, world_size=place.size,
                                 timeout=TIMEOUT,
                                 # With a device NCCL splits each later group off this one, which fails for one rank.
                                 device_id=device if cuda and place.size > 1 else None)
+        _host = dist.new_group(backend="gloo", timeout=TIMEOUT) if place.size > 1 else None
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 
@@ -211,7 +214,15 @@ def share_cores() -> None:
         torch.set_num_threads(launcher.cores())
 
 
+def host_group() -> Any:
+    """Of all ranks, between their hosts: a collective of it waits for no device. None before start(), and for one rank
+    alone."""
+    return _host
+
+
 def stop() -> None:
+    global _host
+    _host = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -226,7 +237,7 @@ def broadcast(value: Any) -> Any:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_host)
     return box[0]
 
 
@@ -235,7 +246,7 @@ def gather(value: Any) -> list[Any]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     boxes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, value)
+    dist.all_gather_object(boxes, value, group=_host)
     return boxes
 
 

@@ -101,7 +101,7 @@ def counting(kept: list[int]) -> torch.autograd.graph.saved_tensors_hooks:
 
 
 def save(engine, job: Job, done: int, world) -> None:
-    from vir.checkpoints import store
+    from vir.checkpoints import saving, store
     from vir.checkpoints.info import CheckpointInfo
     from vir.weights.spec import InputSpec, ModelSpec
 
@@ -111,13 +111,13 @@ def save(engine, job: Job, done: int, world) -> None:
         samples_seen=done * GLOBAL_BATCH, step=done, updates=engine.updates, world_size=world.size,
         zero_stage=job.stage, precision=job.precision, ema=engine.has_ema, loss_scaler=engine.loss_scale.state(),
         metrics={}, config={}, model=spec, data_fingerprint="")
-    store.save(engine.save, Path(job.output), info, world, store.Kept(1, None), False)
+    saving.save(engine.save, Path(job.output), info, world, store.Kept(1, None), False)
 
 
 def refused(engine) -> bool:
     """Whether the engine does not save what a checkpoint would lose."""
     try:
-        engine.save(Path("nowhere"))
+        engine.save(Path("nowhere"), lambda state, path: None)
     except AssertionError as error:
         return "finish the global batch first" in str(error)
     return False

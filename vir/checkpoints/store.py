@@ -6,15 +6,13 @@ A folder without checkpoint.json, or whose files are not those that it lists, is
 from __future__ import annotations
 
 import shutil
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import NamedTuple
 
 from vir import distributed
-from vir.checkpoints.info import DESCRIPTION, CheckpointInfo, read_info, sha256, verify
+from vir.checkpoints.info import DESCRIPTION, CheckpointInfo, read_info, verify
 from vir.checkpoints.names import BEST, LATEST, REPLACED, STEPS, candidates, name_of, named_by, pointed, step_of
-from vir.checkpoints.partitions import files_of_rank
 from vir.distributed import World
 from vir.errors import CheckpointError, SettingsError, VirError
 from vir.files import flush, replace_text
@@ -23,9 +21,6 @@ from vir.run_folder import CHECKPOINTS
 from vir.weights.fields import some
 
 REMOVED = ".removed.part"
-
-Files = dict[str, dict[str, Any]]
-"""bytes and sha256 of each file, by name."""
 
 
 @dataclass(frozen=True)
@@ -37,47 +32,7 @@ class Kept:
     """Also the first after each so many samples, for good."""
 
 
-def save(write: Callable[[Path], list[str]], run: Path, info: CheckpointInfo, world: World, kept: Kept,
-         is_best: bool) -> float:
-    """Write a checkpoint at the end of a step, move `latest` to it, remove what is not kept. Collective.
-
-    Args:
-        write: writes the files of all ranks into a folder and returns the problems that this rank had. Collective.
-        info: the description, without the files.
-
-    Returns:
-        The seconds it took.
-
-    Raises:
-        CheckpointError: it could not be written; the checkpoints before it are as they were.
-    """
-    began = time.monotonic()
-    root, name = run / CHECKPOINTS, name_of(info.step)
-    part = root / (name + ".part")
-    _on_main(lambda: _make_room(root, part), part, world)
-    info = replace(info, files=_written(write, part, world))
-    _on_main(lambda: _publish(part, root / name, info, is_best), part, world)
-    if world.is_main:
-        _remove_old(root, info.step, kept)
-    seconds = time.monotonic() - began
-    log.info("checkpoint %s: %.1f MB in %.1f s%s", root / name,
-             sum(file["bytes"] for file in info.files.values()) / 1e6, seconds, ", the best so far" if is_best else "")
-    return seconds
-
-
-def _on_main(work: Callable[[], None], part: Path, world: World) -> None:
-    """Do this on rank 0; give the checkpoint up on every rank where it fails. Collective."""
-    problems = []
-    if world.is_main:
-        try:
-            work()
-        except OSError as error:
-            problems = [f"rank 0: {error}"]
-    if problems := distributed.broadcast(problems):
-        _give_up(part, problems, world)
-
-
-def _make_room(root: Path, part: Path) -> None:
+def make_room(root: Path, part: Path) -> None:
     """Remove what kills have left, except for checkpoints that were being replaced: this run may continue from one."""
     if not root.is_dir():
         root.mkdir()
@@ -97,39 +52,8 @@ def _discard(folder: Path) -> None:
         log.warning("%s could not be removed: %s", folder, error)
 
 
-def _written(write: Callable[[Path], list[str]], part: Path, world: World) -> Files:
-    """Write, flush and measure the files of all ranks. Collective."""
-    problems = write(part)
-    mine: Files = {}
-    try:
-        for path in files_of_rank(part, world.rank):
-            flush(path)
-            mine[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    except (OSError, CheckpointError) as error:
-        problems.append(str(error))
-    everyone = distributed.gather((problems, mine))
-    if said := [f"rank {rank}: {of_rank[0]}" for rank, (of_rank, _) in enumerate(everyone) if of_rank]:
-        _give_up(part, said, world)
-    return {name: file for _, of_rank in everyone for name, file in of_rank.items()}
-
-
-def _give_up(part: Path, problems: list[str], world: World) -> None:
-    free = _free_space(part.parent)  # torch does not tell of a full disk
-    distributed.barrier()
-    if world.is_main:
-        shutil.rmtree(part, ignore_errors=True)
-    raise CheckpointError(f"the checkpoint {part.with_suffix('')} could not be written: {problems[0]} ({free}); those "
-                          "before it are whole: free some space and run the same command again")
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
-    except OSError as error:
-        return f"its folder cannot be asked for free space: {error.strerror}"
-
-
-def _publish(part: Path, folder: Path, info: CheckpointInfo, is_best: bool) -> None:
+def publish(part: Path, folder: Path, info: CheckpointInfo, is_best: bool) -> None:
+    """Give what is whole under a temporary name its own, and move `latest` to it. Raises OSError."""
     root, replaced = folder.parent, folder.with_name(folder.name + REPLACED)
     replace_text(part / DESCRIPTION, info.to_json())
     if folder.exists():
@@ -143,7 +67,7 @@ def _publish(part: Path, folder: Path, info: CheckpointInfo, is_best: bool) -> N
     replace_text(root / LATEST, folder.name)
 
 
-def _remove_old(root: Path, step: int, kept: Kept) -> None:
+def remove_old(root: Path, step: int, kept: Kept) -> None:
     """Remove what the checkpoint of this step, now published, has made superfluous, or warn."""
     try:
         superfluous = [*root.glob(STEPS + REPLACED), *_outlived(root, step, kept)]

@@ -35,10 +35,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._number = 0
+        self._asked_at = 0.0
         self._agreed = 0
         self._wishes: set[str] = set()
         self.agreed_wishes: frozenset[str] = frozenset()
         """Of SAVE and EVALUATE, what the last `agree` was also asked for, by a file in the run folder."""
+        self.all_ready = False
+        """Whether every rank was ready at the last `agree`."""
         self._group: Any = None
         heard = [number for number in SIGNALS if number in (signal.SIGTERM, signal.SIGUSR1)
                  or signal.getsignal(number) is not signal.SIG_IGN]
@@ -50,11 +53,12 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._ask) for number in heard}
 
     def _ask(self, number: int, frame: Any) -> None:
-        self._number = self._number or number  # launchers answer a Ctrl-C by a SIGTERM
+        self.ask(number)  # launchers answer a Ctrl-C by a SIGTERM
 
     def ask(self, cause: int) -> None:
         """Stop for another cause than a signal to this process: the number of one that came elsewhere, or STOP_FILE or
         LAUNCHER_GONE."""
+        self._asked_at = self._asked_at or time.monotonic()
         self._number = self._number or cause
 
     def wish(self, names: Collection[str]) -> None:
@@ -67,6 +71,11 @@ class StopRequest:
         return bool(self._number)
 
     @property
+    def asked_for(self) -> float:
+        """Seconds since this rank has got it; 0 where it has not."""
+        return time.monotonic() - self._asked_at if self._asked_at else 0.0
+
+    @property
     def number(self) -> int:
         """Of the signal, or of what else, for which `agree` said that a rank has got it; 0 where it said no."""
         return self._agreed
@@ -76,19 +85,21 @@ class StopRequest:
         """Its name."""
         return _NAMES.get(self._agreed) or signal.Signals(self._agreed).name
 
-    def join(self, world_size: int) -> None:
-        """Ask the other ranks from now on. Collective, after the process group is there."""
-        import torch.distributed as dist
+    def join(self) -> None:
+        """Ask the other ranks from now on. After the process group is there."""
+        from vir import distributed
 
-        from vir.distributed import TIMEOUT
+        self._group = distributed.host_group()  # under NCCL the flag would cost a synchronisation of the device
 
-        # A group of its own on CPU: under NCCL the flag would cost a synchronisation of the device.
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
+    def agree(self, is_ready: bool = False) -> bool:
+        """Whether to stop: the same answer on every rank, as are `agreed_wishes` and `all_ready`. Collective, once a
+        step.
 
-    def agree(self) -> bool:
-        """Whether to stop: the same answer on every rank, as are `agreed_wishes`. Collective, once a step."""
+        Args:
+            is_ready: whether this rank is, for what all must be ready for.
+        """
         wishes, self._wishes = self._wishes, set()
-        said = [self._number or _NONE, *(name not in wishes for name in (SAVE, EVALUATE))]
+        said = [self._number or _NONE, *(name not in wishes for name in (SAVE, EVALUATE)), is_ready]
         if self._group is not None:
             import torch
             import torch.distributed as dist
@@ -96,8 +107,9 @@ class StopRequest:
             of_all = torch.tensor(said)
             dist.all_reduce(of_all, op=dist.ReduceOp.MIN, group=self._group)
             said = of_all.tolist()
+        self.all_ready = bool(said[-1])
         self._agreed = said[0] % _NONE  # Ctrl-C before the SIGTERM of a launcher that was met elsewhere
-        self.agreed_wishes = frozenset(name for name, left_out in zip((SAVE, EVALUATE), said[1:]) if not left_out)
+        self.agreed_wishes = frozenset(name for name, left_out in zip((SAVE, EVALUATE), said[1:-1]) if not left_out)
         return bool(self._agreed)
 
     def close(self) -> None:
@@ -118,6 +130,12 @@ class LauncherGrace:
     def stepped(self, seconds: float) -> None:
         """Take up a step that has taken so long."""
         self._step = max(self._step, seconds)
+
+    def left(self, stop: StopRequest) -> float:
+        """Seconds that are left to save, after what has stopped the run; infinite where nobody will kill it."""
+        if self._launcher is None or stop.number in (STOP_FILE, LAUNCHER_GONE):
+            return float("inf")
+        return launcher.GRACE_S - stop.asked_for
 
     def saved(self, seconds: float) -> str:
         """Take up a checkpoint that has taken so long; what a user must know of it, once."""

@@ -169,17 +169,20 @@ class Engine:
         self.deepspeed.train()
         self.use_weights()
 
-    def save(self, folder: Path) -> list[str]:
-        """Write DeepSpeed's files into a folder and return the problems that this rank had. Collective."""
+    def save(self, folder: Path, take: Callable[[Any, Path], None]) -> None:
+        """Hand over the content of each of DeepSpeed's files that this rank would write into a folder. Collective.
+
+        Args:
+            take: must not raise, for the other ranks wait for this one further on; the state that it is given is the
+                engine's own, which the next step changes.
+        """
         assert not self._shows_average, "use_weights() first: this would save the average as the weights"
         assert self.deepspeed.micro_steps % self._accumulation == 0, (
             "finish the global batch first: the gradients accumulated so far would not be saved")
-        recorder = self.deepspeed.checkpoint_engine
-        recorder.problems.clear()
+        self.deepspeed.checkpoint_engine.take = take
         self.deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False,
                                        client_state={EMA_BUFFERS: self._buffers.average,
                                                      FROZEN: list(self._layout.frozen())})
-        return list(recorder.problems)
 
     @torch.no_grad()
     def restore(self, saved: Partitions, info: CheckpointInfo) -> None:
@@ -236,30 +239,13 @@ class Engine:
         self.deepspeed.destroy()
 
 
-class _Recorder(TorchCheckpointEngine):
-    """Writes files by torch.save and remembers what failed, because the other ranks wait for this one further on.
+class _HandOver(TorchCheckpointEngine):
+    """Hands what DeepSpeed saves over to another writer."""
 
-    Into a file of Python's: where torch opens it itself, a full disk is an "unexpected pos" or an "iostream error".
-    """
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.problems: list[str] = []
+    take: Callable[[Any, Path], None]
 
     def save(self, state_dict: Any, path: str) -> None:
-        try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-        except (OSError, RuntimeError) as error:
-            self.problems.append(f"{path}: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> BaseException:
-    """What the system said, where torch has put an error of its own on top of it."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, OSError):
-        found = found.__context__
-    return found or error
+        self.take(state_dict, Path(path))
 
 
 def _check_device(config: RunConfig, ds_config: dict[str, Any]) -> None:
@@ -331,12 +317,13 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
     """A DeepSpeedEngine."""
     _import_muon()
     settings = {**ds.complete(ds_config, config, accumulation), "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False}  # optimizer.check_name() knows which one is right where
+                "zero_force_ds_cpu_optimizer": False,  # optimizer.check_name() knows which one is right where
+                "checkpoint": {"tag_validation": "Ignore"}}  # the name is of the step, about which the ranks agree
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     except (DeepSpeedConfigError, ValidationError, ZeRORuntimeException, NotImplementedError, ImportError) as error:
         raise SettingsError(f"DeepSpeed refuses {config.deepspeed_config}: {error}") from error
-    engine.checkpoint_engine = _Recorder(engine._config)
+    engine.checkpoint_engine = _HandOver(engine._config)
     engine._copy_recovery_script = lambda folder: None  # data should hold no programs
     return engine
 

@@ -15,7 +15,7 @@ from vir.config import TrainConfig
 from vir.data.batch import Batch
 from vir.data.loader import Batches
 from vir.engine.engine import Engine, Update
-from vir.errors import LossScaleError, NotFiniteError
+from vir.errors import CheckpointError, LossScaleError, NotFiniteError
 from vir.log import log
 from vir.reports.throughput import Stopwatch
 from vir.streams import DROPOUT, generator
@@ -152,13 +152,17 @@ class Trainer:
                 # answer is needed before anything collective. It takes 0.3 ms between two ranks on one machine, in
                 # which the device is at the optimizer's kernels; asked asynchronously it took no less.
                 came = time.monotonic()
-                stops = self._stop.agree()
+                if self._saver.is_due:
+                    self._stop.wish([SAVE])
+                stops = self._stop.agree(self._saver.is_ready)
                 self._meter.met(time.monotonic() - came)
                 if stops:
                     self._meter.cut(step)
-                    if step != self._saver.last_step:
-                        self._saver.save(step)
+                    self._saver.stop(step, self._grace.left(self._stop))
                     return Ending.STOPPED
+                if self._stop.all_ready:
+                    with self._meter.pause():
+                        self._saver.advance()
                 if wishes := self._stop.agreed_wishes:
                     with self._meter.pause():
                         if self._between_steps(step, EVALUATE in wishes, SAVE in wishes) is Ending.STOPPED:
@@ -175,11 +179,18 @@ class Trainer:
                     if self._between_steps(done, done in self._plan.eval_steps,
                                            done in self._plan.checkpoint_steps) is Ending.STOPPED:
                         return Ending.STOPPED
+            with self._meter.pause():
+                self._saver.finish()
         except (NotFiniteError, LossScaleError) as error:
-            saved = self._saver.last_step
+            try:
+                self._saver.finish()
+            except CheckpointError as other:
+                log.warning(other)
+            saved = self._saver.last_published
             raise type(error)(f"{error}; last checkpoint: " + (
                 f"step {saved}" if saved else "none was written yet")) from error
         finally:
+            self._saver.close()
             self._profiler.close()
             batches.close()
             self._meter.close()
@@ -206,12 +217,14 @@ class Trainer:
             log.warning("there is nothing to evaluate on: --data.val was not given")
             evaluates = False
         verdict = self._evaluate(done) if evaluates else Verdict.NOT_BEST
-        due = saves or verdict is Verdict.CUT_SHORT
-        if verdict is Verdict.BEST or due and done != self._saver.last_step:
+        if verdict is Verdict.CUT_SHORT:
+            self._saver.stop(done, self._grace.left(self._stop))
+            return Ending.STOPPED
+        if verdict is Verdict.BEST or saves and done != self._saver.last_step:
             self._saver.save(done)
-            if said := self._grace.saved(self._saver.seconds[-1]):
-                log.warning(said)
-        return Ending.STOPPED if verdict is Verdict.CUT_SHORT else None
+        if self._saver.saved and (said := self._grace.saved(self._saver.saved[-1].seconds)):
+            log.warning(said)
+        return None
 
     def _evaluate(self, done: int) -> Verdict:
         """Evaluate after `done` steps and write the results. Collective."""

@@ -7,13 +7,14 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from vir import distributed
+from vir.checkpoints.saving import Saved
 from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig
 from vir.data.diagnosis import Figures, diagnose
@@ -257,15 +258,25 @@ class Meter:
             images_per_second_per_device=rate / self._world.size, data_wait=totals.waited / totals.seconds,
             data_wait_seconds=totals.waited, mfu=mfu, peak_memory_gb=totals.memory / 1e9)
 
-    def summarise(self, checkpoint_seconds: list[float]) -> None:
-        """Log what these processes have done."""
+    def summarise(self, saved: Sequence[Saved], waited: int) -> None:
+        """Log what these processes have done.
+
+        Args:
+            saved: their checkpoints.
+            waited: how many of these had to wait for the one before.
+        """
         did = self._summary
         if not did.images:
             return
         log.info("%d images in %s of steps: %.0f images/s, %.1f %% of the time waiting for data; evaluation and "
                  "checkpoints %s%s; %d updates in all, %d bad samples replaced%s", did.images,
                  timedelta(seconds=round(did.seconds)), did.images / did.seconds, 100 * did.waited / did.seconds,
-                 timedelta(seconds=round(did.paused)),
-                 f" (a checkpoint {sum(checkpoint_seconds) / len(checkpoint_seconds):.1f} s)"
-                 if checkpoint_seconds else "", self._engine.updates, did.bad,
+                 timedelta(seconds=round(did.paused)), _of_checkpoints(saved, waited) if saved else "",
+                 self._engine.updates, did.bad,
                  "".join(f"; {name} {value:.2f}" for name, value in did.results.items() if "top1" in name))
+
+
+def _of_checkpoints(saved: Sequence[Saved], waited: int) -> str:
+    seconds, stalled = (sum(of_each) / len(saved) for of_each in zip(*((it.seconds, it.stalled) for it in saved)))
+    return (f" (a checkpoint {seconds:.1f} s, for which training waited {stalled:.2f} s"
+            + (f"; {waited} had to wait for the one before" if waited else "") + ")")

@@ -64,7 +64,7 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     arithmetic.set_up(config.train.tf32, config.train.deterministic)
     world = distributed.start()
     agreement.check(config, prepared.ds_config)
-    stop.join(world.size)
+    stop.join()
     begin = _try_everything if config.train.fast_dev_run else _run
     ending = begin(prepared, world, stop, heartbeat)
     if ending is Ending.STOPPED:
@@ -245,7 +245,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teac
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
         trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop, heartbeat)
         ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, folder, world))
-        meter.summarise(saver.seconds)
+        meter.summarise(saver.saved, saver.waited)
         return ending
 
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 
 from vir import distributed
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.saving import Checkpointer, Saved
 from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig, to_dict
 from vir.distributed import World
 from vir.engine.engine import Engine
+from vir.log import log
 from vir.training.plan import Plan
 from vir.training.validator import Results
 from vir.weights.spec import ModelSpec
 
 
-class Saver:
-    """Writes checkpoints of a run into its folder, and remembers the best validation accuracy so far.
+_SPARE = 1.25
+"""Of the time that writing has taken, in the cadence that is advised: a disk that others use is not always as fast."""
 
-    Making one is collective.
+
+class Saver:
+    """Makes checkpoints of a run in its folder, and remembers the best validation accuracy so far.
+
+    Making one is collective. In the asynchronous way one is on its way while training goes on, and the next one waits
+    for it.
 
     Args:
         first: steps done before this process began.
@@ -31,14 +40,42 @@ class Saver:
         self._config, self._plan, self._engine, self._spec = config, plan, engine, spec
         self._data_fingerprint, self._teacher = data_fingerprint, teacher
         self._world, self._heartbeat = world, heartbeat
-        self._folder = Path(config.output)
-        self._best = distributed.broadcast(store.best_so_far(self._folder, config.checkpoint.best))
+        every = config.checkpoint.keep_every_epochs
+        self._checkpoints = Checkpointer(
+            Path(config.output), world, store.Kept(config.checkpoint.keep, every and every * plan.num_samples),
+            config.checkpoint.asynchronous)
+        self._best = distributed.broadcast(store.best_so_far(Path(config.output), config.checkpoint.best))
         self._results: Results = {}
         self._evaluated_at = -1
+        self._first = first
+        self._began = time.monotonic()
+        self._has_warned = False
         self.last_step = first
-        """Steps done at the newest checkpoint."""
-        self.seconds: list[float] = []
-        """That each checkpoint has taken."""
+        """Steps done at the newest checkpoint, which may be on its way."""
+        self.waited = 0
+        """Checkpoints that had to wait for the one before."""
+
+    @property
+    def saved(self) -> list[Saved]:
+        """The checkpoints of these processes that are published."""
+        return self._checkpoints.saved
+
+    @property
+    def last_published(self) -> int:
+        """Steps done at the newest of them, or before these processes began."""
+        return self.saved[-1].step if self.saved else self._first
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a checkpoint is due by rank 0's clock; never while one is on its way."""
+        every = self._config.checkpoint.every_minutes
+        return (self._world.is_main and every is not None and self._checkpoints.step is None
+                and time.monotonic() - self._began >= 60 * every)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether this rank waits for the others to go on with the one on its way."""
+        return self._checkpoints.is_ready
 
     def evaluated(self, step: int, results: Results) -> bool:
         """Take the results of an evaluation; whether they are the best so far, which asks for a checkpoint."""
@@ -46,11 +83,12 @@ class Saver:
         return self._value(results) > self._best
 
     def save(self, step: int) -> None:
-        """Write a checkpoint after `step` steps. Collective.
+        """Make a checkpoint after `step` steps, or begin to. Collective.
 
         Raises:
-            CheckpointError: it could not be written; those before it are as they were.
+            CheckpointError: it, or the one before it, could not be written; those before are as they were.
         """
+        self._wait(step)
         self._heartbeat.at(f"saving after step {step}", counts=False)
         config, engine = self._config, self._engine
         results = self._results if self._evaluated_at == step else {}
@@ -61,10 +99,75 @@ class Saver:
             zero_stage=engine.zero_stage, precision=engine.precision, ema=engine.has_ema,
             loss_scaler=engine.loss_scale.state(), metrics=results, config=to_dict(config), model=self._spec,
             data_fingerprint=self._data_fingerprint, teacher=self._teacher)
-        every = config.checkpoint.keep_every_epochs
-        kept = store.Kept(config.checkpoint.keep, every and every * self._plan.num_samples)
-        self.seconds.append(store.save(engine.save, self._folder, info, self._world, kept, is_best))
+        self._began = time.monotonic()
+        self._checkpoints.begin(engine.save, info, is_best)
         self.last_step = step
+
+    def advance(self) -> None:
+        """Go on with the one on its way, where all ranks are ready. Collective. Raises CheckpointError as save()."""
+        self._checkpoints.advance()
+        every = self._config.checkpoint.every_minutes
+        if self._checkpoints.step is None and every is not None and self.saved[-1].seconds > 60 * every:
+            self._warn("the next one comes later than was asked for", None)
+
+    def finish(self) -> None:
+        """Wait until the one on its way is published. Collective. Raises CheckpointError as save()."""
+        if self._checkpoints.step is not None:
+            self._heartbeat.at(f"waiting for the checkpoint of step {self._checkpoints.step}", counts=False)
+            self._checkpoints.finish()
+
+    def stop(self, step: int, granted: float) -> None:
+        """Leave the run after `step` steps as the newest checkpoint that can be had in so many seconds. Collective.
+
+        One that is on its way is finished where it is of this step, or where a newer one would take too long. Otherwise
+        it is given up for that.
+
+        Raises:
+            CheckpointError: as save().
+        """
+        if step == self.last_step:
+            self.finish()
+            return
+        if (older := self._checkpoints.step) is not None:
+            seconds = max(time.monotonic() - self._began, *(made.seconds for made in self.saved), 0.0)
+            if distributed.broadcast(seconds > min(distributed.gather(granted))):
+                self.finish()
+                log.warning("a checkpoint of step %d would take %.0f s, longer than there is: the one of step %d, "
+                            "which was on its way, was finished, and the steps since will be done again", step, seconds,
+                            older)
+                return
+            self._checkpoints.give_up()
+        self.save(step)
+        self.finish()
+
+    def close(self) -> None:
+        """Write no more on this rank."""
+        self._checkpoints.close()
+
+    def _wait(self, step: int) -> None:
+        """For the checkpoint before this one, after `step` steps."""
+        before = self._checkpoints.step
+        if before is None:
+            return
+        waits = time.monotonic()
+        per_step = (waits - self._began) / max(1, step - before)
+        self.finish()
+        self.waited += 1
+        waited = time.monotonic() - waits
+        log.info("the checkpoint of step %d has waited %.1f s for the one of step %d", step, waited, before)
+        self._warn(f"training has waited {waited:.1f} s", per_step)
+
+    def _warn(self, consequence: str, step_seconds: float | None) -> None:
+        """Name the cadence that the disk holds, once."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        holds = _SPARE * self.saved[-1].seconds
+        ways = [f"--checkpoint.every_minutes {math.ceil(holds / 6) / 10:g}"]
+        if step_seconds:
+            ways.append(f"--checkpoint.every_steps {math.ceil(holds / step_seconds)}")
+        log.warning("writing a checkpoint takes %.1f s, longer than the time between two: %s; this disk holds %s",
+                    self.saved[-1].seconds, consequence, " or ".join(ways))
 
     def _value(self, results: Results) -> float:
         metric = self._config.checkpoint.best

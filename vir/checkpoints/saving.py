@@ -1,0 +1,205 @@
+"""The course of a checkpoint: handed over at the end of a step, written by every rank, published by rank 0.
+
+What ranks do by themselves is a future, behind which the course goes on when every rank has it. In the asynchronous way
+threads do these things while training goes on, from copies of the state; in the synchronous way they are done at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from vir import distributed
+from vir.checkpoints import store
+from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.names import name_of
+from vir.checkpoints.store import Kept
+from vir.checkpoints.writer import Files, Writer, Written, done, run_in_background
+from vir.distributed import World
+from vir.errors import CheckpointError
+from vir.log import log
+from vir.run_folder import CHECKPOINTS
+
+Take = Callable[[Any, Path], None]
+"""Takes the content of one file."""
+HandOver = Callable[[Path, Take], None]
+"""Hands over the content of every file of this rank, by its path in a folder. Collective."""
+
+
+@dataclass
+class Saved:
+    """A checkpoint, and what it has cost."""
+
+    step: int
+    is_best: bool
+    bytes: int = 0
+    seconds: float = 0.0
+    """From its beginning until it was published."""
+    stalled: float = 0.0
+    """That training has waited for it."""
+
+
+class Checkpointer:
+    """Makes the checkpoints of a run, at most one at a time.
+
+    Args:
+        run: the run folder.
+        asynchronous: begin() returns when the state is copied; advance() and finish() do the rest. Otherwise begin()
+            does all of it.
+    """
+
+    def __init__(self, run: Path, world: World, kept: Kept, asynchronous: bool) -> None:
+        self._root, self._world, self._kept, self._asynchronous = run / CHECKPOINTS, world, kept, asynchronous
+        self._writer = Writer(world.device, asynchronous)
+        self._course: Iterator[Future[Any]] = iter(())
+        self._awaited: Future[Any] | None = None
+        self._publishes = False
+        self.saved: list[Saved] = []
+        """The checkpoints that were published, in that order."""
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint that is on its way."""
+        return None if self._awaited is None else self._current.step
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether this rank has done what the others wait for, so that advance() would go on at once."""
+        return self._awaited is not None and self._awaited.done()
+
+    def begin(self, hand_over: HandOver, info: CheckpointInfo, is_best: bool) -> None:
+        """Make a checkpoint of the state as it is now. Collective, while none is on its way.
+
+        Args:
+            info: the description, without the files.
+
+        Raises:
+            CheckpointError: it could not be written; those before it are as they were.
+        """
+        assert self._awaited is None, "one is on its way: finish() first"
+        self._current, self._began = Saved(info.step, is_best), time.monotonic()
+        self._course = self._make(hand_over, info)
+        self.advance()
+        if not self._asynchronous:
+            self.finish()
+
+    def advance(self) -> None:
+        """Go on with the one on its way, where every rank is ready. Collective. Raises CheckpointError as begin()."""
+        with self._stalling():
+            try:
+                self._awaited = next(self._course, None)
+            except BaseException:
+                self._awaited = None
+                raise
+        if self._awaited is None:
+            made = self._current
+            made.seconds = time.monotonic() - self._began
+            self.saved.append(made)
+            log.info("checkpoint %s: %.1f MB in %.1f s, for which training waited %.2f s%s",
+                     self._root / name_of(made.step), made.bytes / 1e6, made.seconds, made.stalled,
+                     ", the best so far" if made.is_best else "")
+
+    def finish(self) -> None:
+        """Wait until the one on its way, if any, is published. Collective. Raises CheckpointError as begin()."""
+        while self._awaited is not None:
+            with self._stalling():
+                self._awaited.exception()
+            self.advance()
+
+    def give_up(self) -> None:
+        """Write no further the one on its way; one of which all is written is finished. Collective."""
+        if self._awaited is None or self._publishes:
+            self.finish()
+            return
+        self.close()
+        distributed.barrier()
+        if self._world.is_main:
+            shutil.rmtree(self._part(self._current.step), ignore_errors=True)
+
+    def close(self) -> None:
+        """This rank writes no more. What is on its way is left as a kill would leave it."""
+        if self._awaited is not None:
+            self._writer.give_up()
+            self._awaited.exception()
+            self._awaited = None
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        """Count the block as time that training waits for the checkpoint."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._current.stalled += time.monotonic() - began
+
+    def _part(self, step: int) -> Path:
+        return self._root / (name_of(step) + ".part")
+
+    def _make(self, hand_over: HandOver, info: CheckpointInfo) -> Iterator[Future[Any]]:
+        """The course. Collective between what it yields."""
+        part = self._part(info.step)
+        self._publishes = False
+        self._agree_on(self._on_main(lambda: store.make_room(self._root, part), in_background=False), part)
+        self._writer.begin()
+        hand_over(part, self._writer.take)
+        yield (written := self._writer.write(part))
+        info = replace(info, files=self._of_all(written.result(), part))
+        self._current.bytes = sum(file["bytes"] for file in info.files.values())
+        self._publishes = True
+        yield (published := self._on_main(lambda: self._publish(part, info), self._asynchronous))
+        self._agree_on(published, part)
+
+    def _publish(self, part: Path, info: CheckpointInfo) -> None:
+        store.publish(part, self._root / name_of(info.step), info, self._current.is_best)
+        store.remove_old(self._root, info.step, self._kept)
+
+    def _on_main(self, work: Callable[[], None], in_background: bool) -> Future[str]:
+        """Have rank 0 do this, and find out what the system has refused."""
+        def problem() -> str:
+            try:
+                work()
+            except OSError as error:
+                return str(error)
+            return ""
+
+        if not self._world.is_main:
+            return done("")
+        return run_in_background(problem) if in_background else done(problem())
+
+    def _agree_on(self, of_main: Future[str], part: Path) -> None:
+        """Give the checkpoint up on every rank where rank 0 has failed. Collective."""
+        if problem := distributed.broadcast(of_main.result()):
+            self._fail(part, f"rank 0: {problem}")
+
+    def _of_all(self, written: Written, part: Path) -> Files:
+        """The files of all ranks. Collective."""
+        everyone = distributed.gather(written)
+        if said := [f"rank {rank}: {of_rank.problems[0]}" for rank, of_rank in enumerate(everyone) if of_rank.problems]:
+            self._fail(part, said[0])
+        return {name: file for of_rank in everyone for name, file in of_rank.files.items()}
+
+    def _fail(self, part: Path, problem: str) -> None:
+        """Collective."""
+        free = _free_space(part.parent)  # torch does not tell of a full disk
+        distributed.barrier()
+        if self._world.is_main:
+            shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(f"the checkpoint {part.with_suffix('')} could not be written: {problem} ({free}); those "
+                              "before it are whole: free some space and run the same command again")
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
+    except OSError as error:
+        return f"its folder cannot be asked for free space: {error.strerror}"
+
+
+def save(hand_over: HandOver, run: Path, info: CheckpointInfo, world: World, kept: Kept, is_best: bool) -> None:
+    """Make one checkpoint, in the synchronous way. Collective. Raises CheckpointError as Checkpointer.begin()."""
+    Checkpointer(run, world, kept, asynchronous=False).begin(hand_over, info, is_best)
