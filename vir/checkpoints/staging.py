@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pickle
 from io import BytesIO
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from vir.log import log
 
@@ -15,90 +15,96 @@ _ALIGNED = 64
 """Bytes to which the place of each storage is aligned."""
 
 
+class _View(NamedTuple):
+    """What a tensor is beside the numbers in its storage."""
+
+    storage: int
+    """Its number."""
+    dtype: torch.dtype
+    offset: int | torch.SymInt
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+class _Memory:
+    """Storages of given sizes, in bytes, in one piece of host memory.
+
+    In one piece it is page-locked at once; torch's own allocator of such memory rounds each size up to a power of two.
+    """
+
+    def __init__(self, sizes: list[int], is_locked: bool) -> None:
+        self.sizes = sizes
+        places, total = [], 0
+        for size in sizes:
+            places.append(total)
+            total += -(-size // _ALIGNED) * _ALIGNED
+        self._all = torch.empty(total, dtype=torch.uint8)
+        self._is_locked = is_locked and total > 0
+        if self._is_locked and int(torch.cuda.cudart().cudaHostRegister(self._all.data_ptr(), total, 0)):
+            log.warning("%.1f GB of host memory cannot be page-locked (ulimit -l): checkpoints are copied more slowly",
+                        total / 1e9)
+            self._is_locked = False
+        content = self._all.numpy()
+        self.storages = [torch.frombuffer(content, dtype=torch.uint8, count=size, offset=place).untyped_storage()
+                         if size else UntypedStorage(0) for size, place in zip(sizes, places)]
+
+    def close(self) -> None:
+        if self._is_locked:
+            torch.cuda.cudart().cudaHostUnregister(self._all.data_ptr())
+
+
 class Staging:
     """Host memory for the files of one rank: allocated at the first copy of each, used again for those that follow.
 
     Args:
-        device: where the state lies. On CUDA the memory is page-locked, and a stream of its own copies into it.
+        device: where the state lies. On CUDA the memory is page-locked, so that the host need not wait for a copy.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._memory: dict[str, Tensor] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._memory: dict[str, _Memory] = {}
+        self._on_cuda = device.type == "cuda"
 
-    @torch.no_grad()
-    def copy(self, name: str, state: Any) -> Any:
-        """A copy of what `torch.save` would write into the file of this name; it takes the place of the copy before.
+    def copy(self, name: str, state: Any) -> Callable[[], Any]:
+        """Copy what `torch.save` would write into the file of this name, over the copy before.
 
-        Tensors that share a storage share it in the copy too. On CUDA the copies are only enqueued: `wait` tells when
-        they are there.
+        Tensors that share a storage share it in the copy too. On CUDA the copies are only enqueued, before what the
+        device is asked for next, which may change the state (an update, a forward pass with running statistics).
+
+        Returns:
+            What puts the copy together, in any thread: with many tensors that takes as long as to copy them.
 
         Raises:
             RuntimeError, MemoryError: there is not as much host memory.
         """
         content, tensors = _taken_apart(state)
-        places: dict[tuple[int, int], int] = {}
-        sources: list[tuple[int, Tensor]] = []
-        size = 0
+        numbers: dict[tuple[int, int], int] = {}
+        sources: list[UntypedStorage] = []
+        views = []
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if _key(tensor) not in places:
-                places[_key(tensor)] = len(sources)
-                sources.append((size, torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)))
-                size += -(-storage.nbytes() // _ALIGNED) * _ALIGNED
-        copies = self._copied(sources, self._memory_of(name, size))
-        return _put_together(content, [torch.empty(0, dtype=tensor.dtype).set_(
-            copies[places[_key(tensor)]].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-            for tensor in tensors])
+            key = storage.data_ptr(), storage.nbytes()
+            if (number := numbers.setdefault(key, len(sources))) == len(sources):
+                sources.append(storage)
+            views.append(_View(number, tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()))
+        copies = self._memory_of(name, [size for _, size in numbers]).storages
+        for copy, source in zip(copies, sources):
+            copy.copy_(source, non_blocking=True)
+        return lambda: _put_together(content, [
+            torch.empty(0, dtype=view.dtype).set_(copies[view.storage], view.offset, view.size, view.stride)
+            for view in views])
 
-    def wait(self) -> Callable[[], None]:
-        """End the copying of a checkpoint; what is returned waits, in any thread, until the copies are there.
+    def copied(self) -> Callable[[], None]:
+        """What waits, in any thread, until what was copied so far is there."""
+        return torch.cuda.current_stream().record_event().synchronize if self._on_cuda else lambda: None
 
-        What the device is asked for from now on comes after them: a step that followed at once could change the state
-        before it is copied. The host does not wait.
-        """
-        if self._stream is None:
-            return lambda: None
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return self._stream.record_event().synchronize
-
-    def _memory_of(self, name: str, size: int) -> Tensor:
-        if name not in self._memory or self._memory[name].numel() != size:  # moments and averages come with the steps
-            self._release(name)
-            self._memory[name] = torch.empty(size, dtype=torch.uint8)
-            if self._stream is not None:
-                _lock_pages(self._memory[name])
-        return self._memory[name]
-
-    def _release(self, name: str) -> None:
-        memory = self._memory.pop(name, None)
-        if memory is not None and self._stream is not None:
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-
-    def _copied(self, sources: list[tuple[int, Tensor]], memory: Tensor) -> list[Tensor]:
-        """Each storage at its place of the memory, as a storage of its own, which is how torch.save writes it."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-        copies = []
-        with torch.cuda.stream(self._stream):
-            for offset, source in sources:
-                copies.append(torch.frombuffer(memory.numpy(), dtype=torch.uint8, count=len(source), offset=offset)
-                              if len(source) else torch.empty(0, dtype=torch.uint8))
-                copies[-1].copy_(source, non_blocking=True)
-        return copies
-
-
-def _key(tensor: Tensor) -> tuple[int, int]:
-    """Of its storage."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
-
-
-def _lock_pages(memory: Tensor) -> None:
-    """In place, because torch's allocator of such memory rounds each size up to a power of two."""
-    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)):
-        log.warning("%.1f GB of host memory cannot be page-locked (ulimit -l): checkpoints are copied more slowly",
-                    memory.numel() / 1e9)
+    def _memory_of(self, name: str, sizes: list[int]) -> _Memory:
+        memory = self._memory.get(name)
+        if memory is None or memory.sizes != sizes:  # moments and averages come with the first steps
+            if memory is not None:
+                del self._memory[name]
+                memory.close()
+            memory = self._memory[name] = _Memory(sizes, self._on_cuda)
+        return memory
 
 
 def _taken_apart(state: Any) -> tuple[bytes, list[Tensor]]:

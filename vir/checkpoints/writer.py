@@ -47,7 +47,7 @@ class Writer:
 
     def begin(self) -> None:
         """Take the files of another checkpoint. What was handed over of the one before is overwritten."""
-        self._taken: list[tuple[str, Any]] = []
+        self._taken: list[tuple[str, Callable[[], Any]]] = []
         self._problems: list[str] = []
         self._files: Files = {}
         self._given_up = threading.Event()
@@ -66,14 +66,14 @@ class Writer:
         """Write what was taken, in a thread; where it is written already, only tell of it."""
         if self._staging is None or self._problems:
             return done(Written(self._problems, self._files))
-        wait, taken = self._staging.wait(), self._taken
+        wait_for_copies, taken = self._staging.copied(), self._taken
 
         def work() -> Written:
-            wait()
+            wait_for_copies()
             files, problems = {}, []
-            for name, state in taken:
+            for name, copy in taken:
                 try:
-                    files[name] = write_file(state, folder / name, self._given_up)
+                    files[name] = write_file(copy(), folder / name, self._given_up)
                 except MEMORY_OR_DISK as error:
                     problems.append(f"{folder / name}: {_reason(error)}")
             return Written(problems, files)
