@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.waiting import HANGS, wait_for
 from test_store import INFO, WORLD, steps
 
+from support.waiting import HANGS, wait_for
 from vir.checkpoints import saving, store, writer
 from vir.checkpoints.info import read_info
 from vir.checkpoints.names import newest

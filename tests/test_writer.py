@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from support.small_disk import small_disk  # noqa: F401
 from support.waiting import HANGS
-
 from vir.checkpoints import writer
 from vir.checkpoints.writer import GivenUp, Writer, done, run_in_background, write_file
 

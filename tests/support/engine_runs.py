@@ -100,9 +100,11 @@ def counting(kept: list[int]) -> torch.autograd.graph.saved_tensors_hooks:
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
-def save(engine, job: Job, done: int, world) -> None:
-    from vir.checkpoints import saving, store
+def begin_to_save(engine, job: Job, done: int, world):
+    """A checkpoint that is written while the engine goes on; to be finished."""
+    from vir.checkpoints import store
     from vir.checkpoints.info import CheckpointInfo
+    from vir.checkpoints.saving import Checkpointer
     from vir.weights.spec import InputSpec, ModelSpec
 
     spec = ModelSpec(name=job.model, args={**job.args, "num_classes": job.classes}, classes=(), input=InputSpec(
@@ -111,7 +113,9 @@ def save(engine, job: Job, done: int, world) -> None:
         samples_seen=done * GLOBAL_BATCH, step=done, updates=engine.updates, world_size=world.size,
         zero_stage=job.stage, precision=job.precision, ema=engine.has_ema, loss_scaler=engine.loss_scale.state(),
         metrics={}, config={}, model=spec, data_fingerprint="")
-    saving.save(engine.save, Path(job.output), info, world, store.Kept(1, None), False)
+    checkpoints = Checkpointer(Path(job.output), world, store.Kept(1, None), asynchronous=True)
+    checkpoints.begin(engine.save, info, is_best=False)
+    return checkpoints
 
 
 def refused(engine) -> bool:
@@ -146,7 +150,7 @@ def run(job: Job) -> None:
             (Path(job.output) / f"refused{world.rank}.txt").write_text(str(error))
             return engine.close()
     if job.save_first:
-        save(engine, job, job.first, world)
+        checkpoints = begin_to_save(engine, job, job.first, world)
     forwards, kept = [], []
     block = next(module for name, module in engine.module.named_modules() if name in ("blocks.0", "stages.0", "layer1"))
     # recomputation stops before a block ends
@@ -223,13 +227,13 @@ def run(job: Job) -> None:
                 update and update.name, all(map(same_bits, before, after := held())) and len(before) == len(after)))
     averaged, logits = (None, None) if job.save_first else (logits.cpu() for logits in evaluate())
     if not job.save_first:
-        save(engine, job, job.first + job.steps, world)
+        checkpoints = begin_to_save(engine, job, job.first + job.steps, world)
     buffers, whole = distributed.gather(floats()), live()
     if world.is_main:
         torch.save({"events": events, "live": whole, "refused": in_between, "buffers": buffers,
                     "forwards": len(forwards), "kept": sum(kept), "logits": logits,
                     "averaged": averaged}, Path(job.output) / "result.pt")
-    distributed.barrier()
+    checkpoints.finish()
     engine.close()
 
 

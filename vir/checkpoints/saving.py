@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from vir.distributed import World
 from vir.errors import CheckpointError
 from vir.log import log
 from vir.run_folder import CHECKPOINTS
+
+_CLOSES_WITHIN_S = 5.0
 
 Take = Callable[[Any, Path], None]
 """Takes the content of one file."""
@@ -116,16 +118,18 @@ class Checkpointer:
         if self._awaited is None or self._publishes:
             self.finish()
             return
-        self.close()
+        self._writer.give_up()
+        self._awaited.exception()
+        self._awaited = None
         distributed.barrier()
         if self._world.is_main:
             shutil.rmtree(self._part(self._current.step), ignore_errors=True)
 
     def close(self) -> None:
-        """This rank writes no more. What is on its way is left as a kill would leave it."""
+        """This rank writes no more, and leaves what is on its way as a kill would."""
         if self._awaited is not None:
             self._writer.give_up()
-            self._awaited.exception()
+            wait([self._awaited], _CLOSES_WITHIN_S)  # not for ever: a disk may not answer
             self._awaited = None
 
     @contextmanager
