@@ -59,6 +59,10 @@ def as_rank(folder):
     found["gather"] = distributed.gather({"from": rank})
     found["sum"] = distributed.sum_over_ranks([(2**52, 0.1), (1, 0.2)][rank % 2], world.device)
 
+    found["ready"] = []
+    for ranks in ((), (0,), (0, 1)):
+        stop.agree(rank in ranks)
+        found["ready"].append(stop.all_ready)
     found["stop"] = [stop.agree()]
     if rank == world.size - 1:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -156,6 +160,10 @@ def test_a_checkpoint_holds_the_files_of_both_ranks(found):
     for of_rank in found:
         assert of_rank["files"] == [*(f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)),
                                     "mp_rank_00_model_states.pt"]
+
+
+def test_ranks_are_ready_when_all_are(found):
+    assert all(of_rank["ready"] == [False, False, True] for of_rank in found)
 
 
 def test_a_problem_of_one_rank_gives_the_checkpoint_up_on_both(found):
