@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.launchers import ACCELERATE, call, free_port
@@ -140,6 +141,45 @@ def test_what_control_groups_grant(tmp_path, lines, files, limit):
         (tmp_path / "fs" / name).write_text(text + "\n")
     assert launcher.cpu_limit(tmp_path / "cgroup", tmp_path / "fs") == limit
     assert launcher.cpu_limit(tmp_path / "no such file", tmp_path / "fs") == math.inf
+
+
+GB = 10 ** 9
+
+
+def memory(limit, used, *cached, version=2):
+    """The files of a control group."""
+    names = ("memory.max", "memory.current", "") if version == 2 else (
+        "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    kinds = zip(("active", "inactive"), cached)
+    return {names[0]: str(limit), names[1]: str(used),
+            "memory.stat": "anon 1\nfile 7" + "".join(f"\n{names[2]}{kind}_file {size}" for kind, size in kinds)}
+
+
+def inside(folder, files):
+    return {f"{folder}/{name}": text for name, text in files.items()}
+
+
+@pytest.mark.parametrize("lines, files, left", [
+    ("0::/a/b", inside("a/b", memory("max", GB)) | inside("a", memory(8 * GB, 5 * GB)) | memory(64 * GB, GB), 3 * GB),
+    ("0::/a/b", inside("a/b", memory(4 * GB, 3 * GB, GB, GB // 2)) | inside("a", memory(9 * GB, 5 * GB)), 5 * GB // 2),
+    ("0::/host/docker-1", memory(2 * GB, GB), GB),                       # a container sees its own group at the root
+    ("0::/", memory(GB, 2 * GB), 0), ("0::/", memory("max", GB), math.inf), ("", {}, math.inf),
+    ("0::/", {"memory.max": "5"}, math.inf), ("0::/", {"memory.max": "5", "memory.current": "2"}, 3),
+    ("0::/\n4:memory:/x/y", inside("memory/x", memory(6 * GB, 3 * GB, GB, version=1)) |
+     inside("memory", memory(2 ** 63 - 4096, 9 * GB, version=1)), 4 * GB),
+    ("4:memory:/x", inside("memory/x", memory(2 ** 63 - 4096, GB, version=1)), math.inf),
+    ("3:cpu:/", inside("memory", memory(GB, 0, version=1)), math.inf),
+])
+def test_the_memory_that_control_groups_leave(tmp_path, monkeypatch, lines, files, left):
+    (tmp_path / "cgroup").write_text(lines + "\n")
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text + "\n")
+    assert launcher.memory_left(tmp_path / "cgroup", tmp_path / "fs") == left
+    assert launcher.memory_left(tmp_path / "no such file", tmp_path / "fs") == math.inf
+    monkeypatch.setattr(launcher, "memory_left", lambda: left)
+    machine = psutil.virtual_memory().available
+    assert launcher.available_memory() == (left if left < machine else pytest.approx(machine, rel=0.2))
 
 
 @pytest.mark.parametrize("limit, cores", [(math.inf, 16), (6.5, 6), (0.5, 1), (64.0, 16)])

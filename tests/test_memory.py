@@ -13,8 +13,19 @@ from support.launchers import HANGS, ROOT
 from support.planning_runs import CLASSES, Run
 from vir.config import AugmentConfig, OptimConfig, TrainConfig
 from vir.engine.ds_config import ZeroSettings
+from vir.engine.optimizer import parameter_groups
+from vir.errors import SettingsError
 from vir.models.build import sketch
-from vir.planning.memory import Memory, MemoryPlanner, Numbers, checkpoint_bytes, plan_states
+from vir.planning.memory import (
+    CheckpointBytes,
+    Memory,
+    MemoryPlanner,
+    Numbers,
+    check_host_memory,
+    checkpoint_bytes,
+    count_numbers,
+    plan_states,
+)
 from vir.weights.spec import ModelSpec
 
 torch.set_num_threads(1)
@@ -176,11 +187,51 @@ def test_the_total_is_the_larger_of_passes_and_update():
     assert dataclasses.replace(small, update=10).total == 255 + 900
 
 
+def written(run: Run) -> CheckpointBytes:
+    network, config = network_of(run.freeze)[0], run.config(RANKS)
+    numbers = count_numbers(network, parameter_groups(network, config.optim))
+    return checkpoint_bytes(numbers, run.ds_config(), RANKS, config.optim, run.ema > 0)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_a_checkpoint_takes_what_the_files_of_each_rank_do(run, counted):
+    """But for the counters of steps of each master and the network's buffers."""
+    small, size = 300, written(run)
+    for rank, files in enumerate(counted["files"][run.name]):
+        assert sum(files.values()) == pytest.approx(size.of([rank]), abs=small if files else 0), files
+    assert size.total == sum(map(size.of, ([0], [1])))
+
+
 def test_a_checkpoint_holds_weights_and_masters_with_their_states():
     numbers = Numbers(groups=((6,),), frozen=(4,))
-    sharded = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
-    assert checkpoint_bytes(numbers, sharded, OptimConfig(), True) == 2 * 10 + (4 + 12) * 6 + 4 * 4
-    assert checkpoint_bytes(numbers, {}, OptimConfig(), True) == 4 * 10 + 12 * 6 + 4 * 4
+    low = {"bf16": {"enabled": True}}
+
+    def of(stage, settings, ranks=2):
+        given = {"zero_optimization": {"stage": stage}, **settings}
+        found = checkpoint_bytes(numbers, given, ranks, OptimConfig(), True)
+        return found.first, found.other
+
+    assert of(0, {}) == (4 * 10 + 12 * 6, 0) and of(0, low) == (2 * 10 + 16 * 6, 0)
+    assert of(2, low) == (2 * 10 + 16 * 4, 16 * 4)                      # each has 3 numbers, and one of padding
+    assert of(2, {}, ranks=3) == (4 * 10 + 16 * 2, 16 * 2)
+    assert of(3, low) == (16 * 3 + 2 * 2,) * 2                          # and its half of the frozen ones
+
+
+@pytest.mark.parametrize("here, size", [(range(4), 100 + 3 * 7), ([4, 5], 14), ([], 0), ([2, 0], 107)])
+def test_a_node_copies_what_its_ranks_write(here, size):
+    found = CheckpointBytes(ranks=8, first=100, other=7)
+    assert found.of(here) == size and found.total == 100 + 7 * 7
+
+
+def test_copies_that_do_not_fit_into_a_node_are_refused_with_both_sizes_and_the_way_out():
+    check_host_memory(5_000_000_000, 5e9, 8, 2)
+    with pytest.raises(SettingsError, match=r"need 5 GB for the 8 ranks of n7, where 3 GB are available; give "
+                                            r"--checkpoint.asynchronous false, with .* copied, or start fewer ranks"):
+        check_host_memory(5_000_000_000, 3e9, 8, 2, "n7")
+    for ranks, stage in ((1, 2), (8, 0)):  # rank 0 alone would copy as much
+        with pytest.raises(SettingsError, match=f"for the {ranks} ranks? of this node.* and nothing is copied$"):
+            check_host_memory(5_000_000_000, 3e9, ranks, stage)
 
 
 @pytest.mark.parametrize("mixup, on_gpu, given", [(0.0, False, {}), (0.8, True, {"activation_checkpointing": {}})])

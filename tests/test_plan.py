@@ -132,7 +132,7 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
     assert data == "50 training images in 2 shards, 50 validation images, 3 classes"
     size = sum(reader.shard_bytes) / 1e9
     assert order == f"order: 2 lanes, window 5; about 2 shards of {size:.3g} GB in use at a time on each machine"
-    assert steps == "13 steps of 8 = 2 x 2 x 2 ranks; 2 evaluations, 4 checkpoints"
+    assert steps == "13 steps of 8 = 2 x 2 x 2 ranks; 2 evaluations, 4 checkpoints, and one every 10 minutes"
     assert course == "learning rate: from 0 to 0.01 over 5 steps of warm-up, constant from 0.01 to 0.01 over 8"
     size = (2 + 4 + 4 * 3) * count                                  # bf16, masters, two moments and the average
     assert disk == (f"disk: 5 checkpoints of {size / 1e6:.1f} MB (3 newest, the best, one being written) take "
@@ -141,7 +141,19 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
     weights, state = 2 * count + 2 * 2 * half, (4 + 4 * 3) * half   # of two micro-batches; two moments and the average
     assert memory == (f"memory per rank: {(weights + state) / 1e6 + 3:.1f} MB = {weights / 1e6:.1f} weights and "
                       f"gradients + {state / 1e6:.1f} optimizer and EMA + 3.0 buckets of gradients, without "
-                      "activations")
+                      f"activations; {(2 * count + (4 + 4 * 3) * half) / 1e6:.1f} MB of the machine's for the copies "
+                      "of checkpoints")
+
+
+@pytest.mark.parametrize("minutes, said", [(1.0, ", and one every minute"), (2.5, ", and one every 2.5 minutes"),
+                                           (None, "")])
+def test_checkpoints_by_the_clock_are_told_and_without_copies_none_are(reader, network, minutes, said):
+    engine = SimpleNamespace(module=network[0], zero_stage=0, precision="fp32", dtype=torch.float32, has_ema=False,
+                             groups=parameter_groups(network[0], config().optim))
+    given = replace(config(), checkpoint=CheckpointConfig(every_minutes=minutes, asynchronous=False))
+    steps, _, memory, _ = list(describe(given, {}, plan_of(reader, network), engine, network[1], reader, None,
+                                        WORLD))[-4:]
+    assert steps.endswith(" checkpoints" + said) and memory.endswith(", without activations")
 
 
 def test_a_teacher_has_a_line_and_its_memory_is_counted(reader, network):
@@ -153,7 +165,7 @@ def test_a_teacher_has_a_line_and_its_memory_is_counted(reader, network):
                                 *more)] for more in ((), (teacher,)))
     assert taught[1] == "teacher: a resnet" and taught[2:-2] == plain[1:-2]
     before, after = (float(re.search("memory per rank: ([0-9.]+) MB", lines[-2])[1]) for lines in (plain, taught))
-    assert after == pytest.approx(before + 5, abs=0.11) and taught[-2].endswith(" + 5.0 teacher, without activations")
+    assert after == pytest.approx(before + 5, abs=0.11) and " + 5.0 teacher, without activations;" in taught[-2]
 
 
 def test_a_disk_that_is_too_small_is_told_and_what_is_there_already_counts(reader, network, tmp_path, monkeypatch):
@@ -183,7 +195,8 @@ def test_a_model_that_cannot_be_counted_has_no_number(reader, network):
 
 
 def test_what_is_offloaded_is_told_apart(reader, network):
-    """Of 2 ranks in bf16 each steps a half on the host: 4 bytes of masters, two moments and gradients, and 2 beside."""
+    """Of 2 ranks in bf16 each steps a half on the host: 4 bytes of masters, two moments and gradients, and 2 beside.
+    Without the last two that is what a checkpoint copies."""
     engine = SimpleNamespace(module=network[0], zero_stage=3, precision="bf16", dtype=torch.bfloat16, has_ema=False,
                              groups=parameter_groups(network[0], config().optim))
     settings = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 0},
@@ -191,4 +204,5 @@ def test_what_is_offloaded_is_told_apart(reader, network):
     memory = list(describe(config(), settings, plan_of(reader, network), engine, network[1], reader, None, WORLD))[-2]
     half = sum(-(-p.numel() // 2) for p in network[0].parameters())
     assert memory == (f"memory per rank: {2 * half / 1e6:.1f} MB = {2 * half / 1e6:.1f} weights and gradients, without "
-                      f"activations; {18 * half / 1e6:.1f} MB of the machine's, to which it is offloaded")
+                      f"activations; {18 * half / 1e6:.1f} MB of the machine's, to which it is offloaded; "
+                      f"{12 * half / 1e6:.1f} MB of the machine's for the copies of checkpoints")

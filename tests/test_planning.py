@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib.image
 import psutil
@@ -16,16 +17,21 @@ from support.launchers import ROOT, TINY, call
 from support.tiny_runs import command
 from vir import plan
 from vir.benchmarks import planning
+from vir.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig
 from vir.data.reader import ShardReader
+from vir.distributed import World
 from vir.engine import ds_config
+from vir.engine.optimizer import parameter_groups
+from vir.errors import SettingsError
 from vir.flags import parse
 from vir.models.build import sketch
 from vir.planning import page, picture
-from vir.planning.checkpoints import DISK_RATE, RESTART_S, default_mtbf
+from vir.planning.checkpoints import COPY_RATE, DISK_RATE, RESTART_S, default_mtbf
 from vir.planning.estimate import Question, estimate
 from vir.planning.hardware import Cluster, Gpu, Range
 from vir.planning.images import IMAGENET_1K, Images, imagenet
 from vir.planning.memory import Memory
+from vir.training import forecast
 
 torch.set_num_threads(1)
 TINY_GPU = "memory=2GB,tflops=1,bandwidth=1GB,network=1GB"
@@ -108,6 +114,20 @@ def test_the_page_says_the_numbers_of_the_json(told):
     assert f"{numbers['best']} fits with the least communication" in said
 
 
+def test_copies_of_checkpoints_take_memory_of_the_node_and_their_time_of_training(told):
+    said, numbers, _ = told
+    count, found = numbers["parameters"], numbers["checkpoints"]
+    assert numbers["copied_bytes"] == pytest.approx((2 + 16 / 4 * 2) * count, rel=1e-3)   # of 2 of the 4 ranks
+    assert numbers["checkpoint_bytes"] == pytest.approx((2 + 16) * count, rel=1e-3) and numbers["host_memory"] is None
+    assert found["copying"] == pytest.approx((2 + 16 / 4) * count / COPY_RATE, rel=1e-3)
+    assert (f"  {page.gigabytes(numbers['copied_bytes'])} of the memory of the node of rank 0, which has most, for the "
+            "copies from which checkpoints are written\n") in said
+    assert (f"{page.duration(found['seconds'])} at 1 GB/s, beside training, which waits "
+            f"{page.duration(found['copying'])} for its copy") in said
+    best = re.search(r"best, --checkpoint.every_minutes (\S+) --checkpoint.every_steps (\d+): one", said)
+    assert float(best[1]) == pytest.approx(found["best_minutes"], rel=0.01) and int(best[2]) == found["best_steps"]
+
+
 def test_the_shipped_ones_in_the_precision_are_compared(told):
     _, numbers, _ = told
     assert {choice["name"] for choice in numbers["choices"]} == {
@@ -145,12 +165,44 @@ def test_a_dry_run_tells_what_vir_plan_would_of_its_world(shards, tmp_path):
         images=Images.of(train), on_gpu=False, total_steps=8, disk=DISK_RATE, restart=RESTART_S,
         cluster=Cluster(nodes=1, gpus_per_node=2, network=0.0, gpu=Gpu(
             name="CPU", memory=psutil.virtual_memory().total // 2, tflops={}, bandwidth=0.0, network=0.0, source="")))
-    expected = [line.strip() for line in page.lines(estimate(asked))]
+    found = estimate(asked)
+    expected = [line.strip() for line in page.lines(found)]
     first, last = expected.index("MEMORY"), expected.index("WHAT THE ESTIMATES REST ON")
     assert last - first > 20
     for line in expected[first:last]:
         assert line in done.stdout
+    replace(found, host_memory=found.copied_bytes).check_that_something_fits()
+    with pytest.raises(SettingsError, match="for the 2 ranks of this node.*give --checkpoint.asynchronous false"):
+        replace(found, host_memory=found.copied_bytes - 1).check_that_something_fits()
+    assert re.search(r"the copies from which checkpoints are written; \S+ [GT]B are available\n", done.stdout)
     assert "no shipped --deepspeed_config" in estimate(replace(asked, teacher=10**12)).remedy  # it is on every rank
+
+
+def test_a_node_that_has_too_little_memory_for_copies_is_refused_by_name_on_every_rank(monkeypatch):
+    """Of 4 ranks in stage 2 each copies 16 bytes for a quarter of the numbers, and rank 0 also the weights."""
+    network, _ = sketch(parse(["--data.train", "x", *TINY]).model, ["a", "b"])
+    count, left = sum(p.numel() for p in network.parameters()), {}
+    engine = SimpleNamespace(module=network, groups=parameter_groups(network, OptimConfig()), has_ema=True,
+                             zero_stage=2)
+    world, ds_json = World(rank=3, size=4, device=torch.device("cpu")), ds_config.read("zero2_bf16")
+    monkeypatch.setattr(forecast.distributed, "gather", lambda mine: [
+        (machine, "node-" + machine, left[machine] + rank) for rank, machine in enumerate("abab")])
+
+    def check(**checkpoint):
+        config = RunConfig(deepspeed_config="x", output="y", data=DataConfig(train="x"),
+                           checkpoint=CheckpointConfig(**checkpoint))
+        forecast.check_memory_of_nodes(config, ds_json, engine, world)
+
+    left |= {"a": 10.1 * count, "b": 8.1 * count}
+    check()
+    left["b"] = 7.9 * count
+    with pytest.raises(SettingsError, match="for the 2 ranks of node-b, .* or start fewer ranks on each node"):
+        check()
+    check(asynchronous=False)
+    left |= {"a": 9.9 * count, "b": 8.1 * count}
+    with pytest.raises(SettingsError, match="of node-a, "):
+        check()
+    assert forecast._machine() == forecast._machine() != ""
 
 
 @pytest.mark.parametrize("words, message", [
@@ -229,7 +281,9 @@ def test_inputs_that_are_given_and_those_that_are_assumed(capsys, tmp_path):
 
 
 def test_machines_that_fail_too_often_are_told(capsys, shards):
-    code, said, _ = planned(capsys, *SMALL, "--data", shards / "train", "--mtbf", "0.00001")
+    code, said, _ = planned(capsys, *SMALL, "--data", shards / "train", "--mtbf", "0.00001",
+                            "--checkpoint.asynchronous", "false")
+    assert "GB/s, for which training waits; one of these" in said and "copies" not in said
     assert code == 0 and "at no cadence more than" in said
     assert "not known: with these failures nothing gets done" in said
 
@@ -262,6 +316,9 @@ def test_a_row_of_the_page_is_what_its_command_gives(tmp_path, monkeypatch):
 def test_the_commands_of_the_page_are_ones_that_are_understood():
     rows = re.findall(r"`vir-plan ([^`]+)`", (ROOT / "docs" / "planning.md").read_text())
     assert len(rows) >= 16
+    settings_of = {}
     for row in rows:
-        args, settings = plan._parser().parse_known_args(shlex.split(row))
+        _, settings = plan._parser().parse_known_args(shlex.split(row))
+        settings_of[re.sub(r"\d+", "", shlex.join(settings))] = settings  # batches are all of one kind
+    for settings in settings_of.values():
         parse(["--data.train", IMAGENET_1K, *settings])

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from vir.errors import SettingsError
-from vir.planning.checkpoints import HOPELESS, daly, default_mtbf, goodput, plan_checkpoints, young
+from vir.planning.checkpoints import COPY_RATE, HOPELESS, daly, default_mtbf, goodput, plan_checkpoints, young
 
 HOUR = 3600.0
-USUAL = {"disk_rate": 5e9, "mtbf_seconds": 24 * HOUR, "step_seconds": 2.0, "every_seconds": 1800.0,
-         "restart_seconds": 600.0, "total_steps": 1_000_000}
+USUAL = {"copied": None, "every_minutes": None, "disk_rate": 5e9, "mtbf_seconds": 24 * HOUR,
+         "step_seconds": 2.0, "every_seconds": 1800.0, "restart_seconds": 600.0, "total_steps": 1_000_000}
+ASYNCHRONOUS = USUAL | {"copied": 5 * COPY_RATE}  # 5 s
 
 
 @pytest.mark.parametrize("mtbf_minutes, interval_minutes", [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
@@ -47,6 +48,46 @@ def test_goodput_is_that_of_failures_drawn_by_chance(interval, seconds, mtbf_sec
     assert goodput(interval, seconds, mtbf_seconds, restart) == pytest.approx(segments * interval / time, rel=0.05)
 
 
+@pytest.mark.parametrize("interval, stall, writing, mtbf_seconds, restart", [
+    (100.0, 2.0, 60.0, 400.0, 20.0), (50.0, 1.0, 50.0, 60.0, 0.0), (20.0, 5.0, 45.0, 200.0, 30.0),  # it waits for 25 s
+    (100.0, 10.0, 0.0, 400.0, 20.0)])
+def test_goodput_beside_writing_is_that_of_failures_drawn_by_chance(interval, stall, writing, mtbf_seconds, restart):
+    """A clock, the work that is done and the work that is published; a failure takes all of it back to the last."""
+    generator, time, useful, end = np.random.default_rng(0), 0.0, 0.0, 20_000 * mtbf_seconds / 4
+    while time < end:
+        failure = generator.exponential(mtbf_seconds)
+        clock, done, published = restart, 0.0, 0.0
+        is_free, is_there = 0.0, 0.0                        # when the disk is, when the newest checkpoint is
+        while True:
+            clock, done = clock + interval, done + interval
+            begins = max(clock, is_free)                    # the one before is being written
+            clock = begins + stall
+            is_there = is_free = clock + writing
+            if is_there > failure:
+                break
+            published = done
+        time, useful = time + failure, useful + published
+    assert goodput(interval, stall, mtbf_seconds, restart, writing) == pytest.approx(useful / time, rel=0.05)
+
+
+def test_a_stall_costs_more_than_the_latency_of_a_checkpoint():
+    """What is written beside training is the better for it, and to first order loses its latency per failure."""
+    month = 30 * 24 * HOUR
+    waits, beside = goodput(1000.0, 30.0, month, 600.0), goodput(1000.0, 0.0, month, 600.0, 30.0)
+    assert waits == pytest.approx(1000 / 1030, rel=1e-3)
+    assert beside == pytest.approx(1 - (500 + 600 + 30) / month, rel=1e-5)
+    assert goodput(1000.0, 30.0, month, 600.0, 0.0) == waits
+
+
+@pytest.mark.parametrize("stall, writing, mtbf_seconds", [(1, 30, 1e5), (5, 60, 1e5), (1, 900, HOUR), (9, 9, 1e6)])
+def test_no_cadence_has_more_goodput_than_the_best_one_beside_writing(stall, writing, mtbf_seconds):
+    plan = plan_checkpoints(int(1e6 * writing), **ASYNCHRONOUS | {
+        "copied": stall * COPY_RATE, "disk_rate": 1e6, "mtbf_seconds": mtbf_seconds, "step_seconds": 0.1})
+    most = max(map(plan.goodput, (np.geomspace(1e-4, 30, 20_000) * mtbf_seconds).tolist()))
+    assert plan.best.goodput == pytest.approx(most, rel=1e-3)
+    assert plan.best.interval_seconds >= writing
+
+
 def test_a_plan_beside_the_cadence_of_the_settings():
     plan = plan_checkpoints(150_000_000_000, **USUAL)  # 30 s
     assert plan.seconds == 30.0
@@ -58,6 +99,41 @@ def test_a_plan_beside_the_cadence_of_the_settings():
         # to first order half of the interval, the checkpoint's, and the restart are lost per failure
         assert cadence.lost == pytest.approx((cadence.interval_seconds / 2 + 600) / (24 * HOUR), rel=0.1)
     assert plan.advice == ""
+
+
+def test_a_plan_of_copies_beside_the_cadence_of_the_settings():
+    plan, waits = plan_checkpoints(150_000_000_000, **ASYNCHRONOUS), plan_checkpoints(150_000_000_000, **USUAL)
+    assert (plan.seconds, plan.copying, plan.stall, plan.writing) == (30.0, 5.0, 5.0, 30.0)
+    assert (waits.seconds, waits.copying, waits.stall, waits.writing) == (30.0, None, 30.0, 0.0)
+    assert plan.best.interval_seconds == pytest.approx(daly(5, 24 * HOUR), abs=1)
+    assert waits.best.goodput < plan.best.goodput < 1
+    for cadence in (plan.best, plan.as_set):
+        assert cadence.goodput == plan.goodput(cadence.interval_seconds)
+        assert cadence.goodput + cadence.stall + cadence.lost == pytest.approx(1)
+        assert cadence.stall == pytest.approx(5 / cadence.interval_seconds, rel=0.05)
+        assert cadence.lost == pytest.approx((cadence.interval_seconds / 2 + 30 + 600) / (24 * HOUR), rel=0.1)
+
+
+@pytest.mark.parametrize("given, interval", [
+    ({}, 1800), ({"every_minutes": 100.0}, 1800), ({"every_minutes": 10.0}, 596),         # 5 of the 600 s are a stall
+    ({"every_minutes": 0.1}, 30), ({"every_minutes": 0.1, "step_seconds": 7.0}, 35),      # it waits for the one before
+    ({"every_minutes": 0.1, "copied": None}, 2), ({"every_minutes": 1.0, "copied": None}, 30),
+    ({"every_minutes": 10.0, "step_seconds": 100.0}, 600), ({"every_minutes": 10.0, "total_steps": 100}, 200)])
+def test_as_set_is_the_sooner_of_steps_and_minutes_at_the_end_of_a_step(given, interval):
+    assert plan_checkpoints(150_000_000_000, **ASYNCHRONOUS | given).as_set.interval_seconds == interval
+
+
+def test_steps_that_are_sooner_than_the_disk_make_training_wait_for_the_checkpoint_before():
+    plan = plan_checkpoints(150_000_000_000, **ASYNCHRONOUS | {"every_seconds": 10.0})
+    assert plan.as_set.stall / plan.as_set.goodput == pytest.approx((5 + 30 - 10) / 10)
+    assert plan.best.interval_seconds >= 30
+
+
+@pytest.mark.parametrize("given", [ASYNCHRONOUS, USUAL])
+def test_the_best_minutes_are_the_best_cadence(given):
+    plan = plan_checkpoints(150_000_000_000, **given | {"every_seconds": 1e6})
+    set_so = plan_checkpoints(150_000_000_000, **given | {"every_seconds": 1e6, "every_minutes": plan.best_minutes})
+    assert set_so.as_set == plan.best
 
 
 def test_the_best_cadence_is_no_longer_than_the_run():
@@ -74,6 +150,8 @@ def test_a_step_longer_than_the_best_interval_is_one_step():
 def test_machines_that_fail_before_a_checkpoint_is_written_are_hopeless_in_words(mtbf_seconds):
     plan = plan_checkpoints(150_000_000_000, **USUAL | {"mtbf_seconds": mtbf_seconds, "restart_seconds": 0.0})
     assert 0 <= plan.best.goodput < HOPELESS
+    beside = plan_checkpoints(150_000_000_000, **ASYNCHRONOUS | {"mtbf_seconds": mtbf_seconds, "restart_seconds": 0.0})
+    assert 0 <= beside.best.goodput < HOPELESS and beside.advice
     assert "a checkpoint takes 30 s" in plan.advice and "faster disk" in plan.advice
     assert all(np.isfinite(dataclasses.astuple(plan.best))) and all(np.isfinite(dataclasses.astuple(plan.as_set)))
 

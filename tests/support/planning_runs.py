@@ -9,7 +9,10 @@ import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZipFile
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,7 +117,7 @@ def watch_reduction(optimizer, found: list[int]) -> None:
     optimizer.copy_grads_in_partition, optimizer._release_ipg_buffers = copied, released
 
 
-def count(run: Run, world) -> dict:
+def count(run: Run, world) -> tuple[dict, dict]:
     from vir.engine.engine import Engine
     from vir.models.build import build
     from vir.training.loss import training_loss
@@ -142,8 +145,24 @@ def count(run: Run, world) -> dict:
                 engine.step(1e-3, 0.0)
     found = {"states": size() - before, "passes": passes.peak, "gathered": passes.gathered, "update": update.peak}
     found["reducing"] = max(reducing) - before
+    files = written(engine.deepspeed)
     engine.close()
-    return found
+    return found, files
+
+
+def written(deepspeed) -> dict[str, int]:
+    """Bytes of the tensors in the files that this rank would leave of a checkpoint, as torch.save writes them."""
+    sizes = {}
+
+    def save(state_dict, path):
+        file = BytesIO()
+        torch.save(state_dict, file)
+        sizes[Path(path).name] = sum(one.file_size for one in ZipFile(file).infolist() if "/data/" in one.filename)
+
+    deepspeed.checkpoint_engine.save = save
+    with TemporaryDirectory() as folder:
+        deepspeed.save_checkpoint(folder, tag="step", save_latest=False)
+    return sizes
 
 
 if __name__ == "__main__":
@@ -154,10 +173,13 @@ if __name__ == "__main__":
     world = distributed.start()
     gc.collect()
     gc.freeze()  # so that what is imported is not looked through
-    results = {run.name: distributed.gather(count(run, world))
-               for run in (Run(**fields) for fields in json.loads(Path(sys.argv[1]).read_text()))}
+    runs = {run.name: distributed.gather(count(run, world))
+            for run in (Run(**fields) for fields in json.loads(Path(sys.argv[1]).read_text()))}
     if world.is_main:
-        defaults = DeepSpeedZeroConfig().model_dump(by_alias=True)
-        Path(sys.argv[2]).write_text(json.dumps({"runs": results, "defaults": {
-            key: value for key, value in defaults.items() if isinstance(value, (bool, int, float)) or value is None}}))
+        defaults = DeepSpeedZeroConfig().model_dump(by_alias=True).items()
+        Path(sys.argv[2]).write_text(json.dumps({
+            "runs": {name: [found for found, _ in ranks] for name, ranks in runs.items()},
+            "files": {name: [files for _, files in ranks] for name, ranks in runs.items()},
+            "defaults": {key: value for key, value in defaults
+                         if isinstance(value, (bool, int, float)) or value is None}}))
     distributed.stop()

@@ -14,12 +14,20 @@ from vir.config import RunConfig, parse_bytes, plan_accumulation
 from vir.engine import ds_config, optimizer
 from vir.errors import SettingsError
 from vir.planning.activations import NotMeasuredError
-from vir.planning.checkpoints import DAYS, GPUS, INTERRUPTIONS, CheckpointPlan, default_mtbf, plan_checkpoints
+from vir.planning.checkpoints import (
+    COPY_RATE,
+    DAYS,
+    GPUS,
+    INTERRUPTIONS,
+    CheckpointPlan,
+    default_mtbf,
+    plan_checkpoints,
+)
 from vir.planning.efficiency import Mfu, mfu_range
 from vir.planning.hardware import Cluster, Range
 from vir.planning.images import Images
 from vir.planning.loading import DECODER, RATES, Loading, augmentation, loading
-from vir.planning.memory import Memory, MemoryPlanner, checkpoint_bytes
+from vir.planning.memory import CheckpointBytes, Memory, MemoryPlanner, check_host_memory, checkpoint_bytes
 from vir.planning.time import Communication, Step, Work, communicate, count_work, step_time
 from vir.planning.traffic import ShuffleQuality, Traffic, shuffle_quality, simulate
 from vir.weights.spec import ModelSpec
@@ -60,6 +68,8 @@ class Question:
     """Of a GPU hour."""
     teacher: int = 0
     """Bytes of a model that teaches, on each rank."""
+    host_memory: float | None = None
+    """Bytes that the copies of a checkpoint may take of a node; None where unknown."""
 
     @property
     def accumulation(self) -> int:
@@ -142,6 +152,10 @@ class Estimate:
     """With the lanes and the window that a run would choose, where others are asked for."""
     shuffle: ShuffleQuality | None
     checkpoint_bytes: int
+    copied_bytes: int
+    """Of the memory of the node of rank 0, for the copies from which checkpoints are written; 0: none are made."""
+    host_memory: float | None
+    """Bytes that they may take; None where unknown."""
     checkpoints: CheckpointPlan | None
     """None where the time of a step is not known."""
     wall_seconds: Range | None
@@ -160,9 +174,12 @@ class Estimate:
                           allow_nan=False) + "\n"
 
     def check_that_something_fits(self) -> None:
-        """Raises SettingsError where no shipped JSON makes the run fit; it says by how much, and what would."""
+        """Raises SettingsError where no shipped JSON makes the run fit, or copies of checkpoints do not fit into the
+        memory of the node; it says by how much, and what would."""
         if self.remedy:
             raise SettingsError(self.remedy)
+        if self.host_memory is not None:
+            check_host_memory(self.copied_bytes, self.host_memory, self.cluster.gpus_per_node, self.chosen.stage)
 
 
 def estimate(asked: Question) -> Estimate:
@@ -195,7 +212,8 @@ def estimate(asked: Question) -> Estimate:
         shuffle = shuffle_quality(images.shard_sizes, traffic.lanes, traffic.window, config.train.seed)
     speed = epoch = seconds = loads = checkpoints = wall = cost = None
     rates: dict[str, Range] = {}
-    written = checkpoint_bytes(planner.numbers, asked.ds_config, config.optim, config.ema.decay > 0)
+    written = checkpoint_bytes(planner.numbers, asked.ds_config, cluster.world, config.optim, config.ema.decay > 0)
+    copied = written.of(range(cluster.gpus_per_node)) if config.checkpoint.asynchronous else 0
     if chosen.step is not None:
         loads = loading(chosen.step.images_per_second.high, nodes=cluster.nodes, image_bytes=images.image_bytes,
                         augment=config.augment, traffic=traffic, img_size=max(asked.spec.input.size[1:]))
@@ -217,8 +235,9 @@ def estimate(asked: Question) -> Estimate:
         bound=min(rates, key=lambda part: rates[part].high, default=None), images_per_second=speed,
         epoch_seconds=epoch, seconds=seconds, loading=loads, images=images.name, num_images=images.count,
         image_bytes=images.image_bytes, traffic=traffic, recommended=recommended, shuffle=shuffle,
-        checkpoint_bytes=written, checkpoints=checkpoints, wall_seconds=wall, price=asked.price, cost=cost or None,
-        basis=tuple(_basis(asked, chosen, mfu)), remedy=_remedy(asked, planner, contents, found))
+        checkpoint_bytes=written.total, copied_bytes=copied, host_memory=asked.host_memory, checkpoints=checkpoints,
+        wall_seconds=wall, price=asked.price, cost=cost or None, basis=tuple(_basis(asked, chosen, mfu)),
+        remedy=_remedy(asked, planner, contents, found))
 
 
 def _simulated(asked: Question, lanes: int | None, window: int | None) -> Traffic:
@@ -297,14 +316,14 @@ def _rates(asked: Question, step: Step, loads: Loading) -> dict[str, Range]:
     return found
 
 
-def _checkpoints(asked: Question, size: int, step_seconds: float, epoch_seconds: float) -> CheckpointPlan:
+def _checkpoints(asked: Question, size: CheckpointBytes, step_seconds: float, epoch_seconds: float) -> CheckpointPlan:
     often = asked.config.checkpoint
     every = epoch_seconds * often.every_epochs if often.every_steps is None else step_seconds * often.every_steps
     mtbf = default_mtbf(asked.cluster.world) if asked.mtbf is None else asked.mtbf / asked.cluster.nodes
     every = max(step_seconds, min(every, asked.total_steps * step_seconds))
-    return plan_checkpoints(size, disk_rate=asked.disk, mtbf_seconds=mtbf, step_seconds=step_seconds,
-                            total_steps=asked.total_steps, every_seconds=every,
-                            restart_seconds=asked.restart)
+    return plan_checkpoints(size.total, copied=size.first if often.asynchronous else None, disk_rate=asked.disk,
+                            mtbf_seconds=mtbf, step_seconds=step_seconds, total_steps=asked.total_steps,
+                            every_seconds=every, every_minutes=often.every_minutes, restart_seconds=asked.restart)
 
 
 def _remedy(asked: Question, planner: MemoryPlanner, contents: dict[str, dict[str, Any]],
@@ -365,8 +384,11 @@ def _basis(asked: Question, chosen: Choice, mfu: Mfu | None) -> Iterator[str]:
         yield (f"loader: {rate:.0f} images per second and core, measured on JPEGs of 72 KB on a core of an AMD EPYC "
                "(docs/benchmarks.md)" + (f"; {asked.cores} cores of each node" if asked.cores else "") +
                (f"; {asked.storage / 1e9:.3g} GB/s read by each node" if asked.storage else ""))
-        yield (f"checkpoints: {asked.disk / 1e9:.3g} GB/s of disk" + (
+        copies = f", {COPY_RATE / 1e9:g} GB/s from each GPU into the memory of its node (assumed)"
+        yield (f"checkpoints: {asked.disk / 1e9:.3g} GB/s of disk{copies * config.checkpoint.asynchronous}" + (
             f"; each node fails every {asked.mtbf / 3600:.4g} hours" if asked.mtbf is not None else
             f"; failures as often as those of {GPUS:,} H100s in the training of Llama 3 (arXiv:2407.21783), "
             f"{INTERRUPTIONS} in {DAYS} days") + f"; {asked.restart / 60:.3g} minutes to start again")
+        if config.checkpoint.local:
+            yield "--checkpoint.local: not counted; with it less is lost where the shared disk is slow"
         yield "not counted: evaluations, and the time of an optimizer in the memory of the node (offload)"

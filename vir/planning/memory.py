@@ -1,4 +1,4 @@
-"""What a run takes of each GPU's memory, and of its machine's where it offloads, before it is started.
+"""What a run takes of each GPU's memory, of its machine's where it offloads or copies checkpoints, and of the disk.
 
 Which tensors DeepSpeed 0.19 holds was found by counting those of runs on two processes, as tests/test_memory.py does;
 its own estimators know weights, gradients and optimizer alone.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ from vir.config import OptimConfig, RunConfig
 from vir.engine.ds_config import ZeroSettings, precision, zero_settings, zero_stage
 from vir.engine.optimizer import FUSED, parameter_groups, states_per_number
 from vir.engine.stacks import repeated_blocks
+from vir.errors import SettingsError
 from vir.planning.activations import Activations, measure
 from vir.weights.metadata import DTYPES
 from vir.weights.spec import ModelSpec
@@ -325,8 +326,55 @@ def _last(first: int, last: int, step: int, holds: Callable[[int], bool]) -> int
     return first + low * step
 
 
-def checkpoint_bytes(numbers: Numbers, ds_json: dict[str, Any], optim: OptimConfig, averages: bool) -> int:
-    """Of a checkpoint over all ranks: weights as they compute, float32 masters, optimizer state and average."""
-    itemsize, states = DTYPES[precision(ds_json)].itemsize, states_per_number(optim) + averages
-    masters = 0 if zero_stage(ds_json) == 0 and itemsize == 4 else 4
-    return itemsize * numbers.all + (masters + 4 * states) * numbers.trained + 4 * sum(numbers.frozen)
+@dataclass(frozen=True, kw_only=True)
+class CheckpointBytes:
+    """Of the files that ranks write of a checkpoint, without what is as small as their names."""
+
+    ranks: int
+    first: int
+    """Of rank 0."""
+    other: int
+    """Of each other rank."""
+
+    @property
+    def total(self) -> int:
+        return self.of(range(self.ranks))
+
+    def of(self, ranks: Collection[int]) -> int:
+        """Of these ranks together; where checkpoints are asynchronous, also of the host memory of their copies."""
+        return self.other * len(ranks) + (self.first - self.other) * (0 in ranks)
+
+
+def checkpoint_bytes(numbers: Numbers, ds_json: dict[str, Any], ranks: int, optim: OptimConfig,
+                     averages: bool) -> CheckpointBytes:
+    """Each rank writes the masters, optimizer state and average of its share, and rank 0 the weights as they compute.
+
+    Without ZeRO rank 0 writes all. In stage 3 no weights but masters are written, and of frozen ones each rank's piece.
+    """
+    stage, itemsize = zero_stage(ds_json), DTYPES[precision(ds_json)].itemsize
+    masters = stage > 0 or itemsize < 4
+    share = 4 * (masters + states_per_number(optim) + averages) * sum(numbers.shares(stage, ranks))
+    if stage == 3:
+        share += itemsize * sum(-(-size // ranks) for size in numbers.frozen)
+        return CheckpointBytes(ranks=ranks, first=share, other=share)
+    return CheckpointBytes(ranks=ranks, first=share + itemsize * numbers.all, other=share if stage else 0)
+
+
+def check_host_memory(copies: int, available: float, ranks: int, stage: int, node: str = "this node") -> None:
+    """Raises SettingsError where the copies of a checkpoint do not fit into a node.
+
+    What the run takes there later is not counted: loader processes, and in the first step what is offloaded.
+
+    Args:
+        copies: bytes of all ranks of the node; see CheckpointBytes.of.
+        available: bytes; see launcher.available_memory.
+        ranks: of the node.
+        stage: of ZeRO.
+    """
+    if copies <= available:
+        return
+    fewer = ", or start fewer ranks on each node" if stage and ranks > 1 else ""
+    raise SettingsError(
+        f"the copies of a checkpoint in host memory need {copies / 1e9:.3g} GB for the {ranks} rank{'s' * (ranks > 1)} "
+        f"of {node}, where {available / 1e9:.3g} GB are available; give --checkpoint.asynchronous false, with which "
+        f"training waits for the disk and nothing is copied{fewer}")

@@ -57,6 +57,7 @@ def _memory(plan: Estimate) -> Iterator[str]:
     memory, room = plan.chosen.memory, plan.cluster.gpu.memory
     if memory is None:
         yield f"not known: {plan.chosen.unknown}"
+        yield from _copies(plan)
         return
     spare = room - memory.total
     yield (f"{gigabytes(memory.total)} of {gigabytes(room)} of each {_gpu(plan)}: " + (
@@ -64,6 +65,7 @@ def _memory(plan: Estimate) -> Iterator[str]:
     yield " + ".join(f"{gigabytes(size)} {title}" for title, size in parts(memory).items() if size)
     if memory.host:
         yield f"{_host(memory, plan)} of the memory of each node, for what {plan.chosen.name} offloads"
+    yield from _copies(plan)
     yield ""
     yield from _table(("DeepSpeed JSON", "memory", "fits", "largest micro-batch", "sent per step", "images/s"),
                       (_choice(choice, plan) for choice in plan.choices))
@@ -75,6 +77,14 @@ def _memory(plan: Estimate) -> Iterator[str]:
     else:
         yield plan.remedy or (f"none of them fits with micro-batches of {plan.micro_batch_size}; {smaller.name} does "
                               f"with --train.micro_batch_size {smaller.largest_micro_batch}")
+
+
+def _copies(plan: Estimate) -> Iterator[str]:
+    if plan.copied_bytes:
+        node = "the node of rank 0, which has most," if plan.cluster.nodes > 1 else "the node"
+        free = "" if plan.host_memory is None else f"; {gigabytes(plan.host_memory)} are available"
+        yield (f"{gigabytes(plan.copied_bytes)} of the memory of {node} for the copies from which checkpoints are "
+               f"written{free}")
 
 
 def _host(memory: Memory, plan: Estimate) -> str:
@@ -191,10 +201,12 @@ def _checkpoints(plan: Estimate) -> Iterator[str]:
         yield f"{gigabytes(plan.checkpoint_bytes)} each"
         return
     failing = f"one of these {plan.cluster.world} GPUs" if plan.cluster.world > 1 else "the GPU"
-    yield (f"{gigabytes(found.bytes)} each, {duration(found.seconds)} at {gigabytes(found.disk_rate)}/s; {failing} "
-           f"fails every {duration(found.mtbf_seconds)} on average, and the run takes "
+    way = ("for which training waits" if found.copying is None else
+           f"beside training, which waits {duration(found.copying)} for its copy")
+    yield (f"{gigabytes(found.bytes)} each, {duration(found.seconds)} at {gigabytes(found.disk_rate)}/s, {way}; "
+           f"{failing} fails every {duration(found.mtbf_seconds)} on average, and the run takes "
            f"{duration(found.restart_seconds)} to start again")
-    best = f"best, --checkpoint.every_steps {found.best_steps}"
+    best = f"best, --checkpoint.every_minutes {found.best_minutes:.3g} --checkpoint.every_steps {found.best_steps}"
     for title, cadence in (("as set", found.as_set), (best, found.best)):
         yield (f"{title}: one after each {duration(cadence.interval_seconds)}; {100 * cadence.goodput:.2f} % of the "
                f"time is of use, {100 * cadence.stall:.2f} % waits for checkpoints, {100 * cadence.lost:.2f} % is lost")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vir.planning.checkpoints import goodput
 from vir.planning.estimate import Estimate
 from vir.planning.page import PARTS, parts
 
@@ -77,8 +76,7 @@ def _cadence(axis: Any, plan: Estimate) -> None:
         ends = min(found.best.interval_seconds, found.as_set.interval_seconds) / 8, 8 * max(
             found.best.interval_seconds, found.as_set.interval_seconds)
         times = [ends[0] * (ends[1] / ends[0]) ** (at / (_POINTS - 1)) for at in range(_POINTS)]
-        axis.plot([time / 60 for time in times], [
-            100 * goodput(time, found.seconds, found.mtbf_seconds, found.restart_seconds) for time in times])
+        axis.plot([time / 60 for time in times], [100 * found.goodput(time) for time in times])
         for title, one in (("best", found.best), ("as set", found.as_set)):
             axis.plot(one.interval_seconds / 60, 100 * one.goodput, "o", label=title)
         axis.set(xscale="log", xlabel="minutes of work between checkpoints", ylabel="% of the time is of use")

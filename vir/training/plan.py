@@ -113,14 +113,21 @@ def describe(config: RunConfig, ds_config: dict[str, Any], plan: Plan, engine: E
     yield _order(config.data, train)
     yield (f"{plan.total_steps} steps of {plan.global_batch_size} = {plan.accumulation} x "
            f"{config.train.micro_batch_size} x {world.size} ranks; {len(plan.eval_steps)} evaluations, "
-           f"{len(plan.checkpoint_steps)} checkpoints")
+           f"{len(plan.checkpoint_steps)} checkpoints{_also(config.checkpoint.every_minutes)}")
     yield _course(plan)
-    yield _memory(memory, engine.has_ema, teacher.bytes if teacher else 0)
-    yield _disk(config, plan, checkpoint_bytes(numbers, ds_config, config.optim, engine.has_ema))
+    written = checkpoint_bytes(numbers, ds_config, world.size, config.optim, engine.has_ema)
+    copied = written.of(range(min(launcher.local_size(), world.size))) if config.checkpoint.asynchronous else 0
+    yield _memory(memory, engine.has_ema, teacher.bytes if teacher else 0, copied)
+    yield _disk(config, plan, written.total)
 
 
-def _memory(memory: Memory, averages: bool, teacher: int) -> str:
-    """What a rank holds in its device's memory, and in the machine's where the JSON offloads."""
+def _also(minutes: float | None) -> str:
+    return "" if minutes is None else f", and one every {'minute' if minutes == 1 else f'{minutes:g} minutes'}"
+
+
+def _memory(memory: Memory, averages: bool, teacher: int, copied: int) -> str:
+    """What a rank holds in its device's memory; in the machine's where the JSON offloads, and for copies of all its
+    ranks."""
     weights, state = memory.weights + memory.gradients, memory.masters + memory.optimizer + memory.average
     parts = [(weights, "weights and gradients")] * (weights > 0)
     parts += [(state, f"optimizer{' and EMA' if averages else ''}")] * (state > 0)
@@ -128,6 +135,7 @@ def _memory(memory: Memory, averages: bool, teacher: int) -> str:
     parts += [(teacher, "teacher")] * (teacher > 0)
     said = " + ".join(f"{size / 1e6:.1f} {what}" for size, what in parts)
     host = f"; {memory.host / 1e6:.1f} MB of the machine's, to which it is offloaded" if memory.host else ""
+    host += f"; {copied / 1e6:.1f} MB of the machine's for the copies of checkpoints" if copied else ""
     return f"memory per rank: {sum(size for size, _ in parts) / 1e6:.1f} MB = {said}, without activations{host}"
 
 
