@@ -70,7 +70,7 @@ OUT_OF_RANGE = [
     (ScheduleConfig, "schedule", "decay_rate", 1.5),
     (TrainConfig, "train", "profile", -1), (TrainConfig, "train", "peak_tflops", 0.0),
     (TrainConfig, "train", "bce_target_thresh", 1.0),
-    (CheckpointConfig, "checkpoint", "keep_every_epochs", 0.0),
+    (CheckpointConfig, "checkpoint", "keep_every_epochs", 0.0), (CheckpointConfig, "checkpoint", "every_minutes", 0.0),
     (ScheduleConfig, "schedule", "warmup_epochs", -1.0), (ScheduleConfig, "schedule", "warmup_lr", -1.0),
     (ScheduleConfig, "schedule", "min_lr", float("nan")),
     (TrainConfig, "train", "epochs", 0.0), (TrainConfig, "train", "global_batch_size", 0),

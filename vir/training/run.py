@@ -36,7 +36,7 @@ from vir.reports.metrics import MetricsWriter, read_metrics
 from vir.training import features
 from vir.training.distill import Teacher, load_teacher, make_student
 from vir.training.features import FeatureBatches, FeaturePreparation
-from vir.training.forecast import forecast
+from vir.training.forecast import check_memory_of_nodes, forecast
 from vir.training.guard import FiniteGuard
 from vir.training.loop import Ending, GlobalStep, Trainer
 from vir.training.meter import Meter
@@ -206,6 +206,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teac
            stop: StopRequest, heartbeat: Heartbeat) -> Ending:
     config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
     fingerprint = teacher.fingerprint if teacher else ""
+    check_memory_of_nodes(config, prepared.ds_config, engine, world)
     info = resume(config, engine, spec, prepared.fingerprint, world, fingerprint)
     first = info.samples_seen // plan.global_batch_size if info else 0
     if config.train.linear_probe:
