@@ -2,11 +2,12 @@
 
     python tools/benchmark_checkpoints.py --folder /data --json checkpoints.json
 
-stall: for how long the end of a step is held, beside a copy of the same state of the rank into memory that was allocated
-before; how long until the checkpoint is published, beside a write and fsync of as many bytes; all that in the
-synchronous way, and by torch.distributed.checkpoint.async_save of the same state. writing: a step beside writing, and
-one without; each rank should have a core to spare. throughput: 20 steps with a checkpoint, in both ways, and without.
-All take turns in the same processes on CPU, of one thread each, with batches that lie in memory. Prints a Markdown table.
+stall: for how long the end of a step is held, beside a copy of the same state of the rank into memory that was
+allocated before; how long until the checkpoint is published, beside a write and fsync of as many bytes; both also in
+the synchronous way, and by torch.distributed.checkpoint.async_save of the same state. writing: a step beside writing,
+and one without; each rank should have a core to spare. throughput: 20 steps with a checkpoint, in both ways, and
+without. All take turns in the same processes on CPU, of one thread each, with batches that lie in memory. Prints a
+Markdown table.
 """
 
 import argparse
@@ -40,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="of writing: half as many as cores (default 1)")
     parser.add_argument("--turns", type=int, default=8, help="of stall and writing (default 8)")
     parser.add_argument("--written", type=int, default=2, metavar="TURNS",
-                        help="of stall in which all is written, and a third of those of throughput (default 2)")
+                        help="of stall, in which all is written (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="of throughput (default 3)")
     parser.add_argument("--quick", action="store_true", help="at the smallest size, whose times say nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the raw numbers go")
     return parser

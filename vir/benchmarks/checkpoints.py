@@ -52,11 +52,12 @@ class Settings:
     writing_ranks: int = 1
     turns: int = 8
     written: int = 2
+    rounds: int = 3
     quick: bool = False
     json: Path | None = None
 
     def __post_init__(self) -> None:
-        for flag in ("ranks", "writing_ranks", "written"):
+        for flag in ("ranks", "writing_ranks", "written", "rounds"):
             if getattr(self, flag) < 1:
                 raise SettingsError(f"--{flag} is {getattr(self, flag)}; it must be at least 1")
         if self.turns < self.written:
@@ -94,7 +95,7 @@ def _launches(settings: Settings, configs: list[str]) -> dict[tuple[int, str], l
     asked = {"stall": [(settings.ranks, config) for config in configs], "writing": [(settings.writing_ranks, under)],
              "throughput": [(settings.ranks, under)]}
     how = {"stall": {"turns": settings.turns, "written": settings.written}, "writing": {"turns": settings.turns},
-           "throughput": {"turns": 3 * settings.written, "steps": _QUICK_STEPS if settings.quick else _STEPS}}
+           "throughput": {"turns": settings.rounds, "steps": _QUICK_STEPS if settings.quick else _STEPS}}
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for part in settings.parts:
         for key in asked[part]:
