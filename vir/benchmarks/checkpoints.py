@@ -33,7 +33,7 @@ _LARGE = {"name": "vir_small_patch16_224", "args": {"depth": 22}}
 """Of which each rank of two copies over 300 MB in every ZeRO stage."""
 _MODELS: dict[str, dict[str, Any]] = {
     "stall": {**_LARGE, "img_size": 32, "micro_batch_size": 1},
-    "writing": {**_LARGE, "img_size": 112, "micro_batch_size": 4},
+    "writing": {**_LARGE, "img_size": 112, "micro_batch_size": 2},
     "throughput": {"name": "vir_tiny_patch16_224", "args": {}, "img_size": 224, "micro_batch_size": 4}}
 _QUICK = {"name": "vir_tiny_patch16_224", "args": {"patch_size": 14, "embed_dim": 128, "depth": 2, "num_heads": 2},
           "img_size": 28, "micro_batch_size": 2}
