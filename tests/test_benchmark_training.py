@@ -10,7 +10,7 @@ import torch
 
 import vir.models
 from support.launchers import HANGS, ROOT, TINY, call
-from vir.benchmarks import training
+from vir.benchmarks import launching, training
 from vir.benchmarks.checkpoint_size import ema_bytes
 from vir.benchmarks.tables import spread
 
@@ -133,6 +133,6 @@ def test_ema_bytes_are_those_of_the_ema_alone(stage, name, state, tmp_path):
     (["--model", "vir_tiny_patch16_223"], "vir_tiny_patch16_223"), (["--ema", "no.json"], "no.json: no such file"),
     (["--data", "nowhere"], "nowhere")])
 def test_what_cannot_be_measured_is_told_before_anything_runs(flags, said, tool, shards, capsys, monkeypatch):
-    monkeypatch.setattr(training.subprocess, "run", None)
+    monkeypatch.setattr(launching.subprocess, "run", None)
     assert tool.main(["--data", str(shards), *flags]) in (2, 3)
     assert said in capsys.readouterr().err

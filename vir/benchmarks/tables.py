@@ -5,6 +5,7 @@ beside the page. A file holds `title`, `command`, `machine` and one of these:
 
     kind, results     what tools/benchmark_model.py writes
     loops, checkpoints, ema     what tools/benchmark_training.py writes
+    checkpointing     what tools/benchmark_checkpoints.py writes
     columns, rows     a table that no tool writes: its head and its cells, as text
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,65 @@ def spread(loops: dict[str, Any], name: str, factor: float) -> str:
     return f"{factor * loops[name]:.4g} ({min(values):.4g}–{max(values):.4g})"
 
 
+def checkpointing_table(tasks: Sequence[dict[str, Any]]) -> str:
+    """What checkpoints cost in both ways, beside a peer in the same turns; × is the asynchronous way over the peer."""
+    columns = ("measured", "run", "model, images of a rank's step", "checkpoint MB", "asynchronous", "synchronous",
+               "torch's async_save", "peer", "×", "target")
+    rows_of = {"stall": _rows_of_stall, "writing": _rows_of_writing, "throughput": _rows_of_throughput}
+    return markdown(columns, [row for task in tasks for row in rows_of[task["part"]](task)])
+
+
+def _begin_of(task: dict[str, Any]) -> list[str]:
+    model = task["model"]
+    count = f"{task['ranks']} rank{'s' if task['ranks'] > 1 else ''}"
+    return [f"ZeRO {task['stage']}, {task['precision']}, {count}",
+            f"{task['parameters'] / 1e6:.1f} M, {model['micro_batch_size']} of {model['img_size']} px",
+            f"{task['files_bytes'] / 1e6:,.0f}"]
+
+
+def _rows_of_stall(task: dict[str, Any]) -> Iterable[list[str]]:
+    begin, stalls, copies, writes = _begin_of(task), task["stalls"], task["copies"], task["writes"]
+    largest = max(task["bytes_of_rank"]) / 1e6
+    yield ["a step held by the first, ms", *begin, _ms(stalls[:1]), "", "", f"copy of {largest:,.0f} MB: "
+           f"{_ms(copies[:1])}", _ratio(stalls[:1], copies[:1]), ""]
+    yield ["a step held by a later one, ms", *begin, _ms(stalls[1:]), _ms([one["synchronous"] for one in writes]),
+           _ms([one["torch_stall"] for one in writes]), f"copy of {largest:,.0f} MB: {_ms(copies[1:])}",
+           _ratio(stalls[1:], copies[1:]), "1.2"]
+    ways = {way: [one[way] for one in writes] for way in ("asynchronous", "synchronous", "torch", "plain")}
+    rate = sum(task["bytes_of_rank"]) / 1e6 / statistics.median(ways["plain"])
+    yield ["until it is published, s", *begin, *(_between(ways[way], 1) for way in list(ways)[:3]),
+           f"write and fsync: {_between(ways['plain'], 1)}, {rate:,.0f} MB/s",
+           _ratio(ways["asynchronous"], ways["plain"]), ""]
+
+
+def _rows_of_writing(task: dict[str, Any]) -> Iterable[list[str]]:
+    of_turns = {way: [statistics.median(turn[way]) for turn in task["turns"]] for way in ("writing", "alone")}
+    yield ["a step beside writing, ms", *_begin_of(task), _ms(of_turns["writing"]), "", "",
+           f"not writing: {_ms(of_turns['alone'])}", _ratio(of_turns["writing"], of_turns["alone"]), "1.03"]
+
+
+def _rows_of_throughput(task: dict[str, Any]) -> Iterable[list[str]]:
+    ways = {way: [turn[way] for turn in task["turns"]] for way in ("asynchronous", "synchronous", "none")}
+    yield [f"{task['steps']} steps with one, s", *_begin_of(task), _between(ways["asynchronous"], 1),
+           f"{_between(ways['synchronous'], 1)}, × {_ratio(ways['synchronous'], ways['none'])}", "",
+           f"without one: {_between(ways['none'], 1)}", _ratio(ways["asynchronous"], ways["none"]), "1.02"]
+
+
+def _ms(seconds: Sequence[float]) -> str:
+    return _between(seconds, 1000)
+
+
+def _between(values: Sequence[float], factor: float) -> str:
+    """Median (least–most), times the factor."""
+    middle, low, high = (f"{factor * value:.4g}" for value in (statistics.median(values), min(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({low}–{high})"
+
+
+def _ratio(values: Sequence[float], peers: Sequence[float]) -> str:
+    """The median of the turns' ratios."""
+    return f"{statistics.median(value / peer for value, peer in zip(values, peers, strict=True)):.3f}"
+
+
 def render(path: Path) -> str:
     """The table, or the tables, of one file of results.
 
@@ -121,6 +182,8 @@ def render(path: Path) -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "columns" in content:
             return markdown(content["columns"], content["rows"])
+        if "checkpointing" in content:
+            return checkpointing_table(content["checkpointing"])
         if "loops" in content:
             return "\n\n".join(training_tables(content))
         return model_table([Result(**result) for result in content["results"]], content["kind"]).rstrip("\n")
@@ -132,7 +195,7 @@ def render(path: Path) -> str:
                         ) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} has no results that make a table ({error!r}); it needs kind and results, loops and "
-                        f"checkpoints, or columns and rows") from error
+                        f"checkpoints, checkpointing, or columns and rows") from error
 
 
 def with_tables(page: Path) -> str:

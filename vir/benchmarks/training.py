@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +19,7 @@ import timm
 import torch
 
 from vir.benchmarks.checkpoint_size import ema_bytes, folder_bytes, newest
+from vir.benchmarks.launching import DEEPSPEED, ROOT, launch
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import training_report
 from vir.config import plan_accumulation
@@ -33,12 +31,8 @@ from vir.models.build import architecture
 from vir.planning.images import IMAGENET
 from vir.reports.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = ROOT / "vir" / "recipes" / "quickstart.yaml"
 STAGES = ("zero0_fp32", "zero1_bf16", "zero2_fp32", "zero3_bf16")
-
-# glibc would give freed tensors back to the system and fault them in again: noise, and up to half of the time on CPU.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +104,9 @@ class Sides:
         network = (["--model.name", settings.model, "--model.args", "{}", "--model.img_size", "null"]
                    if settings.model else [])
         self._flags = ["--config", str(RECIPE), *network, "--augment.mixup", "0.8", "--augment.cutmix", "1.0",
-                       "--schedule.warmup_epochs", "0", "--eval.every_epochs", "1e6", *settings.options,
+                       "--schedule.warmup_epochs", "0", "--eval.every_epochs", "1e6",
+                       # Written beside training a checkpoint would be in the steps that are timed.
+                       "--checkpoint.asynchronous", "false", "--checkpoint.every_minutes", "null", *settings.options,
                        "--data.train", str(settings.data / "train"), "--data.val", str(settings.data / "val")]
         self.config = parse([*self._flags, "--deepspeed_config", settings.deepspeed_config, "--output", str(scratch)])
         self._zero = ds_config.read(settings.deepspeed_config)
@@ -193,20 +189,7 @@ class Sides:
 
     def _launch(self, words: list[str]) -> None:
         """Run words under the deepspeed launcher on the ranks of the command line."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(self._settings.ranks),
-                   "--master_port", port, *words]
-        try:
-            done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        finally:  # DeepSpeed leaves 69 MB per rank and port behind
-            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                buffer.unlink(missing_ok=True)
-        if done.returncode != 0:
-            raise SettingsError(f"{shlex.join(command)} ended with code {done.returncode}; change its settings after "
-                                f"`--`. It said:\n{done.stdout[-3000:]}")
+        launch(DEEPSPEED, self._settings.ranks, words, "change its settings after `--`")
 
 
 def compare(sides: Sides, repeats: int) -> dict[str, Any]:
