@@ -325,7 +325,21 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: RunC
         raise SettingsError(f"DeepSpeed refuses {config.deepspeed_config}: {error}") from error
     engine.checkpoint_engine = _HandOver(engine._config)
     engine._copy_recovery_script = lambda folder: None  # data should hold no programs
+    if ds.zero_stage(ds_config) == 3:
+        _save_in_place(engine)
     return engine
+
+
+def _save_in_place(engine: Any) -> None:
+    """Let a checkpoint of stage 3 gather nothing: DeepSpeed lets go of the small parameters, which stay whole, so that
+    the module's state holds empty ones, and gathers each of them anew. It gets empty ones at once."""
+    def without_weights(exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        weights = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+        return {name: value.new_empty(0) if name in weights else value
+                for name, value in engine.module.state_dict().items()}
+
+    engine.module_state_dict = without_weights
+    engine._optimizer_has_ckpt_event_prologue = engine._optimizer_has_ckpt_event_epilogue = lambda: False
 
 
 def _import_muon() -> None:
