@@ -1,5 +1,5 @@
-"""Checkpoints during a run: what goes into one, which is the best, how one gives way to the next. The store is real, the
-engine writes one file."""
+"""Checkpoints during a run: what goes into one, which is the best, how one gives way to the next. The store is real,
+the engine writes one file."""
 
 import re
 import signal
@@ -352,7 +352,7 @@ def test_an_older_one_of_which_all_is_written_is_published_before_the_newer_one(
     assert steps(tmp_path) == [5, 6] and [made.step for made in saver.saved] == [5, 6]
 
 
-def test_an_older_one_is_finished_where_the_launcher_grants_less_than_a_newer_takes(tmp_path, disk, left, caplog):
+def test_an_older_one_is_finished_where_less_is_granted_than_a_newer_takes(tmp_path, disk, left, caplog):
     saver = saver_of(tmp_path)
     with opened_later(disk):
         saver.save(4)
