@@ -362,7 +362,7 @@ def test_an_older_one_is_finished_where_less_is_granted_than_a_newer_takes(tmp_p
         saver.stop(6, left(Granted(0.1)))
     assert steps(tmp_path) == [4, 5] and saver.last_published == 5
     (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert "a checkpoint of step 6 would take 0 s, longer than there is: the one of step 5, which was on its way" in said
+    assert "a checkpoint of step 6 would take 0 s, longer than there is: the one of step 5, which was on" in said
 
 
 def test_the_best_is_not_given_up_for_a_newer_one(tmp_path, disk, left):
