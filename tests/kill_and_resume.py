@@ -56,7 +56,6 @@ WAIT_SECONDS = 180  # for anything that took 12 to 41 s until the first step, on
 COMPARED = ("step", "samples_seen", "loss", "lr", "grad_norm", "updates")
 RANK_TIMEOUT = 10  # seconds; a rank that is stopped is continued after half of it at the most
 ALL, RANK, WORKER, PAUSE = "all", "one rank", "one loader process", "all, after a pause of one rank"
-KINDS = (ALL, RANK, WORKER, PAUSE)
 COPY, WRITE, PUBLISH = "while a save is copied", "while it is written", "while it is published"
 IN_SAVE = (COPY, WRITE, PUBLISH)  # hashed it is while it is written
 START_UP, BETWEEN_SAVES = "during start-up", "between saves"
@@ -265,13 +264,16 @@ class Kill:
         return f"kill {self.number} of {kills}: at step {self.step}, {self.details}, of {self.kind}; {then}"
 
 
-def draw_phases(kills: int, draw: random.Random) -> list[str]:
-    """Half of the kills within a save, in each phase in turn, one in ten during start-up, the rest anywhere."""
+def draw_moments(kills: int, draw: random.Random) -> list[tuple[str, str]]:
+    """Phase and kind of each kill: half are within a save (at least one), in each phase in turn, one in ten during
+    start-up, the rest anywhere. Those within a save are of ranks: after others a run saves on."""
     in_save, start_up = max(1, round(kills / 2)), round(kills / 10)
     phases = [*islice(cycle(draw.sample(IN_SAVE, len(IN_SAVE))), in_save)] + [START_UP] * start_up
     phases += [BETWEEN_SAVES] * (kills - len(phases))
-    draw.shuffle(phases)
-    return phases
+    of_ranks, others = cycle(draw.sample((ALL, RANK), 2)), cycle((WORKER, PAUSE, ALL, RANK))
+    moments = [(phase, next(of_ranks if phase in IN_SAVE else others)) for phase in phases]
+    draw.shuffle(moments)
+    return moments
 
 
 def draw_steps(remaining: int, kills: int, draw: random.Random) -> int:
@@ -316,14 +318,13 @@ def interrupted_run(command: list[str], run: Path, total: int, kills: int, start
         VirError: a kill has left a run folder that cannot be continued.
     """
     met: list[Kill] = []
-    phases, kinds = draw_phases(kills, draw), [KINDS[number % len(KINDS)] for number in range(kills)]
-    draw.shuffle(kinds)
+    moments = draw_moments(kills, draw)
     for number in range(1, kills + 2):
         saved = saved_step(run)
         with Start(command, run.with_name(f"{run.name}-start-{number:02d}.txt")) as start:
             if number <= kills:
                 steps = draw_steps(total - saved, kills + 1 - number, draw)
-                kill_once(start, run, phases[number - 1], kinds[number - 1], steps, start_up_seconds, draw)
+                kill_once(start, run, *moments[number - 1], steps, start_up_seconds, draw)
             else:
                 start.finish()
         made = events_since(run, start.began)
@@ -338,7 +339,7 @@ def interrupted_run(command: list[str], run: Path, total: int, kills: int, start
             events = read_metrics(run) if (run / METRICS).is_file() else []
             phase, details = phase_of(run, start.began)
             met.append(Kill(number=number, step=events[-1]["step"] if events else 0, phase=phase, details=details,
-                            kind=kinds[number - 1], saved=saved_step(run)))
+                            kind=moments[number - 1][1], saved=saved_step(run)))
     return Counter(phase for kill in met for phase in (kill.phase, f"of {kill.kind}"))
 
 

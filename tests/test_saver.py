@@ -258,8 +258,8 @@ def test_by_the_clock_none_is_due_before_the_one_before_is_done(tmp_path, disk, 
     saver.finish()
     assert saver.is_due
     saver.save(2)
-    time.sleep(0.1)
     while saver.last_published == 1:
+        time.sleep(0.1)
         saver.advance()
     (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "the next one comes later than was asked for; this disk holds --checkpoint.every_minutes 0.1" in said
@@ -336,7 +336,7 @@ def test_an_older_one_is_given_up_for_a_newer_one(tmp_path, disk, left):
     disk.is_open.clear()
     saver.save(5)
     given_up = saver._checkpoints._writer._given_up
-    threading.Thread(target=lambda: given_up.wait(10) and disk.is_open.set()).start()
+    threading.Thread(target=lambda: (given_up.wait(5), disk.is_open.set())).start()
     saver.stop(6, left(Granted(20.0)))
     assert given_up.is_set() and steps(tmp_path) == [4, 6] and saver.last_published == 6 and saver.waited == 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
