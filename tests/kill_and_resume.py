@@ -3,10 +3,11 @@
     python tests/kill_and_resume.py --shards SHARDS --kills 10
 
 One run under the deepspeed launcher, on two ranks, goes through undisturbed. The same command, into another folder, is
-killed again and again with SIGKILL (at random steps, within the writing of checkpoints, during start-up) and started
-again. A kill is of all its processes, of one rank or of one loader process, after which the others must be gone within
-75 s; or a rank is stopped for a moment, must go on, and then all is killed. At the end every weight, its average and
-every step's line of metrics must be the same in both, bit for bit.
+killed again and again with SIGKILL (at random steps, while a checkpoint is copied, written or published, during
+start-up) and started again. A kill is of all its processes, of one rank or of one loader process, after which the
+others must be gone within 75 s; or a rank is stopped for a moment, must go on, and then all is killed. At the end every
+weight, its average and every step's line of metrics must be the same in both, bit for bit. Checkpoints are written
+beside training, as is the default; with --synchronous the killed run waits for them.
 Exit codes: 0 all is equal, 1 something differs or did not end, 2 wrong arguments.
 
 SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. With --killed-shards URL the killed run streams
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Callable
 
@@ -37,9 +39,9 @@ from torch import Tensor
 from support.faults import GONE_WITHIN, members, ranks_of
 from support.launchers import DEEPSPEED, ROOT, TINY, free_port, remove_shared_memory
 from vir.checkpoints.consolidate import consolidate
-from vir.checkpoints.info import read_info
+from vir.checkpoints.info import DESCRIPTION, read_info
 from vir.checkpoints.names import newest
-from vir.checkpoints.store import select
+from vir.checkpoints.store import REMOVED, select
 from vir.data.shards import read_index
 from vir.errors import VirError
 from vir.reports.metrics import read_metrics
@@ -49,13 +51,14 @@ RANKS, BATCH, MICRO = 2, 16, 4  # two micro-batches per rank and step
 CHECKPOINT_EVERY = 6
 STEPS_PER_KILL = 30
 RESERVE = 14  # steps kept for each kill to come: CHECKPOINT_EVERY, and what passes before the signal arrives
-SAVE_SECONDS = 0.08  # a kill within a save comes at most so long after its folder is seen; saves took 0.0 to 0.3 s
+SAVE_SECONDS = 0.08  # a kill within a save comes at most so long after its phase is seen; saves took 0.0 to 0.3 s
 WAIT_SECONDS = 180  # for anything that took 12 to 41 s until the first step, on idle and on busy cores
 COMPARED = ("step", "samples_seen", "loss", "lr", "grad_norm", "updates")
 RANK_TIMEOUT = 10  # seconds; a rank that is stopped is continued after half of it at the most
 ALL, RANK, WORKER, PAUSE = "all", "one rank", "one loader process", "all, after a pause of one rank"
-KINDS = (ALL, RANK, WORKER, PAUSE)
-IN_SAVE, START_UP, BETWEEN_SAVES = "in a save", "during start-up", "between saves"
+COPY, WRITE, PUBLISH = "while a save is copied", "while it is written", "while it is published"
+IN_SAVE = (COPY, WRITE, PUBLISH)  # hashed it is while it is written
+START_UP, BETWEEN_SAVES = "during start-up", "between saves"
 
 
 class Trouble(Exception):
@@ -74,7 +77,7 @@ def training_command(shards: str, samples: int, deepspeed_config: Path, steps: i
             "--schedule.warmup_epochs", "1", "--optim.lr", "1e-3", "--augment.scale", "[0.5, 1.0]",
             "--augment.auto_augment", "rand-m9-mstd0.5-inc1", "--augment.mixup", "0.8", "--augment.cutmix", "1.0",
             "--augment.mixup_prob", "0.5", "--augment.reprob", "0.25", "--ema.decay", "0.99",
-            "--eval.every_epochs", "1000", "--checkpoint.every_epochs", str(CHECKPOINT_EVERY * per_step),
+            "--eval.every_epochs", "1000", "--checkpoint.every_steps", str(CHECKPOINT_EVERY),
             "--checkpoint.keep", "2", "--train.rank_timeout", str(RANK_TIMEOUT)]
 
 
@@ -198,6 +201,25 @@ def parts_since(run: Path, moment: float) -> list[Path]:
     return found
 
 
+def files_of(part: Path) -> set[str]:
+    """Names of the files that were begun of a checkpoint; none where it got its name meanwhile."""
+    try:
+        return {path.name for path in part.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def is_in(phase: str, run: Path, moment: float) -> bool:
+    """Whether a checkpoint of this start is seen in a phase, or in a later one, which may be too short to be seen."""
+    parts = [files_of(part) for part in parts_since(run, moment)]
+    if phase == COPY:
+        return bool(parts)
+    if phase == WRITE:
+        return any(parts)
+    described = any(DESCRIPTION in files for files in parts)
+    return described or (folder := newest(run)) is not None and (folder / DESCRIPTION).stat().st_mtime > moment
+
+
 def saved_step(run: Path) -> int:
     """Step of the checkpoint that the next start must continue from, after checking that it is whole; 0: none.
 
@@ -210,11 +232,14 @@ def saved_step(run: Path) -> int:
 def phase_of(run: Path, began: float) -> tuple[str, str]:
     """In which phase a start was killed, from what it has left, and the details of it."""
     if parts := parts_since(run, began):
-        files = len(list(parts[0].iterdir()))
-        return IN_SAVE, f"in the save of {parts[0].stem}, {files} file{'' if files == 1 else 's'} begun"
+        files = files_of(parts[0])
+        begun = f"in the save of {parts[0].stem}, {len(files)} file{'' if len(files) == 1 else 's'} begun"
+        return (PUBLISH if DESCRIPTION in files else WRITE if files else COPY), begun
     named = max((path.name for path in (run / CHECKPOINTS).glob("step-????????")), default="")
     if named > (folder.name if (folder := newest(run)) else ""):
-        return IN_SAVE, f"in the save of {named}, whole but not yet named by latest"
+        return PUBLISH, f"in the save of {named}, whole but not yet named by latest"
+    if any(path.stat().st_mtime > began for path in (run / CHECKPOINTS).glob("*" + REMOVED)):
+        return PUBLISH, f"after the save of {named}, an old one half removed"
     return (BETWEEN_SAVES, BETWEEN_SAVES) if events_since(run, began) else (START_UP, START_UP)
 
 
@@ -239,13 +264,16 @@ class Kill:
         return f"kill {self.number} of {kills}: at step {self.step}, {self.details}, of {self.kind}; {then}"
 
 
-def draw_phases(kills: int, draw: random.Random) -> list[str]:
-    """A third of the kills within a save (at least one), one in ten during start-up, the rest anywhere."""
-    in_save, start_up = max(1, round(kills / 3)), round(kills / 10)
-    phases = [IN_SAVE] * in_save + [START_UP] * start_up
+def draw_moments(kills: int, draw: random.Random) -> list[tuple[str, str]]:
+    """Phase and kind of each kill: half are within a save (at least one), in each phase in turn, one in ten during
+    start-up, the rest anywhere. Those within a save are of ranks: after others a run saves on."""
+    in_save, start_up = max(1, round(kills / 2)), round(kills / 10)
+    phases = [*islice(cycle(draw.sample(IN_SAVE, len(IN_SAVE))), in_save)] + [START_UP] * start_up
     phases += [BETWEEN_SAVES] * (kills - len(phases))
-    draw.shuffle(phases)
-    return phases
+    of_ranks, others = cycle(draw.sample((ALL, RANK), 2)), cycle((WORKER, PAUSE, ALL, RANK))
+    moments = [(phase, next(of_ranks if phase in IN_SAVE else others)) for phase in phases]
+    draw.shuffle(moments)
+    return moments
 
 
 def draw_steps(remaining: int, kills: int, draw: random.Random) -> int:
@@ -267,9 +295,10 @@ def kill_once(start: Start, run: Path, phase: str, kind: str, steps: int, start_
         start.wait_until(lambda: any(event["step"] >= until for event in events_since(run, start.began)),
                          f"step {until}")
         victim = start.victim(kind, draw)
-        if phase == IN_SAVE:
-            start.wait_until(lambda: bool(parts_since(run, start.began)), "a checkpoint being written")
-        start.sleep(draw.uniform(0, SAVE_SECONDS))
+        if phase in IN_SAVE:
+            since = time.time()
+            start.wait_until(lambda: is_in(phase, run, since), f"a kill {phase}")
+        start.sleep(0 if phase in (COPY, PUBLISH) else draw.uniform(0, SAVE_SECONDS))
     if kind in (RANK, WORKER) and victim is not None:
         start.kill_one(victim)
         return
@@ -289,14 +318,13 @@ def interrupted_run(command: list[str], run: Path, total: int, kills: int, start
         VirError: a kill has left a run folder that cannot be continued.
     """
     met: list[Kill] = []
-    phases, kinds = draw_phases(kills, draw), [KINDS[number % len(KINDS)] for number in range(kills)]
-    draw.shuffle(kinds)
+    moments = draw_moments(kills, draw)
     for number in range(1, kills + 2):
         saved = saved_step(run)
         with Start(command, run.with_name(f"{run.name}-start-{number:02d}.txt")) as start:
             if number <= kills:
                 steps = draw_steps(total - saved, kills + 1 - number, draw)
-                kill_once(start, run, phases[number - 1], kinds[number - 1], steps, start_up_seconds, draw)
+                kill_once(start, run, *moments[number - 1], steps, start_up_seconds, draw)
             else:
                 start.finish()
         made = events_since(run, start.began)
@@ -311,7 +339,7 @@ def interrupted_run(command: list[str], run: Path, total: int, kills: int, start
             events = read_metrics(run) if (run / METRICS).is_file() else []
             phase, details = phase_of(run, start.began)
             met.append(Kill(number=number, step=events[-1]["step"] if events else 0, phase=phase, details=details,
-                            kind=kinds[number - 1], saved=saved_step(run)))
+                            kind=moments[number - 1][1], saved=saved_step(run)))
     return Counter(phase for kill in met for phase in (kill.phase, f"of {kill.kind}"))
 
 
@@ -362,16 +390,19 @@ def differences(uninterrupted: Path, killed: Path) -> list[str]:
     return said
 
 
-def experiment(shards: Path, elsewhere: list[str], deepspeed_config: Path, kills: int, seed: int, folder: Path) -> bool:
+def experiment(shards: Path, elsewhere: list[str], deepspeed_config: Path, kills: int, seed: int, folder: Path,
+               asynchronous: bool = True) -> bool:
     """Both runs and their comparison, in an empty folder; whether all is equal. Raises as interrupted_run does.
 
     Args:
         elsewhere: where the killed run finds the shards, and the settings that it needs for that; empty: there, too.
+        asynchronous: whether the killed run writes its checkpoints beside training.
     """
     total = STEPS_PER_KILL * kills
     one, other = folder / "uninterrupted", folder / "killed"
     port = free_port()  # one for all: each start also meets what the one before has left in shared memory
     place, *settings = [*elsewhere, "--data.index_dir", str(folder / "indexes")] if elsewhere else [str(shards)]
+    settings += ["--checkpoint.asynchronous", str(asynchronous).lower()]
     samples = len(read_index(shards / "train"))
     commands = [training_command(str(shards), samples, deepspeed_config, total, one, port),
                 training_command(place, samples, deepspeed_config, total, other, port) + settings]
@@ -404,6 +435,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", type=Path, default=ROOT / "ds_configs" / "zero2_fp32.json",
                         help="DeepSpeed JSON of both runs (default: ds_configs/zero2_fp32.json)")
     parser.add_argument("--output", type=Path, help="new folder that keeps both runs; a temporary one when not given")
+    parser.add_argument("--synchronous", action="store_true",
+                        help="the killed run waits for its checkpoints (--checkpoint.asynchronous false)")
     parser.add_argument("--killed-shards", metavar="URL", help="where the killed run finds the shards (default: there)")
     parser.add_argument("--cache", type=Path, help="folder in which the killed run keeps shards of the server")
     parser.add_argument("--cache-bytes", default="200GB", help="the most that it keeps (default: 200GB)")
@@ -430,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             equal = experiment(args.shards.resolve(), elsewhere, args.deepspeed_config.resolve(), args.kills,
-                               args.seed, folder.resolve())
+                               args.seed, folder.resolve(), asynchronous=not args.synchronous)
         except (Trouble, VirError) as error:
             print(error)
             print(f"FAILED before both runs could be compared, seed {args.seed}")

@@ -43,6 +43,7 @@ class Saver:
         self._checkpoints = Checkpointer(
             Path(config.output), world, store.Kept(config.checkpoint.keep, every and every * plan.num_samples),
             config.checkpoint.asynchronous)
+        self._best_at = -1
         self._best = distributed.broadcast(store.best_so_far(Path(config.output), config.checkpoint.best))
         self._results: Results = {}
         self._evaluated_at = -1
@@ -92,7 +93,8 @@ class Saver:
         config, engine = self._config, self._engine
         results = self._results if self._evaluated_at == step else {}
         is_best = self._value(results) > self._best
-        self._best = max(self._best, self._value(results))
+        if is_best:
+            self._best, self._best_at = self._value(results), step
         info = CheckpointInfo(
             samples_seen=self._plan.samples(step), step=step, updates=engine.updates, world_size=self._world.size,
             zero_stage=engine.zero_stage, precision=engine.precision, ema=engine.has_ema,
@@ -119,7 +121,7 @@ class Saver:
         """Leave the run after `step` steps as the newest checkpoint that can be had in so many seconds. Collective.
 
         One that is on its way is finished where it is of this step, or where a newer one would take too long. Otherwise
-        it is given up for that.
+        it is given up for that, except for the best so far, for which no later one makes up.
 
         Raises:
             CheckpointError: as save().
@@ -129,13 +131,17 @@ class Saver:
             return
         if (older := self._checkpoints.step) is not None:
             seconds = max(time.monotonic() - self._began, *(made.seconds for made in self.saved), 0.0)
-            if distributed.broadcast(seconds > min(distributed.gather(granted))):
+            is_best = older == self._best_at
+            if distributed.broadcast(seconds * (1 + is_best) > min(distributed.gather(granted))):
                 self.finish()
                 log.warning("a checkpoint of step %d would take %.0f s, longer than there is: the one of step %d, "
                             "which was on its way, was finished, and the steps since will be done again", step, seconds,
                             older)
                 return
-            self._checkpoints.give_up()
+            if is_best:
+                self.finish()
+            else:
+                self._checkpoints.give_up()
         self.save(step)
         self.finish()
 
