@@ -1,6 +1,6 @@
 """The second copy, on the disks of two nodes: how it is made, what a restart takes of it, what a disk can do to it.
 
-Two real ranks, each a node of its own, on one machine. This file is also their program: tests/test_local.py FOLDER
+Real ranks on one machine, each a node of its own. This file is also their program: test_local.py FUNCTION FOLDER
 """
 
 import hashlib
@@ -69,7 +69,8 @@ class Scene:
     def hand_over(self, part, take):
         distributed.barrier()
         part.mkdir(exist_ok=True)
-        for name in FILES[:2] if self.world.is_main else FILES[2:]:
+        of_rank = FILES[0:1] * self.world.is_main + [OPTIMIZER.format(self.world.rank)]
+        for name in of_rank:
             take({"of": name, "w": torch.full((self.size,), self.world.rank, dtype=torch.uint8)}, part / name)
 
     def save(self, step, is_best=False):
@@ -80,7 +81,8 @@ class Scene:
     def save_locally(self, step, is_best=False):
         """A kill comes when both disks have it and the run folder does not."""
         self.checkpointer.begin(self.hand_over, replace(INFO, step=step, samples_seen=step), is_best)
-        while not all(distributed.gather((self.node(self.world.rank) / name_of(step)).is_dir())):
+        node = self.local._nodes[self.world.rank]
+        while not all(distributed.gather((self.node(node) / name_of(step)).is_dir())):
             self.advance()
         self.checkpointer.close()
         return self
@@ -152,9 +154,23 @@ def on_a_full_disk(folder, small):
     distributed.stop()
 
 
+def on_three_nodes(folder):
+    world, said = begin()
+    scene = Scene(folder, world, size=50_000).save(1).save_locally(2)
+    found = {"layout": [sorted(path.name for path in (scene.node(number) / name_of(2)).iterdir())
+                        for number in range(3)]}
+    scene.on_main(shutil.rmtree, scene.node(1))
+    found["step"] = scene.begin().newest()
+    scene.save_locally(3)
+    for number in (1, 2):
+        scene.on_main(shutil.rmtree, scene.node(number))
+    found["incomplete"] = scene.begin().newest()
+    (folder / f"found{world.rank}.json").write_text(json.dumps(found | {"said": said}))
+    distributed.stop()
+
+
 def begin():
     """The world, and what will be said."""
-    os.environ.update(LOCAL_WORLD_SIZE="1", LOCAL_RANK="0")
     said = []
     logging.getLogger("vir").addHandler(handler := logging.Handler())
     handler.emit = lambda record: said.append(record.getMessage())
@@ -228,7 +244,7 @@ def as_rank(folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nodes")
-    done = forked(__file__, folder)
+    done = forked(__file__, "as_rank", folder, nodes=2)
     assert done.returncode == 0, done.stdout[-6000:]
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -297,13 +313,24 @@ def test_a_folder_that_cannot_be_written_to_is_refused_on_every_rank(found):
 
 
 def test_a_full_disk_is_told_once_and_the_shared_copy_is_made(small_disk, tmp_path):  # noqa: F811
-    done = forked(__file__, tmp_path, small_disk)
+    done = forked(__file__, "on_a_full_disk", tmp_path, small_disk, nodes=2)
     assert done.returncode == 0, done.stdout[-6000:]
     first, second = (json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in (0, 1))
     assert first["step"] == second["step"] == 2 and first["there"] == []
     warned = [said for said in first["said"] if "no copy of" in said]
     assert len(warned) == 1 and "No space left on device" in warned[0] and str(small_disk) in warned[0]
     assert first["free"] > 1_000_000 and not any("no copy of" in said for said in second["said"])
+
+
+def test_around_three_nodes_each_has_what_is_of_the_next_one(tmp_path):
+    done = forked(__file__, "on_three_nodes", tmp_path, ranks=6, nodes=3)
+    assert done.returncode == 0, done.stdout[-6000:]
+    told = [json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(6)]
+    assert told[0]["layout"] == [sorted([*(OPTIMIZER.format(rank) for rank in ranks), *more, "checkpoint.json",
+                                         "local.json"])
+                                 for ranks, more in (((0, 1, 2, 3), FILES[:1]), ((2, 3, 4, 5), ()),
+                                                     ((4, 5, 0, 1), FILES[:1]))]
+    assert {of_rank["step"] for of_rank in told} == {of_rank["incomplete"] for of_rank in told} == {2}
 
 
 def test_nodes_are_known_by_their_hosts_or_by_the_order_of_ranks():
@@ -383,4 +410,4 @@ def by_two_nodes(*program, ranks):
 
 
 if __name__ == "__main__":
-    (as_rank if len(sys.argv) == 2 else on_a_full_disk)(*map(Path, sys.argv[1:]))
+    globals()[sys.argv[1]](*map(Path, sys.argv[2:]))
