@@ -53,6 +53,8 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.traffic": "test_benchmark.py",
     "vir.benchmarks.training": "test_benchmark_training.py",
     "vir.benchmarks.transfer": "test_benchmark_transfer.py",
+    "vir.checkpoints.exchange": "test_local.py: between two ranks, at awkward sizes",
+    "vir.checkpoints.recovery": "test_local.py: by starts of a run whose disks are damaged",
     "vir.checkpoints.partitions": "test_consolidate.py: files of every layout are made by hand there",
     "vir.convert": "test_convert.py: by its tool, in processes of its own",
     "vir.driver": "test_distributed.py: with what is refused of it",

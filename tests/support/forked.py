@@ -96,14 +96,15 @@ def of_this_session() -> Imported:
     return imported
 
 
-def forked(*program, ranks: int = 2) -> subprocess.CompletedProcess:
-    """As `torchrun --nproc_per_node RANKS PROGRAM`: the first rank that fails ends all."""
+def forked(*program, ranks: int = 2, nodes: int = 1) -> subprocess.CompletedProcess:
+    """As `torchrun --nnodes NODES --nproc_per_node RANKS/NODES PROGRAM`: the first rank that fails ends all."""
     port = free_port()
-    everyone = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    everyone = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks // nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(ranks)]
-        processes = [of_this_session().start(program, log, {**everyone, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        processes = [of_this_session().start(program, log, {
+            **everyone, "RANK": str(rank), "LOCAL_RANK": str(rank % (ranks // nodes))})
                      for rank, log in enumerate(logs)]
         until = time.monotonic() + HANGS
         try:

@@ -114,12 +114,8 @@ def _check_within(name: str, fields: Any, rules: Rules, optional: Collection[str
         raise ValueError(f"{name}: {error}") from None
 
 
-def read_info(folder: Path) -> CheckpointInfo:
-    """The description of a checkpoint, after checking that every file it lists is there at its full size.
-
-    Raises:
-        CheckpointError: no checkpoint, an incomplete one, or one of another format.
-    """
+def read_description(folder: Path) -> CheckpointInfo:
+    """What a checkpoint says of itself, whatever has become of its files. Raises CheckpointError as read_info."""
     try:
         # Not strict_json, which refuses NaN and Infinity.
         fields = json.loads((folder / DESCRIPTION).read_text())
@@ -130,7 +126,7 @@ def read_info(folder: Path) -> CheckpointInfo:
             if version != FORMAT:
                 raise CheckpointError(f"{folder}: format {reprlib.repr(version)} is not known here ({FORMAT}); use the "
                                       "version that wrote it")
-        info = CheckpointInfo.from_json(fields)
+        return CheckpointInfo.from_json(fields)
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no {DESCRIPTION}: it is not a complete checkpoint; name a run folder or "
                               f"one of its {CHECKPOINTS}/step-… folders") from None
@@ -140,6 +136,15 @@ def read_info(folder: Path) -> CheckpointInfo:
         raise CheckpointError(f"{folder / DESCRIPTION} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{folder / DESCRIPTION} cannot be read: {error}") from error
+
+
+def read_info(folder: Path) -> CheckpointInfo:
+    """The description of a checkpoint, after checking that every file it lists is there at its full size.
+
+    Raises:
+        CheckpointError: no checkpoint, an incomplete one, or one of another format.
+    """
+    info = read_description(folder)
     sizes = {name: entry["bytes"] for name, entry in info.files.items()}
     for name, size in sizes.items():
         path = folder / name

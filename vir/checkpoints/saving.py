@@ -17,6 +17,7 @@ from typing import Any, Callable, Iterator
 from vir import distributed
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.local import LocalCopies
 from vir.checkpoints.names import name_of
 from vir.checkpoints.store import Kept
 from vir.checkpoints.writer import Files, Writer, Written, done, run_in_background
@@ -53,11 +54,13 @@ class Checkpointer:
         run: the run folder.
         asynchronous: begin() returns when the state is copied; advance() and finish() do the rest. Otherwise begin()
             does all of it.
+        local: also keeps each on the nodes' own disks, before it is written to the run folder.
     """
 
-    def __init__(self, run: Path, world: World, kept: Kept, asynchronous: bool) -> None:
+    def __init__(self, run: Path, world: World, kept: Kept, asynchronous: bool,
+                 local: LocalCopies | None = None) -> None:
         self._root, self._world, self._kept, self._asynchronous = run / CHECKPOINTS, world, kept, asynchronous
-        self._writer = Writer(world.device, asynchronous)
+        self._writer, self._local = Writer(world.device, asynchronous), local
         self._course: Iterator[Future[Any]] = iter(())
         self._awaited: Future[Any] | None = None
         self._publishes = False
@@ -151,6 +154,8 @@ class Checkpointer:
         self._agree_on(self._on_main(lambda: store.make_room(self._root, part), in_background=False), part)
         self._writer.begin()
         hand_over(part, self._writer.take)
+        if self._local is not None:
+            yield from self._local.make(self._writer, info, self._current.is_best)
         yield (written := self._writer.write(part))
         info = replace(info, files=self._of_all(written.result(), part))
         self._current.bytes = sum(file["bytes"] for file in info.files.values())

@@ -134,7 +134,7 @@ def select(source: Path, world: World | None = None, which: str = LATEST) -> tup
     meant = _meant_for_all(source, world, which)
     damaged: list[str] = []
     for folder in meant.folders:
-        info, problem = _read_whole(folder, world)
+        info, problem = read_whole(folder, world)
         if info is not None:
             for said in damaged:
                 log.warning("DAMAGED CHECKPOINT PASSED OVER: %s", said)
@@ -211,7 +211,7 @@ def _whats_there(run: Path, found: list[Path]) -> str:
     return f"there are the steps {listed or 'none'}; --which {LATEST} takes the newest that is whole"
 
 
-def _read_whole(folder: Path, world: World | None) -> tuple[CheckpointInfo | None, str]:
+def read_whole(folder: Path, world: World | None) -> tuple[CheckpointInfo | None, str]:
     """Its description, or None and what is wrong with it. The ranks share the work of reading its files."""
     try:
         info = read_info(folder)

@@ -14,6 +14,7 @@ from torch import Tensor
 from vir import arithmetic, cli, distributed
 from vir import log as logs
 from vir import run_folder
+from vir.checkpoints.local import LocalCopies
 from vir.cluster import agreement
 from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import StopRequest
@@ -134,6 +135,7 @@ def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbe
         short = replace(
             config, output=str(folder), resume="auto", accept_config_change=True,
             train=replace(config.train, steps=steps, log_every=1, wandb=""),
+            checkpoint=replace(config.checkpoint, local=""),  # nothing stays of this run
             schedule=replace(config.schedule, warmup_epochs=0.0, cooldown_epochs=0.0))
         ending = _run(replace(prepared, config=short), world, stop, heartbeat)
         if ending is Ending.STOPPED:
@@ -207,11 +209,15 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teac
     config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
     fingerprint = teacher.fingerprint if teacher else ""
     check_memory_of_nodes(config, prepared.ds_config, engine, world)
+    local = LocalCopies(Path(config.checkpoint.local), folder, world) if config.checkpoint.local else None
+    if local is not None:
+        heartbeat.at("looking for checkpoints on the nodes' own disks", counts=False)
+        local.bring_back()
     info = resume(config, engine, spec, prepared.fingerprint, world, fingerprint)
     first = info.samples_seen // plan.global_batch_size if info else 0
     if config.train.linear_probe:
         plan = replace(plan, peak_flops=None)  # an MFU counts a backward pass through the whole model
-    saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first, fingerprint)
+    saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first, fingerprint, local)
     writer = _begin_writing(prepared, plan, first, world)
     with closing(writer) if writer else nullcontext():
         _describe(prepared, plan, engine, spec, teacher, world)

@@ -9,6 +9,7 @@ from pathlib import Path
 from vir import distributed
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.local import LocalCopies
 from vir.checkpoints.saving import Checkpointer, Saved
 from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig, to_dict
@@ -32,17 +33,19 @@ class Saver:
     Args:
         first: steps done before this process began.
         teacher: fingerprint of the model that teaches; empty where none does.
+        local: keeps each checkpoint on the nodes' own disks as well.
     """
 
     def __init__(self, config: RunConfig, plan: Plan, engine: Engine, spec: ModelSpec, data_fingerprint: str,
-                 world: World, heartbeat: Heartbeat, first: int, teacher: str = "") -> None:
+                 world: World, heartbeat: Heartbeat, first: int, teacher: str = "",
+                 local: LocalCopies | None = None) -> None:
         self._config, self._plan, self._engine, self._spec = config, plan, engine, spec
         self._data_fingerprint, self._teacher = data_fingerprint, teacher
         self._world, self._heartbeat = world, heartbeat
         every = config.checkpoint.keep_every_epochs
         self._checkpoints = Checkpointer(
             Path(config.output), world, store.Kept(config.checkpoint.keep, every and every * plan.num_samples),
-            config.checkpoint.asynchronous)
+            config.checkpoint.asynchronous, local)
         self._best_at = -1
         self._best = distributed.broadcast(store.best_so_far(Path(config.output), config.checkpoint.best))
         self._results: Results = {}
