@@ -59,13 +59,9 @@ class LocalCopies:
         self._count = 0
         self._has_warned = False
 
-    def bring_back(self) -> None:
-        """Make the newest complete one a checkpoint of the run folder, where that has none as new. Collective.
-
-        Raises:
-            CheckpointError: the run folder cannot be written to.
-        """
-        recovery.bring_back(self._root, self._run, self._world, self._nodes)
+    def bring_back(self) -> Path | None:
+        """As recovery.bring_back. Collective."""
+        return recovery.bring_back(self._root, self._run, self._world, self._nodes)
 
     def make(self, writer: Writer, info: CheckpointInfo, is_best: bool) -> Iterator[Future[Any]]:
         """The course of a copy, from what the writer has taken. Collective between what it yields.

@@ -48,7 +48,7 @@ def with_files(info: CheckpointInfo, files: Sequence[Files]) -> CheckpointInfo:
     return replace(info, files={name: file for of_rank in files for name, file in of_rank.items()})
 
 
-def bring_back(root: Path, run: Path, world: World, nodes: Sequence[int]) -> None:
+def bring_back(root: Path, run: Path, world: World, nodes: Sequence[int]) -> Path | None:
     """Make the newest complete copy a checkpoint of the run folder, where that has none as new. Collective.
 
     A run that went back to an older checkpoint, by `latest`, is not sent forward again: a copy is of use only if it was
@@ -57,6 +57,9 @@ def bring_back(root: Path, run: Path, world: World, nodes: Sequence[int]) -> Non
     Args:
         root: the run's folder on a node's own disk.
         nodes: the node of each rank.
+
+    Returns:
+        The checkpoint of the run folder whose files were compared with their checksums on the way, where they are whole.
 
     Raises:
         CheckpointError: the run folder cannot be written to.
@@ -68,9 +71,16 @@ def bring_back(root: Path, run: Path, world: World, nodes: Sequence[int]) -> Non
         sets[copy.info.to_json(), copy.after].append(copy)
     latest = distributed.broadcast(_latest(run) if world.is_main else None)
     for copies in sorted(sets.values(), key=lambda copies: -copies[0].info.step):
-        complete = copies[0].info.files.keys() <= frozenset().union(*(copy.names for copy in copies))
-        if complete and _is_newer(copies[0], latest, world) and _take(copies, run, latest, world, nodes):
-            return
+        if not copies[0].info.files.keys() <= frozenset().union(*(copy.names for copy in copies)):
+            continue
+        if latest is not None and latest.name == name_of(copies[0].info.step):
+            if store.read_whole(latest, world)[0] is not None:
+                return latest
+        elif not _follows(copies[0], latest):
+            continue
+        if _take(copies, run, latest, world, nodes):
+            return None
+    return None
 
 
 def _latest(run: Path) -> Path | None:
@@ -98,12 +108,10 @@ def _copies(root: Path, node: int) -> list[Copy]:
     return found
 
 
-def _is_newer(copy: Copy, latest: Path | None, world: World) -> bool:
-    """Whether the run goes on from this one rather than from what `latest` names. Collective."""
+def _follows(copy: Copy, latest: Path | None) -> bool:
+    """Whether it was made after the one that `latest` names, of a later step."""
     if latest is None:
         return not copy.after
-    if latest.name == name_of(copy.info.step):
-        return store.read_whole(latest, world)[0] is None
     return copy.after == latest.name and latest.match(STEPS) and copy.info.step > step_of(latest)
 
 

@@ -112,7 +112,8 @@ def _firsts(root: Path, every_samples: float) -> set[str]:
     return firsts
 
 
-def select(source: Path, world: World | None = None, which: str = LATEST) -> tuple[Path, CheckpointInfo] | None:
+def select(source: Path, world: World | None = None, which: str = LATEST,
+           verified: Path | None = None) -> tuple[Path, CheckpointInfo] | None:
     """The checkpoint that a path means, for every use: resume, validation, consolidation.
 
     Args:
@@ -121,6 +122,7 @@ def select(source: Path, world: World | None = None, which: str = LATEST) -> tup
         world: ranks that all ask this together, share the reading and get the same answer; None for this process alone.
         which: of a run folder. latest: the newest whose files are as written; damaged ones are passed over, with a
             warning. best, or the number of a step: that one and no other.
+        verified: a checkpoint whose files were just compared with their checksums.
 
     Returns:
         None where `source` is no checkpoint and holds none.
@@ -134,7 +136,7 @@ def select(source: Path, world: World | None = None, which: str = LATEST) -> tup
     meant = _meant_for_all(source, world, which)
     damaged: list[str] = []
     for folder in meant.folders:
-        info, problem = read_whole(folder, world)
+        info, problem = (read_info(folder), "") if folder == verified else read_whole(folder, world)
         if info is not None:
             for said in damaged:
                 log.warning("DAMAGED CHECKPOINT PASSED OVER: %s", said)

@@ -19,13 +19,14 @@ from vir.weights.spec import ModelSpec
 
 
 def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint: str, world: World,
-           teacher: str = "") -> CheckpointInfo | None:
+           teacher: str = "", verified: Path | None = None) -> CheckpointInfo | None:
     """Load the checkpoint that --output means, or that --resume means where --output has none yet. Collective.
 
     With validate_only the one that --resume names comes first, `none` means none, and --which chooses among a run's.
 
     Args:
         teacher: fingerprint of the model that teaches; empty where none does.
+        verified: as store.select takes it.
 
     Returns:
         What it says of itself; None where the run begins.
@@ -36,7 +37,7 @@ def resume(config: RunConfig, engine: Engine, spec: ModelSpec, data_fingerprint:
     """
     is_named = config.resume not in ("auto", "none")
     takes_own = not config.validate_only or config.resume == "auto"
-    selected = select(Path(config.output), world, config.which) if takes_own else None
+    selected = select(Path(config.output), world, config.which, verified) if takes_own else None
     is_own = selected is not None
     if selected is None and is_named:
         selected = _named(config, world)

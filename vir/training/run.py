@@ -209,11 +209,12 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teac
     config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
     fingerprint = teacher.fingerprint if teacher else ""
     check_memory_of_nodes(config, prepared.ds_config, engine, world)
-    local = LocalCopies(Path(config.checkpoint.local), folder, world) if config.checkpoint.local else None
-    if local is not None:
+    local, verified = None, None
+    if config.checkpoint.local:
         heartbeat.at("looking for checkpoints on the nodes' own disks", counts=False)
-        local.bring_back()
-    info = resume(config, engine, spec, prepared.fingerprint, world, fingerprint)
+        local = LocalCopies(Path(config.checkpoint.local), folder, world)
+        verified = local.bring_back()
+    info = resume(config, engine, spec, prepared.fingerprint, world, fingerprint, verified)
     first = info.samples_seen // plan.global_batch_size if info else 0
     if config.train.linear_probe:
         plan = replace(plan, peak_flops=None)  # an MFU counts a backward pass through the whole model
