@@ -19,7 +19,6 @@ from vir.training.plan import Plan
 from vir.training.validator import Results
 from vir.weights.spec import ModelSpec
 
-
 _SPARE = 1.25
 """Of the time that writing has taken, in the cadence that is advised: a disk that others use is not always as fast."""
 
