@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, TypeVar
 
 from vir import distributed
 from vir.checkpoints import store
@@ -25,6 +25,8 @@ from vir.distributed import World
 from vir.errors import CheckpointError
 from vir.log import log
 from vir.run_folder import CHECKPOINTS
+
+T = TypeVar("T")
 
 _CLOSES_WITHIN_S = 5.0
 
@@ -42,7 +44,7 @@ class Saved:
     is_best: bool
     bytes: int = 0
     seconds: float = 0.0
-    """From its beginning until it was published."""
+    """For which this rank was copying, writing and publishing it; training may have come to know of each only later."""
     stalled: float = 0.0
     """That training has waited for it."""
 
@@ -87,9 +89,10 @@ class Checkpointer:
             CheckpointError: it could not be written; those before it are as they were.
         """
         assert self._awaited is None, "one is on its way: finish() first"
-        self._current, self._began = Saved(info.step, is_best), time.monotonic()
+        self._current = Saved(info.step, is_best)
         self._course = self._make(hand_over, info)
         self.advance()
+        self._current.seconds += self._current.stalled
         if not self._asynchronous:
             self.finish()
 
@@ -103,7 +106,6 @@ class Checkpointer:
                 raise
         if self._awaited is None:
             made = self._current
-            made.seconds = time.monotonic() - self._began
             self.saved.append(made)
             log.info("checkpoint %s: %.1f MB in %.1f s, for which training waited %.2f s%s",
                      self._root / name_of(made.step), made.bytes / 1e6, made.seconds, made.stalled,
@@ -155,13 +157,23 @@ class Checkpointer:
         self._writer.begin()
         hand_over(part, self._writer.take)
         if self._local is not None:
-            yield from self._local.make(self._writer, info, self._current.is_best)
-        yield (written := self._writer.write(part))
+            yield from map(self._clocked, self._local.make(self._writer, info, self._current.is_best))
+        yield (written := self._clocked(self._writer.write(part)))
         info = replace(info, files=self._of_all(written.result(), part))
         self._current.bytes = sum(file["bytes"] for file in info.files.values())
         self._publishes = True
-        yield (published := self._on_main(lambda: self._publish(part, info), self._asynchronous))
+        yield (published := self._clocked(self._on_main(lambda: self._publish(part, info), self._asynchronous)))
         self._agree_on(published, part)
+
+    def _clocked(self, work: Future[T]) -> Future[T]:
+        """Count the time that it takes."""
+        began, made = time.monotonic(), self._current
+
+        def add(_: Future[T]) -> None:
+            made.seconds += time.monotonic() - began
+
+        work.add_done_callback(add)
+        return work
 
     def _publish(self, part: Path, info: CheckpointInfo) -> None:
         store.publish(part, self._root / name_of(info.step), info, self._current.is_best)

@@ -22,6 +22,8 @@ from vir.weights.spec import ModelSpec
 
 _SPARE = 1.25
 """Of the time that writing has taken, in the cadence that is advised: a disk that others use is not always as fast."""
+_NOTED = 0.01
+"""Share of the time between two checkpoints, waited for the first of them, that is worth a word."""
 
 
 class Saver:
@@ -133,7 +135,7 @@ class Saver:
             self.finish()
             return
         if (older := self._checkpoints.step) is not None:
-            seconds = max(time.monotonic() - self._began, *(made.seconds for made in self.saved), 0.0)
+            seconds = max((made.seconds for made in self.saved), default=time.monotonic() - self._began)
             is_best = older == self._best_at
             if distributed.broadcast(seconds * (1 + is_best) > min(distributed.gather(granted))):
                 self.finish()
@@ -160,8 +162,10 @@ class Saver:
         waits = time.monotonic()
         per_step = (waits - self._began) / max(1, step - before)
         self.finish()
-        self.waited += 1
         waited = time.monotonic() - waits
+        if waited < _NOTED * (waits - self._began):
+            return
+        self.waited += 1
         log.info("the checkpoint of step %d has waited %.1f s for the one of step %d", step, waited, before)
         self._warn(f"training has waited {waited:.1f} s", per_step)
 
