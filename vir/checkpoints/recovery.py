@@ -59,7 +59,7 @@ def bring_back(root: Path, run: Path, world: World, nodes: Sequence[int]) -> Pat
         nodes: the node of each rank.
 
     Returns:
-        The checkpoint of the run folder whose files were compared with their checksums on the way, where they are whole.
+        The checkpoint of the run folder whose files were compared with their checksums on the way, if they are whole.
 
     Raises:
         CheckpointError: the run folder cannot be written to.
