@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_store import save
 from torch import nn
 
 from support.launchers import HANGS, ROOT, call, free_port
 from vir import distributed, evaluate, run_folder
-from vir.checkpoints import saving, store
+from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo
 from vir.cluster.signals import StopRequest
 from vir.config import DataConfig, RunConfig
@@ -78,10 +79,10 @@ def as_rank(folder):
             take("model", part / "mp_rank_00_model_states.pt")
 
     run = folder / "shared"
-    saving.save(write, run, INFO, world, KEPT, False)
+    save(write, run, INFO, world, KEPT, False)
     found["files"] = sorted(store.select(run, world)[1].files)
-    found["save"] = told(lambda: saving.save(lambda part, take: write(part, take, "no" if rank else ""), run,
-                                             replace(INFO, step=2), world, KEPT, True))
+    found["save"] = told(lambda: save(lambda part, take: write(part, take, "no" if rank else ""), run,
+                                      replace(INFO, step=2), world, KEPT, True))
     found["left"] = sorted(path.name for path in (run / "checkpoints").iterdir())
     distributed.barrier()
     if world.is_main:

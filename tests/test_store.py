@@ -13,7 +13,7 @@ import torch
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo, read_info
 from vir.checkpoints.names import newest
-from vir.checkpoints.saving import save
+from vir.checkpoints.saving import Checkpointer
 from vir.checkpoints.store import Kept, best_so_far, select
 from vir.distributed import World
 from vir.errors import CheckpointError, SettingsError
@@ -41,6 +41,11 @@ def writing(content="weights", files=FILES):
             take(f"{name} {content}", folder / name)
 
     return hand_over
+
+
+def save(hand_over, run, info, world, kept, best):
+    """In the synchronous way."""
+    Checkpointer(run, world, kept, asynchronous=False).begin(hand_over, info, best)
 
 
 def holds(path, content):
@@ -247,6 +252,17 @@ def test_the_best_is_kept_until_another_is_better(tmp_path):
     assert (tmp_path / "checkpoints" / "best").read_text() == "step-00000002"
     checkpoint(tmp_path, 5, kept=Kept(1, None), best=True)
     assert steps(tmp_path) == [5]
+
+
+def test_those_by_the_clock_go_before_those_that_were_planned(tmp_path):
+    planned = {10, 20, 30}.__contains__
+    for step in (10, 13, 16, 20, 23, 26):
+        checkpoint(tmp_path, step, kept=Kept(3, None, planned))
+    assert steps(tmp_path) == [10, 20, 23, 26]
+    checkpoint(tmp_path, 30, kept=Kept(3, None, planned))
+    assert steps(tmp_path) == [10, 20, 26, 30]
+    checkpoint(tmp_path, 33, kept=Kept(1, None, planned))
+    assert steps(tmp_path) == [30, 33]
 
 
 # ---- what cannot be written

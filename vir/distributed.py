@@ -153,7 +153,8 @@ def start() -> World:
                                 timeout=TIMEOUT,
                                 # With a device NCCL splits each later group off this one, which fails for one rank.
                                 device_id=device if cuda and place.size > 1 else None)
-        _host = dist.new_group(backend="gloo", timeout=TIMEOUT) if place.size > 1 else None
+    if _host is None and dist.get_world_size() > 1:
+        _host = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 

@@ -140,6 +140,15 @@ def replace_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def refused(work: Callable[[], object]) -> str:
+    """Do this, and tell what the system has refused of it; empty where it has nothing."""
+    try:
+        work()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
 def open_regular(path: Path | str) -> int:
     """A descriptor of a regular file, for reading. Never waits for one who writes into a pipe.
 

@@ -12,9 +12,11 @@ import gc
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +199,19 @@ def _write_plainly(contents: list[Tensor], path: Path) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def _busy() -> Iterator[None]:
+    """Another process hashes: what two cores of this machine take from each other, whatever they do."""
+    other = subprocess.Popen([sys.executable, "-c", "import hashlib\nwhile True: hashlib.sha256(bytes(1 << 24))"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
 def writing(trained: Trained, turns: int) -> dict[str, Any]:
-    """Seconds of steps while a checkpoint is written, and of as many without."""
+    """Seconds of steps while a checkpoint is written, of as many without, and of as many beside another process."""
     found: list[dict[str, list[float]]] = []
     trained.begin("asynchronous").finish()
     for _ in range(turns):
@@ -209,6 +222,8 @@ def writing(trained: Trained, turns: int) -> dict[str, Any]:
         saves.finish()
         beside = beside[:-1] or beside  # the last one has outlasted the writing
         found.append({"writing": beside, "alone": [trained.timed(trained.step)[0] for _ in beside]})
+        with _busy():
+            found[-1]["busy"] = [trained.timed(trained.step)[0] for _ in beside]
     return {"files_bytes": saves.saved[-1].bytes, "turns": found}
 
 

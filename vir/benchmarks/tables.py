@@ -145,9 +145,10 @@ def _rows_of_stall(task: dict[str, Any]) -> Iterable[list[str]]:
 
 
 def _rows_of_writing(task: dict[str, Any]) -> Iterable[list[str]]:
-    of_turns = {way: [statistics.median(turn[way]) for turn in task["turns"]] for way in ("writing", "alone")}
+    of_turns = {way: [statistics.median(turn[way]) for turn in task["turns"]] for way in ("writing", "alone", "busy")}
     yield ["a step beside writing, ms", *_begin_of(task), _ms(of_turns["writing"]), "", "",
-           f"not writing: {_ms(of_turns['alone'])}", _ratio(of_turns["writing"], of_turns["alone"]), "1.03"]
+           f"not writing: {_ms(of_turns['alone'])}; beside another process that hashes: {_ms(of_turns['busy'])}, × "
+           f"{_ratio(of_turns['busy'], of_turns['alone'])}", _ratio(of_turns["writing"], of_turns["alone"]), "1.03"]
 
 
 def _rows_of_throughput(task: dict[str, Any]) -> Iterable[list[str]]:

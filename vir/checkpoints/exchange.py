@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vir.checkpoints.writer import Files
+from vir.checkpoints.info import Files
 from vir.distributed import TIMEOUT
 
 CHUNK = 1 << 24

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from vir.run_folder import CHECKPOINTS
 from vir.weights.fields import Rules, check_fields, is_count, is_text, is_text_map
 from vir.weights.metadata import MODEL_RULES
 from vir.weights.spec import INPUT_RULES, InputSpec, ModelSpec
+
+Files = dict[str, dict[str, Any]]
+"""bytes and sha256 of each file, by name."""
 
 DESCRIPTION = "checkpoint.json"
 FORMAT = 2
@@ -80,8 +83,11 @@ class CheckpointInfo:
     """Of the training shards and their class list."""
     teacher: str = ""
     """Fingerprint of the model that taught this one; empty where none did."""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """bytes and sha256 of every file."""
+    files: Files = field(default_factory=dict)
+
+    def with_files(self, of_ranks: Iterable[Files]) -> CheckpointInfo:
+        """The same of these files, which the ranks have written."""
+        return replace(self, files={name: file for files in of_ranks for name, file in files.items()})
 
     def to_json(self) -> str:
         """The text of checkpoint.json."""

@@ -12,7 +12,6 @@ import secrets
 import shutil
 import socket
 from collections import Counter
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
@@ -22,10 +21,10 @@ from vir.checkpoints.exchange import Exchange
 from vir.checkpoints.info import DESCRIPTION, CheckpointInfo
 from vir.checkpoints.names import STEPS, name_of, newest
 from vir.checkpoints.recovery import LOCAL, NODES
-from vir.checkpoints.writer import Writer, Written, done, run_in_background
+from vir.checkpoints.writer import Work, Writer, Written, do, done
 from vir.distributed import World
 from vir.errors import CheckpointError, SettingsError
-from vir.files import flush, replace_text, try_to_write
+from vir.files import flush, refused, replace_text, try_to_write
 from vir.log import log
 from vir.run_folder import CHECKPOINTS
 
@@ -56,57 +55,61 @@ class LocalCopies:
         if len(same) > 1:
             of_node = ranks.index(world.rank)
             self._exchange = Exchange(same[node - 1][of_node], same[(node + 1) % len(same)][of_node])
-        self._count = 0
+        self._count, self._is_apart = 0, False
         self._has_warned = False
 
     def bring_back(self) -> Path | None:
         """As recovery.bring_back. Collective."""
         return recovery.bring_back(self._root, self._run, self._world, self._nodes)
 
-    def make(self, writer: Writer, info: CheckpointInfo, is_best: bool) -> Iterator[Future[Any]]:
+    def make(self, writer: Writer, info: CheckpointInfo, is_best: bool) -> Iterator[Work[Any]]:
         """The course of a copy, from what the writer has taken. Collective between what it yields.
 
         The exchange begins on all ranks or on none, for they come here together: no rank waits for one that has given
         the checkpoint up. What fails is told once and ends nothing.
         """
+        if self._is_apart:
+            return
         self._count += 1
         part = self._folder / f"{name_of(info.step)}.{self._count}.part"
         yield (writing := self._write(writer, part))
         mine = writing.result()
         yield (exchanging := self._swap(part, mine))
-        problem = "; ".join([*mine.problems, *exchanging.result()][:1])
-        told = distributed.gather((problem, mine.files, self._latest() if self._world.is_main else ""))
-        if self._has_failed([problem for problem, _, _ in told], part):
+        problem = next(iter([*mine.problems, *exchanging.result()]), "")
+        told = distributed.gather((problem, mine.files, self._latest() if self._world.is_main else "", self._is_apart))
+        self._is_apart = any(is_apart for *_, is_apart in told)
+        if self._has_failed([problem for problem, *_ in told], part):
             return
-        text = CheckpointInfo.to_json(recovery.with_files(info, [files for _, files, _ in told]))
+        text = info.with_files(files for _, files, *_ in told).to_json()
         after = json.dumps({"after": told[0][2], "is_best": is_best})
         yield (publishing := self._on_first(lambda: self._publish(part, info.step, text, after)))
         if not self._has_failed(distributed.gather(publishing.result()), part):
             self._remove_older(info.step)
 
-    def _write(self, writer: Writer, part: Path) -> Future[Written]:
+    def _write(self, writer: Writer, part: Path) -> Work[Written]:
         try:
             part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             return done(Written([str(error)], {}))
         return writer.write(part)
 
-    def _swap(self, part: Path, mine: Written) -> Future[list[str]]:
+    def _swap(self, part: Path, mine: Written) -> Work[list[str]]:
         exchange = self._exchange
         if exchange is None:
             return done([])
-        return run_in_background(lambda: exchange.swap(part, {} if mine.problems else mine.files))
 
-    def _on_first(self, work: Callable[[], None]) -> Future[str]:
-        """Have the first rank of each node do this, and find out what the system has refused."""
-        def problem() -> str:
+        def swap() -> list[str]:
             try:
-                work()
-            except OSError as error:
-                return str(error)
-            return ""
+                return exchange.swap(part, {} if mine.problems else mine.files)
+            except RuntimeError as error:  # of gloo; the heartbeat tells whether the other rank is lost
+                self._is_apart = True
+                return [f"the next node's part does not come ({error}); no later copies are made"]
 
-        return run_in_background(problem) if self._is_first else done("")
+        return do(swap, in_background=True)
+
+    def _on_first(self, work: Callable[[], None]) -> Work[str]:
+        """Have the first rank of each node do this, and find out what the system has refused."""
+        return do(lambda: refused(work), in_background=True) if self._is_first else done("")
 
     def _publish(self, part: Path, step: int, text: str, after: str) -> None:
         folder = self._folder / name_of(step)
@@ -191,7 +194,7 @@ def _remove_in_background(folders: Sequence[Path]) -> None:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
 
-    run_in_background(remove)
+    do(remove, in_background=True)
 
 
 def nodes_of(told: Sequence[tuple[str, int]]) -> list[int]:

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -16,9 +15,9 @@ from vir import distributed
 from vir.checkpoints import store
 from vir.checkpoints.info import DESCRIPTION, CheckpointInfo, read_description
 from vir.checkpoints.names import LATEST, STEPS, name_of, newest, step_of
-from vir.checkpoints.writer import Files
 from vir.distributed import World
 from vir.errors import CheckpointError
+from vir.files import refused
 from vir.log import log
 from vir.run_folder import CHECKPOINTS
 from vir.weights.fields import some
@@ -41,11 +40,6 @@ class Copy(NamedTuple):
     is_best: bool
     names: frozenset[str]
     """Of the files that are there at their full size."""
-
-
-def with_files(info: CheckpointInfo, files: Sequence[Files]) -> CheckpointInfo:
-    """The description with the files of all ranks."""
-    return replace(info, files={name: file for of_rank in files for name, file in of_rank.items()})
 
 
 def bring_back(root: Path, run: Path, world: World, nodes: Sequence[int]) -> Path | None:
@@ -207,13 +201,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 def _on_main(work: Callable[[], object], part: Path, world: World) -> None:
     """Have rank 0 do this. Collective."""
-    problem = ""
-    if world.is_main:
-        try:
-            work()
-        except OSError as error:
-            problem = str(error)
-    _agree(distributed.gather(problem), part, world)
+    _agree(distributed.gather(refused(work) if world.is_main else ""), part, world)
 
 
 def _agree(problems: Sequence[str], part: Path, world: World) -> None:

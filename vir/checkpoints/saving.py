@@ -1,6 +1,6 @@
 """The course of a checkpoint: handed over at the end of a step, written by every rank, published by rank 0.
 
-What ranks do by themselves is a future, behind which the course goes on when every rank has it. In the asynchronous way
+Behind what ranks do by themselves the course goes on when every rank has done it. In the asynchronous way
 threads do these things while training goes on, from copies of the state; in the synchronous way they are done at once.
 """
 
@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, TypeVar
+from typing import Any, Callable, Iterator
 
 from vir import distributed
 from vir.checkpoints import store
-from vir.checkpoints.info import CheckpointInfo
+from vir.checkpoints.info import CheckpointInfo, Files
 from vir.checkpoints.local import LocalCopies
 from vir.checkpoints.names import name_of
 from vir.checkpoints.store import Kept
-from vir.checkpoints.writer import Files, Writer, Written, done, run_in_background
+from vir.checkpoints.writer import Work, Writer, Written, do, done
 from vir.distributed import World
 from vir.errors import CheckpointError
+from vir.files import refused
 from vir.log import log
 from vir.run_folder import CHECKPOINTS
-
-T = TypeVar("T")
 
 _CLOSES_WITHIN_S = 5.0
 
@@ -44,7 +43,7 @@ class Saved:
     is_best: bool
     bytes: int = 0
     seconds: float = 0.0
-    """For which this rank was copying, writing and publishing it; training may have come to know of each only later."""
+    """Of copying, writing (by the slowest rank) and publishing; training may have come to know of each only later."""
     stalled: float = 0.0
     """That training has waited for it."""
 
@@ -63,8 +62,8 @@ class Checkpointer:
                  local: LocalCopies | None = None) -> None:
         self._root, self._world, self._kept, self._asynchronous = run / CHECKPOINTS, world, kept, asynchronous
         self._writer, self._local = Writer(world.device, asynchronous), local
-        self._course: Iterator[Future[Any]] = iter(())
-        self._awaited: Future[Any] | None = None
+        self._course: Iterator[Work[Any]] = iter(())
+        self._awaited: Work[Any] | None = None
         self._publishes = False
         self.saved: list[Saved] = []
         """The checkpoints that were published, in that order."""
@@ -92,7 +91,6 @@ class Checkpointer:
         self._current = Saved(info.step, is_best)
         self._course = self._make(hand_over, info)
         self.advance()
-        self._current.seconds += self._current.stalled
         if not self._asynchronous:
             self.finish()
 
@@ -134,8 +132,10 @@ class Checkpointer:
         """This rank writes no more, and leaves what is on its way as a kill would."""
         if self._awaited is not None:
             self._writer.give_up()
-            wait([self._awaited], _CLOSES_WITHIN_S)  # not for ever: a disk may not answer
+            if wait([self._awaited], _CLOSES_WITHIN_S).not_done:  # a disk that does not answer
+                return
             self._awaited = None
+        self._writer.close()
 
     @contextmanager
     def _stalling(self) -> Iterator[None]:
@@ -149,60 +149,48 @@ class Checkpointer:
     def _part(self, step: int) -> Path:
         return self._root / (name_of(step) + ".part")
 
-    def _make(self, hand_over: HandOver, info: CheckpointInfo) -> Iterator[Future[Any]]:
+    def _make(self, hand_over: HandOver, info: CheckpointInfo) -> Iterator[Work[Any]]:
         """The course. Collective between what it yields."""
-        part = self._part(info.step)
+        part, made = self._part(info.step), self._current
         self._publishes = False
         self._agree_on(self._on_main(lambda: store.make_room(self._root, part), in_background=False), part)
         self._writer.begin()
+        began = time.monotonic()
         hand_over(part, self._writer.take)
-        if self._local is not None:
-            yield from map(self._clocked, self._local.make(self._writer, info, self._current.is_best))
-        yield (written := self._clocked(self._writer.write(part)))
-        info = replace(info, files=self._of_all(written.result(), part))
-        self._current.bytes = sum(file["bytes"] for file in info.files.values())
+        made.seconds += time.monotonic() - began
+        for work in self._local.make(self._writer, info, made.is_best) if self._local is not None else ():
+            yield work
+            made.seconds += work.seconds
+        yield (written := self._writer.write(part))
+        info = info.with_files(self._of_all(written, part))
+        made.bytes = sum(file["bytes"] for file in info.files.values())
         self._publishes = True
-        yield (published := self._clocked(self._on_main(lambda: self._publish(part, info), self._asynchronous)))
+        yield (published := self._on_main(lambda: self._publish(part, info), self._asynchronous))
         self._agree_on(published, part)
-
-    def _clocked(self, work: Future[T]) -> Future[T]:
-        """Count the time that it takes."""
-        began, made = time.monotonic(), self._current
-
-        def add(_: Future[T]) -> None:
-            made.seconds += time.monotonic() - began
-
-        work.add_done_callback(add)
-        return work
 
     def _publish(self, part: Path, info: CheckpointInfo) -> None:
         store.publish(part, self._root / name_of(info.step), info, self._current.is_best)
         store.remove_old(self._root, info.step, self._kept)
 
-    def _on_main(self, work: Callable[[], None], in_background: bool) -> Future[str]:
+    def _on_main(self, work: Callable[[], None], in_background: bool) -> Work[str]:
         """Have rank 0 do this, and find out what the system has refused."""
-        def problem() -> str:
-            try:
-                work()
-            except OSError as error:
-                return str(error)
-            return ""
+        return do(lambda: refused(work), in_background) if self._world.is_main else done("")
 
-        if not self._world.is_main:
-            return done("")
-        return run_in_background(problem) if in_background else done(problem())
-
-    def _agree_on(self, of_main: Future[str], part: Path) -> None:
+    def _agree_on(self, of_main: Work[str], part: Path) -> None:
         """Give the checkpoint up on every rank where rank 0 has failed. Collective."""
-        if problem := distributed.broadcast(of_main.result()):
+        problem, seconds = distributed.broadcast((of_main.result(), of_main.seconds))
+        self._current.seconds += seconds
+        if problem:
             self._fail(part, f"rank 0: {problem}")
 
-    def _of_all(self, written: Written, part: Path) -> Files:
-        """The files of all ranks. Collective."""
-        everyone = distributed.gather(written)
-        if said := [f"rank {rank}: {of_rank.problems[0]}" for rank, of_rank in enumerate(everyone) if of_rank.problems]:
-            self._fail(part, said[0])
-        return {name: file for of_rank in everyone for name, file in of_rank.files.items()}
+    def _of_all(self, written: Work[Written], part: Path) -> list[Files]:
+        """What each rank has written. Collective."""
+        everyone = distributed.gather((*written.result(), written.seconds))
+        self._current.seconds += max(seconds for _, _, seconds in everyone)
+        if said := next((f"rank {rank}: {problems[0]}" for rank, (problems, _, _) in enumerate(everyone) if problems),
+                        ""):
+            self._fail(part, said)
+        return [files for _, files, _ in everyone]
 
     def _fail(self, part: Path, problem: str) -> None:
         """Collective."""
@@ -219,8 +207,3 @@ def _free_space(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free there"
     except OSError as error:
         return f"its folder cannot be asked for free space: {error.strerror}"
-
-
-def save(hand_over: HandOver, run: Path, info: CheckpointInfo, world: World, kept: Kept, is_best: bool) -> None:
-    """Make one checkpoint, in the synchronous way. Collective. Raises CheckpointError as Checkpointer.begin()."""
-    Checkpointer(run, world, kept, asynchronous=False).begin(hand_over, info, is_best)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
 from io import BytesIO
 from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage
-
-from vir.log import log
 
 _ALIGNED = 64
 """Bytes to which the place of each storage is aligned."""
@@ -30,6 +29,11 @@ class _Memory:
     """Storages of given sizes, in bytes, in one piece of host memory.
 
     In one piece it is page-locked at once; torch's own allocator of such memory rounds each size up to a power of two.
+    Forked processes (loaders) do not get it: the next copy would make a second one of each page for them, and pages
+    that a device writes to must not move.
+
+    Raises:
+        OSError, MemoryError: there is not as much.
     """
 
     def __init__(self, sizes: list[int], is_locked: bool) -> None:
@@ -38,19 +42,19 @@ class _Memory:
         for size in sizes:
             places.append(total)
             total += -(-size // _ALIGNED) * _ALIGNED
-        self._all = torch.empty(total, dtype=torch.uint8)
-        self._is_locked = is_locked and total > 0
-        if self._is_locked and int(torch.cuda.cudart().cudaHostRegister(self._all.data_ptr(), total, 0)):
-            log.warning("%.1f GB of host memory cannot be page-locked (ulimit -l): checkpoints are copied more slowly",
-                        total / 1e9)
-            self._is_locked = False
-        content = self._all.numpy()
-        self.storages = [torch.frombuffer(content, dtype=torch.uint8, count=size, offset=place).untyped_storage()
+        self._all = mmap.mmap(-1, max(total, 1))
+        self._all.madvise(mmap.MADV_DONTFORK)
+        self._locked_at = torch.frombuffer(self._all, dtype=torch.uint8).data_ptr() if is_locked else None
+        if self._locked_at is not None and (
+                code := int(torch.cuda.cudart().cudaHostRegister(self._locked_at, len(self._all), 0))):
+            raise MemoryError(f"{total / 1e9:.3g} GB cannot be page-locked, CUDA error {code}")
+        self.storages = [torch.frombuffer(self._all, dtype=torch.uint8, count=size, offset=place).untyped_storage()
                          if size else UntypedStorage(0) for size, place in zip(sizes, places)]
 
     def close(self) -> None:
-        if self._is_locked:
-            torch.cuda.cudart().cudaHostUnregister(self._all.data_ptr())
+        """Before the memory goes, which it does with the last storage."""
+        if self._locked_at is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._locked_at)
 
 
 class Staging:
@@ -62,7 +66,7 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._memory: dict[str, _Memory] = {}
-        self._on_cuda = device.type == "cuda"
+        self._device, self._on_cuda = device, device.type == "cuda"
 
     def copy(self, name: str, state: Any) -> Callable[[], Any]:
         """Copy what `torch.save` would write into the file of this name, over the copy before.
@@ -74,7 +78,7 @@ class Staging:
             What puts the copy together, in any thread: with many tensors that takes as long as to copy them.
 
         Raises:
-            RuntimeError, MemoryError: there is not as much host memory.
+            OSError, MemoryError: there is not as much host memory.
         """
         content, tensors = _taken_apart(state)
         numbers: dict[tuple[int, int], int] = {}
@@ -95,37 +99,59 @@ class Staging:
 
     def copied(self) -> Callable[[], None]:
         """What waits, in any thread, until what was copied so far is there."""
-        return torch.cuda.current_stream().record_event().synchronize if self._on_cuda else lambda: None
+        if not self._on_cuda:
+            return lambda: None
+        event = torch.cuda.Event(blocking=True)  # others would keep a core busy
+        event.record()
+
+        def wait() -> None:
+            with torch.cuda.device(self._device):  # a thread begins on the first one
+                event.synchronize()
+
+        return wait
+
+    def close(self) -> None:
+        """Give the memory back, when nothing copies and nothing reads the copies any more."""
+        for memory in self._memory.values():
+            memory.close()
+        self._memory.clear()
 
     def _memory_of(self, name: str, sizes: list[int]) -> _Memory:
-        memory = self._memory.get(name)
-        if memory is None or memory.sizes != sizes:  # moments and averages come with the first steps
-            if memory is not None:
-                del self._memory[name]
-                memory.close()
-            memory = self._memory[name] = _Memory(sizes, self._on_cuda)
-        return memory
+        if name in self._memory and self._memory[name].sizes != sizes:  # moments and averages come with the first steps
+            self._memory.pop(name).close()
+        if name not in self._memory:
+            self._memory[name] = _Memory(sizes, self._on_cuda)
+        return self._memory[name]
 
 
 def _taken_apart(state: Any) -> tuple[bytes, list[Tensor]]:
     """A pickle of everything but the tensors, which it refers to by their numbers."""
-    tensors: list[Tensor] = []
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: Any) -> int | None:
-            if not isinstance(value, Tensor):
-                return None
-            tensors.append(value)
-            return len(tensors) - 1
-
     content = BytesIO()
-    Pickler(content, pickle.HIGHEST_PROTOCOL).dump(state)
-    return content.getvalue(), tensors
+    pickler = _Pickler(content, pickle.HIGHEST_PROTOCOL)
+    pickler.dump(state)
+    return content.getvalue(), pickler.tensors
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: BytesIO, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
 
 
 def _put_together(content: bytes, tensors: list[Tensor]) -> Any:
-    class Unpickler(pickle.Unpickler):
-        def persistent_load(self, number: int) -> Tensor:
-            return tensors[number]
+    return _Unpickler(BytesIO(content), tensors).load()
 
-    return Unpickler(BytesIO(content)).load()
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        return self._tensors[number]

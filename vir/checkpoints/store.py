@@ -1,4 +1,4 @@
-"""Checkpoints that a kill cannot break: written under a temporary name, complete on every rank, flushed, renamed.
+"""The checkpoints of a run: published whole under their name, kept, chosen.
 
 A folder without checkpoint.json, or whose files are not those that it lists, is not a checkpoint.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from vir import distributed
 from vir.checkpoints.info import DESCRIPTION, CheckpointInfo, read_info, verify
@@ -28,8 +28,11 @@ class Kept:
     """Which checkpoints outlive the next ones."""
 
     newest: int
+    """Of those at planned steps, and of all the last two, or the last one where this is 1."""
     every_samples: float | None
     """Also the first after each so many samples, for good."""
+    is_planned: Callable[[int], bool] = lambda step: True
+    """Whether it is of a planned step, not one by the clock or of a stop."""
 
 
 def make_room(root: Path, part: Path) -> None:
@@ -83,7 +86,9 @@ def _outlived(root: Path, step: int, kept: Kept) -> list[Path]:
     every = _firsts(root, kept.every_samples) if kept.every_samples else set()
     # Later steps than this one are of a future that the run went back from: they count as the oldest.
     by_age = sorted(root.glob(STEPS), key=lambda path: (step_of(path) <= step, step_of(path)))
-    return [old for old in by_age[:-kept.newest] if old.name not in {name_of(step), best} | every]
+    newest = [path.name for path in by_age if kept.is_planned(step_of(path))][-kept.newest:]
+    last = [path.name for path in by_age[-min(2, kept.newest):]]
+    return [old for old in by_age if old.name not in {name_of(step), best, *newest, *last} | every]
 
 
 def _remove(checkpoint: Path) -> None:

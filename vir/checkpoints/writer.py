@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any, Callable, NamedTuple, TypeVar
 
 import torch
 
+from vir.checkpoints.info import Files
 from vir.checkpoints.staging import Staging
 
 T = TypeVar("T")
-
-Files = dict[str, dict[str, Any]]
-"""bytes and sha256 of each file, by name."""
 
 _CHUNK = 1 << 24
 """Bytes that are written at a time, between which a file can be given up."""
@@ -59,10 +59,10 @@ class Writer:
                 self._files[path.name] = write_file(state, path, self._given_up)
             else:
                 self._taken.append((path.name, self._staging.copy(path.name, state)))
-        except MEMORY_OR_DISK as error:
+        except _MEMORY_OR_DISK as error:
             self._problems.append(self._problem(path, error))
 
-    def write(self, folder: Path) -> Future[Written]:
+    def write(self, folder: Path) -> Work[Written]:
         """Write what was taken, in a thread; where it is written already, only tell of it."""
         if self._staging is None or self._problems:
             return done(Written(self._problems, self._files))
@@ -74,24 +74,30 @@ class Writer:
             for name, copy in taken:
                 try:
                     files[name] = write_file(copy(), folder / name, self._given_up)
-                except MEMORY_OR_DISK as error:
+                except _MEMORY_OR_DISK as error:
                     problems.append(f"{folder / name}: {_reason(error)}")
             return Written(problems, files)
 
-        return run_in_background(work)
+        return do(work, in_background=True)
 
     def give_up(self) -> None:
-        """Write no further: the future that `write` has returned is done soon, with a problem."""
+        """Write no further: what `write` has returned is done soon, with a problem."""
         self._given_up.set()
 
+    def close(self) -> None:
+        """Give the memory of the copies back, when none is being written."""
+        if self._staging is not None:
+            self._staging.close()
+
     def _problem(self, path: Path, error: BaseException) -> str:
-        if self._staging is None or isinstance(_reason(error), OSError):
-            return f"{path}: {_reason(error)}"
+        reason = _reason(error)
+        if not isinstance(reason, MemoryError) and getattr(reason, "errno", None) != errno.ENOMEM:
+            return f"{path}: {reason}"
         return (f"{path}: the copy of this rank's state does not fit into host memory ({error}); give "
                 "--checkpoint.asynchronous false, with which training waits for the disk")
 
 
-MEMORY_OR_DISK = (OSError, RuntimeError, MemoryError, GivenUp)
+_MEMORY_OR_DISK = (OSError, RuntimeError, MemoryError, GivenUp)
 """What writing may meet: torch has errors of its own for a disk that is full and for memory that is not there."""
 
 
@@ -142,22 +148,34 @@ def _reason(error: BaseException) -> BaseException:
     return found or error
 
 
-def run_in_background(work: Callable[[], T]) -> Future[T]:
-    """What it gives, in a thread that holds up no end of the process."""
-    future: Future[T] = Future()
+class Work(Future[T]):
+    """What a rank does by itself."""
+
+    seconds: float = 0.0
+    """That it took."""
+
+
+def do(work: Callable[[], T], in_background: bool) -> Work[T]:
+    """Do this now, or in a thread that holds up no end of the process."""
+    doing: Work[T] = Work()
 
     def run() -> None:
+        began = time.monotonic()
         try:
-            future.set_result(work())
+            result = work()
         except BaseException as error:
-            future.set_exception(error)
+            doing.set_exception(error)
+        else:
+            doing.seconds = time.monotonic() - began
+            doing.set_result(result)
 
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
+    if in_background:
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    else:
+        run()
+    return doing
 
 
-def done(value: T) -> Future[T]:
-    """A future of what is there already."""
-    future: Future[T] = Future()
-    future.set_result(value)
-    return future
+def done(value: T) -> Work[T]:
+    """What is there already."""
+    return do(lambda: value, in_background=False)

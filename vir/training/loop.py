@@ -156,13 +156,13 @@ class Trainer:
                     self._stop.wish([SAVE])
                 stops = self._stop.agree(self._saver.is_ready)
                 self._meter.met(time.monotonic() - came)
+                if self._stop.all_ready:
+                    with self._meter.pause():
+                        self._saver.advance()
                 if stops:
                     self._meter.cut(step)
                     self._saver.stop(step, self._grace.left(self._stop))
                     return Ending.STOPPED
-                if self._stop.all_ready:
-                    with self._meter.pause():
-                        self._saver.advance()
                 if wishes := self._stop.agreed_wishes:
                     with self._meter.pause():
                         if self._between_steps(step, EVALUATE in wishes, SAVE in wishes) is Ending.STOPPED:

@@ -26,7 +26,7 @@ from vir.reports.metrics import MetricsWriter
 from vir.reports.throughput import Stopwatch, far_away, latecomers, peak_memory, stragglers, utilisation
 from vir.training.guard import check_bad_samples
 from vir.training.plan import Plan
-from vir.training.validator import Results
+from vir.training.saver import Results
 
 _WAITS = 0.05
 """The share of an interval, waited for data, that deserves a word."""

@@ -173,9 +173,10 @@ def _disk(config: RunConfig, plan: Plan, size: int) -> str:
     has_best, every = bool(config.checkpoint.best and plan.eval_steps), config.checkpoint.keep_every_epochs
     newest = min(config.checkpoint.keep, len(plan.checkpoint_steps | plan.eval_steps))
     for_good = int(plan.epoch(plan.total_steps) / every) if every else 0
-    count = newest + has_best + for_good + 1
-    kept = (f"{newest} newest{', the best' * has_best}{f', {for_good} for good' if for_good else ''}, "
-            "one being written")
+    by_clock = min(2, config.checkpoint.keep) if config.checkpoint.every_minutes is not None else 0
+    count = newest + by_clock + has_best + for_good + 1
+    kept = (f"{newest} newest{f', {by_clock} by the clock' if by_clock else ''}{', the best' * has_best}"
+            f"{f', {for_good} for good' if for_good else ''}, one being written")
     folder = Path(config.output).absolute()
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     try:

@@ -249,7 +249,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teac
         global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank,
                                  teacher)
         validator = None if prepared.val is None else Validator(
-            config, engine, prepared.val, spec.input, world, stop, patience, heartbeat)
+            config, engine, prepared.val, spec.input, world, stop, patience, heartbeat, saver)
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
         trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop, heartbeat)
         ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, folder, world))

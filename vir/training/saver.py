@@ -17,8 +17,10 @@ from vir.distributed import World
 from vir.engine.engine import Engine
 from vir.log import log
 from vir.training.plan import Plan
-from vir.training.validator import Results
 from vir.weights.spec import ModelSpec
+
+Results = dict[str, float]
+"""top1, top5 and loss, and the same of the average with the prefix ema_."""
 
 _SPARE = 1.25
 """Of the time that writing has taken, in the cadence that is advised: a disk that others use is not always as fast."""
@@ -45,9 +47,9 @@ class Saver:
         self._data_fingerprint, self._teacher = data_fingerprint, teacher
         self._world, self._heartbeat = world, heartbeat
         every = config.checkpoint.keep_every_epochs
-        self._checkpoints = Checkpointer(
-            Path(config.output), world, store.Kept(config.checkpoint.keep, every and every * plan.num_samples),
-            config.checkpoint.asynchronous, local)
+        kept = store.Kept(config.checkpoint.keep, every and every * plan.num_samples,
+                          plan.checkpoint_steps.__contains__)
+        self._checkpoints = Checkpointer(Path(config.output), world, kept, config.checkpoint.asynchronous, local)
         self._best_at = -1
         self._best = distributed.broadcast(store.best_so_far(Path(config.output), config.checkpoint.best))
         self._results: Results = {}
@@ -125,29 +127,26 @@ class Saver:
     def stop(self, step: int, granted: float) -> None:
         """Leave the run after `step` steps as the newest checkpoint that can be had in so many seconds. Collective.
 
-        One that is on its way is finished where it is of this step, or where a newer one would take too long. Otherwise
-        it is given up for that, except for the best so far, for which no later one makes up.
+        One that is on its way is finished where it is of this step, or where there is no time for twice what the one
+        before it took: to give it up may take as long as to write it. Otherwise it is given up for a newer one, except
+        for the best so far, for which no later one makes up.
 
         Raises:
             CheckpointError: as save().
         """
-        if step == self.last_step:
-            self.finish()
-            return
-        if (older := self._checkpoints.step) is not None:
-            seconds = max((made.seconds for made in self.saved), default=time.monotonic() - self._began)
-            is_best = older == self._best_at
-            if distributed.broadcast(seconds * (1 + is_best) > min(distributed.gather(granted))):
+        older = self._checkpoints.step
+        if older is not None and step != older:
+            left = min(distributed.gather(granted))
+            if distributed.broadcast(2 * (self.saved[-1].seconds if self.saved else math.inf) > left):
                 self.finish()
-                log.warning("a checkpoint of step %d would take %.0f s, longer than there is: the one of step %d, "
-                            "which was on its way, was finished, and the steps since will be done again", step, seconds,
-                            older)
+                log.warning("%.0f s were left to save, which may not be enough for a checkpoint of step %d: the one of "
+                            "step %d, which was on its way, was finished, and the steps since will be done again", left,
+                            step, older)
                 return
-            if is_best:
-                self.finish()
-            else:
+            if older != self._best_at:
                 self._checkpoints.give_up()
-        self.save(step)
+        if step != self.last_step:
+            self.save(step)
         self.finish()
 
     def close(self) -> None:
@@ -167,7 +166,8 @@ class Saver:
             return
         self.waited += 1
         log.info("the checkpoint of step %d has waited %.1f s for the one of step %d", step, waited, before)
-        self._warn(f"training has waited {waited:.1f} s", per_step)
+        if self.saved[-1].seconds > waits - self._began:
+            self._warn(f"training has waited {waited:.1f} s", per_step)
 
     def _warn(self, consequence: str, step_seconds: float | None) -> None:
         """Name the cadence that the disk holds, once."""

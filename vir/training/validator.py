@@ -17,22 +17,25 @@ from vir.distributed import World
 from vir.engine.engine import Engine
 from vir.evaluation.classify import Accuracy, classify
 from vir.log import log, shows_bars
+from vir.training.saver import Results, Saver
 from vir.weights.spec import InputSpec
 
 _DEV_BATCHES = 10
 """That fast_dev_run evaluates."""
-Results = dict[str, float]
-"""top1, top5 and loss, and the same of the average with the prefix ema_."""
 
 
 class Validator:
-    """Accuracy of the weights and of their average on data.val, in the training precision."""
+    """Accuracy of the weights and of their average on data.val, in the training precision.
+
+    Args:
+        saver: whose checkpoint on its way goes on meanwhile; None where nothing is saved.
+    """
 
     def __init__(self, config: RunConfig, engine: Engine, reader: Reader, model_input: InputSpec, world: World,
-                 stop: StopRequest, patience: Patience, heartbeat: Heartbeat) -> None:
+                 stop: StopRequest, patience: Patience, heartbeat: Heartbeat, saver: Saver | None = None) -> None:
         self._config, self._engine, self._reader = config, engine, reader
         self._input, self._world, self._stop = model_input, world, stop
-        self._patience, self._heartbeat = patience, heartbeat
+        self._patience, self._heartbeat, self._saver = patience, heartbeat, saver
         self._first = (_DEV_BATCHES * config.eval.batch_size * world.size if config.train.fast_dev_run else None)
 
     @property
@@ -61,7 +64,10 @@ class Validator:
 
         def stop() -> bool:
             self._heartbeat.at(f"evaluating after step {step}")
-            return self._stop.agree()
+            stops = self._stop.agree(self._saver is not None and self._saver.is_ready)
+            if self._saver is not None and self._stop.all_ready:
+                self._saver.advance()
+            return stops
 
         with tqdm(total=self.images, desc=title, leave=False, unit="image",
                   disable=not (self._world.is_main and shows_bars())) as bar:
