@@ -135,8 +135,8 @@ def test_the_lines_about_a_run_say_its_numbers(reader, network, tmp_path, monkey
     assert steps == "13 steps of 8 = 2 x 2 x 2 ranks; 2 evaluations, 4 checkpoints, and one every 10 minutes"
     assert course == "learning rate: from 0 to 0.01 over 5 steps of warm-up, constant from 0.01 to 0.01 over 8"
     size = (2 + 4 + 4 * 3) * count                                  # bf16, masters, two moments and the average
-    assert disk == (f"disk: 7 checkpoints of {size / 1e6:.1f} MB (3 newest, 2 by the clock, the best, one being written) take "
-                    f"{7 * size / 1e9:.3g} GB; 0 GB are there, 2 GB are free")
+    assert disk == (f"disk: 7 checkpoints of {size / 1e6:.1f} MB (3 newest, 2 by the clock, the best, one being "
+                    f"written) take {7 * size / 1e9:.3g} GB; 0 GB are there, 2 GB are free")
     half = sum(-(-sum(p.numel() for p in group["params"]) // 4) * 2 for group in engine.groups)
     weights, state = 2 * count + 2 * 2 * half, (4 + 4 * 3) * half   # of two micro-batches; two moments and the average
     assert memory == (f"memory per rank: {(weights + state) / 1e6 + 3:.1f} MB = {weights / 1e6:.1f} weights and "
@@ -177,7 +177,8 @@ def test_a_disk_that_is_too_small_is_told_and_what_is_there_already_counts(reade
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * size))
     step = tmp_path / "checkpoints" / "step-00000004"
     step.mkdir(parents=True)
-    given = replace(config(), output=str(tmp_path), checkpoint=CheckpointConfig(keep=2, keep_every_epochs=1.5, every_minutes=None))
+    given = replace(config(), output=str(tmp_path),
+                    checkpoint=CheckpointConfig(keep=2, keep_every_epochs=1.5, every_minutes=None))
     plan = make_plan(given, reader, spec, WORLD, "fp32")
 
     def disk() -> str:

@@ -191,8 +191,8 @@ def test_a_dry_run_goes_through_the_door_of_the_run_and_tells_where_that_would_g
     tmp, codes, said = single
     assert codes["dry again"] == 0 and f"taking up {step(tmp / 'dry again', 12)}" in said
     assert "a dry run: nothing was trained and nothing is left; the run would go on after step 12 of 24" in said
-    assert re.search(r"disk: 10 checkpoints of 9.5 MB \(6 newest, 2 by the clock, the best, one being written\) take 0.0949 GB; "
-                     r"0.0\d+ GB are there, \S+ GB are free", said)
+    assert re.search(r"disk: 10 checkpoints of 9.5 MB \(6 newest, 2 by the clock, the best, one being written\) take "
+                     r"0.0949 GB; 0.0\d+ GB are there, \S+ GB are free", said)
     measured = sum(file["bytes"] for file in read_info(step(base, 12)).files.values())
     assert measured == pytest.approx(9.5e6, rel=0.05)
     assert codes["dry changed"] == 2 and not (tmp / "dry changed").exists()
