@@ -427,7 +427,7 @@ class CheckpointConfig:
     """Folder on a disk of each node's own, such as an NVMe drive, that also keeps the newest checkpoint: the parts of
     that node's ranks and of the next node's. A run whose shared copy is older begins from these."""
     keep: int = _free(3)
-    """Newest checkpoints to keep, of those of every_steps or every_epochs; and the last two of all, unless this is 1."""
+    """Newest checkpoints to keep, of those of every_steps or every_epochs; and, unless this is 1, the last two."""
     keep_every_epochs: Optional[float] = _free(None)
     """Also keep, for good, the first checkpoint after each so many epochs."""
     best: Optional[Literal["top1", "ema_top1"]] = _free("top1")
