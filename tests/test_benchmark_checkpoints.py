@@ -12,10 +12,15 @@ from vir.benchmarks.tables import checkpointing_table, render
 
 
 @pytest.fixture
-def main(monkeypatch):
+def tool(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     monkeypatch.setattr(checkpoints.launcher, "hide_gpus", lambda: None)  # it would for all tests that follow
-    return importlib.import_module("benchmark_checkpoints").main
+    return importlib.import_module("benchmark_checkpoints")
+
+
+@pytest.fixture
+def main(tool):
+    return tool.main
 
 
 def rows_of(table):
@@ -75,14 +80,15 @@ def test_a_ratio_is_the_median_of_those_of_the_turns():
     assert steps[4:] == ["10.1", "11, × 1.100", "", "without one: 10", "1.010", "1.02"]
 
 
-def test_what_has_the_same_ranks_and_json_is_measured_in_one_launch():
-    def parts(**settings):
-        found = checkpoints._launches(checkpoints.Settings(**settings), ["zero0_fp32", "zero2_fp32"])
+def test_what_has_the_same_ranks_and_json_is_measured_in_one_launch(tool):
+    def parts(*words):
+        settings = checkpoints.Settings(**vars(tool._parser().parse_args(words)))
+        found = checkpoints._launches(settings, ["zero0_fp32", "zero2_fp32"])
         return {launch: [task["part"] for task in tasks] for launch, tasks in found.items()}
 
     assert parts() == {(2, "zero0_fp32"): ["stall"], (2, "zero2_fp32"): ["stall", "throughput"],
                        (1, "zero2_fp32"): ["writing"]}
-    assert parts(parts=["writing"], writing_ranks=4) == {(4, "zero2_fp32"): ["writing"]}
+    assert parts("--parts", "writing", "--writing_ranks", "4") == {(4, "zero2_fp32"): ["writing"]}
 
 
 @pytest.mark.parametrize("words, code, said", [

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -178,31 +179,48 @@ def test_a_dry_run_tells_what_vir_plan_would_of_its_world(shards, tmp_path):
     assert "no shipped --deepspeed_config" in estimate(replace(asked, teacher=10**12)).remedy  # it is on every rank
 
 
-def test_a_node_that_has_too_little_memory_for_copies_is_refused_by_name_on_every_rank(monkeypatch):
-    """Of 4 ranks in stage 2 each copies 16 bytes for a quarter of the numbers, and rank 0 also the weights."""
+@pytest.fixture
+def check_memory(monkeypatch):
+    """A function that checks the copies of 4 ranks in stage 2, where each finds itself in (machine, host, bytes granted
+    to its container per number of the network, bytes that the machine has, too). Each copies 16 bytes for a quarter of
+    the numbers, and rank 0 also the weights: 2 more bytes for each number."""
     network, _ = sketch(parse(["--data.train", "x", *TINY]).model, ["a", "b"])
-    count, left = sum(p.numel() for p in network.parameters()), {}
+    count = sum(p.numel() for p in network.parameters())
     engine = SimpleNamespace(module=network, groups=parameter_groups(network, OptimConfig()), has_ema=True,
                              zero_stage=2)
     world, ds_json = World(rank=3, size=4, device=torch.device("cpu")), ds_config.read("zero2_bf16")
-    monkeypatch.setattr(forecast.distributed, "gather", lambda mine: [
-        (machine, "node-" + machine, left[machine] + rank) for rank, machine in enumerate("abab")])
 
-    def check(**checkpoint):
+    def check(*places, **checkpoint):
+        monkeypatch.setattr(forecast.distributed, "gather", lambda mine: [
+            (machine, host, granted * count, has * count) for machine, host, granted, has in places])
         config = RunConfig(deepspeed_config="x", output="y", data=DataConfig(train="x"),
                            checkpoint=CheckpointConfig(**checkpoint))
         forecast.check_memory_of_nodes(config, ds_json, engine, world)
 
-    left |= {"a": 10.1 * count, "b": 8.1 * count}
-    check()
-    left["b"] = 7.9 * count
+    return check
+
+
+def test_a_node_that_has_too_little_memory_for_copies_is_refused_by_name_on_every_rank(check_memory):
+    """Ranks need not follow one another, and one may find less than the others of its node."""
+    a, b = ("a", "node-a", math.inf, 10.1), ("b", "node-b", math.inf, 8.1)
+    check_memory(a, b, a, b)
+    short = *b[:3], 7.9
     with pytest.raises(SettingsError, match="for the 2 ranks of node-b, .* or start fewer ranks on each node"):
-        check()
-    check(asynchronous=False)
-    left |= {"a": 9.9 * count, "b": 8.1 * count}
+        check_memory(a, b, a, short)
+    check_memory(a, b, a, short, asynchronous=False)
     with pytest.raises(SettingsError, match="of node-a, "):
-        check()
-    assert forecast._machine() == forecast._machine() != ""
+        check_memory((*a[:3], 9.9), b, a, b)
+
+
+def test_containers_of_one_machine_have_their_own_limits_and_its_memory_together(check_memory):
+    one, two = ("a", "pod-1", 10.1, 18.1), ("a", "pod-2", 8.1, 18.1)
+    check_memory(one, one, two, two)
+    with pytest.raises(SettingsError, match="for the 2 ranks of pod-2, "):
+        check_memory(one, one, two, ("a", "pod-2", 7.9, 18.1))
+    with pytest.raises(SettingsError, match="for the 4 ranks of pod-1 and pod-2, "):
+        check_memory(one, one, two, ("a", "pod-2", 8.1, 17.9))
+    with pytest.raises(SettingsError, match="for the 2 ranks of pod-1, "):  # of the same name, on two machines
+        check_memory(one, one, *[("b", "pod-1", 7.9, 18.1)] * 2)
 
 
 @pytest.mark.parametrize("words, message", [

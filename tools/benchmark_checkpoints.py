@@ -36,13 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--deepspeed_configs", nargs="+", default=configs, metavar="FILE",
                         help=f"of stall, each in a launch of its own (default {' '.join(configs)}, without those in "
                              "which the processor is slow)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes (default %(default)s)")
     parser.add_argument("--writing_ranks", type=int, default=1, metavar="RANKS",
-                        help="of writing: half as many as cores (default 1)")
-    parser.add_argument("--turns", type=int, default=8, help="of stall and writing (default 8)")
+                        help="of writing: at most half as many as cores (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=8, help="of stall and writing (default %(default)s)")
     parser.add_argument("--written", type=int, default=2, metavar="TURNS",
-                        help="of stall, in which all is written (default 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="of throughput (default 3)")
+                        help="of stall, in which all is written (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of throughput (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="at the smallest size, whose times say nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the raw numbers go")
     return parser

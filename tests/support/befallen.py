@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from unittest.mock import patch
 
+from support.launchers import HANGS
 from vir.checkpoints.names import LATEST, name_of
 from vir.checkpoints.store import REMOVED
 
@@ -99,20 +100,23 @@ def defect_of_writer(step):
     return happens("vir.checkpoints.writer", "write_file", defect, lambda _, path, __: name_of(step) in str(path))
 
 
-def slow_disk(_):
-    return happens("vir.checkpoints.writer", "write_file", lambda *_: time.sleep(SLOW_S))
+def shared_disk_hangs(step):
+    """Copies on the nodes' own disks, whose folders have other names until they are complete, are made."""
+    return happens("vir.checkpoints.writer", "write_file", lambda *_: time.sleep(HANGS), lambda _, path, __: (
+        path.parent.name == f"{name_of(step)}.part"))
 
 
 @contextmanager
-def slow_disk_and_wishes(step):
-    """And before each step somebody asks for a checkpoint."""
-    with slow_disk(step), happens("vir.cluster.signals:StopRequest", "agree", wish_a_save):
+def slow_disk_and_wishes(_):
+    """Before each step somebody asks for a checkpoint."""
+    slow = happens("vir.checkpoints.writer", "write_file", lambda *_: time.sleep(SLOW_S))
+    with slow, happens("vir.cluster.signals:StopRequest", "agree", wish_a_save):
         yield
 
 
 FAULTS = {fault.__name__: fault for fault in (
-    in_copy, in_write, before_publication, described, renamed, in_removal, defect_of_writer, slow_disk,
-    slow_disk_and_wishes)}
+    in_copy, in_write, before_publication, described, renamed, in_removal, defect_of_writer,
+    shared_disk_hangs, slow_disk_and_wishes)}
 
 if __name__ == "__main__":
     from vir.train import command

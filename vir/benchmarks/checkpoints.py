@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,6 @@ from vir.errors import DataError, SettingsError
 from vir.files import replace_text
 from vir.output_folder import check_file
 
-PARTS = ("stall", "writing", "throughput")
-CONFIGS = ("zero0_fp32", "zero2_fp32", "zero3_fp32", "zero2_bf16")
 _STEPS_UNDER = "zero2_fp32"
 """Of writing and throughput."""
 
@@ -43,18 +42,19 @@ _STEPS, _QUICK_STEPS = 20, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The flags of tools/benchmark_checkpoints.py, whose --help tells each of them."""
+    """The flags of tools/benchmark_checkpoints.py, whose --help tells each of them and its default."""
 
-    folder: Path = Path()
-    parts: tuple[str, ...] | list[str] = PARTS
-    deepspeed_configs: tuple[str, ...] | list[str] = CONFIGS
-    ranks: int = 2
-    writing_ranks: int = 1
-    turns: int = 8
-    written: int = 2
-    rounds: int = 3
-    quick: bool = False
-    json: Path | None = None
+    folder: Path
+    parts: Sequence[str]
+    """Keys of _MODELS."""
+    deepspeed_configs: Sequence[str]
+    ranks: int
+    writing_ranks: int
+    turns: int
+    written: int
+    rounds: int
+    quick: bool
+    json: Path | None
 
     def __post_init__(self) -> None:
         for flag in ("ranks", "writing_ranks", "written", "rounds"):
@@ -79,7 +79,7 @@ def benchmark(settings: Settings, command: str) -> str:
         configs = [name for name in settings.deepspeed_configs if not _is_slow(_json_of(name, Path(place)))]
         tasks = [task for (ranks, config), of_launch in _launches(settings, configs).items()
                  for task in _measured(ranks, _json_of(config, Path(place)), of_launch, Path(place))]
-    tasks.sort(key=lambda task: PARTS.index(task["part"]))
+    tasks.sort(key=lambda task: [*_MODELS].index(task["part"]))
     if settings.json is not None:
         torch.set_num_threads(1)  # as each rank has
         replace_text(settings.json, json.dumps({

@@ -1,6 +1,6 @@
 """One launch of tools/benchmark_checkpoints.py: the ranks of an engine, its checkpoints, and their peers in turns.
 
-    deepspeed --module vir.benchmarks.checkpoints_run SETTINGS.json
+    torchrun --module vir.benchmarks.checkpoints_run SETTINGS.json
 
 measured.json beside SETTINGS.json gets a list, of what each of its tasks has found. Batches lie in memory: no loader
 takes part.

@@ -19,7 +19,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", 
 
 DEEPSPEED = ["deepspeed.launcher.runner", "--num_accelerators"]
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node"]
-"""Which starts in a third of the other's time."""
+"""It starts in a third of the time that deepspeed's takes."""
 
 
 def launch(launcher: list[str], ranks: int, words: list[str], way_out: str) -> None:

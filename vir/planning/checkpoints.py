@@ -98,7 +98,9 @@ class Cadence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointPlan:
+class Costs:
+    """Of checkpoints on a cluster that fails."""
+
     bytes: int
     disk_rate: float
     """Bytes per second that all ranks together write."""
@@ -110,13 +112,6 @@ class CheckpointPlan:
     """Between failures of the whole cluster, on average."""
     restart_seconds: float
     """From a failure to the first step after it, without the work that is lost."""
-    best: Cadence
-    """By Daly's formula, in whole steps, and no shorter than what is written beside training takes."""
-    best_steps: int
-    """The same as checkpoint.every_steps."""
-    best_minutes: float
-    """The same as checkpoint.every_minutes."""
-    as_set: Cadence
 
     @property
     def stall(self) -> float:
@@ -131,6 +126,23 @@ class CheckpointPlan:
     def goodput(self, interval_seconds: float) -> float:
         """Share of the time that is of use, with a checkpoint after so many seconds of work."""
         return goodput(interval_seconds, self.stall, self.mtbf_seconds, self.restart_seconds, self.writing)
+
+    def cadence(self, interval_seconds: float) -> Cadence:
+        useful = self.goodput(interval_seconds)
+        stalled = useful * (self.stall + max(0.0, self.writing - interval_seconds)) / interval_seconds
+        return Cadence(interval_seconds=interval_seconds, goodput=useful, stall=stalled,
+                       lost=max(0.0, 1 - useful - stalled))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPlan(Costs):
+    best: Cadence
+    """By Daly's formula, in whole steps, and no shorter than what is written beside training takes."""
+    best_steps: int
+    """The same as checkpoint.every_steps."""
+    best_minutes: float
+    """The same as checkpoint.every_minutes."""
+    as_set: Cadence
 
     @property
     def advice(self) -> str:
@@ -165,25 +177,19 @@ def plan_checkpoints(size: int, *, copied: int | None, disk_rate: float, mtbf_se
                     "seconds per step": step_seconds, "the time between checkpoints": every_seconds})
     if not 0 <= restart_seconds < float("inf"):
         raise SettingsError(f"the time of a restart must be at least 0 s and finite, got {restart_seconds:g}")
-    seconds, copying = size / disk_rate, None if copied is None else copied / COPY_RATE
-    stall, writing = (seconds, 0.0) if copying is None else (copying, seconds)
-
-    def cadence(interval: float) -> Cadence:
-        useful = goodput(interval, stall, mtbf_seconds, restart_seconds, writing)
-        stalled = useful * (stall + max(0.0, writing - interval)) / interval
-        return Cadence(interval_seconds=interval, goodput=useful, stall=stalled, lost=max(0.0, 1 - useful - stalled))
+    costs = Costs(bytes=size, disk_rate=disk_rate, seconds=size / disk_rate, mtbf_seconds=mtbf_seconds,
+                  copying=None if copied is None else copied / COPY_RATE, restart_seconds=restart_seconds)
 
     def whole(interval: float) -> int:
         """Steps after which so much work is done, and the one before is written."""
-        return min(max(1, math.ceil(max(interval, writing) / step_seconds - _ROUNDING)), total_steps)
+        return min(max(1, math.ceil(max(interval, costs.writing) / step_seconds - _ROUNDING)), total_steps)
 
-    steps = max(min(round(daly(stall, mtbf_seconds) / step_seconds), total_steps), whole(0.0))
+    steps = max(min(round(daly(costs.stall, mtbf_seconds) / step_seconds), total_steps), whole(0.0))
     if every_minutes is not None:
-        every_seconds = min(every_seconds, step_seconds * whole(60 * every_minutes - stall))
+        every_seconds = min(every_seconds, step_seconds * whole(60 * every_minutes - costs.stall))
     return CheckpointPlan(
-        bytes=size, disk_rate=disk_rate, seconds=seconds, copying=copying, mtbf_seconds=mtbf_seconds,
-        restart_seconds=restart_seconds, best=cadence(steps * step_seconds), best_steps=steps,
-        best_minutes=(steps * step_seconds + stall) / 60, as_set=cadence(every_seconds))
+        **vars(costs), best=costs.cadence(steps * step_seconds), best_steps=steps,
+        best_minutes=(steps * step_seconds + costs.stall) / 60, as_set=costs.cadence(every_seconds))
 
 
 if __name__ == "__main__":

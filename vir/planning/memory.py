@@ -367,7 +367,7 @@ def check_host_memory(copies: int, available: float, ranks: int, stage: int, nod
 
     Args:
         copies: bytes of all ranks of the node; see CheckpointBytes.of.
-        available: bytes; see launcher.available_memory.
+        available: bytes; see control_groups.available_memory.
         ranks: of the node.
         stage: of ZeRO.
     """

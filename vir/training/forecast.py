@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from vir import distributed, launcher
+from vir import control_groups, distributed, launcher
 from vir.config import RunConfig
 from vir.distributed import World
 from vir.engine.engine import Engine
@@ -37,23 +38,33 @@ def forecast(prepared: Prepared, plan: Plan, world: World, teacher: Teacher | No
         cluster=Cluster(nodes=launcher.nodes(), gpus_per_node=world.size // launcher.nodes(), gpu=gpu,
                         network=gpu.network),
         disk=DISK_RATE, restart=RESTART_S, teacher=teacher.bytes if teacher else 0,
-        host_memory=launcher.available_memory()))
+        host_memory=control_groups.available_memory()))
 
 
 def check_memory_of_nodes(config: RunConfig, ds_config: dict[str, Any], engine: Engine, world: World) -> None:
-    """Refuse copies of checkpoints that do not fit into what is available of a node's memory now. Collective.
+    """Refuse copies of checkpoints that do not fit into what is available of memory now. Collective.
+
+    Those of a container into what it is granted, those of a machine, which may have several, into what it has.
 
     Raises:
-        SettingsError: they do not on one of the nodes, which is named; on every rank.
+        SettingsError: they do not in one of them, which is named; on every rank.
     """
     if not config.checkpoint.asynchronous:
         return
     written = checkpoint_bytes(count_numbers(engine.module, engine.groups), ds_config, world.size, config.optim,
                                engine.has_ema)
-    told = distributed.gather((_machine(), os.uname().nodename, launcher.available_memory()))
-    for machine, name in {of_rank[0]: of_rank[1] for of_rank in told}.items():
-        here = [rank for rank, of_rank in enumerate(told) if of_rank[0] == machine]
-        check_host_memory(written.of(here), min(told[rank][2] for rank in here), len(here), engine.zero_stage, name)
+    told = distributed.gather((_machine(), os.uname().nodename, control_groups.memory_left(),
+                               psutil.virtual_memory().available))
+    containers: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    machines: defaultdict[str, list[int]] = defaultdict(list)
+    for rank, (machine, host, _, _) in enumerate(told):  # a container has a name of its own
+        containers[machine, host].append(rank)
+        machines[machine].append(rank)
+    for (_, host), here in containers.items():
+        check_host_memory(written.of(here), min(told[rank][2] for rank in here), len(here), engine.zero_stage, host)
+    for here in machines.values():
+        hosts = " and ".join(dict.fromkeys(told[rank][1] for rank in here))
+        check_host_memory(written.of(here), min(told[rank][3] for rank in here), len(here), engine.zero_stage, hosts)
 
 
 def _machine() -> str:
