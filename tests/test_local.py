@@ -12,6 +12,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -356,6 +357,19 @@ def test_the_work_of_bringing_back_is_shared_by_the_ranks_of_nodes_that_have_a_f
 def test_one_node_keeps_its_own_files(tmp_path):
     scene = Scene(tmp_path, World(0, 1, torch.device("cpu"))).save(1).save_locally(2)
     assert scene.newest() == 1 and scene.begin().newest() == 2
+
+
+def test_a_connection_that_is_lost_while_files_cross_over_ends_nothing(tmp_path, caplog):
+    def swap(folder, mine):
+        raise RuntimeError("Connection closed by peer")
+
+    scene = Scene(tmp_path, World(0, 1, torch.device("cpu"))).save(1)
+    scene.local._exchange = SimpleNamespace(swap=swap)
+    scene.save(2).save(3)
+    assert scene.newest() == 3
+    wait_for(lambda: steps(scene.node(0)) == ["step-00000001"], "the removal of what is not complete")
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "the next node's part does not come (Connection closed by peer); no later copies are made" in said
 
 
 class TwoNodes:

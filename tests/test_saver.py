@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -25,9 +25,12 @@ from vir.cluster.signals import LauncherGrace
 from vir.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig, to_dict
 from vir.distributed import World
 from vir.errors import CheckpointError
+from vir.evaluation.classify import Accuracy
 from vir.launcher import Place
+from vir.training import validator
 from vir.training.plan import Plan
 from vir.training.saver import Saver
+from vir.training.validator import Validator
 from vir.weights.spec import InputSpec, ModelSpec
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -286,6 +289,29 @@ def test_by_the_clock_none_is_due_before_the_one_before_is_done(tmp_path, disk, 
     assert "the next one comes later than was asked for; this disk holds --checkpoint.every_minutes 0.1" in said
     assert not any("has waited" in record.getMessage() for record in caplog.records)
     assert saver.waited == 0 and not saver_of(tmp_path, every_minutes=None).is_due
+
+
+def test_one_on_its_way_is_published_while_the_run_is_evaluated(tmp_path, monkeypatch):
+    """By what an evaluation asks the ranks before each batch."""
+    saver = saver_of(tmp_path)
+    stop = SimpleNamespace(all_ready=False)
+
+    def agree(is_ready):
+        stop.all_ready = is_ready  # of the only rank
+        return False
+
+    def classify(forward, batches, model_input, device, bar, stops):
+        wait_for(lambda: stops() or saver.last_published == 4, "the checkpoint")
+        return Accuracy(top1=1.0, top5=2.0, loss=3.0, images=4)
+
+    stop.agree = agree
+    monkeypatch.setattr(validator, "eval_batches", lambda *given, **more: None)
+    monkeypatch.setattr(validator, "classify", classify)
+    engine = SimpleNamespace(has_ema=False, evaluating=lambda averaged: nullcontext())
+    saver.save(4)
+    found = Validator(config_of(tmp_path), engine, range(4), SPEC.input, WORLD, stop, None, HEARTBEAT, saver)
+    assert found.evaluate(4) == {"top1": 1.0, "top5": 2.0, "loss": 3.0}
+    assert saver.last_published == 4
 
 
 def test_a_full_disk_is_told_at_the_next_chance_and_those_before_are_whole(small_disk, saver_in):  # noqa: F811
