@@ -1,7 +1,9 @@
 """Copies of a state in host memory: as torch.save would write it then, whatever happens to the state afterwards."""
 
+import re
 import threading
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,19 @@ def test_a_state_that_has_grown_gets_other_memory():
     staging.copy("a.pt", {"weight": torch.ones(3)})
     grown = {"weight": torch.ones(3), "moment": torch.full((5,), 2.0)}
     assert all(map(same, staging.copy("a.pt", grown)().values(), grown.values()))
+
+
+def test_forked_processes_do_not_get_the_memory():
+    """Else each page that the next copy writes is first duplicated for loader processes."""
+    flat = Staging(CPU).copy("a.pt", {"weight": torch.ones(1_000_000)})()["weight"]
+    place = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            place = int(found[1], 16) <= flat.data_ptr() < int(found[2], 16)
+        elif place and line.startswith("VmFlags:"):
+            assert "dc" in line.split()  # do not copy area on fork
+            return
+    raise AssertionError("no mapping of the copy")
 
 
 def test_what_torch_save_refuses_is_refused_at_once():
