@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from support.faults import kill_all
 from support.forked import forked, of_this_session
-from support.launchers import free_port, remove_shared_memory
+from support.launchers import free_port
 from support.small_disk import small_disk  # noqa: F401  a fixture
 from support.tiny_runs import command, launch, weights
 from support.waiting import wait_for
@@ -386,13 +386,7 @@ class TwoNodes:
         return self
 
     def __exit__(self, *error):
-        for process in self.processes:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait(timeout=30)
-        remove_shared_memory(self._port)
+        kill_all(self.processes, self._port)
 
 
 @pytest.mark.launcher

@@ -44,6 +44,17 @@ def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
     return [ranks[number] for number in sorted(ranks)]
 
 
+def kill_all(processes, port: str) -> None:
+    """SIGKILL to the process groups of these, and what ranks that met at the port have left in shared memory."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait(timeout=30)
+    remove_shared_memory(port)
+
+
 class Ranks:
     """Two ranks and all that belongs to them; gone when the block ends.
 
@@ -89,13 +100,7 @@ class Ranks:
         return self
 
     def __exit__(self, *error):
-        for process in self.processes:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait(timeout=30)
-        remove_shared_memory(self._port)
+        kill_all(self.processes, self._port)
 
     def said(self, rank: int) -> str:
         return self.logs[rank].read_text(errors="replace")
