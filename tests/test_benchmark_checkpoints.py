@@ -47,7 +47,7 @@ def test_every_figure_is_measured_and_shown(tmp_path, main, capsys):
     assert write.keys() == {"asynchronous", "synchronous", "plain", "torch", "torch_stall"}
     assert min(write.values()) > 0 and write["torch"] > write["torch_stall"]
     assert len(writing["turns"]) == 2
-    assert all(len(turn["writing"]) == len(turn["alone"]) > 0 for turn in writing["turns"])
+    assert all(len(turn["writing"]) == len(turn["alone"]) == len(turn["busy"]) > 0 for turn in writing["turns"])
     assert throughput["steps"] == 3 and [[*turn] for turn in throughput["turns"]] == [
         ["none", "asynchronous", "synchronous"], ["asynchronous", "synchronous", "none"],
         ["synchronous", "none", "asynchronous"]]
@@ -68,7 +68,8 @@ def test_a_ratio_is_the_median_of_those_of_the_turns():
         {**of_all, "part": "stall", "ranks": 2, "bytes_of_rank": [60e6, 30e6], "stalls": [0.4, 0.11, 0.3],
          "copies": [0.2, 0.1, 0.2], "writes": writes},
         {**of_all, "part": "writing", "ranks": 1, "turns": [
-            {"writing": [1.0, 3.0], "alone": [1.0, 1.0]}, {"writing": [1.5], "alone": [1.0]}]},
+            {"writing": [1.0, 3.0], "alone": [1.0, 1.0], "busy": [1.2, 1.4]},
+            {"writing": [1.5], "alone": [1.0], "busy": [1.5]}]},
         {**of_all, "part": "throughput", "ranks": 2, "steps": 20, "turns": [
             {"none": 10.0, "asynchronous": 10.1, "synchronous": 11.0}]}]))
     assert first[1:] == ["ZeRO 2, bf16, 2 ranks", "5.5 M, 4 of 224 px", "90", "400", "", "", "copy of 60 MB: 200",
@@ -76,7 +77,8 @@ def test_a_ratio_is_the_median_of_those_of_the_turns():
     assert later[4:] == ["205 (110–300)", "2500 (2000–3000)", "600 (500–700)", "copy of 60 MB: 150 (100–200)", "1.300",
                          "1.2"]
     assert published[4:] == ["4 (3–5)", "2.5 (2–3)", "4.5 (4–5)", "write and fsync: 1.5 (1–2), 60 MB/s", "2.750", ""]
-    assert beside[4:] == ["1750 (1500–2000)", "", "", "not writing: 1000 (1000–1000)", "1.750", "1.03"]
+    assert beside[4:] == ["1750 (1500–2000)", "", "", "not writing: 1000 (1000–1000); beside another process that hashes: "
+                          "1400 (1300–1500), × 1.400", "1.750", "1.03"]
     assert steps[4:] == ["10.1", "11, × 1.100", "", "without one: 10", "1.010", "1.02"]
 
 
