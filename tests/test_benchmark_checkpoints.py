@@ -77,8 +77,8 @@ def test_a_ratio_is_the_median_of_those_of_the_turns():
     assert later[4:] == ["205 (110–300)", "2500 (2000–3000)", "600 (500–700)", "copy of 60 MB: 150 (100–200)", "1.300",
                          "1.2"]
     assert published[4:] == ["4 (3–5)", "2.5 (2–3)", "4.5 (4–5)", "write and fsync: 1.5 (1–2), 60 MB/s", "2.750", ""]
-    assert beside[4:] == ["1750 (1500–2000)", "", "", "not writing: 1000 (1000–1000); beside another process that hashes: "
-                          "1400 (1300–1500), × 1.400", "1.750", "1.03"]
+    assert beside[4:] == ["1750 (1500–2000)", "", "", "not writing: 1000 (1000–1000); beside another process that "
+                          "hashes: 1400 (1300–1500), × 1.400", "1.750", "1.03"]
     assert steps[4:] == ["10.1", "11, × 1.100", "", "without one: 10", "1.010", "1.02"]
 
 
