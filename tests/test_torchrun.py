@@ -18,6 +18,7 @@ from support.launchers import HANGS, ROOT, free_port
 from support.tiny_runs import command as tiny
 from support.tiny_runs import steps_done, train_events, weights
 from vir import launch, status
+from vir.checkpoints.names import newest
 from vir.cluster import torchrun
 from vir.config import TrainConfig
 from vir.errors import SettingsError
@@ -194,7 +195,8 @@ def test_two_agents_with_a_rank_killed_and_a_stop_end_with_the_bits_of_one_undis
 
     run = tmp_path / "a run"
     with two_agents(run, tmp_path / "first", "--max-restarts", "1", *words(run)) as scripts:
-        scripts.wait_until(lambda: any(step > EVERY for step in scripts.steps()), "steps after a checkpoint")
+        scripts.wait_until(lambda: newest(run) and any(step > EVERY for step in scripts.steps()),
+                           "steps after a checkpoint")
         (rank,) = ranks_of(psutil.Process(scripts.processes[1].pid))
         scripts.began = time.time()
         rank.kill()

@@ -42,7 +42,7 @@ class _Memory:
         for size in sizes:
             places.append(total)
             total += -(-size // _ALIGNED) * _ALIGNED
-        self._all = mmap.mmap(-1, max(total, 1))
+        self._all = mmap.mmap(-1, max(total, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._all.madvise(mmap.MADV_DONTFORK)
         self._locked_at = torch.frombuffer(self._all, dtype=torch.uint8).data_ptr() if is_locked else None
         if self._locked_at is not None and (

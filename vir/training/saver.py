@@ -127,27 +127,32 @@ class Saver:
     def stop(self, step: int, granted: float) -> None:
         """Leave the run after `step` steps as the newest checkpoint that can be had in so many seconds. Collective.
 
-        One that is on its way is finished where it is of this step, or where there is no time for twice what the one
-        before it took: to give it up may take as long as to write it. Otherwise it is given up for a newer one, except
-        for the best so far, for which no later one makes up.
+        One that is on its way is finished where it is of this step, and first where there is no time for twice what the
+        one before it took (to give it up may take as long as to write it), or where none tells. Otherwise it is given
+        up for a newer one, except for the best so far, for which no later one makes up.
 
         Raises:
             CheckpointError: as save().
         """
         older = self._checkpoints.step
         if older is not None and step != older:
-            left = min(distributed.gather(granted))
-            if distributed.broadcast(2 * (self.saved[-1].seconds if self.saved else math.inf) > left):
+            until = time.monotonic() + min(distributed.gather(granted))
+            if self._is_too_late(2 * (self.saved[-1].seconds if self.saved else math.inf), until):
                 self.finish()
-                log.warning("%.0f s were left to save, which may not be enough for a checkpoint of step %d: the one of "
-                            "step %d, which was on its way, was finished, and the steps since will be done again", left,
-                            step, older)
-                return
-            if older != self._best_at:
+                if self._is_too_late(self.saved[-1].seconds, until):
+                    log.warning("the time that the launcher leaves may not be enough for a checkpoint of step %d, "
+                                "which takes %.1f s: the one of step %d, which was on its way, was finished, and the "
+                                "steps since will be done again", step, self.saved[-1].seconds, older)
+                    return
+            elif older != self._best_at:
                 self._checkpoints.give_up()
         if step != self.last_step:
             self.save(step)
         self.finish()
+
+    def _is_too_late(self, seconds: float, until: float) -> bool:
+        """Whether so many seconds from now are after that moment, by rank 0's clock. Collective."""
+        return bool(distributed.broadcast(time.monotonic() + seconds > until))
 
     def close(self) -> None:
         """Write no more on this rank."""
