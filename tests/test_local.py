@@ -370,6 +370,7 @@ def test_a_connection_that_is_lost_while_files_cross_over_ends_nothing(tmp_path,
     wait_for(lambda: steps(scene.node(0)) == ["step-00000001"], "the removal of what is not complete")
     (said,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "the next node's part does not come (Connection closed by peer); no later copies are made" in said
+    assert said.endswith("checkpoints go to the run folder as ever")
 
 
 class TwoNodes:

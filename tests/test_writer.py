@@ -85,6 +85,8 @@ def test_memory_that_is_not_there_names_the_way_out(tmp_path):
     problems, files = written(Writer(CPU, asynchronous=True), tmp_path, _Huge())
     assert not files and "0.pt: the copy of this rank's state does not fit into host memory" in problems[0]
     assert "--checkpoint.asynchronous false" in problems[0]
+    problems, files = written(Writer(CPU, asynchronous=False), tmp_path, _Huge())  # which is that way already
+    assert not files and "Cannot allocate memory" in problems[0] and "--checkpoint.asynchronous" not in problems[0]
 
 
 class _Huge:

@@ -85,6 +85,11 @@ class CheckpointInfo:
     """Fingerprint of the model that taught this one; empty where none did."""
     files: Files = field(default_factory=dict)
 
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file["bytes"] for file in self.files.values())
+
     def with_files(self, of_ranks: Iterable[Files]) -> CheckpointInfo:
         """The same of these files, which the ranks have written."""
         return replace(self, files={name: file for files in of_ranks for name, file in files.items()})

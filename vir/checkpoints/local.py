@@ -143,8 +143,8 @@ class LocalCopies:
             _remove_in_background([part])
         if not self._has_warned and self._world.is_main:
             log.warning("--checkpoint.local %s: no copy of %s was kept there: rank %d: %s; checkpoints go to the run "
-                        "folder as ever, and each later one is tried here too", self._asked, part.name.split(".")[0],
-                        *said)
+                        "folder as ever%s", self._asked, part.name.split(".")[0], *said,
+                        "" if self._is_apart else ", and each later one is tried here too")
         self._has_warned = True
         return True
 

@@ -19,6 +19,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def part_of(folder: Path) -> Path:
+    """Where a checkpoint is written until it is whole."""
+    return folder.with_name(folder.name + ".part")
+
+
 def step_of(folder: Path) -> int:
     """From the name of a checkpoint, replaced or not."""
     return int(folder.name.removeprefix("step-").removesuffix(REPLACED))

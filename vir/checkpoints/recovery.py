@@ -14,7 +14,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 from vir import distributed
 from vir.checkpoints import store
 from vir.checkpoints.info import DESCRIPTION, CheckpointInfo, read_description
-from vir.checkpoints.names import LATEST, STEPS, name_of, newest, step_of
+from vir.checkpoints.names import LATEST, STEPS, name_of, newest, part_of, step_of
 from vir.distributed import World
 from vir.errors import CheckpointError
 from vir.files import refused
@@ -117,9 +117,13 @@ def _take(copies: list[Copy], run: Path, latest: Path | None, world: World, node
     """
     info = copies[0].info
     checkpoints, folder = run / CHECKPOINTS, run / CHECKPOINTS / name_of(info.step)
-    part = folder.with_name(folder.name + ".part")
-    _on_main(lambda: store.make_room(checkpoints, part), part, world)
-    _on_main(part.mkdir, part, world)
+    part = part_of(folder)
+
+    def make_room() -> None:
+        store.make_room(checkpoints, part)
+        part.mkdir()
+
+    _on_main(make_room, part, world)
     left = {name: [copy for copy in copies if name in copy.names] for name in sorted(info.files)}
     used = set()
     while left:
@@ -151,7 +155,7 @@ def _take(copies: list[Copy], run: Path, latest: Path | None, world: World, node
     is_best = any(copy.is_best for copy in copies)
     _on_main(lambda: store.publish(part, folder, info, is_best), part, world)
     log.info("step %d is taken from the nodes' own disks, %.1f MB of %s: %s", info.step,
-             sum(file["bytes"] for file in info.files.values()) / 1e6, some(sorted(used)),
+             info.bytes / 1e6, some(sorted(used)),
              f"{latest} is older or damaged" if latest else f"{checkpoints} has no checkpoint yet")
     return True
 

@@ -1,7 +1,7 @@
 """The course of a checkpoint: handed over at the end of a step, written by every rank, published by rank 0.
 
-Behind what ranks do by themselves the course goes on when every rank has done it. In the asynchronous way
-threads do these things while training goes on, from copies of the state; in the synchronous way they are done at once.
+Behind what ranks do by themselves the course goes on when every rank has done it. In the asynchronous way threads do
+these things while training goes on, from copies of the state; in the synchronous way they are done at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vir import distributed
 from vir.checkpoints import store
 from vir.checkpoints.info import CheckpointInfo, Files
 from vir.checkpoints.local import LocalCopies
-from vir.checkpoints.names import name_of
+from vir.checkpoints.names import name_of, part_of
 from vir.checkpoints.store import Kept
 from vir.checkpoints.writer import Work, Writer, Written, do, done
 from vir.distributed import World
@@ -74,6 +74,11 @@ class Checkpointer:
         return None if self._awaited is None else self._current.step
 
     @property
+    def is_best(self) -> bool:
+        """Whether that is the best so far."""
+        return self._awaited is not None and self._current.is_best
+
+    @property
     def is_ready(self) -> bool:
         """Whether this rank has done what the others wait for, so that advance() would go on at once."""
         return self._awaited is not None and self._awaited.done()
@@ -97,16 +102,13 @@ class Checkpointer:
     def advance(self) -> None:
         """Go on with the one on its way, where every rank is ready. Collective. Raises CheckpointError as begin()."""
         with self._stalling():
-            try:
-                self._awaited = next(self._course, None)
-            except BaseException:
-                self._awaited = None
-                raise
+            self._awaited = None  # and so it stays where the course breaks off
+            self._awaited = next(self._course, None)
         if self._awaited is None:
             made = self._current
             self.saved.append(made)
             log.info("checkpoint %s: %.1f MB in %.1f s, for which training waited %.2f s%s",
-                     self._root / name_of(made.step), made.bytes / 1e6, made.seconds, made.stalled,
+                     self._folder(made.step), made.bytes / 1e6, made.seconds, made.stalled,
                      ", the best so far" if made.is_best else "")
 
     def finish(self) -> None:
@@ -126,7 +128,7 @@ class Checkpointer:
         self._awaited = None
         distributed.barrier()
         if self._world.is_main:
-            shutil.rmtree(self._part(self._current.step), ignore_errors=True)
+            shutil.rmtree(part_of(self._folder(self._current.step)), ignore_errors=True)
 
     def close(self) -> None:
         """This rank writes no more, and leaves what is on its way as a kill would."""
@@ -146,12 +148,12 @@ class Checkpointer:
         finally:
             self._current.stalled += time.monotonic() - began
 
-    def _part(self, step: int) -> Path:
-        return self._root / (name_of(step) + ".part")
+    def _folder(self, step: int) -> Path:
+        return self._root / name_of(step)
 
     def _make(self, hand_over: HandOver, info: CheckpointInfo) -> Iterator[Work[Any]]:
         """The course. Collective between what it yields."""
-        part, made = self._part(info.step), self._current
+        part, made = part_of(self._folder(info.step)), self._current
         self._publishes = False
         self._agree_on(self._on_main(lambda: store.make_room(self._root, part), in_background=False), part)
         self._writer.begin()
@@ -163,13 +165,13 @@ class Checkpointer:
             made.seconds += work.seconds
         yield (written := self._writer.write(part))
         info = info.with_files(self._of_all(written, part))
-        made.bytes = sum(file["bytes"] for file in info.files.values())
+        made.bytes = info.bytes
         self._publishes = True
         yield (published := self._on_main(lambda: self._publish(part, info), self._asynchronous))
         self._agree_on(published, part)
 
     def _publish(self, part: Path, info: CheckpointInfo) -> None:
-        store.publish(part, self._root / name_of(info.step), info, self._current.is_best)
+        store.publish(part, self._folder(info.step), info, self._current.is_best)
         store.remove_old(self._root, info.step, self._kept)
 
     def _on_main(self, work: Callable[[], None], in_background: bool) -> Work[str]:

@@ -91,7 +91,8 @@ class Writer:
 
     def _problem(self, path: Path, error: BaseException) -> str:
         reason = _reason(error)
-        if not isinstance(reason, MemoryError) and getattr(reason, "errno", None) != errno.ENOMEM:
+        lacks_memory = isinstance(reason, MemoryError) or getattr(reason, "errno", None) == errno.ENOMEM
+        if self._staging is None or not lacks_memory:
             return f"{path}: {reason}"
         return (f"{path}: the copy of this rank's state does not fit into host memory ({error}); give "
                 "--checkpoint.asynchronous false, with which training waits for the disk")

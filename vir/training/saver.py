@@ -50,7 +50,6 @@ class Saver:
         kept = store.Kept(config.checkpoint.keep, every and every * plan.num_samples,
                           plan.checkpoint_steps.__contains__)
         self._checkpoints = Checkpointer(Path(config.output), world, kept, config.checkpoint.asynchronous, local)
-        self._best_at = -1
         self._best = distributed.broadcast(store.best_so_far(Path(config.output), config.checkpoint.best))
         self._results: Results = {}
         self._evaluated_at = -1
@@ -100,8 +99,7 @@ class Saver:
         config, engine = self._config, self._engine
         results = self._results if self._evaluated_at == step else {}
         is_best = self._value(results) > self._best
-        if is_best:
-            self._best, self._best_at = self._value(results), step
+        self._best = max(self._best, self._value(results))
         info = CheckpointInfo(
             samples_seen=self._plan.samples(step), step=step, updates=engine.updates, world_size=self._world.size,
             zero_stage=engine.zero_stage, precision=engine.precision, ema=engine.has_ema,
@@ -144,7 +142,7 @@ class Saver:
                                 "which takes %.1f s: the one of step %d, which was on its way, was finished, and the "
                                 "steps since will be done again", step, self.saved[-1].seconds, older)
                     return
-            elif older != self._best_at:
+            elif not self._checkpoints.is_best:
                 self._checkpoints.give_up()
         if step != self.last_step:
             self.save(step)
