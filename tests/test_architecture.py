@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # How far up in the house each file of vir/ and each room stands; imports go from higher to lower.
-BASE = {"arithmetic": 0, "control_groups": 0, "driver": 0, "errors": 0, "files": 0, "streams": 0, "status": 1,
-        "addresses": 1, "launcher": 1, "log": 1, "output_folder": 1, "cli": 2, "config": 2, "interfaces": 2,
-        "distributed": 3, "flags": 3, "run_folder": 4}
+BASE = {"arithmetic": 0, "beginning": 0, "control_groups": 0, "driver": 0, "errors": 0, "files": 0, "streams": 0,
+        "status": 1, "addresses": 1, "launcher": 1, "log": 1, "output_folder": 1, "cli": 2, "config": 2,
+        "interfaces": 2, "distributed": 3, "flags": 3, "run_folder": 4}
 ROOMS = {"weights": 4, "cluster": 5, "models": 5, "data": 6, "checkpoints": 6, "engine": 7, "reports": 7,
          "evaluation": 8, "planning": 8, "training": 9, "benchmarks": 10}
 ENTRY = 11  # vir/train.py and its like
@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.conversion": "test_benchmark.py",
     "vir.benchmarks.consolidation": "test_consolidate.py: its turns, under a limit of memory",
     "vir.benchmarks.consolidation_run": "test_consolidate.py: in a process of its own",
+    "vir.benchmarks.start": "test_benchmark_start.py",
     "vir.benchmarks.checkpoint_size": "test_benchmark_training.py: of the runs that are made there",
     "vir.benchmarks.checkpoints": "test_benchmark_checkpoints.py",
     "vir.benchmarks.checkpoints_run": "test_benchmark_checkpoints.py: in processes of its own",

@@ -6,6 +6,7 @@ beside the page. A file holds `title`, `command`, `machine` and one of these:
     kind, results     what tools/benchmark_model.py writes
     loops, checkpoints, ema     what tools/benchmark_training.py writes
     checkpointing     what tools/benchmark_checkpoints.py writes
+    start             what tools/benchmark_start.py writes
     columns, rows     a table that no tool writes: its head and its cells, as text
 """
 
@@ -162,6 +163,19 @@ def _ms(seconds: Sequence[float]) -> str:
     return _between(seconds, 1000)
 
 
+def start_table(start: dict[str, Any]) -> str:
+    """Seconds from a command to the end of its first step, by phases; × is over the bare script of the same turn."""
+    turns, sides = start["turns"], list(start["turns"][0])
+    totals = {side: [sum(turn[side].values()) for turn in turns] for side in sides}
+    phases = list(dict.fromkeys(phase for side in sides for phase in turns[0][side]))
+    rows = [("**all, s**", *(_between(totals[side], 1) for side in sides)),
+            ("**× bare**", *(_ratio(totals[side], totals["bare"]) for side in sides))]
+    for phase in phases:
+        rows.append((phase, *("" if phase not in turns[0][side] else
+                              f"{statistics.median(turn[side][phase] for turn in turns):.2f}" for side in sides)))
+    return markdown((f"{start['model']}, {start['ranks']} ranks, {start['zero']}", *sides), rows)
+
+
 def _between(values: Sequence[float], factor: float) -> str:
     """Median (least–most), times the factor."""
     middle, low, high = (f"{factor * value:.4g}" for value in (statistics.median(values), min(values), max(values)))
@@ -185,6 +199,8 @@ def render(path: Path) -> str:
             return markdown(content["columns"], content["rows"])
         if "checkpointing" in content:
             return checkpointing_table(content["checkpointing"])
+        if "start" in content:
+            return start_table(content["start"])
         if "loops" in content:
             return "\n\n".join(training_tables(content))
         return model_table([Result(**result) for result in content["results"]], content["kind"]).rstrip("\n")
@@ -196,7 +212,7 @@ def render(path: Path) -> str:
                         ) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} has no results that make a table ({error!r}); it needs kind and results, loops and "
-                        f"checkpoints, checkpointing, or columns and rows") from error
+                        f"checkpoints, checkpointing, start, or columns and rows") from error
 
 
 def with_tables(page: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
+from vir.beginning import Beginning
 from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import EVALUATE, SAVE, LauncherGrace, StopRequest
 from vir.config import TrainConfig
@@ -118,10 +119,10 @@ class Trainer:
     """
 
     def __init__(self, plan: Plan, global_step: GlobalStep, meter: Meter, validator: Validator | None, saver: Saver,
-                 profiler: Profiler, stop: StopRequest, heartbeat: Heartbeat) -> None:
+                 profiler: Profiler, stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> None:
         self._plan, self._global_step, self._meter = plan, global_step, meter
         self._validator, self._saver, self._profiler, self._stop = validator, saver, profiler, stop
-        self._heartbeat = heartbeat
+        self._heartbeat, self._beginning = heartbeat, beginning
         self._grace = LauncherGrace()
 
     def fit(self, batches: Batches | FeatureBatches, first: int, evaluate_first: bool) -> Ending:
@@ -148,6 +149,8 @@ class Trainer:
                 began = time.monotonic()
                 fetched = self._fetch(batches, step)
                 waited = time.monotonic() - began
+                if step == first:
+                    self._beginning.ended("first batch")
                 # Asked after the wait for data: a rank to whom none comes takes part as soon as a signal does, so the
                 # answer is needed before anything collective. It takes 0.3 ms between two ranks on one machine, in
                 # which the device is at the optimizer's kernels; asked asynchronously it took no less.
@@ -171,9 +174,12 @@ class Trainer:
                 self._profiler.before(step)
                 record = self._global_step(fetched, waited, step)
                 self._profiler.after(step)
-                self._meter.stepped(step + 1, record)
-                if step > first:  # the first one compiles
+                if step == first:
+                    self._beginning.ended("first step")
+                    self._meter.began(self._beginning)
+                else:  # the first one compiles
                     self._grace.stepped(time.monotonic() - began)
+                self._meter.stepped(step + 1, record)
                 done = step + 1
                 with self._meter.pause():
                     if self._between_steps(done, done in self._plan.eval_steps,

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vir import distributed
+from vir.beginning import Beginning
 from vir.checkpoints.saving import Saved
 from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig
@@ -133,6 +134,14 @@ class Meter:
     def begin(self) -> None:
         """Start the clock of an interval."""
         self._interval = _Interval()
+
+    def began(self, beginning: Beginning) -> None:
+        """Tell how long it took to the end of the first step of this process, and where a run goes on."""
+        log.info("%s", beginning)
+        if self._writer is not None:
+            self._writer.write("start", self._first + 1, epoch=self._plan.epoch(self._first), ranks=self._world.size,
+                               **{f"{phase.replace(' ', '_')}_seconds": round(seconds, 3)
+                                  for phase, seconds in beginning.seconds.items()})
 
     def stepped(self, done: int, record: StepRecord) -> None:
         """Take up a step. At the end of an interval or of the run, report. Collective.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from vir import arithmetic, cli, distributed
 from vir import log as logs
 from vir import run_folder
+from vir.beginning import Beginning
 from vir.checkpoints.local import LocalCopies
 from vir.cluster import agreement
 from vir.cluster.heartbeat import Heartbeat
@@ -53,7 +55,7 @@ _DEV_STEPS = 10
 """Of fast_dev_run."""
 
 
-def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
+def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> int:
     """Train, and return the exit code: 0 when done, EXIT_STOPPED_BY_SIGNAL when a signal ended it after saving.
 
     With dry_run it only tells the plan, with validate_only it only evaluates; neither leaves anything. With
@@ -66,8 +68,9 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     world = distributed.start()
     agreement.check(config, prepared.ds_config)
     stop.join()
+    beginning.ended("process group")
     begin = _try_everything if config.train.fast_dev_run else _run
-    ending = begin(prepared, world, stop, heartbeat)
+    ending = begin(prepared, world, stop, heartbeat, beginning)
     if ending is Ending.STOPPED:
         goes_on = "" if leaves_nothing else f"; the same command continues: {config.output}"
         log.info(f"stopped by {stop.cause}{goes_on}")
@@ -77,7 +80,7 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat) -> int:
     return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
 
 
-def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
+def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> Ending:
     config, folder = prepared.config, Path(prepared.config.output)
     heartbeat.at("building model and engine, compiling", counts=False)
     is_run = trains(config)
@@ -92,15 +95,17 @@ def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbe
         # After the model: what a teacher draws while it is built changes no initial weight.
         teacher = None if config.validate_only else load_teacher(config.distill, spec, world.device)
         make_student(network, spec.name, config.distill)
+        beginning.ended("model")
         plan = make_plan(config, prepared.train, spec, world, ds_config.precision(prepared.ds_config))
         engine = Engine(network.to(world.device), config, prepared.ds_config, plan.accumulation)
+        beginning.ended("engine")
         with closing(engine):
             if config.dry_run:
                 ending = _show_plan(prepared, plan, engine, spec, teacher, world, stop)
             elif config.validate_only:
                 ending = _validate(prepared, engine, spec, world, stop, heartbeat)
             else:
-                ending = _train(prepared, plan, engine, spec, teacher, world, stop, heartbeat)
+                ending = _train(prepared, plan, engine, spec, teacher, world, stop, heartbeat, beginning)
     if is_run and world.is_main:
         _draw_curves(folder)
         if ending is Ending.DONE:
@@ -123,7 +128,8 @@ def _check_agreement(prepared: Prepared) -> None:
                             "on each machine choose the same; give --data.lanes and --data.window")
 
 
-def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
+def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat,
+                    beginning: Beginning) -> Ending:
     """Half of the steps, with an evaluation and a checkpoint, then the other half after a resume; remove it all."""
     config = prepared.config
     folder = Path(f"{Path(config.output)}.fast_dev_run")  # beside it, also where it was given as runs/a/
@@ -137,7 +143,8 @@ def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbe
             train=replace(config.train, steps=steps, log_every=1, wandb=""),
             checkpoint=replace(config.checkpoint, local=""),  # nothing stays of this run
             schedule=replace(config.schedule, warmup_epochs=0.0, cooldown_epochs=0.0))
-        ending = _run(replace(prepared, config=short), world, stop, heartbeat)
+        ending = _run(replace(prepared, config=short), world, stop, heartbeat, beginning)
+        beginning = Beginning(time.time())
         if ending is Ending.STOPPED:
             break
     logs.start(world.rank)  # no longer to a file there
@@ -205,7 +212,7 @@ def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World,
 
 
 def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teacher: Teacher | None, world: World,
-           stop: StopRequest, heartbeat: Heartbeat) -> Ending:
+           stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> Ending:
     config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
     fingerprint = teacher.fingerprint if teacher else ""
     check_memory_of_nodes(config, prepared.ds_config, engine, world)
@@ -216,6 +223,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teac
         verified = local.bring_back()
     info = resume(config, engine, spec, prepared.fingerprint, world, fingerprint, verified)
     first = info.samples_seen // plan.global_batch_size if info else 0
+    beginning.ended("checkpoint")
     if config.train.linear_probe:
         plan = replace(plan, peak_flops=None)  # an MFU counts a backward pass through the whole model
     saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first, fingerprint, local)
@@ -251,7 +259,7 @@ def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teac
         validator = None if prepared.val is None else Validator(
             config, engine, prepared.val, spec.input, world, stop, patience, heartbeat, saver)
         profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
-        trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop, heartbeat)
+        trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop, heartbeat, beginning)
         ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, folder, world))
         meter.summarise(saver.saved, saver.waited)
         return ending
