@@ -78,6 +78,31 @@ def test_a_file_of_the_training_tool_gives_its_tables(tmp_path):
     assert checkpoints.splitlines()[2] == "| 5.00 | 1.500 (1.500–1.500) | 100 | 2.00 | 1 |"
 
 
+RATES = {"machine": "a CPU; today", "columns": ["workers", "reader", "×"],
+         "rows": [["1", "ours", "1.20"], ["2", "ours", "1.40"], ["2", "theirs", "1.00"]]}
+
+
+def test_ratios_of_several_files_stand_in_one_table(tmp_path):
+    (tmp_path / "rates.json").write_text(json.dumps(RATES))
+    beside = [{"what": "reading", "peer": "theirs", "target": "1.3", "file": "rates.json", "column": "×",
+               "row": {"workers": "2", "reader": "ours"}}]
+    (tmp_path / "x.json").write_text(json.dumps({"beside": beside}))
+    assert tables.render(tmp_path / "x.json").splitlines()[2] == "| reading | theirs | 1.40 | 1.3 | a CPU; today |"
+
+
+@pytest.mark.parametrize("row, column, found", [
+    ({"reader": "ours"}, "×", "2 rows"), ({"reader": "other"}, "×", "0 rows"),
+    ({"workers": "2", "reader": "ours"}, "ratio", "1 rows"),
+])
+def test_a_ratio_that_is_not_in_its_file_is_told(row, column, found, tmp_path):
+    (tmp_path / "rates.json").write_text(json.dumps(RATES))
+    beside = [{"what": "reading", "peer": "theirs", "target": "", "file": "rates.json", "column": column, "row": row}]
+    (tmp_path / "x.json").write_text(json.dumps({"beside": beside}))
+    with pytest.raises(DataError, match=f"rates.json has {found} of .*; name one row and the column of its ratio, not "
+                                        f"'{column}'"):
+        tables.render(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize("text, message", [
     ("<!-- table: x.json -->\n", "has a table that is not marked well"),
     ("<!-- table: x.json -->\n<!-- table: x.json -->\n<!-- end -->\n", "does not close the table of x.json"),

@@ -16,8 +16,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import markdown
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
@@ -56,7 +58,7 @@ def benchmark(settings: Settings, command: str) -> str:
     if settings.json is not None:
         replace_text(settings.json, json.dumps({
             "title": f"{settings.images:,} files of {total / settings.images / 1000:.0f} KB", "command": command,
-            "machine": f"{os.cpu_count()} cores", "columns": columns, "rows": rows, "seconds": seconds},
+            "machine": machine(torch.device("cpu")), "columns": columns, "rows": rows, "seconds": seconds},
             indent=1) + "\n")
     return markdown(columns, rows)
 

@@ -42,7 +42,7 @@ _SIZE = (500, 375)
 AUGMENTATIONS = {
     "crop, flip": AugmentConfig(auto_augment=None, color_jitter=0, reprob=0, mixup=0, cutmix=0),
     "RandAugment": AugmentConfig()}
-_LIBRARIES = ("pillow", "simplejpeg", "nvidia-nvimgcodec-cu13", "webdataset", "torchvision")
+_LIBRARIES = ("pillow", "simplejpeg", "nvidia-nvimgcodec-cu13", "torchvision")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from vir.benchmarks.results import Result
@@ -142,7 +142,8 @@ def machine(device: torch.device) -> str:
         models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
         name += f" ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-    return f"{name}; torch {torch.__version__}, timm {timm.__version__}; {date.today()}"
+    versions = ", ".join(f"{library} {version(library)}" for library in ("torch", "timm", "deepspeed", "webdataset"))
+    return f"{name}; {versions}; {date.today()}"
 
 
 def check_device(name: str) -> torch.device:

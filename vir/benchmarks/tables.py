@@ -7,7 +7,8 @@ beside the page. A file holds `title`, `command`, `machine` and one of these:
     loops, checkpoints, ema     what tools/benchmark_training.py writes
     checkpointing     what tools/benchmark_checkpoints.py writes
     start             what tools/benchmark_start.py writes
-    columns, rows     a table that no tool writes: its head and its cells, as text
+    columns, rows     a table: its head and its cells, as text
+    beside            cells of the tables of other files, together in one table
 """
 
 from __future__ import annotations
@@ -176,6 +177,31 @@ def start_table(start: dict[str, Any]) -> str:
     return markdown((f"{start['model']}, {start['ranks']} ranks, {start['zero']}", *sides), rows)
 
 
+def beside_table(beside: Sequence[dict[str, Any]], folder: Path) -> str:
+    """Ratios to peers that stand in the tables of other files.
+
+    Args:
+        beside: of each row `what` is done, the `peer`, the `target`, the `file` in the folder, and where the ratio
+            stands in its table: its `column`, and what other cells of its `row` are.
+
+    Raises:
+        DataError: a file cannot be read, or not exactly one row is such a one.
+    """
+    rows = []
+    for one in beside:
+        path = folder / one["file"]
+        head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in render(path).splitlines()
+                           if line.startswith("|")]
+        found = [line for line in lines if len(line) == len(head) and
+                 one["row"].items() <= dict(zip(head, line)).items()]
+        if len(found) != 1 or one["column"] not in head:
+            raise DataError(f"{path} has {len(found)} rows of {one['row']}, and the columns {head}; name one row and "
+                            f"the column of its ratio, not {one['column']!r}")
+        rows.append((one["what"], one["peer"], found[0][head.index(one["column"])], one["target"],
+                     json.loads(path.read_text())["machine"]))
+    return markdown(("what", "peer", "ours to the peer's", "target", "machine, versions, date"), rows)
+
+
 def _between(values: Sequence[float], factor: float) -> str:
     """Median (least–most), times the factor."""
     middle, low, high = (f"{factor * value:.4g}" for value in (statistics.median(values), min(values), max(values)))
@@ -199,6 +225,8 @@ def render(path: Path) -> str:
             return markdown(content["columns"], content["rows"])
         if "checkpointing" in content:
             return checkpointing_table(content["checkpointing"])
+        if "beside" in content:
+            return beside_table(content["beside"], path.parent)
         if "start" in content:
             return start_table(content["start"])
         if "loops" in content:
@@ -212,7 +240,7 @@ def render(path: Path) -> str:
                         ) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} has no results that make a table ({error!r}); it needs kind and results, loops and "
-                        f"checkpoints, checkpointing, start, or columns and rows") from error
+                        f"checkpoints, checkpointing, start, beside, or columns and rows") from error
 
 
 def with_tables(page: Path) -> str:
