@@ -104,6 +104,7 @@ def test_learning_rate_and_decay_are_those_of_the_schedule(reader, network):
 def test_the_peak_is_the_given_one_or_unknown_on_a_cpu(reader, network):
     assert plan_of(reader, network, peak_tflops=2.0).peak_flops == 2e12
     assert plan_of(reader, network).peak_flops is None
+    assert plan_of(reader, network, peak_tflops=2.0, linear_probe=True).peak_flops is None
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(reader, network):

@@ -38,7 +38,7 @@ class Plan:
     forward_flops: int | None
     """Of one image; None where they cannot be counted."""
     peak_flops: float | None
-    """Of one device; None where unknown."""
+    """Of one device; None where unknown, or of no use."""
     optim: OptimConfig
     schedule: ScheduleConfig
 
@@ -79,7 +79,9 @@ def make_plan(config: RunConfig, train: Reader, spec: ModelSpec, world: World, p
         accumulation=plan_accumulation(size, config.train.micro_batch_size, world.size), total_steps=total,
         eval_steps=moments(config.eval.every_steps, config.eval.every_epochs) if config.data.val else frozenset(),
         checkpoint_steps=moments(config.checkpoint.every_steps, config.checkpoint.every_epochs),
-        forward_flops=forward_flops(spec), peak_flops=peak_flops(world.device, precision, config.train.peak_tflops),
+        forward_flops=forward_flops(spec),
+        # An MFU counts a backward pass through the whole model, and a linear probe has none.
+        peak_flops=None if config.train.linear_probe else peak_flops(world.device, precision, config.train.peak_tflops),
         optim=config.optim, schedule=config.schedule)
 
 

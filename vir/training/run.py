@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -55,6 +55,44 @@ _DEV_STEPS = 10
 """Of fast_dev_run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rank:
+    """What a rank begins with: settings and data, its place, how it hears of a stop and tells where it is."""
+
+    prepared: Prepared
+    world: World
+    stop: StopRequest
+    heartbeat: Heartbeat
+    beginning: Beginning
+
+    @property
+    def config(self) -> RunConfig:
+        return self.prepared.config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(seconds=self.config.train.rank_timeout, give_up=lambda: self.stop.asked,
+                        tell=lambda said: log.warning("rank %d: %s", self.world.rank, said))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Built:
+    """What is made of the settings, before anything is resumed."""
+
+    plan: Plan
+    engine: Engine
+    spec: ModelSpec
+    teacher: Teacher | None
+
+    @property
+    def teacher_fingerprint(self) -> str:
+        return self.teacher.fingerprint if self.teacher else ""
+
+
 def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> int:
     """Train, and return the exit code: 0 when done, EXIT_STOPPED_BY_SIGNAL when a signal ended it after saving.
 
@@ -70,7 +108,7 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat, beginning: 
     stop.join()
     beginning.ended("process group")
     begin = _try_everything if config.train.fast_dev_run else _run
-    ending = begin(prepared, world, stop, heartbeat, beginning)
+    ending = begin(_Rank(prepared=prepared, world=world, stop=stop, heartbeat=heartbeat, beginning=beginning))
     if ending is Ending.STOPPED:
         goes_on = "" if leaves_nothing else f"; the same command continues: {config.output}"
         log.info(f"stopped by {stop.cause}{goes_on}")
@@ -80,37 +118,40 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat, beginning: 
     return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
 
 
-def _run(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> Ending:
-    config, folder = prepared.config, Path(prepared.config.output)
-    heartbeat.at("building model and engine, compiling", counts=False)
+def _run(rank: _Rank) -> Ending:
+    config, world = rank.config, rank.world
+    rank.heartbeat.at("building model and engine, compiling", counts=False)
     is_run = trains(config)
-    with nullcontext() if config.validate_only else run_folder.claim(folder, world, stays=is_run):
-        logs.start(world.rank, folder / run_folder.LOG if is_run else None)
+    with nullcontext() if config.validate_only else run_folder.claim(rank.folder, world, stays=is_run):
+        logs.start(world.rank, rank.folder / run_folder.LOG if is_run else None)
         for line in describe_environment(world):
             log.info(line)
-        _check_agreement(prepared)
-        torch.manual_seed(config.train.seed)
-        fresh = not distributed.broadcast(continues(config))
-        network, spec = build(config.model, prepared.train.classes, fresh, config.train.linear_probe)
-        # After the model: what a teacher draws while it is built changes no initial weight.
-        teacher = None if config.validate_only else load_teacher(config.distill, spec, world.device)
-        make_student(network, spec.name, config.distill)
-        beginning.ended("model")
-        plan = make_plan(config, prepared.train, spec, world, ds_config.precision(prepared.ds_config))
-        engine = Engine(network.to(world.device), config, prepared.ds_config, plan.accumulation)
-        beginning.ended("engine")
-        with closing(engine):
-            if config.dry_run:
-                ending = _show_plan(prepared, plan, engine, spec, teacher, world, stop)
-            elif config.validate_only:
-                ending = _validate(prepared, engine, spec, world, stop, heartbeat)
-            else:
-                ending = _train(prepared, plan, engine, spec, teacher, world, stop, heartbeat, beginning)
+        _check_agreement(rank.prepared)
+        built = _build(rank)
+        with closing(built.engine):
+            goes_about = _show_plan if config.dry_run else _validate if config.validate_only else _train
+            ending = goes_about(rank, built)
     if is_run and world.is_main:
-        _draw_curves(folder)
+        _draw_curves(rank.folder)
         if ending is Ending.DONE:
-            log.info("done: %s", folder)
+            log.info("done: %s", rank.folder)
     return ending
+
+
+def _build(rank: _Rank) -> _Built:
+    """Model, teacher, plan and engine. Collective."""
+    config, prepared, world = rank.config, rank.prepared, rank.world
+    torch.manual_seed(config.train.seed)
+    fresh = not distributed.broadcast(continues(config))
+    network, spec = build(config.model, prepared.train.classes, fresh, config.train.linear_probe)
+    # After the model: what a teacher draws while it is built changes no initial weight.
+    teacher = None if config.validate_only else load_teacher(config.distill, spec, world.device)
+    make_student(network, spec.name, config.distill)
+    rank.beginning.ended("model")
+    plan = make_plan(config, prepared.train, spec, world, ds_config.precision(prepared.ds_config))
+    engine = Engine(network.to(world.device), config, prepared.ds_config, plan.accumulation)
+    rank.beginning.ended("engine")
+    return _Built(plan=plan, engine=engine, spec=spec, teacher=teacher)
 
 
 def _check_agreement(prepared: Prepared) -> None:
@@ -128,11 +169,10 @@ def _check_agreement(prepared: Prepared) -> None:
                             "on each machine choose the same; give --data.lanes and --data.window")
 
 
-def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbeat: Heartbeat,
-                    beginning: Beginning) -> Ending:
+def _try_everything(rank: _Rank) -> Ending:
     """Half of the steps, with an evaluation and a checkpoint, then the other half after a resume; remove it all."""
-    config = prepared.config
-    folder = Path(f"{Path(config.output)}.fast_dev_run")  # beside it, also where it was given as runs/a/
+    config, world = rank.config, rank.world
+    folder = Path(f"{rank.folder}.fast_dev_run")  # beside it, also where it was given as runs/a/
     with run_folder.claim(folder, world, stays=False):  # it is no other's that goes on
         if world.is_main:
             for left in folder.iterdir():  # by an attempt that was killed
@@ -143,8 +183,8 @@ def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbe
             train=replace(config.train, steps=steps, log_every=1, wandb=""),
             checkpoint=replace(config.checkpoint, local=""),  # nothing stays of this run
             schedule=replace(config.schedule, warmup_epochs=0.0, cooldown_epochs=0.0))
-        ending = _run(replace(prepared, config=short), world, stop, heartbeat, beginning)
-        beginning = Beginning(time.time())
+        ending = _run(replace(rank, prepared=replace(rank.prepared, config=short)))
+        rank = replace(rank, beginning=Beginning(time.time()))
         if ending is Ending.STOPPED:
             break
     logs.start(world.rank)  # no longer to a file there
@@ -155,17 +195,16 @@ def _try_everything(prepared: Prepared, world: World, stop: StopRequest, heartbe
     return ending
 
 
-def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teacher: Teacher | None, world: World,
-               stop: StopRequest) -> Ending:
-    config = prepared.config
-    info = resume(config, engine, spec, prepared.fingerprint, world, teacher.fingerprint if teacher else "")
-    if stop.agree():
+def _show_plan(rank: _Rank, built: _Built) -> Ending:
+    info = resume(rank.config, built.engine, built.spec, rank.prepared.fingerprint, rank.world,
+                  built.teacher_fingerprint)
+    if rank.stop.agree():
         return Ending.STOPPED
-    _describe(prepared, plan, engine, spec, teacher, world)
+    _describe(rank, built)
     problem = ""
-    if world.is_main:
+    if rank.world.is_main:
         try:
-            found = forecast(prepared, plan, world, teacher)
+            found = forecast(rank.prepared, built.plan, rank.world, built.teacher)
             for line in page.lines(found):
                 log.info(line)
             found.check_that_something_fits()
@@ -173,96 +212,99 @@ def _show_plan(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, 
             problem = str(error)
     if problem := distributed.broadcast(problem):
         raise SettingsError(problem)
-    done = info.samples_seen // plan.global_batch_size if info else 0
+    done = info.samples_seen // built.plan.global_batch_size if info else 0
     log.info("a dry run: nothing was trained and nothing is left; the run would %s of %d",
-             f"go on after step {done}" if done else "begin at step 1", plan.total_steps)
+             f"go on after step {done}" if done else "begin at step 1", built.plan.total_steps)
     return Ending.DONE
 
 
-def _describe(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teacher: Teacher | None,
-              world: World) -> None:
-    if world.is_main:  # it looks at the disk
-        for line in describe(prepared.config, prepared.ds_config, plan, engine, spec, prepared.train, prepared.val,
-                             world, teacher):
+def _describe(rank: _Rank, built: _Built) -> None:
+    config, prepared, plan, engine = rank.config, rank.prepared, built.plan, built.engine
+    if rank.world.is_main:  # it looks at the disk
+        for line in describe(config, prepared.ds_config, plan, engine, built.spec, prepared.train, prepared.val,
+                             rank.world, built.teacher):
             log.info(line)
-        if prepared.config.train.linear_probe:
-            log.info(features.describe(prepared.config.augment, plan, engine))
+        if config.train.linear_probe:
+            log.info(features.describe(config.augment, plan, engine))
         if prepared.exclusion:
             log.info("%d samples are left out, as --data.exclude %s says", len(prepared.exclusion),
-                     prepared.config.data.exclude)
+                     config.data.exclude)
 
 
-def _patience(config: RunConfig, stop: StopRequest, world: World) -> Patience:
-    return Patience(seconds=config.train.rank_timeout, give_up=lambda: stop.asked,
-                    tell=lambda said: log.warning("rank %d: %s", world.rank, said))
-
-
-def _validate(prepared: Prepared, engine: Engine, spec: ModelSpec, world: World, stop: StopRequest,
-              heartbeat: Heartbeat) -> Ending:
-    config = prepared.config
-    info = resume(config, engine, spec, prepared.fingerprint, world)
+def _validate(rank: _Rank, built: _Built) -> Ending:
+    config, prepared = rank.config, rank.prepared
+    info = resume(config, built.engine, built.spec, prepared.fingerprint, rank.world)
     if info is None and not (config.model.init_from or config.model.pretrained):
         raise SettingsError(f"--validate_only: --output {config.output} has no checkpoint to evaluate; name a run "
                             "folder by it or by --resume, or weights by --model.init_from")
     assert prepared.val is not None, "RunConfig has refused validate_only without data.val"
-    patience = _patience(config, stop, world)
-    validator = Validator(config, engine, prepared.val, spec.input, world, stop, patience, heartbeat)
+    validator = Validator(config, built.engine, prepared.val, built.spec.input, rank.world, rank.stop, rank.patience,
+                          rank.heartbeat)
     results = validator.evaluate(info.step if info else 0)
     return Ending.STOPPED if results is None else Ending.DONE
 
 
-def _train(prepared: Prepared, plan: Plan, engine: Engine, spec: ModelSpec, teacher: Teacher | None, world: World,
-           stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> Ending:
-    config, reader, folder = prepared.config, prepared.train, Path(prepared.config.output)
-    fingerprint = teacher.fingerprint if teacher else ""
+def _train(rank: _Rank, built: _Built) -> Ending:
+    config, prepared, world, heartbeat = rank.config, rank.prepared, rank.world, rank.heartbeat
+    plan, engine, spec = built.plan, built.engine, built.spec
     check_memory_of_nodes(config, prepared.ds_config, engine, world)
     local, verified = None, None
     if config.checkpoint.local:
         heartbeat.at("looking for checkpoints on the nodes' own disks", counts=False)
-        local = LocalCopies(Path(config.checkpoint.local), folder, world)
+        local = LocalCopies(Path(config.checkpoint.local), rank.folder, world)
         verified = local.bring_back()
-    info = resume(config, engine, spec, prepared.fingerprint, world, fingerprint, verified)
+    info = resume(config, engine, spec, prepared.fingerprint, world, built.teacher_fingerprint, verified)
     first = info.samples_seen // plan.global_batch_size if info else 0
-    beginning.ended("checkpoint")
-    if config.train.linear_probe:
-        plan = replace(plan, peak_flops=None)  # an MFU counts a backward pass through the whole model
-    saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first, fingerprint, local)
+    rank.beginning.ended("checkpoint")
+    saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first, built.teacher_fingerprint,
+                  local)
     writer = _begin_writing(prepared, plan, first, world)
     with closing(writer) if writer else nullcontext():
-        _describe(prepared, plan, engine, spec, teacher, world)
+        _describe(rank, built)
         if first:
             log.info("continuing after step %d", first)
-        order = SampleOrder(config.train.seed, reader.shard_sizes, *config.data.order, prepared.exclusion)
-        patience = _patience(config, stop, world)
-        batches: Batches | FeatureBatches
-        preparation: Callable[[Any], tuple[Tensor, Tensor]]
-        if first < plan.total_steps and config.train.linear_probe and features.can_be_kept(
-                config, engine, spec.input, world):
-            kept = features.compute(config, plan, engine, reader, order, spec.input, world, patience, stop, heartbeat)
-            if kept is None:
-                return Ending.STOPPED
-            batches = FeatureBatches(kept, order, plan, config.train.micro_batch_size, first, world)
-            preparation = FeaturePreparation(config.train.smoothing, plan.num_classes)
-        else:
-            batches = train_batches(
-                reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
-                last_step=plan.total_steps, global_batch_size=plan.global_batch_size,
-                micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
-                workers=config.data.workers, prefetch=config.data.prefetch, device=world.device,
-                patience=patience, as_in_evaluation=config.train.linear_probe and not config.augment.draws)
-            preparation = Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
-                                      num_classes=plan.num_classes, device=world.device)
+        order = SampleOrder(config.train.seed, prepared.train.shard_sizes, *config.data.order, prepared.exclusion)
+        loading = _begin_loading(rank, built, order, first)
+        if loading is None:
+            return Ending.STOPPED
+        batches, preparation = loading
         meter = Meter(config, plan, engine, world, writer, heartbeat, first)
-        guard = FiniteGuard(order, reader)
+        guard = FiniteGuard(order, prepared.train)
         global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank,
-                                 teacher)
+                                 built.teacher)
         validator = None if prepared.val is None else Validator(
-            config, engine, prepared.val, spec.input, world, stop, patience, heartbeat, saver)
-        profiler = Profiler(config.train.profile, first, plan.total_steps, folder / run_folder.PROFILE, world)
-        trainer = Trainer(plan, global_step, meter, validator, saver, profiler, stop, heartbeat, beginning)
-        ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, folder, world))
+            config, engine, prepared.val, spec.input, world, rank.stop, rank.patience, heartbeat, saver)
+        profiler = Profiler(config.train.profile, first, plan.total_steps, rank.folder / run_folder.PROFILE, world)
+        trainer = Trainer(plan, global_step, meter, validator, saver, profiler, rank.stop, heartbeat, rank.beginning)
+        ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, rank.folder, world))
         meter.summarise(saver.saved, saver.waited)
         return ending
+
+
+def _begin_loading(rank: _Rank, built: _Built, order: SampleOrder, first: int) -> \
+        tuple[Batches | FeatureBatches, Callable[[Any], tuple[Tensor, Tensor]]] | None:
+    """Batches from step `first` on, and what makes of one what the engine takes and its targets.
+
+    A linear probe's features are computed here where they can be kept; None where a signal ended that. Collective.
+    """
+    config, reader, world = rank.config, rank.prepared.train, rank.world
+    plan, spec = built.plan, built.spec
+    probes = config.train.linear_probe
+    if probes and first < plan.total_steps and features.can_be_kept(config, built.engine, spec.input, world):
+        kept = features.compute(config, plan, built.engine, reader, order, spec.input, world, rank.patience, rank.stop,
+                                rank.heartbeat)
+        if kept is None:
+            return None
+        return (FeatureBatches(kept, order, plan, config.train.micro_batch_size, first, world),
+                FeaturePreparation(config.train.smoothing, plan.num_classes))
+    batches = train_batches(
+        reader, order, config.augment, spec.input, seed=config.train.seed, first_step=first,
+        last_step=plan.total_steps, global_batch_size=plan.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
+        workers=config.data.workers, prefetch=config.data.prefetch, device=world.device,
+        patience=rank.patience, as_in_evaluation=probes and not config.augment.draws)
+    return batches, Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
+                                num_classes=plan.num_classes, device=world.device)
 
 
 def _begin_writing(prepared: Prepared, plan: Plan, first: int, world: World) -> MetricsWriter | None:
