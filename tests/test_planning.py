@@ -30,7 +30,7 @@ from vir.planning import page, picture
 from vir.planning.checkpoints import COPY_RATE, DISK_RATE, RESTART_S, default_mtbf
 from vir.planning.estimate import Question, estimate
 from vir.planning.hardware import Cluster, Gpu, Range
-from vir.planning.images import IMAGENET_1K, Images, imagenet
+from vir.planning.images import IMAGENET_1K, IMAGENET_21K, Images, imagenet
 from vir.planning.memory import Memory
 from vir.training import forecast
 
@@ -317,6 +317,8 @@ def test_imagenet_is_cut_into_shards():
     images = imagenet(1000)
     assert images.count == 1_281_167 and len(images.shard_sizes) == 1282 and images.shard_sizes[-1] == 167
     assert images.image_bytes == 110_000 and len(images.classes) == 1000
+    whole = imagenet(name=IMAGENET_21K)
+    assert (whole.count, len(whole.shard_sizes), len(whole.classes)) == (14_197_122, 14_198, 21_841)
 
 
 def test_a_row_of_the_page_is_what_its_command_gives(tmp_path, monkeypatch):

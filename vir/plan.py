@@ -29,7 +29,16 @@ from vir.files import replace_text
 from vir.flags import parse
 from vir.output_folder import check_file
 from vir.planning.checkpoints import DISK_RATE, RESTART_S
-from vir.planning.images import IMAGE_BYTES, IMAGENET, IMAGENET_1K, SAMPLES_PER_SHARD, Images, imagenet
+from vir.planning.images import (
+    IMAGE_BYTES,
+    IMAGENET,
+    IMAGENET_1K,
+    IMAGENET_21K,
+    IMAGENET_WHOLE,
+    SAMPLES_PER_SHARD,
+    Images,
+    imagenet,
+)
 
 if TYPE_CHECKING:  # a wrong flag is told before torch is imported
     from vir.planning.estimate import Estimate, Question
@@ -81,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="SHARDS",
         help=f"training shards, as --data.train names them; {IMAGENET_1K} assumes {IMAGENET:,} images "
              f"of {IMAGE_BYTES / 1000:.0f} KB in shards of {SAMPLES_PER_SHARD:,} (default, "
-             "where no --data.train is given)")
+             f"where no --data.train is given), {IMAGENET_21K} {IMAGENET_WHOLE:,}")
     add("--mfu", type=_share, metavar="SHARE",
         help="model FLOPs utilisation, e.g. 0.3 (default: what was measured and published for such GPUs and models)")
     add("--cores", type=_count, metavar="N", help="CPU cores of each node, for its loader processes")
@@ -181,8 +190,8 @@ def _question(args: argparse.Namespace, config: RunConfig) -> Question:
 
 
 def _images(config: RunConfig) -> Images:
-    if config.data.train == IMAGENET_1K:
-        return imagenet()
+    if config.data.train in (IMAGENET_1K, IMAGENET_21K):
+        return imagenet(name=config.data.train)
     from vir.data.opening import open_reader, places
 
     return Images.of(open_reader(config.data.train, places(config.data), first=True))

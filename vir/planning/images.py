@@ -1,4 +1,4 @@
-"""The training images of a plan: those that are there, or ImageNet-1k as it usually is."""
+"""The training images of a plan: those that are there, or ImageNet as it usually is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ if TYPE_CHECKING:  # pages of results are made without torch
     from vir.data.reader import Reader
 
 IMAGENET_1K = "imagenet-1k"
-"""Its name, of images that are assumed."""
+IMAGENET_21K = "imagenet-21k"
+"""Names of images that are assumed."""
 IMAGENET = 1_281_167
 """Training images of ImageNet-1k."""
+IMAGENET_WHOLE = 14_197_122
+"""Images of ImageNet-21k as it was released in 2011, of 21,841 classes (image-net.org)."""
 IMAGE_BYTES = 110_000
 """Of one of them, on average."""
 SAMPLES_PER_SHARD = 1000
-_CLASSES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +49,10 @@ class Images:
         return sum(self.shard_bytes) / self.count if self.shard_bytes else IMAGE_BYTES
 
 
-def imagenet(samples_per_shard: int = SAMPLES_PER_SHARD) -> Images:
-    """ImageNet-1k in shards of so many images; the last one has the rest."""
-    sizes = [samples_per_shard] * (IMAGENET // samples_per_shard)
-    sizes += [IMAGENET - sum(sizes)] if sum(sizes) < IMAGENET else []
-    return Images(name=IMAGENET_1K, shard_sizes=sizes, shard_bytes=[size * IMAGE_BYTES for size in sizes],
-                  classes=[""] * _CLASSES, is_assumed=True)
+def imagenet(samples_per_shard: int = SAMPLES_PER_SHARD, name: str = IMAGENET_1K) -> Images:
+    """The one of that name in shards of so many images; the last one has the rest."""
+    count, classes = {IMAGENET_1K: (IMAGENET, 1000), IMAGENET_21K: (IMAGENET_WHOLE, 21_841)}[name]
+    sizes = [samples_per_shard] * (count // samples_per_shard)
+    sizes += [count - sum(sizes)] if sum(sizes) < count else []
+    return Images(name=name, shard_sizes=sizes, shard_bytes=[size * IMAGE_BYTES for size in sizes],
+                  classes=[""] * classes, is_assumed=True)
