@@ -136,7 +136,9 @@ def parse(argv: list[str]) -> RunConfig:
         raise SystemExit(0)
     from jsonargparse import ArgumentError, auto_cli, set_parsing_settings
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True,
+                         # Else a class_path in model.args, which take any value, would be imported and called.
+                         import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
     words = _with_values(argv)
     try:
         return auto_cli(
