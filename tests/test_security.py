@@ -198,9 +198,9 @@ def test_no_file_of_a_run_and_no_line_of_it_has_a_secret_of_its_urls(shards, tmp
     with HttpServer(content, login="me:geheim") as server:
         urls = [server.url(f"/{split}", user="me:geheim") + "?X-Amz-Signature=geheim" for split in ("train", "val")]
         words = command(shards, tmp_path / "run", steps=2, every=2)
-        words += ["--schedule.warmup_epochs", "0", "--data.train", urls[0], "--data.val", urls[1], "--data.timeout", "3",
-                  "--data.index_dir", str(tmp_path / "indexes"), "--data.cache", str(tmp_path / "cache"),
-                  "--data.cache_bytes", "1GB"]
+        words += ["--schedule.warmup_epochs", "0", "--data.train", urls[0], "--data.val", urls[1],
+                  "--data.timeout", "3", "--data.index_dir", str(tmp_path / "indexes"),
+                  "--data.cache", str(tmp_path / "cache"), "--data.cache_bytes", "1GB"]
         done = alone(*words)
         assert done.returncode == 0, done.stdout[-3000:]
         assert any("geheim" in request.path for request in server.requests)
