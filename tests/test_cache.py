@@ -191,6 +191,23 @@ def test_no_download_begins_for_which_there_will_be_no_room(cache):
     assert not begun
 
 
+@pytest.mark.parametrize("mode, expected", [(0o700, 0o600), (0o755, 0o644), (0o2775, 0o664), (0o1777, 0o666)])
+def test_those_may_write_to_its_locks_who_may_write_into_the_folder(cache, mode, expected):
+    cache.folder.mkdir(parents=True)
+    os.chmod(cache.folder, mode)
+    fill(cache, b"x", "a")
+    assert os.stat(cache.folder / ".room.lock").st_mode & 0o777 == expected
+
+
+def test_a_link_in_the_place_of_a_lock_opens_no_file_to_others(cache, tmp_path):
+    (tmp_path / "mine").touch(0o600)
+    cache.folder.mkdir(parents=True)
+    (cache.folder / ".room.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="room.lock"):
+        fill(cache, b"x", "a")
+    assert os.stat(tmp_path / "mine").st_mode & 0o777 == 0o600
+
+
 class TestTwoUsers:
     """Root, and one who may write into the same folder."""
 

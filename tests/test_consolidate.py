@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.launchers import ROOT, call
+from support.payload import Payload
 from vir.benchmarks.consolidation import turn
 from vir.benchmarks.consolidation_run import OURS, SIDES
 from vir.checkpoints.consolidate import consolidate
@@ -287,16 +288,6 @@ def test_any_file_of_several_is_replaced_only_by_force(tmp_path, there):
 
 
 # ---- nothing in a file runs
-
-
-class Payload:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

@@ -15,7 +15,7 @@ from support.launchers import HANGS, ROOT, call
 from vir.checkpoints.consolidate import consolidate
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *DOCS]
 OURS = ("tools/", "launch/", "tests/", "ds_configs/", "vir/", "docs/")
 PASS_ON = ("tools/check_cluster.py", "vir-check", "tools/benchmark_loader.py",
            "tools/plan_run.py", "vir-plan")

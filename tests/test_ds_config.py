@@ -113,6 +113,7 @@ def test_what_users_of_deepspeed_rely_on_passes(read):
     ({"data_types": {"grad_accum_dtype": "fp32"}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
      "would take another optimizer"),
     ({"data_types": {"grad_accum_dtype": "fp64"}}, "'fp64'; it must be fp32, bf16 or fp16"),
+    ({"comet": {"api_key": "geheim"}}, "comet.api_key, which is not supported: it is a secret.*as COMET_API_KEY"),
     ({"data_types": {"buffer_dtype": "bf16"}}, "data_types.buffer_dtype, which is not supported: retention's decay"),
     ({"torch_autocast": {"enabled": True}}, "one way is supported: bf16.enabled"),
     ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "it orders the weights in a"),

@@ -112,6 +112,17 @@ def test_a_trial_leaves_everything_as_it_was(tmp_path):
     assert os.stat(tmp_path / "old.json").st_mtime_ns == before.st_mtime_ns
 
 
+def test_where_others_write_too_no_link_of_theirs_leads_to_another_file(tmp_path):
+    """Neither from a temporary name that they could foresee nor from that of a lock."""
+    (tmp_path / "mine").write_text("mine")
+    for name in (f".new.json.{os.getpid()}.tmp", "lock"):
+        (tmp_path / name).symlink_to("mine")
+    files.try_to_write(tmp_path / "new.json")
+    with pytest.raises(OSError, match="lock"):
+        files.lock(tmp_path / "lock")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_trial_tells_what_is_in_the_way(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from support.launchers import ROOT, torchrun
+from support.payload import module
 from vir import flags
 from vir.config import DataConfig, RunConfig, to_dict
 from vir.errors import SettingsError
@@ -306,6 +307,18 @@ def test_the_place_of_a_value_is_that_of_the_last_word_that_sets_it(tmp_path):
     assert refusal("--config", write(tmp_path / "in.yaml", "optim: neg.yaml\n")) == f"{said} ({wrong}, line 1)"
     dotted = write(tmp_path / "dotted.yaml", "train: {seed: 1}\noptim.lr: -2\n")
     assert refusal("--config", dotted) == f"{said} ({dotted}, line 2)"
+
+
+def test_the_file_of_a_section_is_no_module(tmp_path, monkeypatch):
+    """Also where there is one of its name, and wherever the file is named without its folder."""
+    imported, _ = module(tmp_path, "section", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "section.yaml", "lr: 2\n")
+    write(tmp_path / "whole.yaml", "optim: section.yaml\n")
+    for words in (["--optim", "section.yaml"], ["--optim=section.yaml"], ["--config", "whole.yaml"],
+                  ["--config", "{optim: section.yaml}"]):
+        assert parse([*REQUIRED, *words]).optim.lr == 2
+    assert not imported.exists()
 
 
 def test_an_anchor_that_holds_itself_is_told(tmp_path):

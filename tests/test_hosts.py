@@ -22,6 +22,8 @@ def nothing_was_told():
 
 @pytest.mark.parametrize("text, error", [
     ("node-a slots=8\nnode-b\n", r":2: 'node-b' is no line `host slots=GPUS` with at least one"),
+    ("-oProxyCommand=x slots=8\n", r":1: .* is no line"), ("$(x) slots=8\n", r":1: .* is no line"),
+    ("a;x slots=8\n", r":1: .* is no line"), ("a,b slots=8\n", r":1: .* is no line"),
     ("node-a slots=0\n", r":1: 'node-a slots=0' is no line"),
     ("node-a slots=8 gpus\n", r":1: .* is no line"),
     ("node-a slots=8\nnode-a slots=8\n", r":2: node-a is named twice"),

@@ -95,7 +95,7 @@ def test_forked_processes_do_not_get_the_memory():
 
 
 def test_what_torch_save_refuses_is_refused_at_once():
-    with pytest.raises((AttributeError, TypeError), match="pickle"):
+    with pytest.raises((AttributeError, TypeError), match="pickle|local object"):
         Staging(CPU).copy("a.pt", {"function": lambda: None})
 
 

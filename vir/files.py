@@ -50,9 +50,9 @@ def lock(path: Path) -> int:
 
     Raises:
         BlockingIOError: another process has the lock.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a link: in a folder of several users it could lead to any file.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     _held.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,8 +106,7 @@ def _warn_once(folder: Path, words: str) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; what is written there takes its place, flushed, when the block ends well."""
-    # The same name from two machines would mix what they write.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    temporary = _beside(path)
     try:
         yield temporary
         flush(temporary)
@@ -115,6 +114,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name. Two machines would mix what they write under the same one, and where others may write into the
+    folder, they could put a link to another file in the place of one that they foresee."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
 
 
 def try_to_write(path: Path) -> None:
@@ -127,7 +132,7 @@ def try_to_write(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if path.exists() and not path.is_file():  # the renaming would put a file in the place of /dev/null for all
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = _beside(path)
     try:
         temporary.write_bytes(b"0")
     finally:

@@ -7,6 +7,7 @@ says what was expected: the name here of a flag that other training scripts have
 from __future__ import annotations
 
 import difflib
+import functools
 import os.path
 import re
 from dataclasses import is_dataclass
@@ -137,6 +138,7 @@ def parse(argv: list[str]) -> RunConfig:
     from jsonargparse import ArgumentError, auto_cli, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
+    _import_nothing()
     words = _with_values(argv)
     try:
         return auto_cli(
@@ -154,10 +156,35 @@ def parse(argv: list[str]) -> RunConfig:
                             "default") from error
 
 
+@functools.cache
+def _import_nothing() -> None:
+    """Keep jsonargparse from what it does otherwise: to call the class that a class_path names, in model.args, which
+    take any value; and to import the module `optim` where a section is given as optim.yaml, before it looks for a file.
+    """
+    from jsonargparse import get_loader, set_loader, set_parsing_settings
+
+    load = get_loader("yaml")
+
+    def load_with_paths(text: str) -> Any:
+        found = load(text)
+        return {key: _as_path(value) if key in SECTIONS else value for key, value in found.items()
+                } if isinstance(found, dict) else found
+
+    set_loader("yaml", load_with_paths, (yaml.YAMLError,))
+    set_parsing_settings(import_path_denylist=["*"], instantiate_subclass_spec_in_any=False)
+
+
+def _as_path(section: Any) -> Any:
+    """The value of a section; where it is a YAML file, one that cannot be taken for the name of a module."""
+    is_bare = isinstance(section, str) and section.endswith(_YAML) and os.path.basename(section) == section
+    return os.path.join(os.curdir, section) if is_bare else section
+
+
 def _with_values(argv: list[str]) -> list[str]:
     """`--dry_run`, also written `--dry-run`, alone means `--dry_run true`; so for every switch.
 
-    A flag and a negative number after it become one word, as argparse takes -1e-3 for a flag.
+    A flag and a negative number after it become one word, as argparse takes -1e-3 for a flag. YAML files of sections
+    are given as _as_path does.
     """
     switches = {"--" + name for name, kind in KINDS.items() if kind in (bool, Optional[bool])}
     words: list[str] = []
@@ -169,6 +196,10 @@ def _with_values(argv: list[str]) -> list[str]:
             words += ["true"] if not equals and (at + 1 == len(argv) or _is_flag(argv[at + 1])) else []
         elif re.match(r"-\.?\d", word) and words and words[-1].startswith("--") and "=" not in words[-1]:
             words[-1] += "=" + word
+        elif name[2:] in SECTIONS and os.path.isfile(value):
+            words.append(f"{name}={_as_path(value)}")
+        elif words and words[-1][2:] in SECTIONS and os.path.isfile(word):
+            words.append(_as_path(word))
         else:
             words.append(word)
     return words

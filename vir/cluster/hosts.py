@@ -31,7 +31,8 @@ _SECRET = re.compile(
     r"(?!\w+_(?:FILE|PATH|PKEY)$|GOOGLE_APPLICATION_CREDENTIALS$|HF_HUB_DISABLE_IMPLICIT_TOKEN$)"
     r".*(?:KEY|TOKEN|SECRET|PASSW|PWD|CREDENTIAL|CONNECTION_STRING|_SAS|_PAT$|AUTH$)|FSSPEC_", re.IGNORECASE)
 """Names of such variables, but for those that name a file or a partition of InfiniBand."""
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+_LINE = re.compile(r"([\w\[][\w.:@%\[\]-]*)\s+slots=(\d+)\s*(#.*)?")
+"""Its host is a word of commands and shells: no option of ssh, and nothing that a shell heeds."""
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

@@ -307,10 +307,10 @@ class Cache:
 
 
 def _lock(path: Path) -> int:
-    """As vir.files.lock, of a file that other users of the folder can lock too."""
+    """As vir.files.lock, of a file that those can lock too who may write into the folder, and nobody else."""
     held = lock(path)
     with suppress(OSError):  # it is that of another user, who has done so
-        os.fchmod(held, 0o666)
+        os.fchmod(held, os.stat(path.parent).st_mode & 0o666)
     return held
 
 
