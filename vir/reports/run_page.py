@@ -222,7 +222,7 @@ def _read_results(given: Sequence[Path], found: Sequence[Path]) -> tuple[list[An
 
 
 def _finite(value: Any) -> float:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e300 else math.nan
 
 
 def _plain(*values: float) -> list[float | None]:
