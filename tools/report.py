@@ -29,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.html")
     parser.add_argument("--evaluation", type=Path, nargs="+", default=[], metavar="FILE",
                         help="of vir-evaluate: --json, --per-class; those in the run folders are found without it")
-    parser.add_argument("--watch", type=float, nargs="?", const=10.0, metavar="SECONDS",
-                        help="look for changes so often (default 10)")
+    parser.add_argument("--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="look so often (10)")
     args = parser.parse_args(argv)
 
     from vir.reports import run_page

@@ -138,13 +138,12 @@ def _marks(log: Sequence[tuple[float, str]], events: Sequence[dict[str, Any]], t
     logged = {int(match[1]): at for at, said in log if (match := re.match(r"step (\d+)[/:]", said))}
     apart = [_finite(event.get("time")) - logged[event["step"]] for event in events if event["step"] in logged]
     zone = 900 * round(float(np.nanmedian(apart)) / 900) if np.isfinite(apart).any() else 0  # of the run's machine
-    axes, marks = _axes(train, events), []
-    for at, said in log:
-        for kind in (kind for kind, begin in KINDS.items() if begin and said.startswith(begin)):
-            hours = max(0.0, (at + zone - _finite(events[0].get("time"))) / 3600) if len(events) else 0.0
-            place = [float(np.interp(hours, axes[:, 2], axis)) for axis in axes.T[:2]] if len(axes) else [0.0, 0.0]
-            marks.append((kind, at + zone, _plain(*place, hours), said[:300]))
-    bad, step = 0, 0
+    axes, bad, step = _axes(train, events), 0, 0
+    told = [(kind, at + zone, said[:300]) for at, said in log for kind, begin in KINDS.items()
+            if begin and said.startswith(begin)]
+    hours = np.array([max(0.0, at - _finite(events[0].get("time"))) / 3600 if events else 0.0 for _, at, _ in told])
+    places = [np.interp(hours, axes[:, 2], axis) if train else 0 * hours for axis in axes.T[:2]]
+    marks = [(kind, at, _plain(*place), said) for (kind, at, said), *place in zip(told, *places, hours)]
     for event, place in zip(train, axes):
         counts = {"skipped steps": event.get("skipped") or 0, "replaced samples": (event.get("bad_samples") or 0) - bad}
         marks += [(kind, _finite(event.get("time")), _plain(*place), f"{count} in steps {step + 1} to {event['step']}")
