@@ -3,8 +3,7 @@
     python tools/report.py runs/a --output a.html --watch
     python tools/report.py runs/a runs/b --evaluation b.json b-classes.csv --output compare.html
 
-With --watch the page is written anew when a run has gone on, and loads itself again in the browser, until all runs are
-done.
+With --watch it is written anew as the runs go on, and loads itself again in the browser, until all of them are done.
 """
 
 from __future__ import annotations

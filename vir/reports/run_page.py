@@ -22,6 +22,7 @@ import yaml
 from vir import files
 from vir.config import differences
 from vir.errors import DataError
+from vir.output_folder import writing
 from vir.reports.metrics import read_metrics
 from vir.reports.spikes import find_spikes
 from vir.run_folder import CONFIG, DS_CONFIG, LOCK, LOG, METRICS
@@ -78,10 +79,8 @@ def write(runs: Sequence[Path], evaluations: Sequence[Path], output: Path, expla
     page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
         nonce=_NONCE, runs=seen, results=results, classes=classes, problems=problems, kinds=list(KINDS), told=_TOLD,
         written=time.time(), data=data, differences=lambda one, other: differences(one, other, skips=()))
-    try:
+    with writing(output):
         files.replace_text(output, page.encode(errors="replace").decode())  # names that are no UTF-8
-    except OSError as error:
-        raise DataError(f"--output {output} could not be written: {error.strerror or error}") from error
     return seen
 
 
