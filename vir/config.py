@@ -598,7 +598,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "",
     changed = []
     for key in sorted(before.keys() | after.keys()):
         flag, new = prefix + key, after.get(key)
-        old = before.get(key, _plain(SETTINGS[flag].default) if flag in SETTINGS else {} if isinstance(new, dict) else
+        old = before.get(key, {} if isinstance(new, dict) else _plain(SETTINGS[flag].default) if flag in SETTINGS else
                          None)
         if flag in skips or old == new:
             continue

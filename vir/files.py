@@ -72,6 +72,21 @@ def is_held(descriptor: int | None) -> bool:
     return descriptor in _held
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process has the lock of a file. Where none has, it is taken for the moment of asking, as a reader's."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # other errors: a file system without locks
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def unlock(descriptor: int | None) -> None:
     if descriptor is not None and descriptor in _held:
         _held.remove(descriptor)

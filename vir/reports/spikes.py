@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from vir.errors import DataError
 
@@ -58,23 +60,23 @@ def find_spikes(events: Sequence[dict[str, Any]]) -> list[Spike]:
     spikes = []
     for name in ("loss", "grad_norm"):
         values = np.array([math.nan if event.get(name) is None else event[name] for event in train], float)
-        for place, value in enumerate(values):
-            before = values[max(0, place - BEFORE):place]
-            before = before[np.isfinite(before)]
-            median = float(np.median(before)) if len(before) else math.nan
-            if not math.isfinite(value):
-                times = math.inf if name == "loss" else 0.0  # some engines tell no norm
-            elif len(before) < LEAST:
-                continue
-            else:
-                deviation = max(1.4826 * float(np.median(abs(before - median))), _FLOOR * abs(median), 1e-12)
-                times = (value - median) / deviation
-            if times > TIMES:
-                last = train[place]["step"]
-                size = train[place]["samples_seen"] // last
-                first = train[place - 1]["samples_seen"] // size + 1 if place else 1
-                spikes.append(Spike(name=name, first=min(first, last), last=last, global_batch_size=size,
-                                    value=float(value), median=median, times=times))
+        is_finite = np.isfinite(values)
+        # Of all intervals at once: one by one takes half a minute for 100,000.
+        before = sliding_window_view(np.concatenate([np.full(BEFORE, math.nan), np.where(is_finite, values, math.nan)]),
+                                     BEFORE)[:len(values)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # none before the first
+            medians = np.nanmedian(before, axis=1)
+            distances = np.nanmedian(abs(before - medians[:, None]), axis=1)
+        times = (values - medians) / np.maximum(1.4826 * distances, np.maximum(_FLOOR * abs(medians), 1e-12))
+        times[np.isfinite(before).sum(axis=1) < LEAST] = 0.0
+        times[~is_finite] = math.inf if name == "loss" else 0.0  # some engines tell no norm
+        for place in np.flatnonzero(times > TIMES).tolist():
+            last = train[place]["step"]
+            size = train[place]["samples_seen"] // last
+            first = train[place - 1]["samples_seen"] // size + 1 if place else 1
+            spikes.append(Spike(name=name, first=min(first, last), last=last, global_batch_size=size,
+                                value=float(values[place]), median=float(medians[place]), times=float(times[place])))
     return sorted(spikes, key=lambda spike: (-spike.times, spike.last))
 
 
