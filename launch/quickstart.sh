@@ -6,7 +6,7 @@
 # Makes .venv, installs, writes 5,000 real handwritten digits as JPEGs in ImageNet's layout, converts them to shards,
 # trains a small ViR under DeepSpeed (on one or two GPUs, else on 2 CPU processes), consolidates, evaluates, plots.
 # A second run installs nothing and continues, or finds everything done; other options need another --output FOLDER.
-# PYTHON chooses the interpreter.
+# What the programs say is in FOLDER/quickstart.log. PYTHON chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh demo
@@ -47,43 +47,63 @@ read -r device ranks settings <<<"$chosen"
 [ ! -f "$run/ds_config.json" ] || settings=$run/ds_config.json # a run goes on as it began
 # glibc would give freed tensors back to the system and fault them in again, at up to half of the time on CPU.
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824} MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1073741824}
-port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
+mkdir -p "$run"
+log=$run/quickstart.log
 step() { printf '\n== %s\n' "$*"; }
-step "data: 5,000 handwritten digits as JPEG files in ImageNet's layout"
-python tools/make_demo_dataset.py --output "$data"
+failed() {
+  tail -n 20 "$log" >&2
+  echo "launch/quickstart.sh ended with exit code $1; all that was said is in $log" >&2
+  exit "$1"
+}
+quietly() {
+  printf '\n$ %s\n' "$*" >>"$log"
+  "$@" >>"$log" 2>&1 || failed $?
+}
+
+step "data: 5,000 handwritten digits as JPEG files in ImageNet's layout, and as shards"
+quietly python tools/make_demo_dataset.py --output "$data"
 for split in train val; do
-  [ -e "$shards/$split" ] || python tools/convert_imagenet.py --source "$data" --split "$split" --output "$shards" \
-    --name digits --workers 2
+  [ -e "$shards/$split" ] || quietly python tools/convert_imagenet.py --source "$data" --split "$split" \
+    --output "$shards" --name digits --workers 2
 done
 
-step "training on $ranks processes with $settings"
-deepspeed --num_accelerators "$ranks" --master_port "$(port)" --module vir.train \
-  --config vir/recipes/quickstart.yaml --deepspeed_config "$settings" \
-  --data.train "$shards/train" --data.val "$shards/val" --output "$run" --device "$device" "$@"
+step "training on $ranks processes with $settings; Ctrl-C saves, and the same command continues"
+python tools/follow_run.py "$run" &
+follower=$!
+trap 'kill "$follower" 2>/dev/null || true' EXIT
+quietly python -m vir.launch deepspeed --num_accelerators "$ranks" --config vir/recipes/quickstart.yaml \
+  --deepspeed_config "$settings" --data.train "$shards/train" --data.val "$shards/val" --output "$run" \
+  --device "$device" "$@"
+kill "$follower" 2>/dev/null || true
+wait "$follower" || true
 
-step "consolidation"
-python tools/consolidate_checkpoint.py "$run" --output "$run/vir.safetensors" --force
-python tools/consolidate_checkpoint.py "$run" --output "$run/vir_ema.safetensors" --ema --force
-
-step "evaluation on 1,000 held-out images, $ranks processes"
-several=()
-[ "$ranks" -eq 1 ] || several=(--multi_gpu)  # how accelerate starts several processes, on CPUs too: --cpu starts one
-for weights in vir vir_ema; do
-  accelerate launch "${several[@]}" --num_processes "$ranks" --num_machines 1 --mixed_precision no --dynamo_backend no \
-    --main_process_port "$(port)" -m vir.evaluate --weights "$run/$weights.safetensors" --data "$shards/val" \
-    --device "$device" --workers 1 --json "$run/$weights.json" --force
-done
+step "consolidation, and evaluation on 1,000 held-out images"
+quietly python tools/consolidate_checkpoint.py "$run" --output "$run/vir.safetensors" --force
+quietly python tools/consolidate_checkpoint.py "$run" --output "$run/vir_ema.safetensors" --ema --force
+quietly python -m vir.evaluate --weights "$run/vir.safetensors" "$run/vir_ema.safetensors" --data "$shards/val" \
+  --device "$device" --workers 1 --json "$run/evaluation.json" --force
 
 python - "$run" <<'PYTHON'
-import json, pathlib, sys
+import json, pathlib, re, shlex, sys
 run = pathlib.Path(sys.argv[1])
-raw, ema = (json.loads((run / name).read_text()) for name in ("vir.json", "vir_ema.json"))
+raw, ema = json.loads((run / "evaluation.json").read_text())
+expected = re.search(r"Expected: (.*)", pathlib.Path("vir/recipes/quickstart.yaml").read_text())[1]
+named = {name: shlex.quote(str(run / name)) for name in ("vir_ema.safetensors", "report.html", "")}
 print(f"""
 held-out top-1: {raw['top1']:.2f} % raw weights, {ema['top1']:.2f} % EMA, on {raw['images']} images
+expected        {expected}
 weights         {run / 'vir.safetensors'}, {run / 'vir_ema.safetensors'}
 curves          {run / 'curves.png'}
 metrics         {run / 'metrics.jsonl'}, {run / 'tensorboard'}
 checkpoints     {run / 'checkpoints'}
-settings        {run / 'config.yaml'}, {run / 'ds_config.json'}""")
+settings        {run / 'config.yaml'}, {run / 'ds_config.json'}
+logs            {run / 'log.txt'}, {run / 'quickstart.log'}
+
+What to try next:
+  source .venv/bin/activate
+  vir-predict --weights {named['vir_ema.safetensors']} data/digits/val/seven
+  python tools/report.py {named['']} --output {named['report.html']}
+  bash launch/quickstart.sh --model.name vir2d_tiny_patch16_224 --output runs/quickstart-2d
+  vir-plan --config vir/recipes/vir_small_in1k.yaml --deepspeed_config zero2_bf16 --nodes 2 --gpu h100-80gb""")
 PYTHON

@@ -37,8 +37,10 @@ PER_CLASS = 20
 _COLUMNS = ("training images", "training", "top-1 % of each seed", "mean", "more than without it")
 _ALIKE = ("--deepspeed_config", "zero0_fp32", "--train.global_batch_size", "100", "--train.micro_batch_size", "100",
           "--eval.every_epochs", "100000", "--eval.batch_size", "500", "--checkpoint.every_epochs", "100000",
-          "--ema.decay", "0", "--augment.hflip", "0.5")
-"""Settings of every row."""
+          "--ema.decay", "0", "--augment.hflip", "0.5", "--augment.scale", "[0.75, 1]", "--augment.ratio",
+          "[0.75, 1.3333333333333333]", "--model.args.global_pool", "token")
+"""Settings of every row. Clothes need more augmentation than digits, and a distillation token stands beside a class
+token."""
 _PROBE = ("--train.linear_probe", "true", "--augment.scale", "[1, 1]", "--augment.hflip", "0", "--optim.lr", "1e-2",
           "--optim.weight_decay", "0")
 
@@ -141,7 +143,7 @@ def _rows(settings: Settings, runs: _Runs, place: Path) -> Iterator[Sequence[str
     if "distilled" in parts:
         runs.top1("teacher", 0, 2000, source / "train", source / "val", "--optim.lr", "2e-3")
         teacher = ("--distill.teacher", str(runs.weights("teacher", 0)))
-        args = {**yaml.safe_load(RECIPE.read_text())["model"]["args"], "distilled": True}
+        args = {**yaml.safe_load(RECIPE.read_text())["model"]["args"], "global_pool": "token", "distilled": True}
         kinds = {"soft": ("--distill.temperature", "3"), "hard": (), "token": ("--model.args", json.dumps(args))}
         yield from _part("all images", 300, everything, source / "val", runs, {"plain": scratch, **{
             f"distilled, {kind}": {seed: (*scratch[seed], *teacher, "--distill.kind", kind, *more) for seed in seeds}

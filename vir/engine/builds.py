@@ -36,7 +36,6 @@ def needed(ds_config: dict[str, Any], optimizer: str) -> list[Any]:
     return [get_accelerator().create_op_builder(name) for name, used in (
         ("CPUAdamBuilder", ds.takes_cpu_adam(ds_config, optimizer)),
         ("QuantizerBuilder", not on_cpu and ds.quantized(ds_config)),
-        ("ShareMemCommBuilder", on_cpu and deepspeed.ops.__compatible_ops__.get("deepspeed_shm_comm", False)),
     ) if used]
 
 
@@ -49,6 +48,7 @@ def load(builders: Sequence[Any]) -> None:
         SettingsError: one cannot be built; most often there is no compiler, or no nvcc for one of a GPU.
     """
     prefer_own_programs()
+    _leave_out_what_training_never_calls()
     if builders:
         _ask_for_the_processor_once()
     for builder in builders:
@@ -77,6 +77,15 @@ def prefer_own_programs() -> None:
     own, found = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
     if found.split(os.pathsep)[0] != own:
         os.environ["PATH"] = f"{own}{os.pathsep}{found}"
+
+
+def _leave_out_what_training_never_calls() -> None:
+    """Spare a CPU the build of DeepSpeed's sums in shared memory: over half a minute, before the first step.
+
+    DeepSpeed builds them wherever it can, and calls them in inference_all_reduce alone, which splits layers over ranks.
+    The collectives of training are gloo's either way, so that no result depends on this.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _ask_for_the_processor_once() -> None:

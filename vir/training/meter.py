@@ -260,10 +260,10 @@ class Meter:
             return
         plan, engine = self._plan, self._engine
         self._writer.write(
-            "train", done, samples_seen=plan.samples(done), epoch=plan.epoch(done), loss=totals.loss,
-            lr=plan.learning_rate(done - 1), weight_decay=plan.weight_decay(done - 1), grad_norm=engine.grad_norm(),
-            loss_scale=engine.loss_scale.value, updates=engine.updates, skipped=self._interval.skipped,
-            bad_samples=self._summary.bad, images_per_second=rate,
+            "train", done, total_steps=plan.total_steps, samples_seen=plan.samples(done), epoch=plan.epoch(done),
+            loss=totals.loss, lr=plan.learning_rate(done - 1), weight_decay=plan.weight_decay(done - 1),
+            grad_norm=engine.grad_norm(), loss_scale=engine.loss_scale.value, updates=engine.updates,
+            skipped=self._interval.skipped, bad_samples=self._summary.bad, images_per_second=rate,
             images_per_second_per_device=rate / self._world.size, data_wait=totals.waited / totals.seconds,
             data_wait_seconds=totals.waited, mfu=mfu, peak_memory_gb=totals.memory / 1e9)
 
