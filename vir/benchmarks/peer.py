@@ -8,7 +8,6 @@ times.json beside SETTINGS.json gets what `train` returns.
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import deepspeed
 import torch
 from torch.nn import functional as F
 
+from vir.benchmarks.marks import Marks
 from vir.models import VisionRetention
 from vir.models.build import create
 
@@ -24,8 +24,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Train timm's `model` with `model_args` for `steps` steps under the DeepSpeed config `deepspeed`.
 
     Returns:
-        `times`: seconds of a clock at the end of each further `log_every` steps; `parameters`: trainable numbers;
-        `optimizer`: the class that does the update.
+        What Marks tell after each further `log_every` steps; `parameters`: trainable numbers; `optimizer`: the class
+        that does the update.
     """
     model = create(settings["model"], settings["model_args"])
     if isinstance(model, VisionRetention):
@@ -38,7 +38,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     batch = engine.train_micro_batch_size_per_gpu()
     x = torch.randn(batch, *size).to(engine.device, engine.get_data_types()[0])  # [B, C, H, W]
     y = torch.randint(settings["model_args"]["num_classes"], (batch,)).to(engine.device)
-    times = []
+    marks = Marks()
     for step in range(settings["steps"]):
         for _ in range(engine.gradient_accumulation_steps()):
             loss = F.cross_entropy(engine(x), y)
@@ -46,9 +46,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
             engine.step()
         if (step + 1) % settings["log_every"] == 0:
             deepspeed.get_accelerator().synchronize()
-            times.append(time.perf_counter())
+            marks.take()
     inner = getattr(optimizer, "optimizer", optimizer)
-    return {"times": times, "parameters": parameters, "optimizer": f"{type(inner).__module__}.{type(inner).__name__}"}
+    return {**marks.over_ranks(), "parameters": parameters,
+            "optimizer": f"{type(inner).__module__}.{type(inner).__name__}"}
 
 
 if __name__ == "__main__":

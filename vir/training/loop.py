@@ -99,7 +99,11 @@ class GlobalStep:
 
     def _seed_dropout(self, step: int, micro: int) -> None:
         key = (self._train.seed, self._plan.samples(step), self._rank, micro, DROPOUT)
-        torch.manual_seed(int(generator(*key).integers(2**63)))
+        seed = int(generator(*key).integers(2**63))
+        # torch.manual_seed has each kind of device that is not in use keep its caller's stack: 2.5 ms of a step.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
 
     def _update(self, step: int, lr: float, weight_decay: float) -> Update:
         try:
