@@ -49,6 +49,7 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.model": "test_benchmark.py", "vir.benchmarks.plot": "test_benchmark.py",
     "vir.benchmarks.stopwatch": "test_benchmark.py",
     "vir.benchmarks.program": "test_benchmark.py: as the tools are run",
+    "vir.benchmarks.marks": "test_benchmark_training.py", "vir.benchmarks.peer_torch": "test_benchmark_training.py",
     "vir.benchmarks.peer": "test_benchmark_training.py", "vir.benchmarks.results": "test_benchmark.py",
     "vir.benchmarks.tables": "test_results.py",
     "vir.benchmarks.traffic": "test_benchmark.py",

@@ -12,7 +12,7 @@ import vir.models
 from support.launchers import HANGS, ROOT, TINY, call
 from vir.benchmarks import launching, training
 from vir.benchmarks.checkpoint_size import ema_bytes
-from vir.benchmarks.tables import spread
+from vir.benchmarks.tables import training_tables
 
 
 @pytest.fixture
@@ -32,19 +32,23 @@ def rows_of(markdown):
 def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
     config = ROOT / "ds_configs" / "zero2_fp32.json"
     done = call(sys.executable, "tools/benchmark_training.py", "--data", shards, "--steps", 6, "--log_every", 2,
-                "--repeats", 1, "--adam", "torch", "--deepspeed_config", config, "--ema", config,
+                "--repeats", 1, "--adam", "torch", "--loading", "--deepspeed_config", config, "--ema", config,
                 "--json", tmp_path / "x.json", "--", *TINY, "--train.global_batch_size", "16",
                 "--train.micro_batch_size", "4", timeout=HANGS)
     assert done.returncode == 0, done.stdout
     result = json.loads((tmp_path / "x.json").read_text())
-    loops, saved, (average,) = result["loops"], result["checkpoints"], result["ema"]
+    run, = result["runs"]
+    loops, saved, (average,) = run["loops"], run["checkpoints"], run["ema"]
     turn, = loops["turns"]
-    assert (result["model"], result["ranks"], result["zero"]) == ("vir_tiny_patch16_224", 2, "zero2_fp32")
-    assert len(turn["bare_intervals_ms"]) == 2 and len(turn["ours_intervals_ms"]) == 1  # a checkpoint is in the other
-    assert loops["bare_ms"] == statistics.median(turn["bare_intervals_ms"]) > 0.1
-    assert loops["ours_ms"] == statistics.median(turn["ours_intervals_ms"]) > 0.1
-    assert loops["overhead"] == loops["ours_ms"] / loops["bare_ms"] - 1
-    assert 0 <= loops["data_wait"] < 1 and loops["overhead_without_wait"] <= loops["overhead"]
+    of_turn = turn["loops"]
+    assert (run["model"], run["ranks"], run["zero"]) == ("vir_tiny_patch16_224", 2, "zero2_fp32")
+    assert {name: len(loop["seconds"]) for name, loop in of_turn.items()} == {
+        "deepspeed": 2, "torch": 2, "torch_loading": 2, "ours": 1}  # a checkpoint is in the other
+    for name, loop in of_turn.items():
+        assert loop["ms"] == 1000 * statistics.median(loop["seconds"]) > 0.1
+        assert 0 < loop["trainer_cpu"] < 2 * max(loop["seconds"])  # one thread, and a few that wait
+        assert (loop["loader_cpu"] > 0) == (name in ("torch_loading", "ours"))
+    assert 0 <= of_turn["ours"]["data_wait"] < 1
     assert loops["peer_optimizer"] == "torch.optim.adamw.AdamW"
 
     model = vir.models.vision_retention.VisionRetention(
@@ -54,61 +58,79 @@ def test_figures_of_both_loops_checkpoints_and_ema(shards, tmp_path):
     assert len(saved["seconds"]) == 1 and 0 < saved["median_seconds"] < 60
     # float32 weights, masters, two moments and the average; the rest is names and numbers of DeepSpeed's
     assert 20 * parameters < saved["bytes"] < 24 * parameters
-    assert saved["images_per_second"] == pytest.approx(16e3 / loops["ours_ms"])
+    assert saved["images_per_second"] == pytest.approx(16e3 / of_turn["ours"]["ms"])
     assert saved["share"] == pytest.approx(
         saved["median_seconds"] / (saved["median_seconds"] + 1_281_167 / saved["images_per_second"]))
 
     assert average["stage"] == 2 and average["ideal_bytes"] == 4 * parameters / 2
     assert len(average["bytes_of_rank"]) == 2 and 4 * parameters <= sum(average["bytes_of_rank"]) < 4.1 * parameters
 
-    (row,), (checkpoint,), (ema,) = rows_of(done.stdout)
-    assert row[:3] == ["2", "zero2_fp32", "16 of 4"]
-    assert float(row[3].split()[0]) == pytest.approx(loops["bare_ms"], rel=1e-3)
-    assert float(row[5].split()[0]) == pytest.approx(100 * loops["overhead"], rel=1e-3)
-    assert float(checkpoint[0]) == pytest.approx(saved["bytes"] / 1e6, abs=0.01)
-    assert [int(one.replace(",", "")) for one in ema[1].split(", ")] == average["bytes_of_rank"]
+    (ours, *others), (checkpoint,), (ema,) = rows_of(done.stdout)
+    assert ours[:4] == ["2", "zero2_fp32", "16 of 4", "ours"]
+    assert [row[3] for row in others] == ["bare DeepSpeed", "bare PyTorch", "bare PyTorch, torch's DataLoader"]
+    for row, name in zip(others, ("deepspeed", "torch", "torch_loading")):
+        assert float(row[4]) == pytest.approx(of_turn[name]["ms"], rel=1e-3)
+        assert float(row[6]) == pytest.approx(100 * (of_turn["ours"]["ms"] / of_turn[name]["ms"] - 1), rel=1e-3)
+    assert float(checkpoint[1]) == pytest.approx(saved["bytes"] / 1e6, abs=0.01)
+    assert [int(one.replace(",", "")) for one in ema[2].split(", ")] == average["bytes_of_rank"]
 
 
-def test_the_median_is_over_turns_and_the_loops_take_turns(monkeypatch):
+def test_the_median_is_over_turns_and_each_turn_begins_with_another_loop(monkeypatch):
     class Sides:
-        parameters, adam, order = 7, "A", []
+        parameters, adam, ranks, order = 7, "A", 2, []
 
-        def bare(self):
-            self.order.append("bare")
-            return [0.1, 0.5, 0.1]
+        def measure(self, name, *turns):
+            self.order.append(name)
+            seconds = turns[self.order.count(name) - 1]
+            return training.Steps(seconds=seconds, trainer_cpu=0.02, loader_cpu=0.5 * (name == "ours"),
+                                  data_wait=0.25 if name == "ours" else None,
+                                  checkpoint_seconds=[10 * seconds[0]] if name == "ours" else [])
 
-        def ours(self):
-            self.order.append("ours")
-            seconds = [[0.12, 0.2, 0.1], [0.2] * 3, [0.11] * 3][self.order.count("ours") - 1]
-            return training.Ours(step_seconds=seconds, data_wait=0.25, checkpoint_seconds=[10 * seconds[0]],
-                                 logging_seconds=0.0)
+        @property
+        def loops(self):
+            return {"deepspeed": lambda: self.measure("deepspeed", *[[0.1, 0.5, 0.1]] * 3),
+                    "torch": lambda: self.measure("torch", *[[0.05]] * 3),
+                    "ours": lambda: self.measure("ours", [0.12, 0.2, 0.1], [0.2] * 3, [0.11] * 3)}
 
     monkeypatch.setattr(training, "_busy_cores", lambda: 0.0)
     loops = training.compare(Sides(), 3)
-    assert Sides.order == ["bare", "ours", "ours", "bare", "bare", "ours"]
-    assert [turn["overhead"] for turn in loops["turns"]] == pytest.approx([0.2, 1.0, 0.1])
-    assert loops["overhead"] == pytest.approx(0.2)
-    assert loops["overhead_without_wait"] == pytest.approx(0.75 * 1.2 - 1)
-    assert spread(loops, "overhead", 100) == "20 (10–100)"
+    assert Sides.order == ["deepspeed", "torch", "ours", "torch", "ours", "deepspeed", "ours", "deepspeed", "torch"]
     saved = training.checkpoint_cost(loops, global_batch_size=12, size=5)
     assert saved["seconds"] == [1.2, 2.0, 1.1] and saved["median_seconds"] == 1.2
     assert saved["images_per_second"] == pytest.approx(100) and saved["share"] == pytest.approx(1.2 / (1.2 + 12811.67))
+
+    (ours, deepspeed, torch), _ = rows_of(training_tables({"runs": [{
+        "ranks": 2, "zero": "zero2_fp32", "global_batch_size": 12, "micro_batch_size": 6, "loops": loops,
+        "checkpoints": saved}]}))
+    assert ours == ["2", "zero2_fp32", "12 of 6", "ours", "120 (110–200)", "8.333", "", "20 (20–20)", "500 (500–500)",
+                    "25 (25–25)"]
+    assert deepspeed[3:7] == ["bare DeepSpeed", "100 (100–100)", "10", "20 (10–100)"]
+    assert torch[1:7] == ["", "12 of 6", "bare PyTorch", "50 (50–50)", "20", "140 (120–300)"]
+    assert torch[8:] == ["0 (0–0)", ""]
+
+
+def test_a_rank_has_the_same_batch_on_every_number_of_ranks(tool, shards, tmp_path):
+    args = tool._parser().parse_args(["--data", str(shards), "--ranks", "2", "1", "4"])
+    settings = training.Settings(**vars(args))
+    assert [training.Sides(settings, ranks, tmp_path).batch for ranks in settings.ranks] == [128, 64, 256]
 
 
 def test_intervals_with_a_checkpoint_are_not_timed_and_tell_its_cost(tool, shards, tmp_path, monkeypatch):
     """Steps of 0.1 s, 0.02 s for a line of metrics, checkpoints of 3 s after steps 20 and 40."""
     args = tool._parser().parse_args(["--data", str(shards), "--steps", "50"])
-    sides = training.Sides(training.Settings(**vars(args)), tmp_path)
-    monkeypatch.setattr(sides, "_launch", lambda words: None)
+    sides = training.Sides(training.Settings(**vars(args)), 2, tmp_path)
+    monkeypatch.setattr(sides, "_launch", lambda launcher, words: None)
     events = [{"kind": "train", "step": step, "time": 100 + step * 0.102 + 3 * (step > 20) + 3 * (step > 40),
-               "images_per_second": 1280.0, "data_wait": 0.25} for step in range(10, 51, 10)]
+               "images_per_second": 1280.0, "data_wait": 0.25, "trainer_cpu_seconds": 0.8,
+               "loader_cpu_seconds": 0.4} for step in range(10, 51, 10)]
     (tmp_path / "01").mkdir()
     (tmp_path / "01" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     monkeypatch.setattr(sides, "_folder", lambda: tmp_path / "01")
     ours = sides.ours()
-    assert ours.step_seconds == pytest.approx([0.102, 0.102])
+    assert ours.seconds == pytest.approx([0.102, 0.102])
     assert ours.checkpoint_seconds == pytest.approx([3, 3]) and ours.logging_seconds == pytest.approx(0.02)
     assert ours.data_wait == pytest.approx(0.25)
+    assert (ours.trainer_cpu, ours.loader_cpu) == pytest.approx((0.08, 0.04))
 
 
 @pytest.mark.parametrize("stage, name, state", [

@@ -1,9 +1,13 @@
 """The random streams: numbers by key alone."""
 
+import traceback
+
 import numpy as np
 import pytest
+import torch
 
 from vir import streams
+from vir.training.loop import seed_devices
 
 USES = [streams.ERASE, streams.MIX, streams.NOISE, streams.SAMPLE, streams.DROPOUT]
 
@@ -34,3 +38,12 @@ def test_a_use_of_0_would_be_the_key_without_one():
     """Why no use is 0: this is numpy's rule, which the order of an epoch would meet."""
     assert numbers(3, 4, 0) == numbers(3, 4)
     assert 0 not in USES
+
+
+def test_a_step_draws_as_after_manual_seed_and_no_stack_is_kept_for_it(monkeypatch):
+    torch.manual_seed(2**62 + 5)
+    expected = torch.rand(4), torch.nn.functional.dropout(torch.ones(64))
+    monkeypatch.setattr(traceback, "format_stack", None)  # what torch calls for each kind of device that is not in use
+    seed_devices(2**62 + 5)
+    drawn = torch.rand(4), torch.nn.functional.dropout(torch.ones(64))
+    assert all(map(torch.equal, drawn, expected))

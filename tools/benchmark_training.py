@@ -1,12 +1,13 @@
-"""What our training loop costs beside a bare DeepSpeed loop, what checkpoints cost, and what the EMA weighs.
+"""What our training loop costs beside bare DeepSpeed and bare PyTorch, what checkpoints cost, and what the EMA weighs.
 
     python tools/benchmark_training.py --data data/digits-shards --ema --json training.json
-    python tools/benchmark_training.py --data SHARDS --model vir_small_patch16_224 --ranks 1 --steps 20 --log_every 5 \\
-        -- --train.global_batch_size 16 --train.micro_batch_size 16
+    python tools/benchmark_training.py --data SHARDS --model vir_small_patch16_224 --ranks 1 2 4 \\
+        --steps 20 --log_every 5 -- --train.global_batch_size 16 --train.micro_batch_size 16
 
 Ours is `deepspeed --module vir.train` with vir/recipes/quickstart.yaml, mixup and cutmix on, and what follows `--`. The
-peer (vir/benchmarks/peer.py) is the loop of DeepSpeed's tutorial, with the same model, batches, ZeRO settings, ranks
-and threads, on one batch that lies in memory. The two take turns; prints Markdown tables.
+peers are the loop of DeepSpeed's tutorial (vir/benchmarks/peer.py), with the same ZeRO settings, and that of PyTorch's
+(vir/benchmarks/peer_torch.py: DistributedDataParallel under torchrun), with the same model, batches, ranks and threads,
+on one batch that lies in memory. All take turns; prints Markdown tables.
 """
 
 import argparse
@@ -30,16 +31,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="folder with train and val shards")
     parser.add_argument("--model", metavar="NAME", help="timm's name, at its own size (default: the recipe's model)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes, each with one thread (default 2)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], metavar="N",
+                        help="processes, each with one thread (default 2); of several numbers each is measured, with "
+                             "as large a batch per rank as on the first")
     parser.add_argument("--deepspeed_config", default="zero2_fp32", metavar="FILE",
-                        help="DeepSpeed JSON of both sides (default zero2_fp32)")
+                        help="DeepSpeed JSON of ours and of bare DeepSpeed; bare PyTorch has its precision "
+                             "(default zero2_fp32)")
     parser.add_argument("--steps", type=int, default=60, help="of each loop and turn (default 60)")
     parser.add_argument("--log_every", type=int, default=10, metavar="STEPS",
                         help="of a timed interval; the first one warms up (default 10)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of both loops (default 3)")
+    parser.add_argument("--repeats", type=int, default=10, help="turns of all loops (default 10)")
+    parser.add_argument("--loading", action="store_true",
+                        help="also bare PyTorch that reads the shards by torch's DataLoader, with timm's transforms "
+                             "and as many loader processes")
     parser.add_argument("--adam", choices=("deepspeed", "torch"), default="deepspeed",
-                        help="the peer's AdamW: DeepSpeed's fused one, which a DeepSpeed config gets, or PyTorch's, "
-                             "which ours is (default deepspeed)")
+                        help="bare DeepSpeed's AdamW: DeepSpeed's fused one, which a DeepSpeed config gets, or "
+                             "PyTorch's, which ours is (default deepspeed)")
     parser.add_argument("--ema", nargs="*", metavar="FILE",
                         help="also measure the EMA on each rank, under these DeepSpeed JSONs (default: one of each "
                              "ZeRO stage)")

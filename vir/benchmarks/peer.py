@@ -8,7 +8,6 @@ times.json beside SETTINGS.json gets what `train` returns.
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from vir.beginning import Beginning
+from vir.benchmarks.marks import Marks
 from vir.models import VisionRetention
 from vir.models.build import create
 
@@ -26,8 +26,8 @@ def train(settings: dict[str, Any], beginning: Beginning) -> dict[str, Any]:
     """Train timm's `model` with `model_args` for `steps` steps under the DeepSpeed config `deepspeed`.
 
     Returns:
-        `times`: seconds of a clock at the end of each further `log_every` steps; `parameters`: trainable numbers;
-        `optimizer`: the class that does the update.
+        What Marks tell after each further `log_every` steps; `parameters`: trainable numbers; `optimizer`: the class
+        that does the update.
 
     `beginning` gets the phases until the end of the first step.
     """
@@ -43,8 +43,8 @@ def train(settings: dict[str, Any], beginning: Beginning) -> dict[str, Any]:
     batch = engine.train_micro_batch_size_per_gpu()
     x = torch.randn(batch, *size).to(engine.device, engine.get_data_types()[0])  # [B, C, H, W]
     y = torch.randint(settings["model_args"]["num_classes"], (batch,)).to(engine.device)
-    times = []
     beginning.ended("engine")
+    marks = Marks()
     for step in range(settings["steps"]):
         for _ in range(engine.gradient_accumulation_steps()):
             loss = F.cross_entropy(engine(x), y)
@@ -54,9 +54,10 @@ def train(settings: dict[str, Any], beginning: Beginning) -> dict[str, Any]:
             beginning.ended("first step")
         if (step + 1) % settings["log_every"] == 0:
             deepspeed.get_accelerator().synchronize()
-            times.append(time.perf_counter())
+            marks.take()
     inner = getattr(optimizer, "optimizer", optimizer)
-    return {"times": times, "parameters": parameters, "optimizer": f"{type(inner).__module__}.{type(inner).__name__}"}
+    return {**marks.over_ranks(), "parameters": parameters,
+            "optimizer": f"{type(inner).__module__}.{type(inner).__name__}"}
 
 
 if __name__ == "__main__":

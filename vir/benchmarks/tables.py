@@ -4,7 +4,7 @@ In a page, `<!-- table: results/NAME.json -->` and `<!-- end -->` stand around e
 beside the page. A file holds `title`, `command`, `machine` and one of these:
 
     kind, results     what tools/benchmark_model.py writes
-    loops, checkpoints, ema     what tools/benchmark_training.py writes
+    runs              what tools/benchmark_training.py writes
     checkpointing     what tools/benchmark_checkpoints.py writes
     start             what tools/benchmark_start.py writes
     columns, rows     a table: its head and its cells, as text
@@ -23,7 +23,6 @@ from typing import Any
 from vir.benchmarks.results import Result
 from vir.errors import DataError
 from vir.files import replace_text
-from vir.planning.images import IMAGENET
 
 _MARKED = re.compile(r"(?P<begin><!-- table: (?P<file>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- table:")
@@ -62,57 +61,66 @@ def model_table(results: list[Result], kind: str) -> str:
 
 
 def training_report(result: dict[str, Any]) -> str:
-    """What was measured, and a table each for the loops, checkpoints and the average of the weights."""
-    loops, saved = result["loops"], result["checkpoints"]
-    table_of_loops, table_of_checkpoints, *table_of_ema = training_tables(result)
+    """What was measured, and the tables of the loops, of checkpoints and of the average of the weights."""
+    run, cores = result["runs"][0], result["cores"]
+    turns = [turn for run in result["runs"] for turn in run["loops"]["turns"]]
     lines = [
-        f"{result['model']} ({loops['parameters']:,} parameters), {result['ranks']} ranks on {result['machine']}, "
-        f"{result['cores']} cores.", "",
+        f"{run['model']} ({run['loops']['parameters']:,} parameters) on {result['machine']}, "
+        f"{cores} cores.", "",
         f"```bash\n{result['command']}\n```", "",
-        table_of_loops, "",
-        f"Median (least to most) of {len(loops['turns'])} turns, a turn's ratio being of medians over intervals of "
-        f"{result['log_every']} steps. Ours has shards read and decoded by {result['loader_processes_per_rank']} "
-        f"loader process(es) per rank, augmentation, mixup or cutmix, smoothing, schedule, "
-        f"{'EMA, ' if result['ema_decay'] else ''}checks and logging; the bare loop has one batch in memory and "
-        f"{loops['peer_optimizer']}. Before and after a turn other programs kept "
-        f"{max(turn['others_cores'] for turn in loops['turns']):.1f} cores busy at most."]
-    if result["cores"] < result["ranks"] * (1 + result["loader_processes_per_rank"]):
-        lines.append(f"{result['ranks']} trainers and their loader processes share {result['cores']} cores: what the "
-                     "loaders compute is taken from the steps, and only a part of that shows as waiting.")
-    lines += ["", table_of_checkpoints, "",
-              f"One checkpoint {'with' if result['ema_decay'] else 'without'} EMA, median of "
-              f"{len(saved['seconds'])}; its share when saved after each {IMAGENET:,} images at this rate."]
-    for table in table_of_ema:
-        lines += ["", table]
+        training_tables(result), "",
+        f"Median (least to most) of {len(run['loops']['turns'])} turns; an overhead is the median of their ratios, "
+        f"each of medians over intervals of {run['log_every']} steps. Ours has shards read and decoded by "
+        f"{run['loader_processes_per_rank']} loader process(es) per rank, augmentation, mixup or cutmix, smoothing, "
+        f"schedule, {'EMA, ' if run['ema_decay'] else ''}checks and logging; bare loops have one batch in memory, but "
+        f"for the one with torch's DataLoader; bare DeepSpeed has {run['loops']['peer_optimizer']}, bare PyTorch its "
+        "fused AdamW. CPU is that of one rank. Before and after a turn other programs kept "
+        f"{max(turn['others_cores'] for turn in turns):.1f} cores busy at most."]
+    if crowded := [run["ranks"] for run in result["runs"]
+                   if cores < run["ranks"] * (1 + run["loader_processes_per_rank"])]:
+        lines.append(f"At {', '.join(map(str, crowded))} ranks trainers and their loader processes share "
+                     f"{cores} cores: what the loaders compute is taken from the steps, and only a part of that shows "
+                     "as waiting.")
     return "\n".join(lines)
 
 
-def training_tables(result: dict[str, Any]) -> list[str]:
+_LOOPS = {"ours": "ours", "deepspeed": "bare DeepSpeed", "torch": "bare PyTorch",
+          "torch_loading": "bare PyTorch, torch's DataLoader"}
+
+
+def training_tables(result: dict[str, Any]) -> str:
     """The tables of one run of tools/benchmark_training.py; that of the average only where it was measured."""
-    loops, saved = result["loops"], result["checkpoints"]
-    tables = [
-        markdown(("ranks", "ZeRO", "batch", "bare ms", "ours ms", "overhead %", "waiting for data %",
-                  "overhead without it %"),
-                 [(result["ranks"], result["zero"], f"{result['global_batch_size']} of {result['micro_batch_size']}",
-                   spread(loops, "bare_ms", 1), spread(loops, "ours_ms", 1), spread(loops, "overhead", 100),
-                   spread(loops, "data_wait", 100), spread(loops, "overhead_without_wait", 100))]),
-        markdown(("checkpoint MB", "seconds", "images/s", "an epoch of ImageNet-1k, h", "share of the time %"),
-                 [(f"{saved['bytes'] / 1e6:.2f}", f"{saved['median_seconds']:.3f} "
-                   f"({min(saved['seconds']):.3f}–{max(saved['seconds']):.3f})",
-                   f"{saved['images_per_second']:.4g}", f"{saved['epoch_seconds'] / 3600:.2f}",
-                   f"{100 * saved['share']:.3g}")])]
-    if "ema" in result:
+    loops = markdown(("ranks", "ZeRO", "batch", "loop", "ms a step", "steps/s", "overhead of ours %", "CPU ms, trainer",
+                      "CPU ms, loaders", "waiting for data %"),
+                     [row for run in result["runs"] for row in _rows_of_loops(run)])
+    tables = [loops, markdown(
+        ("ranks", "checkpoint MB", "seconds", "images/s", "an epoch of ImageNet-1k, h", "share of the time %"),
+        [(run["ranks"], f"{saved['bytes'] / 1e6:.2f}", _between(saved["seconds"], 1),
+          f"{saved['images_per_second']:.4g}", f"{saved['epoch_seconds'] / 3600:.2f}", f"{100 * saved['share']:.3g}")
+         for run in result["runs"] for saved in [run["checkpoints"]]])]
+    if rows := [(run["ranks"], row) for run in result["runs"] for row in run.get("ema", ())]:
         tables.append(markdown(
-            ("ZeRO", "EMA bytes of each rank", "4 x parameters / ranks", "ratio"),
-            [(row["config"], ", ".join(f"{size:,}" for size in row["bytes_of_rank"]),
-              f"{row['ideal_bytes']:,.0f}", f"{row['ratio']:.3f}") for row in result["ema"]]))
-    return tables
+            ("ranks", "ZeRO", "EMA bytes of each rank", "4 x parameters / ranks", "ratio"),
+            [(ranks, row["config"], ", ".join(f"{size:,}" for size in row["bytes_of_rank"]),
+              f"{row['ideal_bytes']:,.0f}", f"{row['ratio']:.3f}") for ranks, row in rows]))
+    return "\n\n".join(tables)
 
 
-def spread(loops: dict[str, Any], name: str, factor: float) -> str:
-    """Median (least to most) of all turns, times the factor."""
-    values = [factor * turn[name] for turn in loops["turns"]]
-    return f"{factor * loops[name]:.4g} ({min(values):.4g}–{max(values):.4g})"
+def _rows_of_loops(run: dict[str, Any]) -> Iterable[list[str]]:
+    turns = [turn["loops"] for turn in run["loops"]["turns"]]
+    for name, title in _LOOPS.items():
+        if name not in turns[0]:
+            continue
+        overheads = [turn["ours"]["ms"] / turn[name]["ms"] - 1 for turn in turns]
+        waits = [turn[name]["data_wait"] for turn in turns]
+        yield [str(run["ranks"]), run["zero"] if name in ("ours", "deepspeed") else "",
+               f"{run['global_batch_size']} of {run['micro_batch_size']}", title,
+               _between([turn[name]["ms"] for turn in turns], 1),
+               f"{1000 / statistics.median(turn[name]['ms'] for turn in turns):.4g}",
+               "" if name == "ours" else _between(overheads, 100),
+               _between([turn[name]["trainer_cpu"] for turn in turns], 1000),
+               _between([turn[name]["loader_cpu"] for turn in turns], 1000),
+               "" if None in waits else _between(waits, 100)]
 
 
 def checkpointing_table(tasks: Sequence[dict[str, Any]]) -> str:
@@ -229,8 +237,8 @@ def render(path: Path) -> str:
             return beside_table(content["beside"], path.parent)
         if "start" in content:
             return start_table(content["start"])
-        if "loops" in content:
-            return "\n\n".join(training_tables(content))
+        if "runs" in content:
+            return training_tables(content)
         return model_table([Result(**result) for result in content["results"]], content["kind"]).rstrip("\n")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; put the file there, or correct its name in the "
@@ -239,8 +247,8 @@ def render(path: Path) -> str:
         raise DataError(f"{path} is no JSON: {error}; write it with the --output or --json of a tools/benchmark_*.py"
                         ) from error
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} has no results that make a table ({error!r}); it needs kind and results, loops and "
-                        f"checkpoints, checkpointing, start, beside, or columns and rows") from error
+        raise DataError(f"{path} has no results that make a table ({error!r}); it needs kind and results, runs, "
+                        f"checkpointing, start, beside, or columns and rows") from error
 
 
 def with_tables(page: Path) -> str:

@@ -104,6 +104,10 @@ class _Totals:
     """The rank that has waited longest."""
     figures: Figures
     """Its."""
+    trainer_cpu: float
+    """CPU seconds of the process that trains, mean over the ranks."""
+    loader_cpu: float
+    """Of the loader processes of a rank, for the batches of the interval."""
     stragglers: list[str]
     """Which ranks hold the others up, and by what."""
 
@@ -202,6 +206,8 @@ class Meter:
         return _Totals(seconds=seconds, waited=sum(waits) / self._world.size, bad=sum(bad), memory=max(memory),
                        loss=sum(sums) / sum(counts) if sum(counts) else float("nan"),
                        slowest=slowest, figures=figures[slowest],
+                       trainer_cpu=seconds * sum(one.trainer for one in figures) / self._world.size,
+                       loader_cpu=sum(one.spent.cpu for one in figures) / self._world.size,
                        stragglers=[*stragglers(waits, forwards, hosts, seconds),
                                    *latecomers(meets, waits, hosts, interval.steps, seconds),
                                    *far_away(trips, hosts)])
@@ -265,7 +271,8 @@ class Meter:
             grad_norm=engine.grad_norm(), loss_scale=engine.loss_scale.value, updates=engine.updates,
             skipped=self._interval.skipped, bad_samples=self._summary.bad, images_per_second=rate,
             images_per_second_per_device=rate / self._world.size, data_wait=totals.waited / totals.seconds,
-            data_wait_seconds=totals.waited, mfu=mfu, peak_memory_gb=totals.memory / 1e9)
+            data_wait_seconds=totals.waited, trainer_cpu_seconds=totals.trainer_cpu,
+            loader_cpu_seconds=totals.loader_cpu, mfu=mfu, peak_memory_gb=totals.memory / 1e9)
 
     def summarise(self, saved: Sequence[Saved], waited: int) -> None:
         """Log what these processes have done.
