@@ -44,7 +44,7 @@ def main(monkeypatch):
 def settings(tmp_path, **changed):
     return Settings(**{**dict(
         timm_script=tmp_path / "train.py", folder=tmp_path, models=("test_vit",), ranks=2, workers=1, batch=4, steps=8,
-        warmup=3, images=100, image_bytes=9000, deepspeed_config="zero0_fp32", repeats=1, json=None, plot=None),
+        warmup=3, images=64, image_bytes=9000, deepspeed_config="zero0_fp32", repeats=1, json=None, plot=None),
         **changed})
 
 
@@ -161,7 +161,7 @@ def test_warm_up_is_not_timed(tmp_path, monkeypatch):
     assert found["images_per_second"] == pytest.approx(8 / 5) and found["data_wait"] == pytest.approx(0.1)
     assert 0.5 < found["first_step_seconds"] <= 1 and found["peak_bytes"] == 77
     with pytest.raises(end_to_end.SettingsError, match="ours with test_vit tells of 8 steps instead of 9.*--timm_scr"):
-        end_to_end._measured(Side("ours", "test_vit"), settings(tmp_path, steps=9), folder)
+        end_to_end._measured(Side("ours", "test_vit"), settings(tmp_path, steps=9, images=72), folder)
 
 
 def test_pages_of_several_processes_count_once():
