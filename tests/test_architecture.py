@@ -42,6 +42,7 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.checkpoints_run": "test_benchmark_checkpoints.py: in processes of its own",
     "vir.benchmarks.launching": "test_benchmark_training.py: as it is benchmarked",
     "vir.benchmarks.evaluation": "test_benchmark.py",
+    "vir.benchmarks.timm_script": "test_end_to_end.py: a rank of its own",
     "vir.benchmarks.file_server": "test_benchmark.py",
     "vir.benchmarks.feeds": "test_benchmark_loader.py",
     "vir.benchmarks.loader": "test_benchmark_loader.py", "vir.benchmarks.order": "test_benchmark_loader.py",

@@ -1,4 +1,4 @@
-"""Pictures of what was measured: speed and memory against size, and rates beside each other."""
+"""Pictures of what was measured: speed and memory against size, rates and other figures beside each other."""
 
 from __future__ import annotations
 
@@ -70,5 +70,33 @@ def plot_rates(rates: Mapping[tuple[str, int, str], Sequence[float]], path: Path
         axis.grid(alpha=0.3, axis="y")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(title.replace(", of which", ",\nof which", 1), fontsize="medium")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, title: str) -> None:
+    """A PNG: a panel of bars for each thing that was measured; medians, with lines from least to most."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 3.2 * len(panels), 4.5), squeeze=False,
+                                layout="constrained", sharey=True)
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for axis, (panel, measured) in zip(axes[0], panels.items()):
+        middles = [statistics.median(values) for values in measured.values()]
+        ends = [[middle - min(values) for middle, values in zip(middles, measured.values())],
+                [max(values) - middle for middle, values in zip(middles, measured.values())]]
+        engines = [name.rpartition("\n")[2] for name in measured]
+        places = list(dict.fromkeys(engines))
+        bars = axis.barh(list(measured), middles, xerr=ends, capsize=2,
+                         color=[colors[places.index(engine)] for engine in engines])
+        axis.bar_label(bars, labels=[f"{middle:.3g}" if middle < 1000 else f"{middle:,.0f}" for middle in middles],
+                       fontsize="small", padding=3)
+        axis.set(title=panel, xlim=(0, 1.25 * max(max(values) for values in measured.values()) or 1))
+        axis.grid(alpha=0.3, axis="x")
+    axes[0][0].invert_yaxis()
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)

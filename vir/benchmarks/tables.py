@@ -6,6 +6,7 @@ beside the page. A file holds `title`, `command`, `machine` and one of these:
     kind, results     what tools/benchmark_model.py writes
     runs              what tools/benchmark_training.py writes
     checkpointing     what tools/benchmark_checkpoints.py writes
+    end_to_end        what tools/benchmark_end_to_end.py writes
     start             what tools/benchmark_start.py writes
     columns, rows     a table: its head and its cells, as text
     beside            cells of the tables of other files, together in one table
@@ -25,6 +26,7 @@ from vir.errors import DataError
 from vir.files import replace_text
 
 _MARKED = re.compile(r"(?P<begin><!-- table: (?P<file>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+_ENGINES = {"ours": "ours", "timm": "timm's script"}
 _MARKER = re.compile(r"<!-- table:")
 
 
@@ -129,6 +131,43 @@ def checkpointing_table(tasks: Sequence[dict[str, Any]]) -> str:
                "torch's async_save", "peer", "×", "target")
     rows_of = {"stall": _rows_of_stall, "writing": _rows_of_writing, "throughput": _rows_of_throughput}
     return markdown(columns, [row for task in tasks for row in rows_of[task["part"]](task)])
+
+
+def end_to_end_table(sides: Sequence[dict[str, Any]]) -> str:
+    """Medians (least to most) over the turns; × is our engine's rate over that of timm's script in the same turn.
+
+    Ours stands beside the model itself under timm's script, a ViR beside the ViT of its size.
+    """
+    columns = ("model", "engine", "images/s", "× timm's script", "waiting for data %", "first step, s", "peak MiB",
+               "turns")
+    timms = {side["model"]: side["turns"] for side in sides if side["engine"] == "timm"}
+    rows = []
+    for side in sides:
+        turns, peer = side["turns"], timms.get(peer_of(side["model"]))
+        ratio = ""
+        if side["engine"] == "ours" and peer is not None:
+            ratio = _ratio(*([turn["images_per_second"] for turn in of_one] for of_one in (turns, peer)))
+        rows.append([side["model"], _ENGINES[side["engine"]], _of_turns(turns, "images_per_second", 1), ratio,
+                     _of_turns(turns, "data_wait", 100), _of_turns(turns, "first_step_seconds", 1),
+                     _of_turns(turns, "peak_bytes", 2**-20), len(turns)])
+    return markdown(columns, rows)
+
+
+def end_to_end_bars(sides: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """The values of all turns, by what was measured and by side."""
+    measured = {"images/s": ("images_per_second", 1), "seconds to the first step": ("first_step_seconds", 1),
+                "peak memory, MiB": ("peak_bytes", 2**-20), "waiting for data, %": ("data_wait", 100)}
+    return {title: {f"{side['model']}\n{_ENGINES[side['engine']]}": [factor * turn[name] for turn in side["turns"]]
+                    for side in sides} for title, (name, factor) in measured.items()}
+
+
+def peer_of(model: str) -> str:
+    """The ViT of a ViR's size; any other model itself."""
+    return re.sub("^vir(2d)?_", "vit_", model)
+
+
+def _of_turns(turns: Sequence[dict[str, Any]], name: str, factor: float) -> str:
+    return _between([turn[name] for turn in turns], factor)
 
 
 def _begin_of(task: dict[str, Any]) -> list[str]:
@@ -237,6 +276,8 @@ def render(path: Path) -> str:
             return beside_table(content["beside"], path.parent)
         if "start" in content:
             return start_table(content["start"])
+        if "end_to_end" in content:
+            return end_to_end_table(content["end_to_end"])
         if "runs" in content:
             return training_tables(content)
         return model_table([Result(**result) for result in content["results"]], content["kind"]).rstrip("\n")
@@ -248,7 +289,7 @@ def render(path: Path) -> str:
                         ) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} has no results that make a table ({error!r}); it needs kind and results, runs, "
-                        f"checkpointing, start, beside, or columns and rows") from error
+                        f"checkpointing, end_to_end, start, beside, or columns and rows") from error
 
 
 def with_tables(page: Path) -> str:
