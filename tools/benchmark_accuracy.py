@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cifar", type=Path, metavar="SHARDS", help="CIFAR-10, 32 pixels, with train and val")
     parser.add_argument("--folder", type=Path, required=True, help="where runs and what they came to are kept")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model on each set (default 3)")
-    parser.add_argument("--epochs", type=float, default=2, help="of each run (default 2)")
+    parser.add_argument("--epochs", type=float, default=1.5, help="of each run (default 1.5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the numbers go")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="a picture of the curves")
     return parser

@@ -45,7 +45,7 @@ _ALIKE = (
     "--augment.auto_augment", "null", "--augment.interpolation", "bilinear", "--augment.reprob", "0",
     "--augment.mixup", "0", "--augment.cutmix", "0", "--train.global_batch_size", str(_BATCH),
     "--train.micro_batch_size", str(_BATCH), "--train.smoothing", ".1", "--optim.lr", "1e-3", "--ema.decay", ".99",
-    "--eval.batch_size", "250", "--checkpoint.every_epochs", "100000", "--checkpoint.best", "null",
+    "--eval.batch_size", "64", "--checkpoint.every_epochs", "100000", "--checkpoint.best", "null",
     "--checkpoint.keep", "1")
 """Settings of every run."""
 _TRAIN = "import vir.benchmarks.official; from vir.train import command; raise SystemExit(command())"
@@ -60,7 +60,7 @@ class Settings:
     cifar: Path | None
     folder: Path
     seeds: int = 3
-    epochs: float = 2.0
+    epochs: float = 1.5
     json: Path | None = None
     plot: Path | None = None
 

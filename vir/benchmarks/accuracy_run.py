@@ -29,7 +29,7 @@ from vir.files import replace_text
 from vir.reports.metrics import read_metrics
 
 _HOW = How(mode="auto", compare_modes=False, dtype="fp32", hflip_tta=False, img_size=None, crop_pct=None,
-           crop_mode=None, batch_size=250, workers=1)
+           crop_mode=None, batch_size=64, workers=1)
 
 
 def main(argv: list[str]) -> int:
