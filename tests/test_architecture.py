@@ -33,6 +33,8 @@ LAYOUT = re.compile(r"deepspeed\.(runtime|utils|ops)|_optim_states|_model_states
 KNOWS_LAYOUT = {"vir/checkpoints/partitions.py"}
 # Modules without a test file of their own name, and where they are tested.
 TESTED_ELSEWHERE = {
+    "vir.benchmarks.accuracy": "test_benchmark_accuracy.py",
+    "vir.benchmarks.accuracy_run": "test_benchmark_accuracy.py: in processes of its own",
     "vir.benchmarks.conversion": "test_benchmark.py",
     "vir.benchmarks.consolidation": "test_consolidate.py: its turns, under a limit of memory",
     "vir.benchmarks.consolidation_run": "test_consolidate.py: in a process of its own",

@@ -1,4 +1,4 @@
-"""tools/benchmark_start.py on one rank: the phases of each side add up to the time from its command to its first step."""
+"""tools/benchmark_start.py on one rank: the phases of each side, from its command to its first step."""
 
 import importlib
 import json

@@ -14,7 +14,7 @@ from vir.errors import SettingsError
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 # glibc would give freed tensors back to the system and fault them in again: noise, and up to half of the time on CPU.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 
 
 DEEPSPEED = ["deepspeed.launcher.runner", "--num_accelerators"]
@@ -33,7 +33,7 @@ def launch(launcher: list[str], ranks: int, words: list[str], way_out: str) -> N
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", *launcher, str(ranks), "--master_port", port, *words]
     try:
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **_ENVIRONMENT}, text=True,
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     finally:  # DeepSpeed leaves 69 MB per rank and port behind
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vir.benchmarks.results import Result
 
@@ -97,6 +98,37 @@ def plot_bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, t
         axis.set(title=panel, xlim=(0, 1.25 * max(max(values) for values in measured.values()) or 1))
         axis.grid(alpha=0.3, axis="x")
     axes[0][0].invert_yaxis()
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_learning(runs: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """A PNG: for each set the loss of training above and held-out accuracy below, against epochs; a colour per model,
+    a thin line per seed.
+
+    Args:
+        runs: each with `data`, `model`, and pairs of an epoch and a value in `loss` and `top1`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sets, models = (list(dict.fromkeys(run[key] for run in runs)) for key in ("data", "model"))
+    figure, axes = plt.subplots(2, len(sets), figsize=(1 + 5 * len(sets), 7), squeeze=False, sharex="col",
+                                layout="constrained")
+    for run in runs:
+        column, number = sets.index(run["data"]), models.index(run["model"])
+        for axis, name, mark in ((axes[0][column], "loss", "-"), (axes[1][column], "top1", "o-")):
+            axis.plot(*zip(*run[name]), mark, ms=3, lw=1, alpha=0.7, color=f"C{number}")
+    for column, data in enumerate(sets):
+        axes[0][column].set(title=data, ylabel="training loss")
+        axes[1][column].set(xlabel="epochs", ylabel="held-out top-1 %, average of weights")
+        for axis in axes[:, column]:
+            axis.grid(alpha=0.3)
+    figure.legend([plt.Line2D([], [], color=f"C{number}") for number in range(len(models))], models,
+                  loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)

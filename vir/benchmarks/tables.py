@@ -6,6 +6,7 @@ beside the page. A file holds `title`, `command`, `machine` and one of these:
     kind, results     what tools/benchmark_model.py writes
     runs              what tools/benchmark_training.py writes
     checkpointing     what tools/benchmark_checkpoints.py writes
+    accuracy, pairs   what tools/benchmark_accuracy.py writes
     end_to_end        what tools/benchmark_end_to_end.py writes
     start             what tools/benchmark_start.py writes
     columns, rows     a table: its head and its cells, as text
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vir.benchmarks import paired
 from vir.benchmarks.results import Result
 from vir.errors import DataError
 from vir.files import replace_text
@@ -207,6 +209,47 @@ def _rows_of_throughput(task: dict[str, Any]) -> Iterable[list[str]]:
            f"without one: {_between(ways['none'], 1)}", _ratio(ways["asynchronous"], ways["none"]), "1.02"]
 
 
+def accuracy_table(result: dict[str, Any]) -> str:
+    """For each set and model the accuracies of all seeds, and how they compare with those of the first model."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in result["accuracy"]:
+        runs.setdefault((run["data"], run["model"]), []).append(run)
+    first = next(iter(runs))[1]
+    columns = ("images", "model", "top-1 % of each seed", "mean ± sd", "raw weights", f"more than {first}",
+               "images right by one alone: this, first (p)")
+    rows = []
+    for (data, model), of_model in runs.items():
+        accuracies = [run["ema"]["top1"] for run in of_model]
+        row = [data, model, ", ".join(f"{value:.2f}" for value in accuracies), _mean_and_deviation(accuracies),
+               _mean_and_deviation([run["raw"]["top1"] for run in of_model]), "", ""]
+        if model != first:
+            row[-2] = _more([mine - run["ema"]["top1"] for mine, run in zip(accuracies, runs[data, first])])
+            row[-1] = "; ".join(
+                f"{pair['only_second']}, {pair['only_first']} ({_p(pair['only_first'], pair['only_second'])})"
+                for pair in result["pairs"] if (pair["data"], pair["first"], pair["second"]) == (data, first, model))
+        rows.append(row)
+    return markdown(columns, rows)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    middle = f"{statistics.mean(values):.2f}"
+    return middle if len(values) == 1 else f"{middle} ± {statistics.stdev(values):.2f}"
+
+
+def _more(differences: Sequence[float]) -> str:
+    """Their mean, with its 95 % interval."""
+    middle = f"{statistics.mean(differences):+.2f}"
+    if len(differences) == 1:
+        return middle
+    low, high = paired.interval(differences)
+    return f"{middle} ({low:+.2f} to {high:+.2f})"
+
+
+def _p(only_first: int, only_second: int) -> str:
+    p = paired.mcnemar(only_first, only_second)
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def _ms(seconds: Sequence[float]) -> str:
     return _between(seconds, 1000)
 
@@ -278,6 +321,8 @@ def render(path: Path) -> str:
             return start_table(content["start"])
         if "end_to_end" in content:
             return end_to_end_table(content["end_to_end"])
+        if "accuracy" in content:
+            return accuracy_table(content)
         if "runs" in content:
             return training_tables(content)
         return model_table([Result(**result) for result in content["results"]], content["kind"]).rstrip("\n")
@@ -289,7 +334,7 @@ def render(path: Path) -> str:
                         ) from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} has no results that make a table ({error!r}); it needs kind and results, runs, "
-                        f"checkpointing, end_to_end, start, beside, or columns and rows") from error
+                        f"checkpointing, end_to_end, start, accuracy and pairs, beside, or columns and rows") from error
 
 
 def with_tables(page: Path) -> str:

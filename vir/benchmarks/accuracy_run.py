@@ -1,0 +1,69 @@
+"""What a run of tools/benchmark_accuracy.py came to, in a process of its own.
+
+usage: python -m vir.benchmarks.accuracy_run RUN VAL RESULT.json
+
+Writes the curves of the run, and how its weights and their average do on the images in VAL.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import vir.benchmarks.official  # noqa: F401  one of the models
+from vir import cli
+from vir.checkpoints.consolidate import consolidate
+from vir.config import DataConfig
+from vir.data.opening import open_reader, places
+from vir.distributed import World
+from vir.errors import VirError
+from vir.evaluation.run import How, evaluate
+from vir.files import replace_text
+from vir.reports.metrics import read_metrics
+
+_HOW = How(mode="auto", compare_modes=False, dtype="fp32", hflip_tta=False, img_size=None, crop_pct=None,
+           crop_mode=None, batch_size=64, workers=1)
+
+
+def main(argv: list[str]) -> int:
+    run, val, result = argv
+    try:
+        replace_text(Path(result), json.dumps(judged(Path(run), val)))
+    except VirError as error:
+        return cli.tell(error, "error")
+    return 0
+
+
+def judged(run: Path, val: str) -> dict[str, Any]:
+    """All that is kept of a run; `right` has a hexadecimal digit for each four images, in the order of the split."""
+    events = read_metrics(run)
+    steps = [event for event in events if event["kind"] == "train"]
+    found: dict[str, Any] = {
+        "loss": [(event["epoch"], event["loss"]) for event in steps],
+        "top1": [(event["epoch"], event["ema_top1"]) for event in events if event["kind"] == "eval"],
+        "images_per_second": statistics.median(event["images_per_second"] for event in steps)}
+    for name, ema in (("raw", False), ("ema", True)):
+        weights = run / f"{name}.safetensors"
+        consolidate(run, weights, ema=ema, force=True)
+        reader = open_reader(val, places(DataConfig()), first=True)
+        evaluation = evaluate(weights, reader, _HOW, World(rank=0, size=1, device=torch.device("cpu")), _no_bar)
+        predictions = evaluation.first.predictions
+        right = predictions.top[:, 0] == predictions.labels
+        found[name] = {"top1": 100 * float(right.mean()), "loss": evaluation.fields["loss"], "images": len(right),
+                       "right": np.packbits(right).tobytes().hex()}
+    return found
+
+
+def _no_bar(total: int, title: str) -> "tqdm[Any]":
+    return tqdm(total=total, disable=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
