@@ -81,7 +81,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(site):
 
 
 def test_the_files_that_are_no_modules_are_there(site):
-    shipped = {"vir/py.typed", "vir/__init__.pyi",
+    shipped = {"vir/py.typed", "vir/__init__.pyi", "vir/reports/run_page.html",
                *(f"vir/{path.relative_to(ROOT)}" for path in (ROOT / "ds_configs").glob("*.json")),
                *(str(path.relative_to(ROOT)) for path in (ROOT / "vir" / "recipes").glob("*.yaml"))}
     found = {str(path.relative_to(site)) for path in (site / "vir").rglob("*")

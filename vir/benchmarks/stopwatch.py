@@ -142,8 +142,8 @@ def machine(device: torch.device) -> str:
         models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
         name += f" ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-    versions = ", ".join(f"{library} {version(library)}" for library in ("torch", "timm", "deepspeed", "webdataset"))
-    return f"{name}; {versions}; {date.today()}"
+    peers = ", ".join(f"{library} {version(library)}" for library in ("timm", "deepspeed", "webdataset"))
+    return f"{name}; torch {torch.__version__}, {peers}; {date.today()}"
 
 
 def check_device(name: str) -> torch.device:
