@@ -67,7 +67,7 @@ def wait_for_evaluation(ranks):
 
 
 def stop_in_start_up(ranks):
-    ranks.wait_until(lambda: ranks.said(0).count("built successfully") == 2, "deepspeed on both ranks")
+    ranks.wait_until(lambda: "ranks: 2 on" in ranks.said(0), "the process group")
     ranks.ask_to_stop()
 
 
@@ -81,7 +81,7 @@ def meet_a_defect(ranks):
 
 
 def kill_in_start_up(ranks):
-    ranks.wait_until(lambda: "taking up" in ranks.said(0) or "built successfully" in ranks.said(0), "the engine")
+    ranks.wait_until(lambda: "ranks: 2 on" in ranks.said(0), "the process group")
     ranks.processes[1].kill()
 
 
