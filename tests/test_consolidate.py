@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from vir.benchmarks.consolidation import turn
 from vir.benchmarks.consolidation_run import OURS, SIDES
 from vir.checkpoints.consolidate import consolidate
 from vir.checkpoints.info import CheckpointInfo, sha256
+from vir.checkpoints.partitions import read_file
 from vir.consolidate import main
 from vir.errors import CheckpointError, DataError, SettingsError
 from vir.models import read_metadata
@@ -311,6 +313,19 @@ def test_the_refusal_names_what_the_pickle_refers_to(tmp_path):
     folder = write(tmp_path / "c", {MODEL_FILE[0]: {"extra": Payload(tmp_path / "x")}})
     with pytest.raises(DataError, match=r"refers to (posix|os)\.mkdir, which no checkpoint of ours does"):
         consolidate(folder, tmp_path / "w.safetensors")
+
+
+class Named:
+    """Pickled as Python 3.11.2, that of Debian 12, pickles a member of an enum, here of a class that torch allows."""
+
+    def __reduce__(self):
+        return getattr, (OrderedDict, "fromkeys")
+
+
+def test_a_member_that_is_written_by_its_name_is_read_and_nothing_is_looked_up(tmp_path):
+    torch.save({"zero_stage": Named()}, tmp_path / "x.pt")
+    stage = read_file(tmp_path / "x.pt")["zero_stage"]
+    assert not callable(stage) and type(stage).__name__ == "_Inert"
 
 
 # ---- folders that are no whole checkpoint

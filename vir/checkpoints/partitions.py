@@ -36,9 +36,15 @@ class _Inert:
         pass
 
 
+def _inert_member(of: object, name: str) -> _Inert:
+    """Stands for getattr, by which Python 3.11.0 to 3.11.3 write a member of an enum, and looks nothing up."""
+    return _Inert()
+
+
 _ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in (
     "deepspeed.utils.tensor_fragment.fragment_address", "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")]
+_ALLOWED.append((_inert_member, "builtins.getattr"))
 
 
 _WRONG = (AttributeError, IndexError, KeyError, TypeError, ValueError)
