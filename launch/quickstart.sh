@@ -102,7 +102,7 @@ logs            {run / 'log.txt'}, {run / 'quickstart.log'}
 
 What to try next:
   source .venv/bin/activate
-  vir-predict --weights {named['vir_ema.safetensors']} data/digits/val/seven
+  vir-predict {named['vir_ema.safetensors']} data/digits/val/seven
   python tools/report.py {named['']} --output {named['report.html']}
   bash launch/quickstart.sh --model.name vir2d_tiny_patch16_224 --output runs/quickstart-2d
   vir-plan --config vir/recipes/vir_small_in1k.yaml --deepspeed_config zero2_bf16 --nodes 2 --gpu h100-80gb""")
