@@ -122,6 +122,7 @@ class Sides:
         network = (["--model.name", settings.model, "--model.args", "{}", "--model.img_size", "null"]
                    if settings.model else [])
         self._flags = ["--config", str(RECIPE), *network, "--augment.mixup", "0.8", "--augment.cutmix", "1.0",
+                       "--optim.name", "adamw",  # as the peers have it
                        "--schedule.warmup_epochs", "0", "--eval.every_epochs", "1e6",
                        # Written beside training a checkpoint would be in the steps that are timed.
                        "--checkpoint.asynchronous", "false", "--checkpoint.every_minutes", "null", *settings.options,
