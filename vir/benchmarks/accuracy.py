@@ -137,7 +137,7 @@ def _done(run: Run, folder: Path) -> dict[str, Any]:
     if path.exists():
         return _kept(path, run)
     _call(["-c", _TRAIN, *run.flags, "--output", str(output)], run, output)
-    judged = folder / run.name / "judged.json"
+    judged = output / "judged.json"
     _call(["-m", "vir.benchmarks.accuracy_run", str(output), str(run.data / "val"), str(judged)], run, output)
     found = {"data": run.title, "model": run.model, "seed": run.seed, "flags": run.flags,
              **json.loads(judged.read_text())}

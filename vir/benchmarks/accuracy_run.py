@@ -10,26 +10,24 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import vir.benchmarks.official  # noqa: F401  one of the models
 from vir import cli
+from vir.benchmarks.evaluation import HOW, no_bar
 from vir.checkpoints.consolidate import consolidate
 from vir.config import DataConfig
 from vir.data.opening import open_reader, places
 from vir.distributed import World
 from vir.errors import VirError
-from vir.evaluation.run import How, evaluate
+from vir.evaluation.run import evaluate
 from vir.files import replace_text
 from vir.reports.metrics import read_metrics
-
-_HOW = How(mode="auto", compare_modes=False, dtype="fp32", hflip_tta=False, img_size=None, crop_pct=None,
-           crop_mode=None, batch_size=64, workers=1)
 
 
 def main(argv: list[str]) -> int:
@@ -53,16 +51,13 @@ def judged(run: Path, val: str) -> dict[str, Any]:
         weights = run / f"{name}.safetensors"
         consolidate(run, weights, ema=ema, force=True)
         reader = open_reader(val, places(DataConfig()), first=True)
-        evaluation = evaluate(weights, reader, _HOW, World(rank=0, size=1, device=torch.device("cpu")), _no_bar)
+        how = replace(HOW, batch_size=64, workers=1)
+        evaluation = evaluate(weights, reader, how, World(rank=0, size=1, device=torch.device("cpu")), no_bar)
         predictions = evaluation.first.predictions
         right = predictions.top[:, 0] == predictions.labels
         found[name] = {"top1": 100 * float(right.mean()), "loss": evaluation.fields["loss"], "images": len(right),
                        "right": np.packbits(right).tobytes().hex()}
     return found
-
-
-def _no_bar(total: int, title: str) -> "tqdm[Any]":
-    return tqdm(total=total, disable=True)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from vir.weights.metadata import WeightsMetadata
 from vir.weights.portable import save_weights
 from vir.weights.spec import ModelSpec, input_of
 
-_HOW = How(mode="auto", compare_modes=False, dtype="fp32", hflip_tta=False, img_size=None, crop_pct=None,
-           crop_mode=None, batch_size=0, workers=None)
+HOW = How(mode="auto", compare_modes=False, dtype="fp32", hflip_tta=False, img_size=None, crop_pct=None,
+          crop_mode=None, batch_size=0, workers=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +111,12 @@ def _write_weights(path: Path, name: str, classes: Sequence[str]) -> Path:
 
 
 def _ours(weights: Path, reader: Reader, settings: Settings, device: torch.device) -> Found:
-    how = replace(_HOW, batch_size=settings.batch_size, workers=settings.workers)
-    found = evaluate(weights, reader, how, World(rank=0, size=1, device=device), _no_bar)
+    how = replace(HOW, batch_size=settings.batch_size, workers=settings.workers)
+    found = evaluate(weights, reader, how, World(rank=0, size=1, device=device), no_bar)
     return found.fields["images_per_second"], found.fields["top1"]
 
 
-def _no_bar(total: int, title: str) -> tqdm[Any]:
+def no_bar(total: int, title: str) -> tqdm[Any]:
     return tqdm(total=total, disable=True)
 
 

@@ -12,17 +12,18 @@ from pathlib import Path
 import timm
 import torch
 
-from vir.benchmarks.launching import DEEPSPEED, ROOT, launch
+from vir.benchmarks.launching import DEEPSPEED, launch
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import start_table
+from vir.benchmarks.training import RECIPE
 from vir.data.reader import ShardReader
 from vir.engine import ds_config
-from vir.errors import DataError, SettingsError
+from vir.errors import SettingsError
+from vir.files import replace_text
 from vir.flags import parse
 from vir.models.build import architecture
+from vir.output_folder import check_file
 from vir.reports.metrics import read_metrics
-
-RECIPE = ROOT / "vir" / "recipes" / "quickstart.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ def benchmark(settings: Settings, command: str) -> str:
     """Measure in turns, and write the raw numbers where the settings ask for them; returns the report."""
     if not timm.is_model(settings.model):
         raise SettingsError(f"--model is {settings.model!r}; timm.list_models() tells all names, vir_* are ours")
+    check_file("--json", settings.json)
     with tempfile.TemporaryDirectory(prefix="benchmark_start_") as scratch:
         sides = Sides(settings, Path(scratch))
         sides.bare()  # compiles what is compiled once, and brings the libraries into memory
@@ -55,11 +57,8 @@ def benchmark(settings: Settings, command: str) -> str:
              "turns": turns}
     here = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     result = {"title": "From a command to the first step", "command": command, "machine": here, "start": start}
-    if settings.json:
-        try:
-            settings.json.write_text(json.dumps(result, indent=1))
-        except OSError as error:
-            raise DataError(f"cannot write --json {settings.json}: {error.strerror}; choose another path") from error
+    if settings.json is not None:
+        replace_text(settings.json, json.dumps(result, indent=1) + "\n")
     return f"{here}\n\n{start_table(start)}"
 
 
@@ -70,7 +69,7 @@ class Sides:
         self._settings, self._scratch, self._started = settings, scratch, 0
         batch = settings.micro_batch_size * settings.ranks
         self._flags = ["--config", str(RECIPE), "--model.name", settings.model, "--model.args", "{}",
-                       "--model.img_size", "null", "--train.global_batch_size", str(batch),
+                       "--model.img_size", "null", "--optim.name", "adamw", "--train.global_batch_size", str(batch),
                        "--train.micro_batch_size", str(settings.micro_batch_size), "--train.log_every", "1",
                        "--schedule.warmup_epochs", "0", "--eval.every_epochs", "1e6",
                        "--checkpoint.every_minutes", "null", "--data.train", str(settings.data / "train"),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from vir.errors import DataError
 from vir.files import replace_text
 
 _MARKED = re.compile(r"(?P<begin><!-- table: (?P<file>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
-_ENGINES = {"ours": "ours", "timm": "timm's script"}
 _MARKER = re.compile(r"<!-- table:")
+_ENGINES = {"ours": "ours", "timm": "timm's script"}
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -303,6 +303,11 @@ def _ratio(values: Sequence[float], peers: Sequence[float]) -> str:
     return f"{statistics.median(value / peer for value, peer in zip(values, peers, strict=True)):.3f}"
 
 
+_TABLES: dict[str, Callable[[Any], str]] = {
+    "checkpointing": checkpointing_table, "start": start_table, "end_to_end": end_to_end_table}
+"""By the field that they are made from."""
+
+
 def render(path: Path) -> str:
     """The table, or the tables, of one file of results.
 
@@ -313,14 +318,11 @@ def render(path: Path) -> str:
         content = json.loads(path.read_text(encoding="utf-8"))
         if "columns" in content:
             return markdown(content["columns"], content["rows"])
-        if "checkpointing" in content:
-            return checkpointing_table(content["checkpointing"])
+        for kind, table in _TABLES.items():
+            if kind in content:
+                return table(content[kind])
         if "beside" in content:
             return beside_table(content["beside"], path.parent)
-        if "start" in content:
-            return start_table(content["start"])
-        if "end_to_end" in content:
-            return end_to_end_table(content["end_to_end"])
         if "accuracy" in content:
             return accuracy_table(content)
         if "runs" in content:
