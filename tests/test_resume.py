@@ -233,7 +233,7 @@ def test_a_run_without_validation_data_trains_and_says_so(single):
     tmp, codes, said = single
     assert codes["no validation"] == 0, said
     assert [(event["kind"], event["step"]) for event in read_metrics(tmp / "no validation")] == [
-        ("train", 1), ("train", 2)]
+        ("start", 1), ("train", 1), ("train", 2)]
     lines = [line.split(" ", 2)[2] for line in (tmp / "no validation" / "log.txt").read_text().splitlines()]
     assert "400 training images in 7 shards, no validation images (--data.val): no evaluation, 10 classes" in lines
     assert lines[0].startswith("command: ") and lines[1].startswith("vir-at-scale ") and lines[2].startswith("ranks: 1")
@@ -396,7 +396,7 @@ def test_a_signal_during_evaluation_saves_and_the_evaluation_is_made_up_for(shar
     done = alone(*words)
     assert done.returncode == 0, done.stdout
     assert [(event["kind"], event["step"]) for event in read_metrics(run)] == [
-        (kind, number) for number in (1, 2, 3) for kind in ("train", "eval")]
+        ("start", 1), ("train", 1), ("eval", 1), ("train", 2), ("eval", 2), ("start", 3), ("train", 3), ("eval", 3)]
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
