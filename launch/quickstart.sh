@@ -52,6 +52,11 @@ mkdir -p "$run"
 log=$run/quickstart.log
 step() { printf '\n== %s\n' "$*"; }
 failed() {
+  kill "${follower:-}" 2>/dev/null || true
+  if [ "$1" = 75 ]; then
+    printf '\nstopped and saved; the same command continues\n' >&2
+    exit 75
+  fi
   tail -n 20 "$log" >&2
   echo "launch/quickstart.sh ended with exit code $1; all that was said is in $log" >&2
   exit "$1"

@@ -2,7 +2,7 @@
 
     python tests/measure_launchers.py --shards SHARDS
 
-Prints the table of README.md. SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. Each run
+Prints a table of docs/launching.md. SHARDS/train and SHARDS/val are what tools/convert_imagenet.py writes. Each run
 has two ranks on CPUs and a tiny model, so these are the times of launchers, imports and bounds, not of training. Needs
 what the tests of several nodes need (tests/support/nodes.py, tests/support/slurm.py), and a quiet machine.
 """

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # How far up in the house each file of vir/ and each room stands; imports go from higher to lower.
-BASE = {"arithmetic": 0, "beginning": 0, "control_groups": 0, "driver": 0, "errors": 0, "files": 0, "streams": 0,
+BASE = {"arithmetic": 0, "startup": 0, "control_groups": 0, "driver": 0, "errors": 0, "files": 0, "streams": 0,
         "status": 1, "addresses": 1, "launcher": 1, "log": 1, "output_folder": 1, "cli": 2, "config": 2,
         "interfaces": 2, "distributed": 3, "flags": 3, "run_folder": 4}
 ROOMS = {"weights": 4, "cluster": 5, "models": 5, "data": 6, "checkpoints": 6, "engine": 7, "reports": 7,

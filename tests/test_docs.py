@@ -98,7 +98,7 @@ def test_the_reader_of_commands_joins_lines_and_fills_variables_in():
 def test_readme_shows_the_set_up_and_the_verbs():
     commands = COMMANDS[ROOT / "README.md"]
     assert "bash launch/quickstart.sh" in commands and "bash tests/run.sh" in commands
-    for verb in ("tools/convert_imagenet.py", "--module vir.train", "tools/consolidate_checkpoint.py",
+    for verb in ("tools/convert_imagenet.py", "vir-plan", "launch/deepspeed.sh", "tools/consolidate_checkpoint.py",
                  "-m vir.evaluate"):
         assert any(verb in command for command in commands), verb
 

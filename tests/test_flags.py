@@ -72,6 +72,14 @@ def test_a_shipped_recipe_parses_and_sets_what_it_says(recipe):
             assert found[section][key] == value, f"{section}.{key}"
 
 
+def test_a_shipped_recipe_is_given_by_its_name_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
+    by_path = parse(["--config", str(ROOT / "vir" / "recipes" / "vir_small_in1k.yaml"), *REQUIRED])
+    assert parse(["--config", "vir_small_in1k", *REQUIRED]) == parse(["--config=vir_small_in1k", *REQUIRED]) == by_path
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vir_small_in1k").write_text("train: {seed: 7}\n")
+    assert parse(["--config", "vir_small_in1k", *REQUIRED]).train.seed == 7
+
+
 @pytest.mark.parametrize("words, dry, validate", [
     (["--dry_run"], True, False), (["--dry-run"], True, False), (["--dry-run", "true"], True, False),
     (["--dry_run", "false"], False, False), (["--dry-run=true"], True, False), (["--dry_run", "True"], True, False),

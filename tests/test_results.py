@@ -83,12 +83,14 @@ RATES = {"machine": "a CPU; today", "columns": ["workers", "reader", "×"],
          "rows": [["1", "ours", "1.20"], ["2", "ours", "1.40"], ["2", "theirs", "1.00"]]}
 
 
-def test_ratios_of_several_files_stand_in_one_table(tmp_path):
+@pytest.mark.parametrize("target, said", [("", ""), ("≥ 1.4", "≥ 1.4"), ("≥ 1.5", "≥ 1.5 (missed)"), ("≤ 1.4", "≤ 1.4"),
+                                          ("≤ 1.3", "≤ 1.3 (missed)")])
+def test_ratios_of_several_files_stand_in_one_table(target, said, tmp_path):
     (tmp_path / "rates.json").write_text(json.dumps(RATES))
-    beside = [{"what": "reading", "peer": "theirs", "target": "1.3", "file": "rates.json", "column": "×",
+    beside = [{"what": "reading", "peer": "theirs", "target": target, "file": "rates.json", "column": "×",
                "row": {"workers": "2", "reader": "ours"}}]
     (tmp_path / "x.json").write_text(json.dumps({"beside": beside}))
-    assert tables.render(tmp_path / "x.json").splitlines()[2] == "| reading | theirs | 1.40 | 1.3 | a CPU; today |"
+    assert tables.render(tmp_path / "x.json").splitlines()[2] == f"| reading | theirs | 1.40 | {said} | a CPU; today |"
 
 
 @pytest.mark.parametrize("row, column, found", [
@@ -109,12 +111,16 @@ def test_a_ratio_that_is_not_in_its_file_is_told(row, column, found, tmp_path):
     ("<!-- table: x.json -->\n<!-- table: x.json -->\n<!-- end -->\n", "does not close the table of x.json"),
     ("<!-- table: no.json -->\n<!-- end -->\n", "no.json: No such file or directory; put the file there"),
     ("<!-- table: bad.json -->\n<!-- end -->\n", "bad.json is no JSON"),
+    ("<!-- table: none.json -->\n<!-- end -->\n", "none.json has no results that make a table"),
+    ("<!-- table: self.json -->\n<!-- end -->\n", "self.json has no results that make a table"),
     ("<!-- table: empty.json -->\n<!-- end -->\n", "empty.json has no results that make a table .*'results'"),
 ])
 def test_what_gives_no_table_is_told(text, message, tmp_path):
     (tmp_path / "x.json").write_text('{"columns": ["a"], "rows": [["1"]]}')
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "none.json").write_text('{"start": {"turns": []}}')
+    (tmp_path / "self.json").write_text('{"machine": "", "beside": [{"file": "self.json", "column": "", "row": {}}]}')
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(DataError, match=message):
         tables.with_tables(tmp_path / "page.md")

@@ -42,8 +42,8 @@ def make_run(run, steps=40, of=40, every=1, ending="done: there", **more):
     for step in range(every, steps + 1, every):
         events.append({"kind": "train", "step": step, "time": BEGIN + 10 * step, "samples_seen": 128 * step,
                        "epoch": step / 8, "loss": 2 / step + 1 + 1e-4 * (step % 3), "lr": 0.001, "grad_norm": 0.5,
-                       "images_per_second": 12.8, "images_per_second_per_device": 12.8, "data_wait": 0.25, "mfu": None,
-                       "skipped": 2 * (step == 8), "bad_samples": 3 * (step >= 12)})
+                       "total_steps": of, "images_per_second": 12.8, "images_per_second_per_device": 12.8,
+                       "data_wait": 0.25, "mfu": None, "skipped": 2 * (step == 8), "bad_samples": 3 * (step >= 12)})
         log.append(line(10 * step, f"step {step}/{of} loss 1"))
         if step % 20 == 0:
             events.append({"kind": "eval", "step": step, "time": BEGIN + 10 * step + 1, "epoch": step / 8, "images": 9,
@@ -84,6 +84,22 @@ def test_state_position_curves_and_events_of_a_run(tmp_path):
     assert marks["skipped steps"] == [(8, 1, "2 in steps 8 to 8")]
     assert marks["replaced samples"] == [(12, 1.5, "3 in steps 12 to 12")]
     assert "optim.lr: None -&gt; 0.003" in text and "ranks: 1 on vm (CPU)" in text
+
+
+def test_a_run_that_was_killed_in_its_last_evaluation_is_not_done(tmp_path):
+    (run,), _, _ = page_of(tmp_path, make_run(tmp_path / "a", ending="data wait 20 %"))
+    assert run["last"]["step"] == run["total"] == 40 and run["state"] == "failed, or killed"
+
+
+def test_replaced_samples_are_counted_anew_at_each_start(tmp_path):
+    folder = make_run(tmp_path / "a", steps=20)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    again = next(at for at, text in enumerate(lines) if '"step": 15' in text)
+    lines.insert(again, json.dumps({"kind": "start", "step": 15, "time": BEGIN + 149, "epoch": 14 / 8}))
+    (folder / "metrics.jsonl").write_text("".join(text + "\n" for text in lines))
+    marks = page_of(tmp_path, folder)[2]["runs"][0]["marks"]
+    assert [mark[4] for mark in marks if mark[0] == list(run_page.KINDS).index("replaced samples")] == [
+        "3 in steps 15 to 15", "3 in steps 12 to 12"]
 
 
 @pytest.mark.parametrize("ending, state", [("stopped by SIGTERM; the same command continues", "stopped"),
@@ -162,6 +178,8 @@ def test_evaluations_and_worst_classes(tmp_path):
     result = {"weights": HOSTILE, "top1": 76.5432, "images": 50_000, "step": 40, "ema": True, "loss": None}
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "other.json").write_text("[1, 2]")
+    (folder / "other.csv").write_text("class,images,top1,taken_for\nfish,1,2,bird\n")
+    (folder / "torn.json").write_text('{"weights": ')
     (tmp_path / "two.json").write_text(json.dumps([result, result | {"top1": HOSTILE}]))
     (tmp_path / "classes.csv").write_text("class,images,top1,taken_for,taken_for_images\n" + "".join(
         f"{HOSTILE} {number},50,{90 - number},tench,4\n" for number in range(40)))
@@ -169,10 +187,11 @@ def test_evaluations_and_worst_classes(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     given = [tmp_path / name for name in ("two.json", "classes.csv", "broken.json", "empty.csv")]
     _, text, _ = page_of(tmp_path, folder, evaluations=given)
-    assert text.count("<td>76.54") == 2 and text.count("<td>50,000") == 3 and "other.json" not in text
+    assert text.count("<td>76.54") == 2 and text.count("<td>50,000") == 3 and "other." not in text
     assert "The worst 15 of 40 classes" in text
     assert [int(number) for number in re.findall(r"&lt;/script&gt; (\d+)<td>50", text)] == list(range(39, 24, -1))
-    assert re.search(r"broken.json cannot be read: Expecting value.*; evaluate again, or remove it", text)
+    assert re.search(r"broken.json cannot be read: Expecting value.*; evaluate again<", text)
+    assert re.search(r"torn.json cannot be read: .*; it is left out, as another program", text)
     assert "empty.csv is no result of vir-evaluate; give a file of its --json or --per-class" in text
 
 

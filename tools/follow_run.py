@@ -25,15 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, maybe of a run that has not begun yet")
     run = parser.parse_args(argv).run
-    began, parent = time.time(), os.getppid()
+    parent = os.getppid()
     progress = Progress(sys.stderr, moves=shows_bars())
     try:
-        with cli.interruptible():
-            while os.getppid() == parent:
-                _show(run, began, progress)
-                time.sleep(_POLL_S)
-    except cli.Interrupted:
-        _show(run, began, progress)  # what came since the last look
+        try:
+            with cli.interruptible():
+                while os.getppid() == parent:
+                    _show(run, progress)
+                    time.sleep(_POLL_S)
+        except cli.Interrupted:
+            _show(run, progress)  # what came since the last look
     except VirError as error:
         return cli.tell(error, "follow_run")
     finally:
@@ -41,10 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _show(run: Path, began: float, progress: Progress) -> None:
-    """What an earlier start of the run has written is none of this one's pace."""
+def _show(run: Path, progress: Progress) -> None:
+    """What the processes before the last start have written is none of its pace."""
     if (run / METRICS).is_file():
-        progress.show([event for event in read_metrics(run) if event.get("time", 0) >= began])
+        events = read_metrics(run)
+        last = max((at for at, event in enumerate(events) if event["kind"] == "start"), default=0)
+        progress.show(events[last:])
 
 
 if __name__ == "__main__":

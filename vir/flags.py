@@ -123,7 +123,7 @@ such as epochs or seed, needs no line."""
 
 
 def parse(argv: list[str]) -> RunConfig:
-    """Read flags and `--config FILE.yaml` (flags given after it win) into a RunConfig.
+    """Read flags and `--config FILE.yaml`, or a recipe's name (flags given after it win), into a RunConfig.
 
     Raises:
         SettingsError: an unknown flag or key, a value of the wrong type or out of range, a required one missing. One
@@ -142,7 +142,7 @@ def parse(argv: list[str]) -> RunConfig:
     words = _with_values(argv)
     try:
         return auto_cli(
-            RunConfig, args=words, prog=PROGRAM, usage=f"{PROGRAM} [--config FILE.yaml] [--NAME VALUE ...]",
+            RunConfig, args=words, prog=PROGRAM, usage=f"{PROGRAM} [--config RECIPE|FILE.yaml] [--NAME VALUE ...]",
             description=("Train a vision backbone under DeepSpeed. "
                          f"`{PROGRAM} --help SECTION` shows one section: {', '.join(SECTIONS)}."),
             exit_on_error=False, allow_abbrev=False)
@@ -184,7 +184,7 @@ def _with_values(argv: list[str]) -> list[str]:
     """`--dry_run`, also written `--dry-run`, alone means `--dry_run true`; so for every switch.
 
     A flag and a negative number after it become one word, as argparse takes -1e-3 for a flag. YAML files of sections
-    are given as _as_path does.
+    are given as _as_path does, and the name of a shipped recipe as its path.
     """
     switches = {"--" + name for name, kind in KINDS.items() if kind in (bool, Optional[bool])}
     words: list[str] = []
@@ -200,9 +200,19 @@ def _with_values(argv: list[str]) -> list[str]:
             words.append(f"{name}={_as_path(value)}")
         elif words and words[-1][2:] in SECTIONS and os.path.isfile(word):
             words.append(_as_path(word))
+        elif name == "--config" and equals:
+            words.append(f"{name}={_recipe(value)}")
+        elif words and words[-1] == "--config":
+            words.append(_recipe(word))
         else:
             words.append(word)
     return words
+
+
+def _recipe(given: str) -> str:
+    """The path of a shipped recipe, where its name is given: vir_small_in1k."""
+    path = _RECIPES / f"{given}.yaml"
+    return str(path) if not os.path.isfile(given) and path in _RECIPES.glob("*.yaml") else given
 
 
 def _is_flag(word: str) -> bool:

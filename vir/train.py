@@ -12,15 +12,11 @@ after saving.
 from __future__ import annotations
 
 import sys
-import time
 import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import psutil
-
 from vir import cli, launcher, status
-from vir.beginning import Beginning
 from vir.cluster.signals import StopRequest
 from vir.cluster.switches import Switches
 from vir.config import TrainConfig, folder_of, trains
@@ -28,6 +24,7 @@ from vir.data.executors import Stopped
 from vir.errors import EXIT_STOPPED_BY_SIGNAL, DataError, VirError
 from vir.flags import PROGRAM, parse
 from vir.launcher import Place
+from vir.startup import StartupTimer, process_age
 
 if TYPE_CHECKING:  # a wrong flag is told before torch is imported
     from vir.cluster.heartbeat import Heartbeat
@@ -36,12 +33,12 @@ if TYPE_CHECKING:  # a wrong flag is told before torch is imported
 def main(argv: list[str] | None = None) -> int:
     stop = StopRequest()  # from here on a signal is not lost
     try:
-        return _main(sys.argv[1:] if argv is None else argv, stop, Beginning(time.time()))
+        return _main(sys.argv[1:] if argv is None else argv, stop, StartupTimer())
     finally:
         stop.close()
 
 
-def _main(argv: list[str], stop: StopRequest, beginning: Beginning) -> int:
+def _main(argv: list[str], stop: StopRequest, startup: StartupTimer) -> int:
     try:
         launcher.enter_folder()
         place = launcher.adopt()
@@ -60,15 +57,15 @@ def _main(argv: list[str], stop: StopRequest, beginning: Beginning) -> int:
         with cli.importing():
             from vir.training.prepare import prepare
 
-        beginning.ended("imports")
+        startup.ended("imports")
         prepared = prepare(config, lambda: stop.asked)
-        beginning.ended("data")
+        startup.ended("data")
         at_the_door = False
         with cli.importing():
             from vir.training.run import run
 
-        beginning.ended("imports")
-        code = run(prepared, stop, heartbeat, beginning)
+        startup.ended("imports")
+        code = run(prepared, stop, heartbeat, startup)
         heartbeat.close()
         if code == 0:
             status.write(code, "done")
@@ -133,7 +130,7 @@ def _unforeseen(error: Exception, place: Place, heartbeat: Heartbeat) -> int:
 def command() -> int:
     """main() as a program of its own: the process group ends with it, and signals are heeded until the very end."""
     end = cli.QuickEnd()
-    code = _main(sys.argv[1:], StopRequest(), Beginning(psutil.Process().create_time()))
+    code = _main(sys.argv[1:], StopRequest(), StartupTimer(process_age()))
     if code not in (0, EXIT_STOPPED_BY_SIGNAL):
         cli.end_now(code)  # the other ranks may be waiting elsewhere, and a group ends by all of them
     from vir import distributed

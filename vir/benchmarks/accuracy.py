@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from vir.benchmarks.launching import ENVIRONMENT
+from vir.benchmarks.launching import ENVIRONMENT, end_children
 from vir.benchmarks.plot import plot_learning
-from vir.benchmarks.stopwatch import machine
+from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import accuracy_table
 from vir.errors import DataError, SettingsError
 from vir.files import replace_text
-from vir.output_folder import check_file
+from vir.output_folder import check_file, writing
 
 MODELS = {"ViR-tiny, 1-D": "vir_tiny_patch16_224", "ViR-tiny, 2-D": "vir2d_tiny_patch16_224",
           "official formulation": "official_tiny_patch16_224", "ViT-tiny (timm)": "vit_tiny_patch16_224"}
@@ -59,10 +59,10 @@ class Settings:
     fashion: Path | None
     cifar: Path | None
     folder: Path
-    seeds: int = 3
-    epochs: float = 1.5
-    json: Path | None = None
-    plot: Path | None = None
+    seeds: int
+    epochs: float
+    json: Path | None
+    plot: Path | None
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,19 @@ def benchmark(settings: Settings, command: str) -> str:
         SettingsError, DataError: numbers that are too small, no such images, a run that failed or was stopped.
     """
     _check(settings)
+    here = device()
+    torch.set_num_threads(1)  # as each run has
     runs = list(_runs(settings))
-    with ThreadPoolExecutor(1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))) as several:
-        found = [future.result() for future in [several.submit(_done, run, settings.folder) for run in runs]]
+    with ThreadPoolExecutor(1 if here.type == "cuda" else len(os.sched_getaffinity(0))) as several:
+        futures = [several.submit(_done, run, settings.folder) for run in runs]
+        try:
+            found = [future.result() for future in futures]
+        except BaseException:
+            several.shutdown(wait=False, cancel_futures=True)
+            end_children()  # by a signal, which they go on from
+            raise
     result = {"title": f"Accuracy after {settings.epochs:g} epochs, batches of {_BATCH}, {settings.seeds} seeds",
-              "command": command, "machine": machine(torch.device("cpu")), "accuracy": found, "pairs": _pairs(found)}
+              "command": command, "machine": machine(here), "accuracy": found, "pairs": _pairs(found)}
     if settings.json is not None:
         replace_text(settings.json, json.dumps({**result, "accuracy": [_without_images(one) for one in found]}) + "\n")
     if settings.plot is not None:
@@ -118,8 +126,8 @@ def _check(settings: Settings) -> None:
         if source and (missing := [split for split in ("train", "val") if not (source / split).is_dir()]):
             raise DataError(f"--{flag} {source} has no folder {missing[0]}; the head of tools/benchmark_accuracy.py "
                             "tells how it is made")
-    if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
+    with writing(settings.folder):
+        settings.folder.mkdir(parents=True, exist_ok=True)
     check_file("--json", settings.json)
     check_file("--plot", settings.plot)
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vir.benchmarks.photographs import SIZE
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import markdown
 from vir.errors import DataError, SettingsError
@@ -63,7 +64,7 @@ def benchmark(settings: Settings, command: str) -> str:
     return markdown(columns, rows)
 
 
-def make_images(folder: Path, images: int, image_bytes: int, size: tuple[int, int] = (500, 375),
+def make_images(folder: Path, images: int, image_bytes: int, size: tuple[int, int] = SIZE,
                 pictures: Sequence[bytes] = ()) -> int:
     """Writes FOLDER/train/CLASS/IMAGE, JPEGs of about `image_bytes` each, and gives the bytes of all.
 

@@ -27,9 +27,9 @@ import torch
 
 from vir.benchmarks.conversion import PICTURES, make_images
 from vir.benchmarks.launching import TORCHRUN, launch
-from vir.benchmarks.photographs import make_jpegs
+from vir.benchmarks.photographs import SIZE, make_jpegs
 from vir.benchmarks.plot import plot_bars
-from vir.benchmarks.stopwatch import machine
+from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import end_to_end_bars, end_to_end_table
 from vir.benchmarks.training import train_events
 from vir.config import AugmentConfig
@@ -42,11 +42,9 @@ from vir.files import replace_text
 from vir.output_folder import check_file
 from vir.run_folder import METRICS
 
-_SIZE = (500, 375)
-"""Width and height of the images: the most frequent of ImageNet."""
 _SHARDS_OF_WORKER = 4
 """At least: timm's reader deals whole shards to the workers."""
-_STEP = re.compile(r"(?P<time>\d+\.\d+) Train: .* Time: (?P<seconds>[\d.]+)s.* Data: (?P<waited>[\d.]+) ")
+_STEP = re.compile(r"(?P<time>\d+\.\d+) Train: .* Data: (?P<waited>[\d.]+) ")
 _AUGMENT = AugmentConfig()
 _LR, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _SEED = "1e-3", "0.05", "1.0", "0.1", "42"
 
@@ -106,7 +104,7 @@ def benchmark(settings: Settings, command: str) -> str:
         SettingsError, DataError: a folder or script that is not there, a model that does not train, and the like.
     """
     if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
+        raise DataError(f"--folder {settings.folder} is no folder; make it, or name another")
     if not settings.timm_script.is_file():
         raise DataError(f"--timm_script {settings.timm_script}: no such file; it is train.py of timm's repository, "
                         f"for timm {timm.__version__}, which --help tells how to get")
@@ -121,8 +119,8 @@ def benchmark(settings: Settings, command: str) -> str:
             turns.append({side: _measured(side, settings, shards) for side in (*sides[first:], *sides[:first])})
     torch.set_num_threads(1)  # as each rank has
     result: dict[str, Any] = {
-        "title": f"Training from {settings.images:,} JPEGs of {_SIZE[0]} x {_SIZE[1]} pixels in shards",
-        "command": command, "machine": machine(torch.device(_device())), "cores": len(os.sched_getaffinity(0)),
+        "title": f"Training from {settings.images:,} JPEGs of {SIZE[0]} x {SIZE[1]} pixels in shards",
+        "command": command, "machine": machine(device()), "cores": len(os.sched_getaffinity(0)),
         "ranks": settings.ranks, "workers": settings.workers, "global_batch_size": settings.global_batch,
         "deepspeed_config": Path(settings.deepspeed_config).stem, "precision": _precision(zero)[0],
         "steps": settings.steps, "warmup": settings.warmup,
@@ -146,7 +144,7 @@ def _shards(settings: Settings) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as name:
         place = Path(name)
         make_images(place / "src", settings.images, 0, pictures=make_jpegs(
-            min(PICTURES, settings.images), settings.image_bytes, _SIZE))
+            min(PICTURES, settings.images), settings.image_bytes, SIZE))
         count = _SHARDS_OF_WORKER * settings.ranks * settings.workers
         shards = convert.convert(place / "src", "train", place / "shards", convert.Settings(
             samples_per_shard=max(1, settings.images // count)), workers=1).folder
@@ -197,7 +195,7 @@ def ours(model: str, settings: Settings, shards: Path, run: Path) -> list[str]:
 
 def timms(model: str, settings: Settings, shards: Path, run: Path) -> list[str]:
     """The same for timm's script: an epoch of so many steps, without a validation, and the augmentation of ours."""
-    return ["--device", _device(), "--model", model, "--dataset", "wds/train", "--data-dir", str(shards),
+    return ["--device", device().type, "--model", model, "--dataset", "wds/train", "--data-dir", str(shards),
             "--val-split", "", "--num-classes", str(len(ShardReader(shards).classes)),
             "--train-num-samples", str(settings.steps * settings.global_batch), "--epochs", "1",
             "--batch-size", str(settings.batch), "--workers", str(settings.workers), "--log-interval", "1",
@@ -216,10 +214,6 @@ def _precision(zero: dict[str, Any]) -> tuple[str, list[str]]:
         if zero.get(name, {}).get("enabled"):
             return name, ["--amp", "--amp-dtype", dtype]
     return "fp32", []
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def our_steps(run: Path) -> list[Step]:
@@ -263,6 +257,8 @@ class _Memory:
             done = len(self._steps())
             if done and (done < self._warmup or not self.peak):
                 self.peak = max(self.peak, held_bytes(psutil.Process()))
+            if done >= self._warmup:
+                return
 
 
 def held_bytes(process: psutil.Process) -> int:

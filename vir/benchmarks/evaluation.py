@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from vir.benchmarks.conversion import make_images
-from vir.benchmarks.stopwatch import machine
+from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import markdown
 from vir.data import convert
 from vir.data.folder_reader import FolderReader
@@ -67,8 +67,8 @@ def benchmark(settings: Settings, command: str) -> str:
     if unknown := [name for name in settings.models if not timm.is_model(name)]:
         raise SettingsError(f"--models: timm knows no {', '.join(unknown)}")
     if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        raise DataError(f"--folder {settings.folder} is no folder; make it, or name another")
+    here = device()
     rows = []
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
         make_images(Path(place) / "src", settings.images, settings.image_bytes)
@@ -77,14 +77,14 @@ def benchmark(settings: Settings, command: str) -> str:
         for name in settings.models:
             weights = _write_weights(Path(place) / f"{name}.safetensors", name, readers["folder"].classes)
             ways: dict[str, Callable[[], Found]] = {
-                f"vir-evaluate, {kind}": partial(_ours, weights, reader, settings, device)
+                f"vir-evaluate, {kind}": partial(_ours, weights, reader, settings, here)
                 for kind, reader in readers.items()}
-            ways["timm's loop, folder"] = partial(_timms, weights, Path(place) / "src" / "train", settings, device)
+            ways["timm's loop, folder"] = partial(_timms, weights, Path(place) / "src" / "train", settings, here)
             rows += _rows(name, ways, settings)
     columns = ("model", "evaluation", "images/s (least to most)", "of timm's")
     if settings.json is not None:
         replace_text(settings.json, json.dumps({
-            "title": f"Evaluation of {settings.images} images", "command": command, "machine": machine(device),
+            "title": f"Evaluation of {settings.images} images", "command": command, "machine": machine(here),
             "columns": columns, "rows": rows}, indent=1) + "\n")
     return markdown(columns, rows)
 

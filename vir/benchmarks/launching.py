@@ -7,11 +7,12 @@ import shlex
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from vir.errors import SettingsError
+import psutil
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from vir.errors import SettingsError
 
 # glibc would give freed tensors back to the system and fault them in again: noise, and up to half of the time on CPU.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
@@ -20,6 +21,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "1073741824", "
 DEEPSPEED = ["deepspeed.launcher.runner", "--num_accelerators"]
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node"]
 """It starts in a third of the time that deepspeed's takes."""
+
+_ENDS_WITHIN_S = 30.0
 
 
 def launch(launcher: list[str], ranks: int, words: list[str], way_out: str) -> None:
@@ -33,11 +36,27 @@ def launch(launcher: list[str], ranks: int, words: list[str], way_out: str) -> N
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", *launcher, str(ranks), "--master_port", port, *words]
     try:
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+        try:
+            said, _ = process.communicate()
+        except BaseException:
+            end_children()
+            raise
     finally:  # DeepSpeed leaves 69 MB per rank and port behind
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             buffer.unlink(missing_ok=True)
-    if done.returncode != 0:
-        raise SettingsError(f"{shlex.join(command)} ended with code {done.returncode}; {way_out}. It said:\n"
-                            f"{done.stdout[-3000:]}")
+    if process.returncode != 0:
+        raise SettingsError(f"{shlex.join(command)} ended with code {process.returncode}; {way_out}. It said:\n"
+                            f"{said[-3000:]}")
+
+
+def end_children() -> None:
+    """Ask all processes below this one to end, and kill those that have not after a while."""
+    below = psutil.Process().children(recursive=True)  # a launcher that ended first would leave its ranks to others
+    for process in below:
+        with suppress(psutil.Error):
+            process.terminate()
+    for process in psutil.wait_procs(below, _ENDS_WITHIN_S)[1]:
+        with suppress(psutil.Error):
+            process.kill()

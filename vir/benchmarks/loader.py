@@ -37,8 +37,6 @@ _SHARDS = 20
 """About; every worker of a peer must have some."""
 _READ = 20_000
 """Samples that are read at least where they are not decoded: CPU time is counted in ticks of 10 ms."""
-_SIZE = (500, 375)
-"""Width and height of the images: the most frequent of ImageNet."""
 AUGMENTATIONS = {
     "crop, flip": AugmentConfig(auto_augment=None, color_jitter=0, reprob=0, mixup=0, cutmix=0),
     "RandAugment": AugmentConfig()}
@@ -124,13 +122,14 @@ def _versions() -> str:
 def _images(settings: Settings) -> Iterator[_Images]:
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as name:
         place = Path(name)
-        pictures = photographs.make_jpegs(min(PICTURES, settings.images), settings.image_bytes, _SIZE)
+        pictures = photographs.make_jpegs(min(PICTURES, settings.images), settings.image_bytes, photographs.SIZE)
         total = make_images(place / "src", settings.images, 0, pictures=pictures)
         shards = convert.convert(
             place / "src", "train", place / "shards",
             convert.Settings(samples_per_shard=max(1, settings.images // _SHARDS)), workers=1).folder
         write_sidecars(shards, ["timm"])
-        yield _Images(place, shards, f"{settings.images:,} JPEGs of {_SIZE[0]} x {_SIZE[1]} pixels and "
+        width, height = photographs.SIZE
+        yield _Images(place, shards, f"{settings.images:,} JPEGs of {width} x {height} pixels and "
                                      f"{total / settings.images / 1000:.0f} KB, of which Pillow decodes one in "
                                      f"{photographs.decoding_us(pictures):,.0f} us")
 

@@ -1,15 +1,34 @@
-"""Clocks that a bare loop reads beside its steps: of the wall, of its own CPU time and of its loader processes'."""
+"""What bare loops share: their model, and the clocks that they read beside their steps."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import psutil
 import torch.distributed as dist
+from torch import nn
+
+from vir.models import VisionRetention
+from vir.models.build import create
+
+
+def bare_model(settings: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int], int]:
+    """timm's `model` with `model_args`, (C, H, W) of an image, and how many trainable numbers there are."""
+    model = create(settings["model"], settings["model_args"])
+    if isinstance(model, VisionRetention):
+        model.set_retention_mode(settings["retention_mode"], settings["chunk_size"])
+    described: Any = model.pretrained_cfg
+    channels, height, width = settings["input_size"] or described["input_size"]
+    return (model, (channels, height, width),
+            sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
 
 
 class Marks:
-    """Take a mark after each interval of steps. Made before the loader processes are started."""
+    """Marks of the wall clock, of this process's CPU time and of its loaders', one after each interval of steps.
+
+    Made before the loader processes are started.
+    """
 
     def __init__(self) -> None:
         self._process = psutil.Process()

@@ -29,10 +29,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from vir.benchmarks.marks import Marks
+from vir.benchmarks.marks import Marks, bare_model
 from vir.data.reader import ShardReader
-from vir.models import VisionRetention
-from vir.models.build import create
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,11 +42,7 @@ def train(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
         What Marks tell after each further `log_every` steps; `parameters`: trainable numbers; `optimizer`: the class
         that does the update.
     """
-    model = create(settings["model"], settings["model_args"])
-    if isinstance(model, VisionRetention):
-        model.set_retention_mode(settings["retention_mode"], settings["chunk_size"])
-    described: Any = model.pretrained_cfg
-    size = tuple(settings["input_size"] or described["input_size"])  # (C, H, W)
+    model, size, parameters = bare_model(settings)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **settings["adam"])
     network = DistributedDataParallel(model) if dist.get_world_size() > 1 else None
@@ -73,7 +67,6 @@ def train(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             marks.take()
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {**marks.over_ranks(), "parameters": parameters, "optimizer": "torch.optim.adamw.AdamW"}
 
 

@@ -11,6 +11,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+SIZE = (500, 375)
+"""Width and height of a photograph: the most frequent of ImageNet."""
 _LARGER = 1.14
 """Times the size: the most of a photograph that one picture shows."""
 _ROUNDS = 3

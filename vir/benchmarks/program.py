@@ -22,7 +22,11 @@ def run(tool: str, parser: argparse.ArgumentParser, argv: list[str] | None,
     """
     args = parser.parse_args(argv)
     try:
-        print(measure(args, f"python tools/{tool} {shlex.join(sys.argv[1:] if argv is None else argv)}"))
+        with cli.interruptible():
+            print(measure(args, f"python tools/{tool} {shlex.join(sys.argv[1:] if argv is None else argv)}"))
+    except cli.Interrupted as end:
+        print(f"{tool}: interrupted", file=sys.stderr)
+        return end.exit_code
     except VirError as error:
         return cli.tell(error, "error")
     return 0

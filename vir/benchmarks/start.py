@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-import torch
 
 from vir.benchmarks.launching import DEEPSPEED, launch
-from vir.benchmarks.stopwatch import machine
+from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import start_table
 from vir.benchmarks.training import RECIPE
 from vir.data.reader import ShardReader
@@ -55,7 +54,7 @@ def benchmark(settings: Settings, command: str) -> str:
         turns = [sides.turn(number) for number in range(settings.repeats)]
     start = {"model": settings.model, "ranks": settings.ranks, "zero": Path(settings.deepspeed_config).stem,
              "turns": turns}
-    here = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here = machine(device())
     result = {"title": "From a command to the first step", "command": command, "machine": here, "start": start}
     if settings.json is not None:
         replace_text(settings.json, json.dumps(result, indent=1) + "\n")
@@ -100,7 +99,7 @@ class Sides:
                 "optimizer": {"type": "AdamW", "params": {"lr": config.optim.peak_lr(batch), "torch_adam": True}}}}
         (folder / "settings.json").write_text(json.dumps(settings))
         began = self._launch(["--module", "vir.benchmarks.peer", str(folder / "settings.json")])
-        measured = json.loads((folder / "times.json").read_text())["beginning"]
+        measured = json.loads((folder / "times.json").read_text())["startup"]
         return {"launcher": measured["process_began"] - began, **measured["seconds"]}
 
     def ours(self) -> dict[str, dict[str, float]]:

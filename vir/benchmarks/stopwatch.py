@@ -133,6 +133,11 @@ def _status_mib(field: str) -> float:
     raise SettingsError(f"/proc/self/status has no {field}; memory is measured on Linux only")
 
 
+def device() -> torch.device:
+    """Where training runs unless it is told otherwise: a GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def machine(device: torch.device) -> str:
     """One line: where and with what this ran."""
     name = platform.processor() or platform.machine()

@@ -287,9 +287,20 @@ def beside_table(beside: Sequence[dict[str, Any]], folder: Path) -> str:
         if len(found) != 1 or one["column"] not in head:
             raise DataError(f"{path} has {len(found)} rows of {one['row']}, and the columns {head}; name one row and "
                             f"the column of its ratio, not {one['column']!r}")
-        rows.append((one["what"], one["peer"], found[0][head.index(one["column"])], one["target"],
+        ratio = found[0][head.index(one["column"])]
+        rows.append((one["what"], one["peer"], ratio, one["target"] + (" (missed)" if _is_missed(ratio, one["target"])
+                                                                       else ""),
                      json.loads(path.read_text())["machine"]))
     return markdown(("what", "peer", "ours to the peer's", "target", "machine, versions, date"), rows)
+
+
+def _is_missed(ratio: str, target: str) -> bool:
+    """A target is empty, `≥ 0.8` or `≤ 1.2`; a ratio may have its least and most in brackets behind it."""
+    if not target:
+        return False
+    sign, bound = target.split()
+    value = float(ratio.split()[0])
+    return value < float(bound) if sign == "≥" else value > float(bound)
 
 
 def _between(values: Sequence[float], factor: float) -> str:
@@ -316,6 +327,13 @@ def render(path: Path) -> str:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; put the file there, or correct its name in the "
+                        f"page") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON: {error}; write it with the --output or --json of a tools/benchmark_*.py"
+                        ) from error
+    try:
         if "columns" in content:
             return markdown(content["columns"], content["rows"])
         for kind, table in _TABLES.items():
@@ -328,13 +346,7 @@ def render(path: Path) -> str:
         if "runs" in content:
             return training_tables(content)
         return model_table([Result(**result) for result in content["results"]], content["kind"]).rstrip("\n")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; put the file there, or correct its name in the "
-                        f"page") from error
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON: {error}; write it with the --output or --json of a tools/benchmark_*.py"
-                        ) from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise DataError(f"{path} has no results that make a table ({error!r}); it needs kind and results, runs, "
                         f"checkpointing, end_to_end, start, accuracy and pairs, beside, or columns and rows") from error
 

@@ -21,8 +21,8 @@ import timm
 import torch
 
 from vir.benchmarks.checkpoint_size import ema_bytes, folder_bytes, newest
-from vir.benchmarks.launching import DEEPSPEED, ROOT, TORCHRUN, launch
-from vir.benchmarks.stopwatch import machine
+from vir.benchmarks.launching import DEEPSPEED, TORCHRUN, launch
+from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import training_report
 from vir.config import plan_accumulation
 from vir.data.loader import processes_for
@@ -34,7 +34,7 @@ from vir.models.build import architecture
 from vir.planning.images import IMAGENET
 from vir.reports.metrics import read_metrics
 
-RECIPE = ROOT / "vir" / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "quickstart.yaml"
 STAGES = ("zero0_fp32", "zero1_bf16", "zero2_fp32", "zero3_bf16")
 
 
@@ -56,6 +56,8 @@ class Settings:
     options: list[str]
 
     def __post_init__(self) -> None:
+        if len(set(self.ranks)) < len(self.ranks):
+            raise SettingsError(f"--ranks {' '.join(map(str, self.ranks))} names a number twice; name each once")
         for flag, value, least in (("ranks", min(self.ranks), 1), ("repeats", self.repeats, 1),
                                    ("log_every", self.log_every, 1), ("steps", self.steps, 3 * self.log_every)):
             if value < least:
@@ -290,4 +292,4 @@ def _busy_cores(seconds: float = 1.0) -> float:
 
 def _machine() -> str:
     torch.set_num_threads(1)  # as each rank has
-    return machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return machine(device())

@@ -22,9 +22,9 @@ from vir.run_folder import METRICS, TENSORBOARD, WANDB_ID
 class MetricsWriter:
     """Appends events to RUN/metrics.jsonl and RUN/tensorboard.
 
-    Events after `from_epoch`, written by a run that was killed before its next checkpoint, are dropped: each step
-    stands once. `from_step` is the same moment in steps of the present batch size. With `wandb`, the name of a project,
-    they go to Weights & Biases as well.
+    Events after `from_epoch`, written by a run that was killed before its next checkpoint, are dropped: each train and
+    eval event stands once, each start stays. `from_step` is the same moment in steps of the present batch size. With
+    `wandb`, the name of a project, they go to Weights & Biases as well.
 
     A disk that is full or fails costs no event and ends no run: both files are tried again with each event, and at the
     end. Only metrics.jsonl must be writable at the start.
@@ -49,7 +49,7 @@ class MetricsWriter:
                                     "or leave it out") from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One event; `kind` is train or eval. Numbers also go to TensorBoard as kind/name."""
+        """One event; `kind` is train, eval or start. Numbers also go to TensorBoard as kind/name."""
         plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                  for name, value in values.items()}  # JSON has no NaN
         event = {"kind": kind, "step": step, "time": round(time.time(), 3), **plain}

@@ -40,6 +40,8 @@ _PLOTS = {"loss": {"train loss": "training", "eval loss": "validation", "eval em
 """By title: kind of event and name of the value, with a label."""
 _DRAWN, _TOLD, _WORST, _SPIKES = 300, 100, 15, 5
 """Marks of a kind, marks in the table, classes, spikes: so the page stays small."""
+_OF_CLASSES = {"class", "images", "top1", "taken_for", "taken_for_images"}
+"""Columns of vir-evaluate's --per-class."""
 _NONCE = secrets.token_urlsafe(16)
 
 
@@ -99,13 +101,13 @@ def _look_at(folder: Path, explain: Explain) -> dict[str, Any]:
     start = [said for _, said in log[max((at for at, (_, said) in enumerate(log) if said.startswith("command: ")),
                                          default=0):]]
     facts = start[:next((at for at, said in enumerate(start) if said.startswith(("step ", "continuing "))), None)]
-    total = next((int(match[1]) for said in facts if (match := re.match(r"(\d+) steps of ", said))), None)
     last = train[-1] if train else {"step": 0}
+    total = last.get("total_steps")
     if files.is_locked(folder / LOCK):
         state = "running"
     elif not train and not log:
         state = "not begun"
-    elif last["step"] == total:
+    elif any(said.startswith("done: ") for said in start):
         state = "done"
     else:
         state = "stopped" if any(said.startswith("stopped by ") for said in start) else "failed, or killed"
@@ -143,11 +145,14 @@ def _marks(log: Sequence[tuple[float, str]], events: Sequence[dict[str, Any]], t
     hours = np.array([max(0.0, at - _finite(events[0].get("time"))) / 3600 if events else 0.0 for _, at, _ in told])
     places = [np.interp(hours, axes[:, 2], axis) if train else 0 * hours for axis in axes.T[:2]]
     marks = [(kind, at, _plain(*place), said) for (kind, at, said), *place in zip(told, *places, hours)]
+    starts = {event["step"] for event in events if event["kind"] == "start"}
     for event, place in zip(train, axes):
+        if any(step < first <= event["step"] for first in starts):
+            bad = 0  # each start counts them anew
         counts = {"skipped steps": event.get("skipped") or 0, "replaced samples": (event.get("bad_samples") or 0) - bad}
         marks += [(kind, _finite(event.get("time")), _plain(*place), f"{count} in steps {step + 1} to {event['step']}")
                   for kind, count in counts.items() if count > 0]
-        bad, step = event.get("bad_samples") or 0, event["step"]  # the first is counted anew at each start
+        bad, step = event.get("bad_samples") or 0, event["step"]
     return sorted(marks, key=lambda mark: -mark[1])
 
 
@@ -205,7 +210,7 @@ def _read_results(given: Sequence[Path], found: Sequence[Path]) -> tuple[list[An
             text = files.read_regular(path, 1 << 26).decode()
             if path.suffix == ".csv":
                 table = list(csv.DictReader(io.StringIO(text)))
-                if is_one := bool(table) and {"class", "images", "top1", "taken_for"} <= table[0].keys():
+                if is_one := bool(table) and _OF_CLASSES <= table[0].keys():
                     classes.append((path, sorted(table, key=lambda row: float(row["top1"]))[:_WORST], len(table)))
             else:
                 read = json.loads(text)
@@ -215,7 +220,8 @@ def _read_results(given: Sequence[Path], found: Sequence[Path]) -> tuple[list[An
             if not is_one and path in given:
                 problems.append(f"{path} is no result of vir-evaluate; give a file of its --json or --per-class")
         except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
-            problems.append(f"{path} cannot be read: {error}; evaluate again, or remove it")
+            problems.append(f"{path} cannot be read: {error}; " + (
+                "evaluate again" if path in given else "it is left out, as another program's or damaged"))
     return results, classes, problems
 
 

@@ -9,7 +9,6 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
-from vir.beginning import Beginning
 from vir.cluster.heartbeat import Heartbeat
 from vir.cluster.signals import EVALUATE, SAVE, LauncherGrace, StopRequest
 from vir.config import TrainConfig
@@ -19,6 +18,7 @@ from vir.engine.engine import Engine, Update
 from vir.errors import CheckpointError, LossScaleError, NotFiniteError
 from vir.log import log
 from vir.reports.throughput import Stopwatch
+from vir.startup import StartupTimer
 from vir.streams import DROPOUT, generator
 from vir.training.distill import Teacher
 from vir.training.features import FeatureBatch, FeatureBatches
@@ -129,10 +129,10 @@ class Trainer:
     """
 
     def __init__(self, plan: Plan, global_step: GlobalStep, meter: Meter, validator: Validator | None, saver: Saver,
-                 profiler: Profiler, stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> None:
+                 profiler: Profiler, stop: StopRequest, heartbeat: Heartbeat, startup: StartupTimer) -> None:
         self._plan, self._global_step, self._meter = plan, global_step, meter
         self._validator, self._saver, self._profiler, self._stop = validator, saver, profiler, stop
-        self._heartbeat, self._beginning = heartbeat, beginning
+        self._heartbeat, self._startup = heartbeat, startup
         self._grace = LauncherGrace()
 
     def fit(self, batches: Batches | FeatureBatches, first: int, evaluate_first: bool) -> Ending:
@@ -154,13 +154,14 @@ class Trainer:
                     return Ending.STOPPED
                 if verdict is Verdict.BEST:
                     self._saver.save(first)
+                self._startup.ended("evaluation")
             self._meter.begin()
             for step in range(first, total):
                 began = time.monotonic()
                 fetched = self._fetch(batches, step)
                 waited = time.monotonic() - began
                 if step == first:
-                    self._beginning.ended("first batch")
+                    self._startup.ended("first batch")
                 # Asked after the wait for data: a rank to whom none comes takes part as soon as a signal does, so the
                 # answer is needed before anything collective. It takes 0.3 ms between two ranks on one machine, in
                 # which the device is at the optimizer's kernels; asked asynchronously it took no less.
@@ -185,8 +186,8 @@ class Trainer:
                 record = self._global_step(fetched, waited, step)
                 self._profiler.after(step)
                 if step == first:
-                    self._beginning.ended("first step")
-                    self._meter.began(self._beginning)
+                    self._startup.ended("first step")
+                    self._meter.began(self._startup)
                 else:  # the first one compiles
                     self._grace.stepped(time.monotonic() - began)
                 self._meter.stepped(step + 1, record)

@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vir import distributed
-from vir.beginning import Beginning
 from vir.checkpoints.saving import Saved
 from vir.cluster.heartbeat import Heartbeat
 from vir.config import RunConfig
@@ -25,6 +24,7 @@ from vir.engine.engine import Engine, Update
 from vir.log import log, shows_bars
 from vir.reports.metrics import MetricsWriter
 from vir.reports.throughput import Stopwatch, far_away, latecomers, peak_memory, stragglers, utilisation
+from vir.startup import StartupTimer
 from vir.training.guard import check_bad_samples
 from vir.training.plan import Plan
 from vir.training.saver import Results
@@ -139,13 +139,13 @@ class Meter:
         """Start the clock of an interval."""
         self._interval = _Interval()
 
-    def began(self, beginning: Beginning) -> None:
+    def began(self, startup: StartupTimer) -> None:
         """Tell how long it took to the end of the first step of this process, and where a run goes on."""
-        log.info("%s", beginning)
+        log.info("%s", startup)
         if self._writer is not None:
             self._writer.write("start", self._first + 1, epoch=self._plan.epoch(self._first), ranks=self._world.size,
                                **{f"{phase.replace(' ', '_')}_seconds": round(seconds, 3)
-                                  for phase, seconds in beginning.seconds.items()})
+                                  for phase, seconds in startup.seconds.items()})
 
     def stepped(self, done: int, record: StepRecord) -> None:
         """Take up a step. At the end of an interval or of the run, report. Collective.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from vir import arithmetic, cli, distributed
 from vir import log as logs
 from vir import run_folder
-from vir.beginning import Beginning
 from vir.checkpoints.local import LocalCopies
 from vir.cluster import agreement
 from vir.cluster.heartbeat import Heartbeat
@@ -36,6 +34,7 @@ from vir.planning import page
 from vir.reports.curves import plot_runs
 from vir.reports.environment import describe_environment
 from vir.reports.metrics import MetricsWriter, read_metrics
+from vir.startup import StartupTimer
 from vir.training import features
 from vir.training.distill import Teacher, load_teacher, make_student
 from vir.training.features import FeatureBatches, FeaturePreparation
@@ -56,14 +55,14 @@ _DEV_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rank:
+class _Context:
     """What a rank begins with: settings and data, its place, how it hears of a stop and tells where it is."""
 
     prepared: Prepared
     world: World
     stop: StopRequest
     heartbeat: Heartbeat
-    beginning: Beginning
+    startup: StartupTimer
 
     @property
     def config(self) -> RunConfig:
@@ -93,7 +92,7 @@ class _Built:
         return self.teacher.fingerprint if self.teacher else ""
 
 
-def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat, beginning: Beginning) -> int:
+def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat, startup: StartupTimer) -> int:
     """Train, and return the exit code: 0 when done, EXIT_STOPPED_BY_SIGNAL when a signal ended it after saving.
 
     With dry_run it only tells the plan, with validate_only it only evaluates; neither leaves anything. With
@@ -106,9 +105,9 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat, beginning: 
     world = distributed.start()
     agreement.check(config, prepared.ds_config)
     stop.join()
-    beginning.ended("process group")
+    startup.ended("process group")
     begin = _try_everything if config.train.fast_dev_run else _run
-    ending = begin(_Rank(prepared=prepared, world=world, stop=stop, heartbeat=heartbeat, beginning=beginning))
+    ending = begin(_Context(prepared=prepared, world=world, stop=stop, heartbeat=heartbeat, startup=startup))
     if ending is Ending.STOPPED:
         goes_on = "" if leaves_nothing else f"; the same command continues: {config.output}"
         log.info(f"stopped by {stop.cause}{goes_on}")
@@ -118,39 +117,39 @@ def run(prepared: Prepared, stop: StopRequest, heartbeat: Heartbeat, beginning: 
     return 0 if ending is Ending.DONE else EXIT_STOPPED_BY_SIGNAL
 
 
-def _run(rank: _Rank) -> Ending:
-    config, world = rank.config, rank.world
-    rank.heartbeat.at("building model and engine, compiling", counts=False)
+def _run(context: _Context) -> Ending:
+    config, world = context.config, context.world
+    context.heartbeat.at("building model and engine, compiling", counts=False)
     is_run = trains(config)
-    with nullcontext() if config.validate_only else run_folder.claim(rank.folder, world, stays=is_run):
-        logs.start(world.rank, rank.folder / run_folder.LOG if is_run else None)
+    with nullcontext() if config.validate_only else run_folder.claim(context.folder, world, stays=is_run):
+        logs.start(world.rank, context.folder / run_folder.LOG if is_run else None)
         for line in describe_environment(world):
             log.info(line)
-        _check_agreement(rank.prepared)
-        built = _build(rank)
+        _check_agreement(context.prepared)
+        built = _build(context)
         with closing(built.engine):
             goes_about = _show_plan if config.dry_run else _validate if config.validate_only else _train
-            ending = goes_about(rank, built)
+            ending = goes_about(context, built)
     if is_run and world.is_main:
-        _draw_curves(rank.folder)
+        _draw_curves(context.folder)
         if ending is Ending.DONE:
-            log.info("done: %s", rank.folder)
+            log.info("done: %s", context.folder)
     return ending
 
 
-def _build(rank: _Rank) -> _Built:
+def _build(context: _Context) -> _Built:
     """Model, teacher, plan and engine. Collective."""
-    config, prepared, world = rank.config, rank.prepared, rank.world
+    config, prepared, world = context.config, context.prepared, context.world
     torch.manual_seed(config.train.seed)
     fresh = not distributed.broadcast(continues(config))
     network, spec = build(config.model, prepared.train.classes, fresh, config.train.linear_probe)
     # After the model: what a teacher draws while it is built changes no initial weight.
     teacher = None if config.validate_only else load_teacher(config.distill, spec, world.device)
     make_student(network, spec.name, config.distill)
-    rank.beginning.ended("model")
+    context.startup.ended("model")
     plan = make_plan(config, prepared.train, spec, world, ds_config.precision(prepared.ds_config))
     engine = Engine(network.to(world.device), config, prepared.ds_config, plan.accumulation)
-    rank.beginning.ended("engine")
+    context.startup.ended("engine")
     return _Built(plan=plan, engine=engine, spec=spec, teacher=teacher)
 
 
@@ -169,10 +168,10 @@ def _check_agreement(prepared: Prepared) -> None:
                             "on each machine choose the same; give --data.lanes and --data.window")
 
 
-def _try_everything(rank: _Rank) -> Ending:
+def _try_everything(context: _Context) -> Ending:
     """Half of the steps, with an evaluation and a checkpoint, then the other half after a resume; remove it all."""
-    config, world = rank.config, rank.world
-    folder = Path(f"{rank.folder}.fast_dev_run")  # beside it, also where it was given as runs/a/
+    config, world = context.config, context.world
+    folder = Path(f"{context.folder}.fast_dev_run")  # beside it, also where it was given as runs/a/
     with run_folder.claim(folder, world, stays=False):  # it is no other's that goes on
         if world.is_main:
             for left in folder.iterdir():  # by an attempt that was killed
@@ -183,8 +182,8 @@ def _try_everything(rank: _Rank) -> Ending:
             train=replace(config.train, steps=steps, log_every=1, wandb=""),
             checkpoint=replace(config.checkpoint, local=""),  # nothing stays of this run
             schedule=replace(config.schedule, warmup_epochs=0.0, cooldown_epochs=0.0))
-        ending = _run(replace(rank, prepared=replace(rank.prepared, config=short)))
-        rank = replace(rank, beginning=Beginning(time.time()))
+        ending = _run(replace(context, prepared=replace(context.prepared, config=short)))
+        context = replace(context, startup=StartupTimer())
         if ending is Ending.STOPPED:
             break
     logs.start(world.rank)  # no longer to a file there
@@ -195,16 +194,16 @@ def _try_everything(rank: _Rank) -> Ending:
     return ending
 
 
-def _show_plan(rank: _Rank, built: _Built) -> Ending:
-    info = resume(rank.config, built.engine, built.spec, rank.prepared.fingerprint, rank.world,
+def _show_plan(context: _Context, built: _Built) -> Ending:
+    info = resume(context.config, built.engine, built.spec, context.prepared.fingerprint, context.world,
                   built.teacher_fingerprint)
-    if rank.stop.agree():
+    if context.stop.agree():
         return Ending.STOPPED
-    _describe(rank, built)
+    _describe(context, built)
     problem = ""
-    if rank.world.is_main:
+    if context.world.is_main:
         try:
-            found = forecast(rank.prepared, built.plan, rank.world, built.teacher)
+            found = forecast(context.prepared, built.plan, context.world, built.teacher)
             for line in page.lines(found):
                 log.info(line)
             found.check_that_something_fits()
@@ -218,11 +217,11 @@ def _show_plan(rank: _Rank, built: _Built) -> Ending:
     return Ending.DONE
 
 
-def _describe(rank: _Rank, built: _Built) -> None:
-    config, prepared, plan, engine = rank.config, rank.prepared, built.plan, built.engine
-    if rank.world.is_main:  # it looks at the disk
+def _describe(context: _Context, built: _Built) -> None:
+    config, prepared, plan, engine = context.config, context.prepared, built.plan, built.engine
+    if context.world.is_main:  # it looks at the disk
         for line in describe(config, prepared.ds_config, plan, engine, built.spec, prepared.train, prepared.val,
-                             rank.world, built.teacher):
+                             context.world, built.teacher):
             log.info(line)
         if config.train.linear_probe:
             log.info(features.describe(config.augment, plan, engine))
@@ -231,40 +230,40 @@ def _describe(rank: _Rank, built: _Built) -> None:
                      config.data.exclude)
 
 
-def _validate(rank: _Rank, built: _Built) -> Ending:
-    config, prepared = rank.config, rank.prepared
-    info = resume(config, built.engine, built.spec, prepared.fingerprint, rank.world)
+def _validate(context: _Context, built: _Built) -> Ending:
+    config, prepared = context.config, context.prepared
+    info = resume(config, built.engine, built.spec, prepared.fingerprint, context.world)
     if info is None and not (config.model.init_from or config.model.pretrained):
         raise SettingsError(f"--validate_only: --output {config.output} has no checkpoint to evaluate; name a run "
                             "folder by it or by --resume, or weights by --model.init_from")
     assert prepared.val is not None, "RunConfig has refused validate_only without data.val"
-    validator = Validator(config, built.engine, prepared.val, built.spec.input, rank.world, rank.stop, rank.patience,
-                          rank.heartbeat)
+    validator = Validator(config, built.engine, prepared.val, built.spec.input, context.world, context.stop,
+                          context.patience, context.heartbeat)
     results = validator.evaluate(info.step if info else 0)
     return Ending.STOPPED if results is None else Ending.DONE
 
 
-def _train(rank: _Rank, built: _Built) -> Ending:
-    config, prepared, world, heartbeat = rank.config, rank.prepared, rank.world, rank.heartbeat
+def _train(context: _Context, built: _Built) -> Ending:
+    config, prepared, world, heartbeat = context.config, context.prepared, context.world, context.heartbeat
     plan, engine, spec = built.plan, built.engine, built.spec
     check_memory_of_nodes(config, prepared.ds_config, engine, world)
     local, verified = None, None
     if config.checkpoint.local:
         heartbeat.at("looking for checkpoints on the nodes' own disks", counts=False)
-        local = LocalCopies(Path(config.checkpoint.local), rank.folder, world)
+        local = LocalCopies(Path(config.checkpoint.local), context.folder, world)
         verified = local.bring_back()
     info = resume(config, engine, spec, prepared.fingerprint, world, built.teacher_fingerprint, verified)
     first = info.samples_seen // plan.global_batch_size if info else 0
-    rank.beginning.ended("checkpoint")
+    context.startup.ended("checkpoint")
     saver = Saver(config, plan, engine, spec, prepared.fingerprint, world, heartbeat, first, built.teacher_fingerprint,
                   local)
     writer = _begin_writing(prepared, plan, first, world)
     with closing(writer) if writer else nullcontext():
-        _describe(rank, built)
+        _describe(context, built)
         if first:
             log.info("continuing after step %d", first)
         order = SampleOrder(config.train.seed, prepared.train.shard_sizes, *config.data.order, prepared.exclusion)
-        loading = _begin_loading(rank, built, order, first)
+        loading = _begin_loading(context, built, order, first)
         if loading is None:
             return Ending.STOPPED
         batches, preparation = loading
@@ -273,28 +272,30 @@ def _train(rank: _Rank, built: _Built) -> Ending:
         global_step = GlobalStep(config.train, plan, engine, preparation, guard, meter.forward_clock, world.rank,
                                  built.teacher)
         validator = None if prepared.val is None else Validator(
-            config, engine, prepared.val, spec.input, world, rank.stop, rank.patience, heartbeat, saver)
-        profiler = Profiler(config.train.profile, first, plan.total_steps, rank.folder / run_folder.PROFILE, world)
-        trainer = Trainer(plan, global_step, meter, validator, saver, profiler, rank.stop, heartbeat, rank.beginning)
-        ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, rank.folder, world))
+            config, engine, prepared.val, spec.input, world, context.stop, context.patience, heartbeat, saver)
+        profiler = Profiler(config.train.profile, first, plan.total_steps, context.folder / run_folder.PROFILE, world)
+        trainer = Trainer(plan, global_step, meter, validator, saver, profiler, context.stop, heartbeat,
+                          context.startup)
+        ending = trainer.fit(batches, first, evaluate_first=_evaluation_is_due(plan, first, context.folder, world))
         meter.summarise(saver.saved, saver.waited)
         return ending
 
 
-def _begin_loading(rank: _Rank, built: _Built, order: SampleOrder, first: int) -> \
+def _begin_loading(context: _Context, built: _Built, order: SampleOrder, first: int) -> \
         tuple[Batches | FeatureBatches, Callable[[Any], tuple[Tensor, Tensor]]] | None:
     """Batches from step `first` on, and what makes of one what the engine takes and its targets.
 
     A linear probe's features are computed here where they can be kept; None where a signal ended that. Collective.
     """
-    config, reader, world = rank.config, rank.prepared.train, rank.world
+    config, reader, world = context.config, context.prepared.train, context.world
     plan, spec = built.plan, built.spec
     probes = config.train.linear_probe
     if probes and first < plan.total_steps and features.can_be_kept(config, built.engine, spec.input, world):
-        kept = features.compute(config, plan, built.engine, reader, order, spec.input, world, rank.patience, rank.stop,
-                                rank.heartbeat)
+        kept = features.compute(config, plan, built.engine, reader, order, spec.input, world, context.patience,
+                                context.stop, context.heartbeat)
         if kept is None:
             return None
+        context.startup.ended("features")
         return (FeatureBatches(kept, order, plan, config.train.micro_batch_size, first, world),
                 FeaturePreparation(config.train.smoothing, plan.num_classes))
     batches = train_batches(
@@ -302,7 +303,7 @@ def _begin_loading(rank: _Rank, built: _Built, order: SampleOrder, first: int) -
         last_step=plan.total_steps, global_batch_size=plan.global_batch_size,
         micro_batch_size=config.train.micro_batch_size, rank=world.rank, world_size=world.size,
         workers=config.data.workers, prefetch=config.data.prefetch, device=world.device,
-        patience=rank.patience, as_in_evaluation=probes and not config.augment.draws)
+        patience=context.patience, as_in_evaluation=probes and not config.augment.draws)
     return batches, Preparation(model_input=spec.input, augment=config.augment, smoothing=config.train.smoothing,
                                 num_classes=plan.num_classes, device=world.device)
 
