@@ -42,7 +42,7 @@ TESTED_ELSEWHERE = {
     "vir.benchmarks.checkpoint_size": "test_benchmark_training.py: of the runs that are made there",
     "vir.benchmarks.checkpoints": "test_benchmark_checkpoints.py",
     "vir.benchmarks.checkpoints_run": "test_benchmark_checkpoints.py: in processes of its own",
-    "vir.benchmarks.launching": "test_benchmark_training.py: as it is benchmarked",
+    "vir.benchmarks.launching": "test_benchmark_launching.py",
     "vir.benchmarks.evaluation": "test_benchmark.py",
     "vir.benchmarks.timm_script": "test_end_to_end.py: a rank of its own",
     "vir.benchmarks.file_server": "test_benchmark.py",

@@ -46,7 +46,6 @@ def test_two_models_are_trained_judged_kept_and_compared(tool, images, tmp_path,
     monkeypatch.setattr(accuracy.subprocess, "run", run)
     monkeypatch.setattr(accuracy, "MODELS", {"ours": "vir_tiny_patch16_224", "theirs": "official_tiny_patch16_224"})
     monkeypatch.setattr(accuracy, "_EVALUATIONS", 2)
-    (tmp_path / "runs").mkdir()
     words = ["--fashion", str(images), "--folder", str(tmp_path / "runs"), "--seeds", "1", "--epochs", "2",
              "--json", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
     assert tool.main(words) == 0, capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_the_tool_follows_a_run_that_goes_on_and_leaves_out_what_an_earlier_star
     run.mkdir()
     writer = MetricsWriter(run, 0, 0)
     writer.write("train", 5, total_steps=40, epoch=0.5, loss=9.0, images_per_second=1.0)
-    time.sleep(0.01)
+    writer.write("start", 6, epoch=0.5, ranks=1, imports_seconds=3.0)
     words = [sys.executable, TOOL, run]
     if on_terminal:
         with Terminal(*words) as terminal:

@@ -1,0 +1,47 @@
+"""What a benchmark starts ends with it: the launcher, its ranks, and the folders that it wrote in."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from support.launchers import HANGS
+
+LAUNCHER = """
+import pathlib, subprocess, sys, time
+pid = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
+pathlib.Path("rank.part").write_text(str(pid))
+pathlib.Path("rank.part").rename("rank")
+time.sleep(600)
+"""
+TOOL = """
+import argparse, sys, tempfile
+from vir.benchmarks import launching, program
+
+def measure(args, command):
+    with tempfile.TemporaryDirectory(dir="."):
+        launching.launch(["sleepy"], 1, [], "nothing")
+    return ""
+
+sys.exit(program.run("tool.py", argparse.ArgumentParser(), [], measure))
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_all_that_a_benchmark_started_and_leaves_nothing(number, code, tmp_path):
+    (tmp_path / "sleepy.py").write_text(LAUNCHER)
+    tool = subprocess.Popen([sys.executable, "-c", TOOL], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + HANGS
+    while not (tmp_path / "rank").exists():
+        assert time.monotonic() < until and tool.poll() is None
+        time.sleep(0.05)
+    below = psutil.Process(tool.pid).children(recursive=True)
+    assert int((tmp_path / "rank").read_text()) in [process.pid for process in below] and len(below) == 2
+    tool.send_signal(number)
+    _, said = tool.communicate(timeout=HANGS)
+    assert tool.returncode == code and said == "tool.py: interrupted\n"
+    assert not any(process.is_running() for process in below)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != "__pycache__") == []
