@@ -52,7 +52,10 @@ mkdir -p "$run"
 log=$run/quickstart.log
 step() { printf '\n== %s\n' "$*"; }
 failed() {
-  kill "${follower:-}" 2>/dev/null || true
+  if [ -n "${follower:-}" ]; then
+    kill "$follower" 2>/dev/null || true
+    wait "$follower" || true # it tells what came last
+  fi
   if [ "$1" = 75 ]; then
     printf '\nstopped and saved; the same command continues\n' >&2
     exit 75

@@ -206,7 +206,7 @@ def test_evaluation_beside_timms_loop(tmp_path, benchmark_evaluation, monkeypatc
 
 @pytest.mark.parametrize("words, message", [
     (["--images", "0"], "must be at least 1"), (["--models", "no_vit"], "timm knows no no_vit"),
-    (["--folder", "nowhere"], "no such folder: nowhere")])
+    (["--folder", "nowhere"], "--folder nowhere is no folder; make it")])
 def test_an_evaluation_that_cannot_be_measured_is_told(words, message, benchmark_evaluation, capsys):
     assert benchmark_evaluation(words) in (2, 3)
     assert message in capsys.readouterr().err
@@ -268,7 +268,7 @@ def test_downloads_per_shard_measured_beside_simulated(tmp_path, benchmark_traff
 
 @pytest.mark.parametrize("words, message", [
     (["--step_ms=-1"], "--step_ms must be at least 0 and finite, got -1"), (["--nodes", "0"], "must be at least 1"),
-    (["--folder", "nowhere"], "no such folder: nowhere")])
+    (["--folder", "nowhere"], "--folder nowhere is no folder; make it")])
 def test_traffic_that_cannot_be_measured_is_told(words, message, benchmark_traffic, capsys):
     assert benchmark_traffic(words) in (2, 3)
     assert message in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_a_run_that_fails_is_told_with_what_it_said(tool, images, tmp_path, caps
 @pytest.mark.parametrize("flags, said", [
     ([], "nothing to train on"), (["--cifar", "nowhere"], "--cifar nowhere has no folder train"),
     (["--seeds", "0"], "--seeds 0 must be at least 1"), (["--epochs", "0"], "--epochs 0 above 0"),
-    (["--folder", "nowhere", "--cifar", "."], "no such folder: nowhere"),
+    (["--folder", "train/coat/0.png/x", "--cifar", "."], "cannot write train/coat/0.png/x: "),
     (["--json", "nowhere/x.json", "--cifar", "."], "--json nowhere/x.json cannot be written")])
 def test_what_cannot_be_measured_is_told_before_anything_runs(flags, said, tool, images, capsys, monkeypatch):
     monkeypatch.setattr(accuracy.subprocess, "run", None)

@@ -96,10 +96,10 @@ def test_what_has_the_same_ranks_and_json_is_measured_in_one_launch(tool):
 @pytest.mark.parametrize("words, code, said", [
     (["--ranks", "0"], 2, "--ranks is 0; it must be at least 1"),
     (["--turns", "1"], 2, "--turns is 1; it must be at least --written, which is 2"),
-    (["--folder", "nowhere"], 3, "no such folder: nowhere"),
+    (["--folder", "nowhere"], 3, "--folder nowhere is no folder; make it"),
     (["--deepspeed_configs", "no.json"], 2, "no.json: no such file"),
     (["--json", "nowhere/x.json"], 2, "--json nowhere/x.json cannot be written")])
 def test_what_cannot_be_measured_is_told_before_anything_runs(words, code, said, main, capsys, monkeypatch):
-    monkeypatch.setattr(launching.subprocess, "run", None)
+    monkeypatch.setattr(launching.subprocess, "Popen", None)
     assert main(words) == code
     assert said in capsys.readouterr().err

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from support.launchers import HANGS
+from vir.benchmarks import launching
 
 LAUNCHER = """
 import pathlib, subprocess, sys, time
@@ -43,5 +44,5 @@ def test_a_signal_ends_all_that_a_benchmark_started_and_leaves_nothing(number, c
     tool.send_signal(number)
     _, said = tool.communicate(timeout=HANGS)
     assert tool.returncode == code and said == "tool.py: interrupted\n"
-    assert not any(process.is_running() for process in below)
+    assert not any(map(launching._runs, below))
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and path.name != "__pycache__") == []

@@ -122,7 +122,7 @@ def test_what_a_trainer_sees_of_an_order_that_is_made_beside(monkeypatch):
     (["order", "--samples", "0"], "--samples and --rounds must be at least 1"),
     (["reading", "--plot", "x.png"], "--plot shows the rates of pixels, not of reading"),
     (["order", "--json", "gone/x.json"], "--json gone/x.json cannot be written: No such file or directory; give"),
-    (["--folder", "nowhere"], "no such folder: nowhere")])
+    (["--folder", "nowhere"], "--folder nowhere is no folder; make it")])
 def test_what_cannot_be_measured_is_told(words, message, main, capsys):
     assert main(words) in (2, 3)
     assert message in capsys.readouterr().err

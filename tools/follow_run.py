@@ -1,6 +1,8 @@
-"""Shows where a run stands, in one line that moves, until Ctrl-C or until the program that started this one is gone.
+"""Shows where a run stands, in one line that moves, from what its last start has written.
 
     python tools/follow_run.py runs/a
+
+It ends by Ctrl-C, or when the program that started it is gone.
 """
 
 from __future__ import annotations

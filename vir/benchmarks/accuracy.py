@@ -126,10 +126,10 @@ def _check(settings: Settings) -> None:
         if source and (missing := [split for split in ("train", "val") if not (source / split).is_dir()]):
             raise DataError(f"--{flag} {source} has no folder {missing[0]}; the head of tools/benchmark_accuracy.py "
                             "tells how it is made")
-    with writing(settings.folder):
-        settings.folder.mkdir(parents=True, exist_ok=True)
     check_file("--json", settings.json)
     check_file("--plot", settings.plot)
+    with writing(settings.folder):
+        settings.folder.mkdir(parents=True, exist_ok=True)
 
 
 def _runs(settings: Settings) -> Iterator[Run]:

@@ -18,6 +18,7 @@ import torch
 
 from vir import launcher
 from vir.benchmarks.launching import TORCHRUN, launch
+from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import checkpointing_table
 from vir.engine import ds_config, half_precision
@@ -72,8 +73,7 @@ def benchmark(settings: Settings, command: str) -> str:
         DataError: no such folder.
     """
     check_file("--json", settings.json)
-    if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
+    check_folder(settings.folder)
     launcher.hide_gpus()  # the ranks inherit it
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
         configs = [name for name in settings.deepspeed_configs if not _is_slow(_json_of(name, Path(place)))]

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from vir.benchmarks.checkpoint_size import folder_bytes
 from vir.benchmarks.consolidation_run import OURS, SAFE, SIDES, anonymous
+from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import markdown
 from vir.checkpoints.info import read_info
@@ -54,8 +55,7 @@ def benchmark(settings: Settings, command: str) -> str:
     if settings.rounds < 1 or settings.limit_mb < 1:
         raise SettingsError(f"--rounds is {settings.rounds} and --limit_mb {settings.limit_mb}; both must be at least "
                             "1")
-    if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
+    check_folder(settings.folder)
     measured = [_of_run(run, settings) for run in settings.runs]
     rows = [row for one in measured for row in _rows(one)]
     if settings.json is not None:

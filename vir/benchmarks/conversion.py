@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from vir.benchmarks.photographs import SIZE
+from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import markdown
 from vir.errors import DataError, SettingsError
@@ -49,8 +50,7 @@ def benchmark(settings: Settings, command: str) -> str:
     """
     if min(settings.images, settings.image_bytes, settings.workers, settings.rounds) < 1:
         raise SettingsError("--images, --image_bytes, --workers and --rounds must be at least 1")
-    if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
+    check_folder(settings.folder)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
         total = make_images(Path(place) / "src", settings.images, settings.image_bytes)
         seconds = [_round(Path(place), settings.workers) for _ in range(settings.rounds)]

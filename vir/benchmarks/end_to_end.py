@@ -29,6 +29,7 @@ from vir.benchmarks.conversion import PICTURES, make_images
 from vir.benchmarks.launching import TORCHRUN, launch
 from vir.benchmarks.photographs import SIZE, make_jpegs
 from vir.benchmarks.plot import plot_bars
+from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import end_to_end_bars, end_to_end_table
 from vir.benchmarks.training import train_events
@@ -103,8 +104,7 @@ def benchmark(settings: Settings, command: str) -> str:
     Raises:
         SettingsError, DataError: a folder or script that is not there, a model that does not train, and the like.
     """
-    if not settings.folder.is_dir():
-        raise DataError(f"--folder {settings.folder} is no folder; make it, or name another")
+    check_folder(settings.folder)
     if not settings.timm_script.is_file():
         raise DataError(f"--timm_script {settings.timm_script}: no such file; it is train.py of timm's repository, "
                         f"for timm {timm.__version__}, which --help tells how to get")

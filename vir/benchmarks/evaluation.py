@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from vir.benchmarks.conversion import make_images
+from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import markdown
 from vir.data import convert
@@ -66,8 +67,7 @@ def benchmark(settings: Settings, command: str) -> str:
         raise SettingsError("--images, --image_bytes, --workers, --batch_size and --rounds must be at least 1")
     if unknown := [name for name in settings.models if not timm.is_model(name)]:
         raise SettingsError(f"--models: timm knows no {', '.join(unknown)}")
-    if not settings.folder.is_dir():
-        raise DataError(f"--folder {settings.folder} is no folder; make it, or name another")
+    check_folder(settings.folder)
     here = device()
     rows = []
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:

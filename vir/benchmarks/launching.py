@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,11 +39,10 @@ def launch(launcher: list[str], ranks: int, words: list[str], way_out: str) -> N
     try:
         process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
-        try:
-            said, _ = process.communicate()
-        except BaseException:
-            end_children()
-            raise
+        said, _ = process.communicate()
+    except BaseException:
+        end_children()
+        raise
     finally:  # DeepSpeed leaves 69 MB per rank and port behind
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             buffer.unlink(missing_ok=True)
@@ -57,6 +57,16 @@ def end_children() -> None:
     for process in below:
         with suppress(psutil.Error):
             process.terminate()
-    for process in psutil.wait_procs(below, _ENDS_WITHIN_S)[1]:
+    until = time.monotonic() + _ENDS_WITHIN_S
+    while any(map(_runs, below)) and time.monotonic() < until:
+        time.sleep(0.05)
+    for process in filter(_runs, below):
         with suppress(psutil.Error):
             process.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not of one that has ended and that its new parent does not ask for."""
+    with suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False

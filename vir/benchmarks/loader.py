@@ -21,6 +21,7 @@ from vir.benchmarks.conversion import PICTURES, make_images
 from vir.benchmarks.feeds import Feed, Rate
 from vir.benchmarks.file_server import serving
 from vir.benchmarks.plot import plot_rates
+from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import markdown
 from vir.config import AugmentConfig
@@ -102,8 +103,7 @@ def benchmark(settings: Settings, command: str) -> str:
         raise SettingsError(f"--latency must be at least 0 ms, got {min(settings.latency):g}")
     if settings.plot is not None and settings.kind != "pixels":
         raise SettingsError(f"--plot shows the rates of pixels, not of {settings.kind}; leave it out")
-    if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
+    check_folder(settings.folder)
     check_file("--json", settings.json)
     table = {"pixels": _pixels, "reading": _reading, "latency": _latency, "order": _order}[settings.kind](settings)
     if settings.json is not None:

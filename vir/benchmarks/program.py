@@ -6,9 +6,10 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from vir import cli
-from vir.errors import VirError
+from vir.errors import DataError, VirError
 
 
 def run(tool: str, parser: argparse.ArgumentParser, argv: list[str] | None,
@@ -30,3 +31,9 @@ def run(tool: str, parser: argparse.ArgumentParser, argv: list[str] | None,
     except VirError as error:
         return cli.tell(error, "error")
     return 0
+
+
+def check_folder(folder: Path) -> None:
+    """Raises DataError where the folder to write in is none: to ask before long work."""
+    if not folder.is_dir():
+        raise DataError(f"--folder {folder} is no folder; make it, or name another")

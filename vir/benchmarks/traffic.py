@@ -15,6 +15,7 @@ import torch
 
 from vir.benchmarks.conversion import make_images
 from vir.benchmarks.file_server import Answer, answers, serving
+from vir.benchmarks.program import check_folder
 from vir.benchmarks.tables import markdown
 from vir.config import AugmentConfig
 from vir.data import convert
@@ -81,8 +82,7 @@ def benchmark(settings: Settings, command: str) -> str:
         raise SettingsError("--images, --image_bytes, --samples_per_shard and --nodes must be at least 1")
     if not 0 <= settings.step_ms < float("inf"):
         raise SettingsError(f"--step_ms must be at least 0 and finite, got {settings.step_ms:g}")
-    if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
+    check_folder(settings.folder)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
         rows = list(_measured_rows(Path(place), settings))
     for samples_per_shard in (1251, 1000):

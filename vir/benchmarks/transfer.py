@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 
+from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import markdown
 from vir.benchmarks.training import RECIPE
@@ -34,11 +34,12 @@ PER_CLASS = 20
 """Images of each class where they are few."""
 
 _COLUMNS = ("training images", "training", "top-1 % of each seed", "mean", "more than without it")
+_ARGS = {"patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 2}
 _ALIKE = ("--deepspeed_config", "zero0_fp32", "--train.global_batch_size", "100", "--train.micro_batch_size", "100",
           "--eval.every_epochs", "100000", "--eval.batch_size", "500", "--checkpoint.every_epochs", "100000",
           "--ema.decay", "0", "--augment.hflip", "0.5", "--augment.scale", "[0.75, 1]", "--augment.ratio",
           "[0.75, 1.3333333333333333]", "--optim.name", "adamw", "--model.args",
-          '{"patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 2}')
+          json.dumps(_ARGS))
 """Settings of every row, whatever the recipe of the quick start becomes. Clothes need more augmentation than digits."""
 _PROBE = ("--train.linear_probe", "true", "--augment.scale", "[1, 1]", "--augment.hflip", "0", "--optim.lr", "1e-2",
           "--optim.weight_decay", "0")
@@ -105,8 +106,7 @@ def benchmark(settings: Settings, command: str) -> str:
     for flag, source in (("digits", settings.digits), ("fashion", settings.fashion)):
         if missing := [split for split in ("train", "val") if not (source / split).is_dir()]:
             raise DataError(f"--{flag} {source} has no folder {missing[0]}; python tools/make_demo_dataset.py makes it")
-    if not settings.folder.is_dir():
-        raise DataError(f"no such folder: {settings.folder}")
+    check_folder(settings.folder)
     check_file("--json", settings.json)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=settings.folder) as place:
         rows = list(_rows(settings, _Runs(Path(place), settings.scale), Path(place)))
@@ -142,7 +142,7 @@ def _rows(settings: Settings, runs: _Runs, place: Path) -> Iterator[Sequence[str
     if "distilled" in parts:
         runs.top1("teacher", 0, 2000, source / "train", source / "val", "--optim.lr", "2e-3")
         teacher = ("--distill.teacher", str(runs.weights("teacher", 0)))
-        args = {**yaml.safe_load(RECIPE.read_text())["model"]["args"], "global_pool": "token", "distilled": True}
+        args = {**_ARGS, "distilled": True}
         kinds = {"soft": ("--distill.temperature", "3"), "hard": (), "token": ("--model.args", json.dumps(args))}
         yield from _part("all images", 300, everything, source / "val", runs, {"plain": scratch, **{
             f"distilled, {kind}": {seed: (*scratch[seed], *teacher, "--distill.kind", kind, *more) for seed in seeds}

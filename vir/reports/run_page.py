@@ -102,7 +102,8 @@ def _look_at(folder: Path, explain: Explain) -> dict[str, Any]:
                                          default=0):]]
     facts = start[:next((at for at, said in enumerate(start) if said.startswith(("step ", "continuing "))), None)]
     last = train[-1] if train else {"step": 0}
-    total = last.get("total_steps")
+    total = last.get("total_steps") or next(
+        (int(match[1]) for said in facts if (match := re.match(r"(\d+) steps of ", said))), None)
     if files.is_locked(folder / LOCK):
         state = "running"
     elif not train and not log:

@@ -130,10 +130,10 @@ def _run(context: _Context) -> Ending:
         with closing(built.engine):
             goes_about = _show_plan if config.dry_run else _validate if config.validate_only else _train
             ending = goes_about(context, built)
-    if is_run and world.is_main:
-        _draw_curves(context.folder)
-        if ending is Ending.DONE:
-            log.info("done: %s", context.folder)
+        if is_run and world.is_main:
+            _draw_curves(context.folder)
+            if ending is Ending.DONE:
+                log.info("done: %s", context.folder)
     return ending
 
 
