@@ -150,7 +150,8 @@ def test_ema_bytes_are_those_of_the_ema_alone(stage, name, state, tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--steps", "10"], "--steps is 10; it must be at least 30"), (["--ranks", "2", "1", "2"], "--ranks 2 1 2 names a number twice"),
+    (["--steps", "10"], "--steps is 10; it must be at least 30"),
+    (["--ranks", "2", "1", "2"], "--ranks 2 1 2 names a number twice"),
     (["--ranks", "0"], "--ranks is 0; it must be at"),
     (["--", "--no.such", "1"], "no.such"), (["--", "--train.global_batch_size", "100"], "nearest: 128"),
     (["--model", "vir_tiny_patch16_223"], "vir_tiny_patch16_223"), (["--ema", "no.json"], "no.json: no such file"),

@@ -711,7 +711,8 @@ def test_the_time_and_memory_beside_zero_to_fp32(tmp_path, benchmark_consolidati
 
 
 @pytest.mark.parametrize("words, code, said", [
-    (["none", "--rounds", "0"], 2, "--rounds is 0"), (["none", "--folder", "nowhere"], 3, "--folder nowhere is no folder; make it"),
+    (["none", "--rounds", "0"], 2, "--rounds is 0"),
+    (["none", "--folder", "nowhere"], 3, "--folder nowhere is no folder; make it"),
     (["none"], 3, "none has no checkpoint; make one as the head of tools/benchmark_consolidation.py says")])
 def test_what_cannot_be_measured_is_told(words, code, said, benchmark_consolidation, capsys):
     assert benchmark_consolidation(words) == code

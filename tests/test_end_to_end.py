@@ -206,7 +206,8 @@ def test_the_script_is_started_as_a_rank_that_may_be_a_cpu(tmp_path):
 @pytest.mark.parametrize("flags, said", [
     (["--steps", "3"], "--steps is 3; it must be at least 4"), (["--warmup", "1"], "--warmup is 1; it must be"),
     (["--images", "100"], "--images is 100; it must be at least 192: an epoch of timm's script"),
-    (["--models", "vit_smal"], "--models: timm knows no vit_smal"), (["--folder", "gone"], "--folder gone is no folder; make it"),
+    (["--models", "vit_smal"], "--models: timm knows no vit_smal"),
+    (["--folder", "gone"], "--folder gone is no folder; make it"),
     (["--timm_script", "gone.py"], "--timm_script gone.py: no such file; it is train.py of timm's repository"),
     (["--deepspeed_config", "no.json"], "no.json: no such file"), (["--json", "gone/x.json"], "gone/x.json")])
 def test_what_cannot_be_measured_is_told_before_anything_runs(flags, said, main, capsys, monkeypatch):

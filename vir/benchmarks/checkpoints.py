@@ -22,7 +22,7 @@ from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import machine
 from vir.benchmarks.tables import checkpointing_table
 from vir.engine import ds_config, half_precision
-from vir.errors import DataError, SettingsError
+from vir.errors import SettingsError
 from vir.files import replace_text
 from vir.output_folder import check_file
 

@@ -30,7 +30,7 @@ from vir.data.folder_reader import FolderReader
 from vir.data.opening import Places, open_reader
 from vir.data.reader import Reader, ShardReader
 from vir.data.sidecars import write_sidecars
-from vir.errors import DataError, SettingsError
+from vir.errors import SettingsError
 from vir.files import replace_text
 from vir.output_folder import check_file
 

@@ -24,7 +24,7 @@ from vir.data.opening import Places, open_reader
 from vir.data.order import SampleOrder
 from vir.data.reader import Reader
 from vir.data.traffic import LANES, WINDOW, choose, downloads, working_set
-from vir.errors import DataError, SettingsError
+from vir.errors import SettingsError
 from vir.files import replace_text
 from vir.planning.images import IMAGE_BYTES, imagenet
 from vir.weights.spec import InputSpec

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
 from vir.benchmarks.program import check_folder
 from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import markdown
