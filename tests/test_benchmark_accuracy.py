@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 from threading import Lock
 
 import numpy as np
@@ -39,11 +38,12 @@ def images(tmp_path):
 def test_two_models_are_trained_judged_kept_and_compared(tool, images, tmp_path, capsys, monkeypatch):
     one_at_a_time = Lock()
 
-    def run(command, **how):
+    def call(command, ended):
         with one_at_a_time:
-            return forked(*command[1:], ranks=1)
+            done = forked(*command[1:], ranks=1)
+        return done.returncode, done.stdout
 
-    monkeypatch.setattr(accuracy.subprocess, "run", run)
+    monkeypatch.setattr(accuracy, "call", call)
     monkeypatch.setattr(accuracy, "MODELS", {"ours": "vir_tiny_patch16_224", "theirs": "official_tiny_patch16_224"})
     monkeypatch.setattr(accuracy, "_EVALUATIONS", 2)
     words = ["--fashion", str(images), "--folder", str(tmp_path / "runs"), "--seeds", "1", "--epochs", "2",
@@ -60,7 +60,7 @@ def test_two_models_are_trained_judged_kept_and_compared(tool, images, tmp_path,
     assert Image.open(tmp_path / "x.png").width > 500
     assert tables.render(tmp_path / "x.json") in printed and f"| theirs | {theirs['ema']['top1']:.2f} |" in printed
 
-    monkeypatch.setattr(accuracy.subprocess, "run", None)  # nothing is run again
+    monkeypatch.setattr(accuracy, "call", None)  # nothing is run again
     assert tool.main(words) == 0 and capsys.readouterr().out == printed
     assert tool.main([*words, "--epochs", "3"]) == 2
     assert "was made with other settings" in capsys.readouterr().err
@@ -71,8 +71,7 @@ def test_two_models_are_trained_judged_kept_and_compared(tool, images, tmp_path,
 
 
 def test_a_run_that_fails_is_told_with_what_it_said(tool, images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(accuracy.subprocess, "run", lambda command, **how: subprocess.CompletedProcess(
-        command, 75, stdout="stopped by SIGINT after saving"))
+    monkeypatch.setattr(accuracy, "call", lambda command, ended: (75, "stopped by SIGINT after saving"))
     assert tool.main(["--fashion", str(images), "--folder", str(tmp_path)]) == 3
     told = capsys.readouterr().err
     assert "fashion-mnist-vir_tiny_patch16_224-0 ended with code 75; the same command goes on" in told
@@ -85,7 +84,7 @@ def test_a_run_that_fails_is_told_with_what_it_said(tool, images, tmp_path, caps
     (["--folder", "train/coat/0.png/x", "--cifar", "."], "cannot write train/coat/0.png/x: "),
     (["--json", "nowhere/x.json", "--cifar", "."], "--json nowhere/x.json cannot be written")])
 def test_what_cannot_be_measured_is_told_before_anything_runs(flags, said, tool, images, capsys, monkeypatch):
-    monkeypatch.setattr(accuracy.subprocess, "run", None)
+    monkeypatch.setattr(accuracy, "call", None)
     monkeypatch.chdir(images)
     assert tool.main(["--folder", str(images), *flags]) in (2, 3)
     assert said in capsys.readouterr().err

@@ -64,7 +64,8 @@ def test_the_few_images_are_drawn_by_the_seed(tmp_path):
 
 @pytest.mark.parametrize("flags, said", [
     (["--seeds", "0"], "--seeds 0 must be at least 1"), (["--scale", "2"], "--scale 2 more than 0 and at most 1"),
-    (["--digits", "nowhere"], "--digits nowhere has no folder train"), (["--folder", "nowhere"], "no such folder"),
+    (["--digits", "nowhere"], "--digits nowhere has no folder train"),
+    (["--folder", "nowhere"], "--folder nowhere is no folder"),
     (["--json", "nowhere/x.json"], "--json nowhere/x.json cannot be written")])
 def test_what_cannot_be_measured_is_told_before_anything_runs(flags, said, tool, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(transfer.subprocess, "run", None)

@@ -312,7 +312,7 @@ def test_watching_renews_the_page_until_the_run_is_done(tmp_path, monkeypatch):
 
 
 def test_a_watch_that_is_ended_leaves_a_page_that_no_longer_renews_itself(tmp_path):
-    run, output = make_run(tmp_path / "a", steps=30), tmp_path / "page.html"
+    run, output = make_run(tmp_path / "a", steps=30, ending="data wait 20 %"), tmp_path / "page.html"
     watching = subprocess.Popen([sys.executable, TOOL, run, "--output", output, "--watch", "0.2"], cwd=ROOT)
     try:
         until = time.monotonic() + 60

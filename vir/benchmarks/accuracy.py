@@ -10,17 +10,17 @@ import itertools
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 
-from vir.benchmarks.launching import ENVIRONMENT, end_children
+from vir.benchmarks.launching import call
 from vir.benchmarks.plot import plot_learning
 from vir.benchmarks.stopwatch import device, machine
 from vir.benchmarks.tables import accuracy_table
@@ -100,12 +100,13 @@ def benchmark(settings: Settings, command: str) -> str:
     torch.set_num_threads(1)  # as each run has
     runs = list(_runs(settings))
     with ThreadPoolExecutor(1 if here.type == "cuda" else len(os.sched_getaffinity(0))) as several:
-        futures = [several.submit(_done, run, settings.folder) for run in runs]
+        ended = Event()
+        futures = [several.submit(_done, run, settings.folder, ended) for run in runs]
         try:
             found = [future.result() for future in futures]
         except BaseException:
             several.shutdown(wait=False, cancel_futures=True)
-            end_children()  # by a signal, which they go on from
+            ended.set()  # they end by a signal, which they go on from
             raise
     result = {"title": f"Accuracy after {settings.epochs:g} epochs, batches of {_BATCH}, {settings.seeds} seeds",
               "command": command, "machine": machine(here), "accuracy": found, "pairs": _pairs(found)}
@@ -139,14 +140,14 @@ def _runs(settings: Settings) -> Iterator[Run]:
             yield Run(source, title, side, model, seed, settings.epochs)
 
 
-def _done(run: Run, folder: Path) -> dict[str, Any]:
+def _done(run: Run, folder: Path, ended: Event) -> dict[str, Any]:
     """What the run came to; it is trained and evaluated unless that was done before."""
     path, output = folder / f"{run.name}.json", folder / run.name
     if path.exists():
         return _kept(path, run)
-    _call(["-c", _TRAIN, *run.flags, "--output", str(output)], run, output)
+    _call(["-c", _TRAIN, *run.flags, "--output", str(output)], run, output, ended)
     judged = output / "judged.json"
-    _call(["-m", "vir.benchmarks.accuracy_run", str(output), str(run.data / "val"), str(judged)], run, output)
+    _call(["-m", "vir.benchmarks.accuracy_run", str(output), str(run.data / "val"), str(judged)], run, output, ended)
     found = {"data": run.title, "model": run.model, "seed": run.seed, "flags": run.flags,
              **json.loads(judged.read_text())}
     replace_text(path, json.dumps(found) + "\n")
@@ -167,12 +168,11 @@ def _kept(path: Path, run: Run) -> dict[str, Any]:
     return dict(found)
 
 
-def _call(words: Sequence[str], run: Run, output: Path) -> None:
-    done = subprocess.run([sys.executable, *words], env={**os.environ, **ENVIRONMENT, "TQDM_DISABLE": "1"}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise DataError(f"{run.name} ended with code {done.returncode}; the same command goes on, or begins this run "
-                        f"anew when {output} is removed. It said:\n{done.stdout[-2000:]}")
+def _call(words: Sequence[str], run: Run, output: Path, ended: Event) -> None:
+    code, said = call([sys.executable, *words], ended)
+    if code:
+        raise DataError(f"{run.name} ended with code {code}; the same command goes on, or begins this run "
+                        f"anew when {output} is removed. It said:\n{said[-2000:]}")
 
 
 def _pairs(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
