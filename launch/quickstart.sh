@@ -51,11 +51,11 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1073741824} MALLOC_MMAP_
 mkdir -p "$run"
 log=$run/quickstart.log
 step() { printf '\n== %s\n' "$*"; }
+follow_no_more() { # it tells what came last
+  [ -z "${follower:-}" ] || { kill "$follower" 2>/dev/null && wait "$follower"; } || true
+}
 failed() {
-  if [ -n "${follower:-}" ]; then
-    kill "$follower" 2>/dev/null || true
-    wait "$follower" || true # it tells what came last
-  fi
+  follow_no_more
   if [ "$1" = 75 ]; then
     printf '\nstopped and saved; the same command continues\n' >&2
     exit 75
@@ -79,12 +79,11 @@ done
 step "training on $ranks processes with $settings; Ctrl-C saves, and the same command continues"
 python tools/follow_run.py "$run" &
 follower=$!
-trap 'kill "$follower" 2>/dev/null || true' EXIT
+trap follow_no_more EXIT
 quietly python -m vir.launch deepspeed --num_accelerators "$ranks" --config vir/recipes/quickstart.yaml \
   --deepspeed_config "$settings" --data.train "$shards/train" --data.val "$shards/val" --output "$run" \
   --device "$device" "$@"
-kill "$follower" 2>/dev/null || true
-wait "$follower" || true
+follow_no_more
 
 step "consolidation, and evaluation on 1,000 held-out images"
 quietly python tools/consolidate_checkpoint.py "$run" --output "$run/vir.safetensors" --force

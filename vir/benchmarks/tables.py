@@ -288,8 +288,8 @@ def beside_table(beside: Sequence[dict[str, Any]], folder: Path) -> str:
             raise DataError(f"{path} has {len(found)} rows of {one['row']}, and the columns {head}; name one row and "
                             f"the column of its ratio, not {one['column']!r}")
         ratio = found[0][head.index(one["column"])]
-        rows.append((one["what"], one["peer"], ratio, one["target"] + (" (missed)" if _is_missed(ratio, one["target"])
-                                                                       else ""),
+        missed = " (missed)" if _is_missed(ratio, one["target"]) else ""
+        rows.append((one["what"], one["peer"], ratio, one["target"] + missed,
                      json.loads(path.read_text())["machine"]))
     return markdown(("what", "peer", "ours to the peer's", "target", "machine, versions, date"), rows)
 

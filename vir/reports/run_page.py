@@ -146,10 +146,13 @@ def _marks(log: Sequence[tuple[float, str]], events: Sequence[dict[str, Any]], t
     hours = np.array([max(0.0, at - _finite(events[0].get("time"))) / 3600 if events else 0.0 for _, at, _ in told])
     places = [np.interp(hours, axes[:, 2], axis) if train else 0 * hours for axis in axes.T[:2]]
     marks = [(kind, at, _plain(*place), said) for (kind, at, said), *place in zip(told, *places, hours)]
-    starts = {event["step"] for event in events if event["kind"] == "start"}
-    for event, place in zip(train, axes):
-        if any(step < first <= event["step"] for first in starts):
+    places_of_train = iter(axes)
+    for event in events:
+        if event["kind"] == "start":
             bad = 0  # each start counts them anew
+        if event["kind"] != "train":
+            continue
+        place = next(places_of_train)
         counts = {"skipped steps": event.get("skipped") or 0, "replaced samples": (event.get("bad_samples") or 0) - bad}
         marks += [(kind, _finite(event.get("time")), _plain(*place), f"{count} in steps {step + 1} to {event['step']}")
                   for kind, count in counts.items() if count > 0]
